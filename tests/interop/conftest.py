@@ -1,0 +1,40 @@
+"""Which implementation is under test, and the reference it is compared with."""
+
+import importlib
+import os
+import warnings
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def lib():
+    """The module under test: `minipeft`, or the one that MINIPEFT_UNDER_TEST names."""
+    return importlib.import_module(os.environ.get("MINIPEFT_UNDER_TEST", "minipeft"))
+
+
+@pytest.fixture(scope="session")
+def ref():
+    """peft, the reference."""
+    return pytest.importorskip("peft", reason="peft is not installed: there is nothing to compare with")
+
+
+@pytest.fixture
+def is_ref(lib):
+    return lib.__name__ == "peft"
+
+
+@pytest.fixture(autouse=True)
+def _quiet(request):
+    """One thread (the models are tiny), the global seed restored, warnings of the reference not shown."""
+    case = getattr(request.node, "callspec", None) and request.node.callspec.params.get("case")
+    if case is not None and case.base.transformers:
+        pytest.importorskip("transformers", reason="transformers is not installed: the case's base model is one of its")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)

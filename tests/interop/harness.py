@@ -1,0 +1,189 @@
+"""Build the same adapted model in two implementations, move it, run it, and compare."""
+
+import copy
+import json
+import warnings
+import zlib
+from pathlib import Path
+
+import torch
+
+from .cases.case import Case
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2}
+
+
+def tolerance(case: Case, dtype: torch.dtype) -> float:
+    if dtype == torch.float64 and case.base.float32_inside:
+        return 2e-6
+    return TOLERANCE[dtype]
+
+
+def config(lib, case: Case, **changes):
+    """The case's config as `lib`'s own class. `changes` replace fields."""
+    return getattr(lib, case.config)(**{**copy.deepcopy(case.kwargs), **changes})
+
+
+def adapt(lib, case: Case, base=None, dtype=torch.float32, seed=0, **options):
+    """The case's base model with a fresh adapter from `lib`, in eval mode, drawn at the global seed `seed`."""
+    base = case.base.build(dtype) if base is None else base
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return lib.get_peft_model(base, config(lib, case), **options).eval()
+
+
+def add(lib, model, case: Case, name: str, seed=1, **changes):
+    """Add the case's second adapter under `name`."""
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter(name, config(lib, case, **{**(case.second or {}), **changes}))
+    return model.eval()
+
+
+def move(model, scale=0.1, seed=0, only=lambda name, p: p.requires_grad):
+    """Add noise to every trainable tensor, drawn from its name: the same in every implementation."""
+    for name, p in model.named_parameters():
+        if only(name, p):
+            g = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+            with torch.no_grad():
+                p.add_(scale * torch.randn(p.shape, generator=g).to(p.dtype))
+    return model
+
+
+def copy_values(source, target):
+    """Write all of source's tensors into target, by name. Names and shapes must be the same."""
+    with torch.no_grad():
+        values = source.state_dict()
+        same_names(target.state_dict(), values)
+        target.load_state_dict(values)
+    return target
+
+
+def pair(ref, lib, case: Case, dtype=torch.float32, second=False):
+    """The case in `ref` and `lib`, moved, with equal values. With `second`, two adapters: "default" and "other"."""
+    models = []
+    for module in (ref, lib):
+        model = adapt(module, case)
+        if second:
+            add(module, model, case, "other")
+        models.append(model)
+    theirs, ours = models
+    move(theirs, case.scale, only=adapter_or_trainable)
+    copy_values(theirs, ours)
+    return theirs.to(dtype), ours.to(dtype)
+
+
+def adapter_or_trainable(name, p):
+    return p.is_floating_point() and (p.requires_grad or ".other" in name)
+
+
+def inputs(case: Case, dtype=torch.float32, seed=7) -> dict:
+    return {**case.base.inputs(dtype, seed), **copy.deepcopy(case.inputs)}
+
+
+def tensors(output) -> dict[str, torch.Tensor]:
+    """The floating tensors of a model's output, by name."""
+    if torch.is_tensor(output):
+        return {"output": output}
+    return {k: v for k, v in output.items() if torch.is_tensor(v) and v.is_floating_point()}
+
+
+def run(model, batch: dict, **options) -> dict[str, torch.Tensor]:
+    with torch.no_grad():
+        return {k: v.clone() for k, v in tensors(model(**batch, **options)).items()}
+
+
+def gradients(model, batch: dict) -> dict[str, torch.Tensor]:
+    """Gradients of a fixed nonlinear function of the output: by trainable parameter, and by input as `input:name`."""
+    batch = {k: v.clone().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+             for k, v in batch.items()}
+    model.zero_grad()
+    out = tensors(model(**batch))
+    sum((v * torch.sin(v + 1)).sum() for v in out.values()).backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    grads |= {f"input:{k}": v.grad for k, v in batch.items() if torch.is_tensor(v) and v.requires_grad}
+    model.zero_grad()
+    return grads
+
+
+def snapshot(model) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------------- comparisons
+def same_names(got, want):
+    missing, extra = [k for k in want if k not in got], [k for k in got if k not in want]
+    assert not missing and not extra, f"missing: {missing}\nunexpected: {extra}"
+
+
+def close(got: dict, want: dict, tolerance: float):
+    """Equal within `tolerance` of the largest entry of the tensor that was wanted."""
+    same_names(got, want)
+    assert want, "nothing to compare"
+    for name, w in want.items():
+        g = got[name]
+        assert g.shape == w.shape, f"{name}: shape {tuple(g.shape)}, wanted {tuple(w.shape)}"
+        assert g.dtype == w.dtype, f"{name}: {g.dtype}, wanted {w.dtype}"
+        if not w.is_floating_point():
+            assert torch.equal(g, w), f"{name}: not equal"
+        elif w.numel():
+            g, w = g.double(), w.double()
+            assert torch.isfinite(w).all() and torch.isfinite(g).all(), f"{name}: not finite"
+            off = (g - w).abs().max().item()
+            scale = max(w.abs().max().item(), 1e-3)
+            assert off <= tolerance * scale, f"{name}: off by {off:.3e}, allowed {tolerance * scale:.3e}"
+
+
+def differ(a: dict, b: dict, tolerance: float) -> bool:
+    try:
+        close(a, b, tolerance)
+    except AssertionError:
+        return True
+    return False
+
+
+def bits(t: torch.Tensor) -> bytes:
+    return t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
+
+def identical(got: dict, want: dict):
+    """The same names with the same bits."""
+    same_names(got, want)
+    for name, w in want.items():
+        g = got[name]
+        assert g.dtype == w.dtype, f"{name}: {g.dtype}, wanted {w.dtype}"
+        assert g.shape == w.shape, f"{name}: shape {tuple(g.shape)}, wanted {tuple(w.shape)}"
+        if bits(g) != bits(w):
+            n = int((g != w).sum())
+            raise AssertionError(f"{name}: {n} of {w.numel()} entries have other bits")
+
+
+def saved(model, path: Path, **options) -> tuple[dict[str, torch.Tensor], dict]:
+    """Save the model; the tensors and the config of the default adapter as they stand on disk."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(path), **options)
+    return stored(path)
+
+
+def stored(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    from safetensors.torch import load_file
+
+    return load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
+
+
+def same_config(got: dict, want: dict):
+    """Equal JSON values; the version of the writer and the order of a list that stands for a set do not count."""
+    unordered = {"target_modules", "exclude_modules", "modules_to_save", "feedforward_modules", "target_parameters",
+                 "layers_pattern"}
+
+    def plain(config):
+        return {k: sorted(v) if k in unordered and isinstance(v, list) else v
+                for k, v in config.items() if k != "peft_version"}
+
+    got, want = plain(got), plain(want)
+    same_names(got, want)
+    wrong = {k: (got[k], want[k]) for k in want if got[k] != want[k] or type(got[k]) is not type(want[k])}
+    assert not wrong, f"field: (got, wanted): {wrong}"
