@@ -1,0 +1,161 @@
+"""The recorded cases: names, keys, counts, forward, gradients, merge, unmerge, disable, save and load."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from .. import compare
+from ..driver import Driver
+from ..store import Case
+from . import Failure
+
+
+def start(driver: Driver, case: Case, dtype: str) -> None:
+    """The case's model with its adapter loaded."""
+    driver.build(case.base, case.tensors("base"), case.config, dtype, case=case.id)
+    driver.load(case.tensors("adapter"))
+
+
+def same_set(what, got, want):
+    missing, extra = sorted(set(want) - set(got)), sorted(set(got) - set(want))
+    if missing or extra:
+        parts = [f"missing {missing}"] * bool(missing) + [f"unexpected {extra}"] * bool(extra)
+        raise Failure(f"{what}: " + "; ".join(parts), expected=str(sorted(want)), got=str(sorted(got)))
+
+
+def close(what, got, want, dtype, also=None, floor=1 / 16):
+    """`also`: the other answer of a disputed case."""
+    by = compare.distance(got, want, dtype, floor)
+    if by > 1 and (also is None or compare.distance(got, also, dtype, floor) > 1):
+        shown = np.array2string(np.asarray(want).ravel()[:6], precision=7)
+        raise Failure(f"{what}: {compare.first_difference(got, want)} ({by:.3g} tolerances of {dtype})",
+                      expected=shown, got=np.array2string(np.asarray(got).ravel()[:6], precision=7), by=by)
+
+
+def other(case: Case, part: str):
+    return case.tensors(part) if case.data.get("disputed") else {}
+
+
+def names(driver, case, dtype):
+    driver.build(case.base, case.tensors("base"), case.config, dtype, case=case.id)
+    got = driver.names()
+    same_set("live parameter names", got, case.parameters)
+    wrong = [k for k, v in got.items() if bool(v) != case.parameters[k]]
+    if wrong:
+        raise Failure("trainable set: " + ", ".join(f"{k} should {'' if case.parameters[k] else 'not '}be trainable"
+                                                    for k in wrong))
+
+
+def keys(driver, case, dtype):
+    driver.build(case.base, case.tensors("base"), case.config, dtype, case=case.id)
+    got = driver.state_dict()
+    same_set("saved keys", got, case.keys)
+    for k, shape in case.keys.items():
+        if list(got[k].shape) != shape:
+            raise Failure(f"shape of {k}", expected=str(shape), got=str(list(got[k].shape)))
+
+
+def count(driver, case, dtype):
+    driver.build(case.base, case.tensors("base"), case.config, dtype, case=case.id)
+    got = list(driver.count())
+    if got != case.count:
+        raise Failure("parameter counts (trainable, all)", expected=str(case.count), got=str(got))
+
+
+def forward(driver, case, dtype):
+    start(driver, case, dtype)
+    close("output", driver.forward(case.tensors("input")), case.tensors("out")["y"], dtype,
+          other(case, "paper").get("y"))
+
+
+def gradients(driver, case, dtype):
+    start(driver, case, dtype)
+    got = driver.gradients(case.tensors("input"), case.tensors("cotangent")["y"])
+    want, also = case.tensors("grad"), other(case, "paper_grad")
+    same_set("tensors with a gradient", got, want)
+    for k in want:
+        close(f"gradient of {k}", got[k], want[k], dtype, also.get(k), floor=1)
+
+
+def merge(driver, case, dtype):
+    start(driver, case, dtype)
+    before = driver.weights()
+    driver.merge()
+    got, want, also = driver.weights(), case.tensors("merged"), other(case, "paper_merged")
+    for k in before:
+        if k in want:
+            close(f"merged {k}", got[k], want[k], dtype, also.get(k))
+        elif not np.array_equal(got[k], before[k]):
+            raise Failure(f"merging changed {k}, which is not adapted")
+    close("output after merging", driver.forward(case.tensors("input")), case.tensors("out")["y"], dtype,
+          other(case, "paper").get("y"))
+
+
+def unmerge(driver, case, dtype):
+    """Back within rounding; whether every bit is back is a law of its own."""
+    start(driver, case, dtype)
+    before = driver.weights()
+    driver.merge()
+    driver.unmerge()
+    after = driver.weights()
+    for k in before:
+        close(f"{k} after unmerging", after[k], before[k], dtype)
+    close("output after unmerging", driver.forward(case.tensors("input")), case.tensors("out")["y"], dtype,
+          other(case, "paper").get("y"))
+
+
+def disable(driver, case, dtype):
+    start(driver, case, dtype)
+    driver.disable(True)
+    close("output while disabled", driver.forward(case.tensors("input")), case.tensors("plain")["y"], dtype)
+    driver.disable(False)
+    close("output when enabled again", driver.forward(case.tensors("input")), case.tensors("out")["y"], dtype,
+          other(case, "paper").get("y"))
+
+
+def save(driver, case, dtype):
+    start(driver, case, dtype)
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        config, weights = Path(path, "adapter_config.json"), Path(path, "adapter_model.safetensors")
+        for file in (config, weights):
+            if not file.exists():
+                raise Failure(f"saving wrote no {file.name}", got=str(sorted(p.name for p in Path(path).iterdir())))
+        compare_files(case, config, weights)
+        driver.restore(path, case.base, case.tensors("base"), dtype)
+        close("output after saving and loading", driver.forward(case.tensors("input")), case.tensors("out")["y"], dtype,
+              other(case, "paper").get("y"))
+
+
+def compare_files(case, config, weights):
+    from safetensors.numpy import load_file
+
+    found = json.loads(config.read_text())
+    for field, want in case.config.items():
+        got = found.get(field)
+        if isinstance(want, list) and isinstance(got, list):
+            got, want = sorted(map(str, got)), sorted(map(str, want))
+        if got != want and not (field == "target_modules" and want == "all-linear"):
+            raise Failure(f"adapter_config.json: {field}", expected=repr(want), got=repr(got))
+    stored = load_file(weights)
+    same_set("keys in adapter_model.safetensors", stored, case.keys)
+    for k, want in case.tensors("adapter").items():
+        if not np.array_equal(np.asarray(stored[k], np.float64), np.asarray(want, np.float64)):
+            raise Failure(f"adapter_model.safetensors: {k} is not what was loaded: "
+                          + compare.first_difference(stored[k], want))
+
+
+# name -> (function, does it run in every dtype, what a case must have)
+CHECKS = {
+    "names": (names, False), "keys": (keys, False), "count": (count, False), "forward": (forward, True),
+    "gradients": (gradients, True), "merge": (merge, True), "unmerge": (unmerge, False),
+    "disable": (disable, False), "save": (save, False),
+}
+
+
+def applies(case: Case, check: str) -> bool:
+    return case.merges or check not in ("merge", "unmerge")

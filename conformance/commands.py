@@ -1,0 +1,40 @@
+"""`python -m conformance [COMMAND]`: check (the default), record."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from . import cli, record, store
+from .drivers import open_driver
+from .method import methods
+
+
+def do_record(args: list[str]) -> int:
+    """Record packs anew, or `--check` that recording gives the same tensors again."""
+    check = "--check" in args
+    chosen = [a for a in args if not a.startswith("-")] or list(methods())
+    driver, bad = open_driver("peft"), []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) if check else store.folder()
+        for name in chosen:
+            bad += record.record_method(methods()[name], driver, folder)
+            if check:
+                new = store.Pack(folder / "methods" / f"{name}.json").data
+                old = store.packs()[name].data if name in store.packs() else {}
+                if new["tensor_sha256"] != old.get("tensor_sha256") or new["cases"] != old.get("cases"):
+                    bad.append(f"{name}: recorded anew, it differs from the stored pack")
+            print(f"{name}: {len(methods()[name].rows)} cases", flush=True)
+    print("\n".join(bad) if bad else ("all packs are as recorded" if check else "recorded"))
+    return 1 if bad else 0
+
+
+COMMANDS = {"record": do_record}
+
+
+def main(argv=None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
+    return cli.main(argv)

@@ -1,0 +1,108 @@
+"""The protocol between the suite and an implementation.
+
+A driver holds one model at a time. Every array that crosses the border is a NumPy array; floating point values travel as
+float64 or float32, whatever dtype the model computes in, so bfloat16 needs no NumPy type. Tensor names are those of the
+base model (`up.weight`) and PEFT's saved keys (`base_model.model.up.lora_A.weight`).
+
+A method that a driver does not override raises `Unsupported`, which is reported as such and never as a failure.
+"""
+
+from __future__ import annotations
+
+
+class Unsupported(Exception):
+    """The implementation does not claim to do this; the message says why."""
+
+
+class Rejected(Exception):
+    """The implementation refused its input on purpose, with a clear error. A crash is anything else."""
+
+
+class Driver:
+    """Base class of all drivers; each method is one operation of the protocol."""
+
+    def info(self) -> dict:
+        """`{"name", "version", "dtypes": [...]}`; `dtypes` out of float64, float32, bfloat16."""
+        raise NotImplementedError
+
+    def build(self, base: dict, weights: dict, config: dict | None, dtype: str, case: str = "", seed: int = 0) -> None:
+        """Make the base model of the description `base`, give it `weights`, adapt it by `config` as "default".
+
+        The model is in evaluation mode. `config` None leaves the bare base model.
+        """
+        raise Unsupported("build")
+
+    def add(self, name: str, config: dict) -> None:
+        """Add a second adapter; the active one stays."""
+        raise Unsupported("more than one adapter")
+
+    def delete(self, name: str) -> None:
+        raise Unsupported("delete an adapter")
+
+    def load(self, tensors: dict, name: str = "default") -> None:
+        """Set an adapter's tensors, given under PEFT's saved keys."""
+        raise Unsupported("load")
+
+    def forward(self, inputs: dict, adapter_names: list | None = None):
+        """The model's output; `adapter_names` names one adapter for each sample."""
+        raise Unsupported("forward")
+
+    def gradients(self, inputs: dict, cotangent) -> dict:
+        """d(sum(cotangent * output)) / d(tensor), by saved key; `input` for a floating point input."""
+        raise Unsupported("gradients")
+
+    def state_dict(self, name: str = "default") -> dict:
+        """What a checkpoint of the adapter holds, by saved key."""
+        raise Unsupported("state dict")
+
+    def names(self) -> dict:
+        """Live parameter name -> is it trainable, for the whole adapted model."""
+        raise Unsupported("live parameter names")
+
+    def count(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters."""
+        raise Unsupported("parameter counts")
+
+    def weights(self) -> dict:
+        """The base model's parameters as they are now, under the base model's own names."""
+        raise Unsupported("read base weights")
+
+    def merge(self, names: list | None = None) -> None:
+        raise Unsupported("merge")
+
+    def unmerge(self) -> None:
+        raise Unsupported("unmerge")
+
+    def unload(self, merge: bool) -> None:
+        """Take the adapters off for good, merged or not; afterwards the model is the bare base model."""
+        raise Unsupported("unload")
+
+    def switch(self, names: list) -> None:
+        """Make these adapters the active ones, in this order."""
+        raise Unsupported("switch adapters")
+
+    def disable(self, off: bool) -> None:
+        """Run without adapters while `off`."""
+        raise Unsupported("disable adapters")
+
+    def scale(self, factor: float) -> None:
+        """Multiply the strength of the active adapters."""
+        raise Unsupported("scale adapters")
+
+    def copy(self) -> None:
+        """Go on with a deep copy of the model; the original is dropped."""
+        raise Unsupported("deep copy")
+
+    def save(self, path: str) -> None:
+        """Write `adapter_config.json` and `adapter_model.safetensors` into the folder `path`."""
+        raise Unsupported("save")
+
+    def restore(self, path: str, base: dict, weights: dict, dtype: str) -> None:
+        """Build the base model anew and put the saved adapter on it."""
+        raise Unsupported("load a saved adapter")
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+OPERATIONS = tuple(k for k, v in vars(Driver).items() if callable(v) and not k.startswith("_"))

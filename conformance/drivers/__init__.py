@@ -1,0 +1,32 @@
+"""Drivers that come with the suite."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+
+from ..driver import Driver
+
+SHIPPED = {"loralib": "loralib:LoraLib", "lycoris": "lycoris:Lycoris", "oracle": "oracle:Oracle"}
+
+
+def open_driver(name: str, python: str | None = None) -> Driver:
+    """A driver by name: shipped, `cmd:<command line>` for a program that speaks JSON lines, `module:Class` for a driver
+    of your own, else any importable module with PEFT's API. `python`: run it in that interpreter, out of process."""
+    if name.startswith("cmd:"):
+        from .process import Process
+
+        return Process(shlex.split(name[4:]))
+    if python:
+        from .process import Process
+
+        return Process([python, "-m", "conformance.serve", name])
+    if ":" in name:
+        module, cls = name.split(":")
+        return getattr(importlib.import_module(module), cls)()
+    if name in SHIPPED:
+        module, cls = SHIPPED[name].split(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), cls)()
+    from .peft_api import PeftApi
+
+    return PeftApi(name)

@@ -1,0 +1,222 @@
+"""Any importable module that offers PEFT's public API: peft itself, minipeft, a fork."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import os
+import warnings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from .. import models  # noqa: E402
+from ..driver import Driver, Rejected, Unsupported  # noqa: E402
+
+# What a library raises when it means "I will not take this". Any other exception is a crash.
+MEANT = (ValueError, TypeError, KeyError, RuntimeError, OSError, NotImplementedError)
+
+
+def to_torch(array, dtype):
+    t = torch.from_numpy(np.array(array))
+    return t.to(dtype) if t.is_floating_point() else t
+
+
+def to_numpy(tensor):
+    t = tensor.detach().cpu()
+    return (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t).clone().numpy()
+
+
+@contextlib.contextmanager
+def rejecting():
+    """Turn errors that were meant into `Rejected`, with the library's own words."""
+    try:
+        yield
+    except Unsupported:
+        raise
+    except MEANT as e:
+        if isinstance(e, (NotImplementedError,)) and not str(e):
+            raise
+        raise Rejected(f"{type(e).__name__}: {e}") from e
+    except Exception as e:
+        if type(e).__module__.startswith("safetensors") or type(e).__name__ == "SafetensorError":
+            raise Rejected(f"{type(e).__name__}: {e}") from e
+        raise
+
+
+def unwrap(module):
+    """The frozen layer under whatever stands in its place."""
+    while True:
+        if hasattr(module, "base_layer"):
+            module = module.base_layer
+        elif hasattr(module, "original_module"):
+            module = module.original_module
+        else:
+            return module
+
+
+class PeftApi(Driver):
+    def __init__(self, module: str = "peft"):
+        warnings.simplefilter("ignore")
+        self.peft = importlib.import_module(module)
+        self.model = None
+        self.off = False
+
+    def info(self):
+        return {"name": self.peft.__name__, "version": getattr(self.peft, "__version__", "?"),
+                "dtypes": ["float64", "float32", "bfloat16"], "torch": torch.__version__}
+
+    def config(self, config):
+        config = copy.deepcopy(config)
+        known = getattr(self.peft, "PEFT_TYPE_TO_CONFIG_MAPPING", None) or self.peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+        kind = config.get("peft_type")
+        if kind not in {getattr(k, "value", k) for k in known}:
+            raise Rejected(f"unknown peft_type {kind!r}")
+        return self.peft.get_peft_config(config)
+
+    def base(self, base, weights, dtype):
+        self.dtype = models.DTYPES[dtype]
+        if base.get("model") == "skeleton":
+            with torch.device("meta"):
+                return models.make(base).eval()
+        net = models.make(base).to(self.dtype).eval()
+        self.base_names = [n for n, _ in net.named_parameters()]
+        net.load_state_dict({k: to_torch(v, self.dtype) for k, v in weights.items()})
+        return net
+
+    def build(self, base, weights, config, dtype, case="", seed=0):
+        self.off = False
+        self.model = self.base(base, weights, dtype)
+        torch.manual_seed(seed)
+        if config is None:
+            return
+        with rejecting():
+            self.model = self.peft.get_peft_model(self.model, self.config(config))
+        self.model.to(self.dtype).eval()
+
+    def add(self, name, config):
+        with rejecting():
+            self.model.add_adapter(name, self.config(config))
+        self.model.to(self.dtype).eval()
+
+    def delete(self, name):
+        self.model.delete_adapter(name)
+
+    def load(self, tensors, name="default"):
+        tensors = {k: to_torch(v, self.dtype) for k, v in tensors.items()}
+        with rejecting():
+            self.peft.set_peft_model_state_dict(self.model, tensors, adapter_name=name)
+
+    def kwargs(self, inputs):
+        x = {k: to_torch(v, self.dtype) for k, v in inputs.items()}
+        first = x.pop("x") if "x" in x else x.pop("input_ids")
+        return first, x
+
+    def context(self):
+        return self.model.disable_adapter() if self.off else contextlib.nullcontext()
+
+    def run(self, first, more):
+        with self.context():
+            out = self.model(first, **more)
+        return out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
+
+    def forward(self, inputs, adapter_names=None):
+        first, more = self.kwargs(inputs)
+        if adapter_names is not None:
+            more["adapter_names"] = ["__base__" if n is None else n for n in adapter_names]
+        with torch.no_grad(), rejecting():
+            return to_numpy(self.run(first, more))
+
+    def gradients(self, inputs, cotangent):
+        first, more = self.kwargs(inputs)
+        self.model.zero_grad()
+        if first.is_floating_point():
+            first.requires_grad_(True)
+        (self.run(first, more) * to_torch(cotangent, self.dtype)).sum().backward()
+        found = {"input": to_numpy(first.grad)} if first.is_floating_point() else {}
+        return {**found, **self.saved_view(lambda p: torch.zeros_like(p) if p.grad is None else p.grad.clone())}
+
+    def saved_view(self, of):
+        """The saved keys of the trainable parameters, with `of(parameter)` in place of the values."""
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        kept = [p.data for p in params]
+        made = [of(p) for p in params]
+        try:
+            for p in params:
+                p.data = torch.full_like(p, float("nan"))
+            trainable = {k for k, v in self.peft.get_peft_model_state_dict(self.model).items() if torch.isnan(v).any()}
+            for p, new in zip(params, made):
+                p.data = new
+            state = self.peft.get_peft_model_state_dict(self.model)
+            return {k: to_numpy(v) for k, v in state.items() if k in trainable}
+        finally:
+            for p, old in zip(params, kept):
+                p.data = old
+
+    def state_dict(self, name="default"):
+        return {k: to_numpy(v) for k, v in
+                self.peft.get_peft_model_state_dict(self.model, adapter_name=name).items()}
+
+    def names(self):
+        return {k: p.requires_grad for k, p in self.model.named_parameters()}
+
+    def count(self):
+        return tuple(self.model.get_nb_trainable_parameters())
+
+    def weights(self):
+        root = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        found = {}
+        for name in self.base_names:
+            module = root
+            *path, last = name.split(".")
+            for part in path:
+                module = getattr(unwrap(module), part)
+            found[name] = to_numpy(getattr(unwrap(module), last))
+        return found
+
+    def merge(self, names=None):
+        with rejecting():
+            self.model.merge_adapter(names)
+
+    def unmerge(self):
+        with rejecting():
+            self.model.unmerge_adapter()
+
+    def unload(self, merge):
+        with rejecting():
+            self.model = self.model.merge_and_unload() if merge else self.model.unload()
+
+    def switch(self, names):
+        with rejecting():
+            if len(names) == 1:
+                self.model.set_adapter(names[0])
+            else:
+                self.model.base_model.set_adapter(list(names))
+        self.model.eval()
+
+    def disable(self, off):
+        self.off = off
+
+    def scale(self, factor):
+        layers = [m for m in self.model.modules() if hasattr(m, "scale_layer")]
+        if not layers:
+            raise Unsupported("layers have no scale_layer")
+        for layer in layers:
+            layer.scale_layer(factor)
+
+    def copy(self):
+        self.model = copy.deepcopy(self.model)
+
+    def save(self, path):
+        with rejecting():
+            self.model.save_pretrained(path)
+
+    def restore(self, path, base, weights, dtype):
+        self.off = False
+        net = self.base(base, weights, dtype)
+        with rejecting():
+            self.model = self.peft.PeftModel.from_pretrained(net, path)
+        self.model.to(self.dtype).eval()

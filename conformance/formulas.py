@@ -1,0 +1,117 @@
+"""What the formulas say about a whole model: its output, its merged weights, its parameters, its gradients.
+
+Nothing here looks at how PEFT does it: tensors by their saved keys go in, NumPy float64 comes out.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+
+from . import numpy_model
+from .method import KEY, Method, slots
+
+
+def plain_name(key: str) -> str:
+    """The base parameter that a saved key replaces (modules_to_save, trained biases, LN tuning), if it is one."""
+    return key.removeprefix(KEY).replace(".base_layer.", ".")
+
+
+def replaced(weights: dict, tensors: dict) -> dict:
+    """Base weights, with those that the adapter replaces as a whole."""
+    return {**weights, **{plain_name(k): v for k, v in tensors.items() if plain_name(k) in weights}}
+
+
+def token_rows(site, t, c):
+    """The rows of an embedding that `trainable_token_indices` replaces. W: (dim, vocab)."""
+    key = next((k for k in t if k.endswith("trainable_tokens_delta")), None)
+    if key is None:
+        return None
+    chosen = c.get("token_indices") or c.get("trainable_token_indices")
+    if isinstance(chosen, dict):
+        chosen = next(v for k, v in chosen.items() if (site.path + ".").endswith(k + "."))
+    W = site.W.copy()
+    W[:, list(chosen)] = t[key].T
+    return W, site.b
+
+
+def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: dict, held: dict | None = None,
+            formula=None):
+    """(weights with the adapter folded in, {path: tensors} of layers that have to be run instead)."""
+    tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
+    folded = replaced(weights, tensors)
+    routed = {}
+    formula = formula or method.formula
+    shared = {k: v for k, v in tensors.items() if method.shared and not any(k in (f"{KEY}{w}",) for w in weights)}
+    for path, site in numpy_model.sites(base, folded).items():
+        t = slots(tensors, path)
+        t = {k: v for k, v in t.items() if k not in ("weight", "bias", "base_layer.weight", "base_layer.bias")
+             and not k.startswith("base_layer.out_proj")}
+        if not t:
+            continue
+        if method.shared:
+            t = {**t, **{k: v for k, v in shared.items() if k.removeprefix("base_model.").count(".") == 0}}
+        if (new := token_rows(site, t, config)) is None:
+            if method.run and (method.formula is None or site.args.get("groups", 1) > 1):
+                routed[path] = t
+                continue
+            more = {}
+            if held is not None and "held" in inspect.signature(formula).parameters:
+                more["held"] = slots({k: np.asarray(v, np.float64) for k, v in held.items()}, path)
+            new = formula(site, t, config, **more)
+        W, b = new
+        folded[site.weight] = numpy_model.stored(site, W)
+        if b is not None and site.bias in folded:
+            folded[site.bias] = b
+    return folded, routed
+
+
+def output(method, base, weights, tensors, config, inputs, held=None, formula=None, run=None, prompt=None):
+    """y, as the paper says it."""
+    inputs = {k: np.asarray(v) for k, v in inputs.items()}
+    weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
+    folded, routed = adapted(method, base, weights, tensors, config, held, formula)
+    run = run or method.run
+    special = {p: (lambda site, x, t=t: run(site, t, config, x, inputs)) for p, t in routed.items()}
+    prompt = prompt or method.prompt
+    joined = prompt(tensors, config) if prompt else None
+    y = numpy_model.run(base, folded, inputs, special, joined)
+    return y
+
+
+def gradients(method, base, weights, tensors, config, inputs, cotangent, step=1e-6, **faulty) -> dict:
+    """Central differences of sum(cotangent * y), for every tensor and a float input; relative error about 1e-9."""
+    found = {}
+    tensors = {k: np.array(v, np.float64) for k, v in tensors.items()}
+    inputs = {k: np.array(v) for k, v in inputs.items()}
+    held = {k: v.copy() for k, v in tensors.items()}
+
+    def loss():
+        return float((output(method, base, weights, tensors, config, inputs, held, **faulty) * cotangent).sum())
+
+    moving = {k: v for k, v in tensors.items() if k not in method.frozen}
+    if "x" in inputs and inputs["x"].dtype.kind == "f":
+        inputs["x"] = inputs["x"].astype(np.float64)
+        moving["input"] = inputs["x"]
+    for key, array in moving.items():
+        grad = np.zeros(array.shape)
+        flat, out = array.reshape(-1), grad.reshape(-1)
+        for i in range(flat.size):
+            old = flat[i]
+            flat[i] = old + step
+            up = loss()
+            flat[i] = old - step
+            out[i] = (up - loss()) / (2 * step)
+            flat[i] = old
+        found[key] = grad
+    return found
+
+
+def expected_shapes(method, base, weights, config, targets) -> dict:
+    """Saved key -> shape in closed form, for the layers `targets`."""
+    at = numpy_model.sites(base, weights)
+    found = {f"{KEY}{p}.{slot}": tuple(s) for p in targets for slot, s in method.shapes(at[p], config).items()}
+    if method.shared:
+        found.update(method.shared(config, [at[p] for p in targets]))
+    return found

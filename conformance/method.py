@@ -1,0 +1,103 @@
+"""What a method's file holds: rows (cases), its formula in NumPy, its parameter shapes, its seeded faults.
+
+The files in `conformance/methods/` are found by themselves; each has one `METHOD`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+
+KEY = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case to be. `id` is `<base kind>/<what is special>`; with the method's name before it, it never changes
+    meaning. A row that turns out wrong is removed, and its id is not used again."""
+
+    id: str
+    base: str  # a key of bases.BASES
+    config: dict  # as in adapter_config.json; peft_type is added
+    profile: str = "full"  # core | full
+    inputs: dict = field(default_factory=dict)  # integer inputs besides the model's own: name -> [shape, below]
+    dtypes: tuple = ("float64", "float32", "bfloat16")
+    second: dict | None = None  # the config of a second adapter, for the lifecycle trace; {} = this config
+    merges: bool = True
+    # "formula": the reference contradicts itself or fails here, and the paper's formula is the golden; `note` says how
+    golden: str = "reference"
+    # what reference and formula disagree about; both answers are recorded, and either one passes
+    disputed: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A wrong implementation: the right one with `change` made to it. `caught_by`: the checks meant to see it."""
+
+    id: str
+    what: str
+    change: dict  # operation -> replacement, see drivers/oracle.py; "formula" is the usual one
+    caught_by: tuple = ("forward", "merge")
+    cases: tuple = ()  # the rows meant for it; empty: every row of the method
+    spares: tuple = ()  # rows that this fault cannot show in
+    link: str = ""  # a real bug of this kind
+
+    def meant_for(self, row_id: str) -> bool:
+        return row_id in self.cases if self.cases else row_id not in self.spares
+
+
+@dataclass(frozen=True)
+class Method:
+    name: str
+    peft_type: str
+    title: str
+    paper: str
+    equation: str
+    rows: list
+    # shapes(site, config) -> {slot: shape} of the tensors saved for one adapted weight, e.g. {"lora_A.weight": (r, in)}
+    shapes: Callable
+    # formula(site, tensors by slot, config) -> (W', b'), W as (out, in, *kernel)
+    formula: Callable | None = None
+    # run(site, tensors, config, x, inputs) -> y, where the output is no W' x + b' (routed methods)
+    run: Callable | None = None
+    # prompt(tensors by key, config) -> {"tokens": ...} or {"past": ...}
+    prompt: Callable | None = None
+    faults: tuple = ()
+    # tensors that PEFT saves but does not train (VeRA's projections), by slot or whole key
+    frozen: tuple = ()
+    # shared(config, sites) -> {whole key: shape} of tensors that belong to no single layer
+    shared: Callable | None = None
+    # slot (or key) -> the value that makes a fresh adapter do nothing; the others may be anything
+    neutral: dict = field(default_factory=dict)
+    # the recorder's tensors: perturb(slot, shape, fresh value, rng) -> value; None: fresh + 0.3 normal
+    perturb: Callable | None = None
+    # for the laws: config field -> values to draw from, and the bases to draw them on
+    draw: dict = field(default_factory=dict)
+    draw_bases: tuple = ("mlp-tokens",)
+    # one adapter name per sample in a batch; several active adapters; a strength that scales the delta linearly
+    mixed_batch: bool = False
+    stacks: bool = True
+    scales: bool = False
+    merges: bool = True
+
+
+def slots(tensors: dict, path: str, config: dict | None = None) -> dict:
+    """The tensors of the adapter on one weight: slot -> array. Shared tensors keep their whole key."""
+    own = {k[len(KEY + path) + 1:]: v for k, v in tensors.items() if k.startswith(f"{KEY}{path}.")}
+    return own
+
+
+@cache
+def methods() -> dict:
+    """All methods of the suite by name, in the order of their files' names."""
+    from . import methods as package
+
+    found = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(package.__path__)):
+        method = importlib.import_module(f"{package.__name__}.{module}").METHOD
+        found[method.name] = method
+    return found

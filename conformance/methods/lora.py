@@ -1,0 +1,163 @@
+"""LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685, eq. 3; rsLoRA: https://arxiv.org/abs/2312.03732."""
+
+import re
+
+import numpy as np
+
+from ..method import Fault, Method, Row
+
+
+def of_pattern(patterns, path, default):
+    """The value of the first pattern that matches the end of a module's path."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def rank(site, c):
+    return of_pattern(c.get("rank_pattern"), site.path, c.get("r", 8))
+
+
+def scaling(site, c):
+    r, alpha = rank(site, c), of_pattern(c.get("alpha_pattern"), site.path, c.get("lora_alpha", 8))
+    return alpha / (np.sqrt(r) if c.get("use_rslora") else r)
+
+
+def names(site):
+    return ("lora_embedding_A", "lora_embedding_B") if site.kind == "Embedding" else ("lora_A.weight", "lora_B.weight")
+
+
+def shapes(site, c):
+    a, b = names(site)
+    r, ones = rank(site, c), [1] * len(site.kernel)
+    if site.kind == "Experts":
+        experts, o, i = site.W.shape
+        return {a: (r * experts, i), b: (o, r * experts)}
+    bias = {"lora_B.bias": (site.out,)} if c.get("lora_bias") else {}
+    return {a: (r, site.inp, *site.kernel), b: (site.out, r // site.args.get("groups", 1), *ones), **bias}
+
+
+def delta(site, t):
+    """B A, unscaled, in the layout of W."""
+    a, b = names(site)
+    A, B = t[a], t[b]
+    if site.kind == "Experts":
+        experts = site.W.shape[0]
+        A, B = A.reshape(experts, -1, A.shape[1]), B.reshape(B.shape[0], -1, experts)
+        return np.einsum("ore,eri->eoi", B, A)
+    return np.einsum("or,r...->o...", B.reshape(B.shape[0], -1), A)
+
+
+def formula(site, t, c):
+    s = scaling(site, c)
+    b = site.b
+    if "lora_B.bias" in t:
+        b = (0 if b is None else b) + s * t["lora_B.bias"]
+    return site.W + s * delta(site, t), b
+
+
+def run(site, t, c, x, inputs):
+    """Grouped convolutions: A sees all channels, so the sum is no grouped convolution and cannot be merged."""
+    if site.args.get("groups", 1) == 1:
+        return None
+    from ..numpy_model import conv
+
+    down = conv(x, t["lora_A.weight"], None, {**site.args, "groups": 1})
+    up = conv(down, t["lora_B.weight"], None, {"groups": site.args["groups"]})
+    return conv(x, site.W, site.b, site.args) + scaling(site, c) * up
+
+
+def lora(**more):
+    return {"r": 4, "lora_alpha": 6, "target_modules": ["up", "mid"], **more}
+
+
+C, E = ["c1", "c2"], ["emb"]
+ROWS = [
+    Row("linear/plain", "mlp", lora(), "core", second=lora(r=2, lora_alpha=3)),
+    Row("linear/rslora", "mlp", lora(use_rslora=True), "core"),
+    Row("linear/lora-bias", "mlp", lora(lora_bias=True), "core"),
+    Row("linear/no-base-bias", "mlp-nobias", lora(), "core"),
+    Row("linear/tokens", "mlp-tokens", lora(r=3, lora_alpha=7)),
+    Row("linear/rank-one", "mlp", lora(r=1, lora_alpha=1)),
+    Row("linear/rank-above-width", "mlp", lora(r=12, lora_alpha=5)),
+    Row("linear/bias-all", "mlp", lora(bias="all")),
+    Row("linear/bias-lora-only", "mlp", lora(bias="lora_only")),
+    Row("linear/regex", "mlp", lora(target_modules=r"(up|head)")),
+    Row("linear/all-linear", "mlp", lora(target_modules="all-linear")),
+    Row("linear/exclude", "mlp", lora(target_modules="all-linear", exclude_modules=["mid"])),
+    Row("linear/modules-to-save", "mlp", lora(modules_to_save=["head"]), "core"),
+    Row("linear/rank-pattern", "blocks", lora(target_modules=["q_proj", "v_proj"], rank_pattern={
+        "model.layers.1.q_proj": 3, "v_proj": 2}), "core"),
+    Row("linear/alpha-pattern", "blocks", lora(target_modules=["q_proj", "v_proj"], alpha_pattern={
+        "layers.2.v_proj": 16, "q_proj": 3})),
+    Row("linear/layers-to-transform", "blocks", lora(target_modules=["q_proj"], layers_to_transform=[0, 2])),
+    Row("linear/layers-pattern", "blocks", lora(target_modules=["v_proj"], layers_to_transform=1,
+                                                layers_pattern="layers")),
+    Row("conv1d/plain", "conv1d", lora(target_modules=C), "core"),
+    Row("conv2d/plain", "conv2d", lora(target_modules=C), "core"),
+    Row("conv2d/strided", "conv2d-strided", lora(target_modules=C, r=3, use_rslora=True)),
+    Row("conv2d/lora-bias", "conv2d", lora(target_modules=C, lora_bias=True)),
+    Row("conv2d/groups", "conv2d-groups", lora(target_modules=C), merges=False,
+        note="A sees the channels of all groups, so no grouped kernel equals the sum"),
+    Row("conv3d/plain", "conv3d", lora(target_modules=C)),
+    Row("embedding/plain", "embedding", lora(target_modules=E), "core"),
+    Row("embedding/rslora", "embedding", lora(target_modules=E, use_rslora=True)),
+    Row("conv1d-hf/plain", "gpt", lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), "core"),
+    Row("attention/plain", "attention", lora(target_modules=["attn"]), "core",
+        disputed="the reference adds out_proj's delta twice: MultiheadAttention.merge adds it itself and then calls "
+                 "out_proj.merge, which adds it again; forward merges likewise"),
+    Row("parameter/matrix", "parameter", lora(target_modules=[], target_parameters=["router.weight"])),
+    Row("parameter/experts", "experts", lora(target_modules=[], target_parameters=["experts.weight"])),
+    Row("parameter/experts-transposed", "experts-transposed", lora(target_modules=[], target_parameters=[
+        "experts.weight"])),
+    Row("tokens/with-lora", "tokens-mlp", lora(trainable_token_indices={"embed_tokens": [1, 4, 7]})),
+]
+
+
+def wrong(**config):
+    """The formula under another config."""
+    return {"formula": lambda site, t, c: formula(site, t, {**c, **config})}
+
+
+def swapped(site, t, c):
+    """B's and A's roles changed: (A^T B^T)^T read with the wrong axis, possible where the layer is square."""
+    D = delta(site, t)
+    return site.W + scaling(site, c) * (np.swapaxes(D, 0, 1) if D.shape[0] == D.shape[1] else D), site.b
+
+
+def alpha_only(site, t, c):
+    return site.W + c.get("lora_alpha", 8) * delta(site, t), formula(site, t, c)[1]
+
+
+FAULTS = (
+    Fault("alpha-not-over-r", "the scale is alpha, not alpha / r", {"formula": alpha_only},
+          spares=("linear/rank-one", "conv2d/groups")),
+    Fault("rslora-ignored", "use_rslora is read as False", wrong(use_rslora=False),
+          cases=("linear/rslora", "embedding/rslora", "conv2d/strided")),
+    Fault("transposed", "the delta of a square layer is transposed", {"formula": swapped},
+          cases=("linear/plain", "conv1d-hf/plain", "linear/rank-pattern")),
+    Fault("rank-pattern-ignored", "alpha is divided by r where rank_pattern gives another rank",
+          wrong(rank_pattern={}), cases=("linear/rank-pattern",)),
+    Fault("alpha-pattern-ignored", "alpha_pattern is not read", wrong(alpha_pattern={}),
+          cases=("linear/alpha-pattern",)),
+    Fault("bias-dropped", "lora_B's bias is not added",
+          {"formula": lambda site, t, c: (formula(site, t, c)[0], site.b)},
+          cases=("linear/lora-bias", "conv2d/lora-bias")),
+    Fault("bias-unscaled", "lora_B's bias is added without the scale",
+          {"formula": lambda site, t, c: (formula(site, t, c)[0], None if site.b is None else
+                                          site.b + t.get("lora_B.bias", 0))},
+          cases=("linear/lora-bias", "conv2d/lora-bias")),
+    Fault("kernel-flipped", "the kernel of A is flipped, convolution for cross-correlation",
+          {"formula": lambda site, t, c: formula(site, {k: np.flip(v, tuple(range(2, v.ndim))) for k, v in t.items()}
+                                                 if site.kernel else t, c)},
+          cases=("conv1d/plain", "conv2d/plain", "conv3d/plain")),
+)
+
+METHOD = Method(
+    name="lora", peft_type="LORA", title="LoRA", paper="https://arxiv.org/abs/2106.09685",
+    equation="W' = W + (alpha / r) B A", rows=ROWS, shapes=shapes, formula=formula, run=run, faults=FAULTS,
+    neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0, "lora_embedding_A": 0.0},
+    draw={"r": [1, 2, 5], "lora_alpha": [1, 3, 8], "use_rslora": [False, True], "target_modules": [["up", "mid"]]},
+    mixed_batch=True, scales=True,
+)

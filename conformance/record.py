@@ -1,0 +1,227 @@
+"""Record the fixtures anew from a reference implementation: `python -m conformance record [--check] [METHOD ...]`.
+
+Every case is checked by the method's formula as it is recorded. What the two dispute ends up in `disputed` with both
+numbers; what is trivial (the adapter hardly changes the output) or blind (a fault within ten tolerances) is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from . import formulas, numpy_model, store
+from .bases import BASES
+from .compare import distance
+from .method import KEY, Method, Row, methods
+
+AGREE = "float32"  # formula and reference must agree to rounding of this dtype at least; most do to float64's
+SMALLEST_MARGIN = 10.0
+SMALLEST_EFFECT = 0.05
+
+
+def bf16(a):
+    """Round to 8 significant bits, so that every dtype holds the value exactly."""
+    bits = np.asarray(a, np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x8000) & 0xFFFF0000).astype(np.uint32).view(np.float32).astype(np.float64)
+
+
+def rng_of(text: str):
+    return np.random.default_rng(zlib.crc32(text.encode()))
+
+
+def base_shapes(base) -> dict:
+    """Name -> shape of the base model's parameters."""
+    from . import models
+
+    return {k: tuple(v.shape) for k, v in models.make(base).named_parameters()}
+
+
+def draw_base(base, rng) -> dict:
+    """Weights of a size that keeps activations near 1."""
+    found = {}
+    for name, shape in base_shapes(base).items():
+        a = rng.normal(size=shape)
+        if name.endswith("weight") and len(shape) > 1:
+            a /= np.sqrt(np.prod(shape[1:])) if "emb" not in name else 1.0
+        elif "norm" in name and name.endswith("weight"):
+            a = 1 + 0.3 * a
+        else:
+            a *= 0.3
+        found[name] = bf16(a)
+    return found
+
+
+def draw_inputs(base, row_inputs, rng) -> dict:
+    name = "input_ids" if base.get("model") == "causal_lm" else "x"
+    given = base["input"]
+    below, shape = given.get("below"), given["shape"]
+    found = {name: rng.integers(0, below, shape) if below else bf16(rng.normal(size=shape))}
+    for extra, (shape, below) in row_inputs.items():
+        found[extra] = rng.integers(0, below, shape)
+    return found
+
+
+def draw_adapter(method: Method, state: dict, frozen: set, rng) -> dict:
+    """The adapter's tensors, each moved away from where training starts."""
+    found = {}
+    for key in sorted(state):
+        fresh = np.asarray(state[key], np.float64)
+        if key in frozen:
+            found[key] = bf16(fresh)
+        elif method.perturb is not None:
+            found[key] = bf16(method.perturb(key, fresh, rng))
+        else:
+            found[key] = bf16(fresh + 0.3 * rng.normal(size=fresh.shape))
+    return found
+
+
+def targets_of(base, weights, state, method_name) -> list:
+    """The adapted layers: paths that own tensors which do not simply replace a base parameter."""
+    keys = [k for k in state if formulas.plain_name(k) not in weights]
+    at = sorted(numpy_model.sites(base, weights), key=len, reverse=True)
+    keys = [k for k in keys if not k.endswith("trainable_tokens_delta") or method_name == "trainable_tokens"]
+    return sorted({p for k in keys if (p := next((q for q in at if k.startswith(f"{KEY}{q}.")), None))})
+
+
+def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
+    case_id = f"{method.name}/{row.id}"
+    rng = rng_of(case_id)
+    base, config = BASES[row.base], {"peft_type": method.peft_type, **row.config}
+    weights = draw_base(base, rng)
+    inputs = draw_inputs(base, row.inputs, rng)
+
+    driver.build(base, weights, config, "float64", case=case_id)
+    fresh_state, live, count = driver.state_dict(), driver.names(), driver.count()
+    cotangent = bf16(rng.normal(size=driver.forward(inputs).shape))
+    trainable = set(driver.gradients(inputs, cotangent)) - {"input"}
+    frozen = set(fresh_state) - trainable
+    adapter = draw_adapter(method, fresh_state, frozen, rng)
+    driver.load(adapter)
+
+    parts: dict[str, dict] = {"base": weights, "adapter": adapter, "input": inputs, "cotangent": {"y": cotangent}}
+    said = formulas.output(method, base, weights, adapter, config, inputs)
+    if row.golden == "formula":
+        y, grad = said, formulas.gradients(method, base, weights, adapter, config, inputs, cotangent)
+    else:
+        y, grad = driver.forward(inputs), driver.gradients(inputs, cotangent)
+    parts["out"], parts["grad"] = {"y": y}, grad
+    folded, _ = formulas.adapted(method, base, {k: np.asarray(v, np.float64) for k, v in weights.items()}, adapter,
+                                 config)
+    if method.merges and row.merges:
+        if row.golden == "formula":
+            parts["merged"] = {k: v for k, v in folded.items() if v is not weights[k]}
+        else:
+            driver.merge()
+            after = driver.weights()
+            parts["merged"] = {k: v for k, v in after.items() if not np.array_equal(v, weights[k])}
+            parts["merged_out"] = {"y": driver.forward(inputs)}
+    merged_out = parts.pop("merged_out", {}).get("y")
+
+    parts["plain"] = {"y": formulas.output(method, base, weights, {}, config, inputs, prompt=lambda *a: {})}
+    problems, plain = [], parts["plain"]["y"]
+    agreement = agreement_of(said, y, "formula and reference", problems)
+    if "merged" in parts:
+        for k, v in parts["merged"].items():
+            agreement_of(folded[k], v, f"merged {k}", problems)
+        if merged_out is not None:
+            agreement_of(merged_out, y, "the merged model and the running one", problems)
+    counted = formulas.gradients(method, base, weights, adapter, config, inputs, cotangent)
+    if row.disputed and problems:
+        parts["paper"] = {"y": said}
+        parts["paper_merged"] = {k: folded[k] for k in parts.get("merged", {})}
+        parts["paper_grad"] = counted
+    for k in () if row.disputed else sorted(grad):
+        if k not in counted or distance(grad[k], counted[k], "float32") > 1:
+            problems.append(f"gradient of {k}: reference and finite differences differ")
+    targets = targets_of(base, weights, adapter, method.name)
+    closed = formulas.expected_shapes(method, base, weights, config, targets)
+    for k, shape in closed.items():
+        if k not in adapter or tuple(adapter[k].shape) != tuple(shape):
+            problems.append(f"{k}: closed form says {tuple(shape)}, saved {adapter.get(k, np.empty(0)).shape}")
+    if plain.shape != y.shape:  # prompts lengthen the output
+        plain = None
+    effect = 1.0 if plain is None else float(np.abs(y - plain).max() / np.abs(y).max())
+    if effect < SMALLEST_EFFECT:
+        problems.append(f"the adapter changes the output by {effect:.3f} only")
+    evidence, problems = (problems, []) if row.disputed else ([], problems)
+    margin, nearest = margin_of(method, row, base, weights, adapter, config, inputs, y, plain)
+    if margin < SMALLEST_MARGIN:
+        problems.append(f"margin {margin:.1f}: the nearest fault is {nearest}")
+
+    data = {
+        "id": case_id, "profile": row.profile, "note": row.note, "golden": row.golden, "base_name": row.base,
+        "base": base, "config": config, "second": None if row.second is None else
+        {"peft_type": method.peft_type, **row.second},
+        "dtypes": list(row.dtypes), "merges": "merged" in parts, "targets": targets,
+        "keys": {k: list(v.shape) for k, v in sorted(adapter.items())}, "frozen": sorted(frozen),
+        "parameters": dict(sorted(live.items())), "count": list(count),
+        "effect": round(effect, 4), "margin": float(f"{margin:.4g}"), "nearest_fault": nearest,
+        "agreement": float(f"{agreement:.3g}"),
+    }
+    if row.disputed:
+        data["disputed"] = {"what": row.disputed, "evidence": evidence}
+    if problems:
+        data["problems"] = problems
+    tensors = {f"{case_id}|{part}|{k}": v for part, group in parts.items() for k, v in group.items()}
+    return data, tensors
+
+
+def agreement_of(a, b, what, problems) -> float:
+    """Relative difference; a dispute is written down."""
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape:
+        problems.append(f"{what}: shapes {a.shape} and {b.shape}")
+        return float("inf")
+    gap = float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-300))
+    if distance(a, b, AGREE) > 1:
+        problems.append(f"{what} differ by {gap:.3g} relative")
+    return gap
+
+
+def margin_of(method, row, base, weights, adapter, config, inputs, y, plain):
+    """(distance of the nearest fault in float32 tolerances, its name), over the faults meant for this case."""
+    wrong = {}
+    if plain is not None:
+        wrong["adapter ignored"] = plain
+        wrong["effect 1% too large"] = plain + 1.01 * (y - plain)
+    for fault in method.faults:
+        meant = fault.meant_for(row.id)
+        if meant and "formula" in fault.change:
+            wrong[fault.id] = formulas.output(method, base, weights, adapter, config, inputs,
+                                              formula=fault.change["formula"])
+        for part in ("run", "prompt"):
+            if meant and part in fault.change:
+                wrong[fault.id] = formulas.output(method, base, weights, adapter, config, inputs,
+                                                  **{part: fault.change[part]})
+    measured = {k: distance(v, y, "float32") for k, v in wrong.items()}
+    if not measured:
+        return float("inf"), ""
+    nearest = min(measured, key=measured.get)
+    return min(measured[nearest], 1e9), nearest
+
+
+def provenance(driver) -> dict:
+    source = b"".join(p.read_bytes() for p in sorted(Path(__file__).parent.glob("methods/*.py")))
+    source += Path(__file__).read_bytes() + (Path(__file__).parent / "bases.py").read_bytes()
+    info = driver.info()
+    return {"library": info["name"], "version": info["version"], "torch": info.get("torch", ""),
+            "numpy": np.__version__, "platform": f"{platform.system()} {platform.machine()}",
+            "recorder_sha256": hashlib.sha256(source).hexdigest()[:16], "dtype": "float64"}
+
+
+def record_method(method: Method, driver, folder: Path) -> list[str]:
+    """Write one method's pack; the problems found, as text."""
+    cases, tensors, problems = [], {}, []
+    for row in method.rows:
+        data, parts = record_case(method, row, driver)
+        problems += [f"{data['id']}: {p}" for p in data.pop("problems", [])]
+        cases.append(data)
+        tensors.update(parts)
+    store.write(folder, method.name, {
+        "schema": store.SCHEMA, "method": method.name, "peft_type": method.peft_type, "title": method.title,
+        "paper": method.paper, "equation": method.equation, "provenance": provenance(driver), "cases": cases}, tensors)
+    return problems
