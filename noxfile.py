@@ -1,0 +1,104 @@
+"""Every check of the project, each in an environment that it sets up itself: `python -m nox -l` lists them.
+
+By default they run on this interpreter and on the torch that constraints.txt pins. For a wider matrix:
+
+    MINIPEFT_PYTHON="3.10 3.13" MINIPEFT_TORCH="2.12.0 2.13.0" python -m nox -s tests
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["tests", "conformance", "lint", "types"]
+
+CONSTRAINTS = Path(__file__).with_name("constraints.txt").read_text()
+PYTHONS = os.environ.get("MINIPEFT_PYTHON", "").split() or None
+TORCHS = os.environ.get("MINIPEFT_TORCH", "").split() or re.findall(r"^torch==(\S+)", CONSTRAINTS, re.M)
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+
+
+def matrix(session_function):
+    """A session that runs once for each Python and each torch asked for."""
+    if len(TORCHS) > 1:
+        session_function = nox.parametrize("torch", TORCHS)(session_function)
+    return nox.session(python=PYTHONS)(session_function)
+
+
+def install(session, torch, *requirements):
+    """Install the requirements under constraints.txt, with its torch replaced by the one asked for."""
+    constraints = Path(session.create_tmp(), "constraints.txt")
+    constraints.write_text(re.sub(r"^torch==\S+", f"torch=={torch}", CONSTRAINTS, flags=re.M))
+    session.install("-q", "-c", str(constraints), *requirements)
+
+
+@matrix
+def tests(session, torch=TORCHS[0]):
+    """The whole test suite, examples and interop with peft included."""
+    install(session, torch, "-e", ".[test]")
+    session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
+
+
+@matrix
+def conformance(session, torch=TORCHS[0]):
+    """The conformance suite on minipeft; options after `--` go to it, such as `--impl peft`."""
+    install(session, torch, "-e", ".[conformance]", *(["peft"] if "peft" in session.posargs else []))
+    session.run("python", "-m", "conformance", *session.posargs, env=ONE_THREAD)
+
+
+@matrix
+def interop(session, torch=TORCHS[0]):
+    """Checkpoints, numbers and names exchanged with peft and transformers."""
+    install(session, torch, "-e", ".[test]")
+    session.run("pytest", "tests/interop", *session.posargs, env=ONE_THREAD)
+
+
+@matrix
+def bnb(session, torch=TORCHS[0]):
+    """Base layers quantised by bitsandbytes."""
+    install(session, torch, "-e", ".[test]")
+    session.run("pytest", "-m", "bnb", *session.posargs, env=ONE_THREAD)
+
+
+@matrix
+def gpu(session, torch=TORCHS[0]):
+    """The tests that need CUDA: skipped on a machine without it, an error there if REQUIRE_GPU=1."""
+    absent = session.error if os.environ.get("REQUIRE_GPU") == "1" else session.skip
+    if not shutil.which("nvidia-smi"):
+        absent("no NVIDIA driver on this machine")
+    install(session, torch, "-e", ".[test]")
+    if "True" not in session.run("python", "-c", "import torch; print(torch.cuda.is_available())", silent=True):
+        absent(f"torch {torch} finds no CUDA device")
+    session.run("pytest", "-m", "gpu", *session.posargs)
+
+
+@matrix
+def bench(session, torch=TORCHS[0]):
+    """Side by side with peft; options after `--` go to `python -m benchmarks`."""
+    install(session, torch, "-e", ".[bench]")
+    session.run("python", "-m", "benchmarks", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def lint(session):
+    """ruff's rules."""
+    install(session, TORCHS[0], "ruff")
+    session.run("ruff", "check", *session.posargs)
+
+
+@matrix
+def types(session, torch=TORCHS[0]):
+    """mypy's types."""
+    install(session, torch, "-e", ".", "mypy")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session(name="fixtures-check")
+def fixtures_check(session):
+    """Record the golden data from peft anew and compare it with what is in fixtures/."""
+    install(session, TORCHS[0], "-e", ".[test]")
+    session.run("python", "-m", "conformance", "record", "--check", *session.posargs, env=ONE_THREAD)
