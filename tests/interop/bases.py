@@ -174,7 +174,7 @@ class Stack(nn.Module):
         if tied:
             self.head.weight = self.emb.weight
 
-    def forward(self, x):
+    def forward(self, x, **kwargs):
         x = self.emb(x)
         for layer in self.layers:
             x = layer(x)
@@ -272,6 +272,7 @@ BERT_TOKEN = _hf_base("bert_token", _hf("BertConfig", "BertForTokenClassificatio
 BERT_QA = _hf_base("bert_qa", _hf("BertConfig", "BertForQuestionAnswering", **{**_BERT, "num_labels": 2}),
                    _text(start_positions=lambda g: torch.randint(0, 4, (BATCH,), generator=g),
                          end_positions=lambda g: torch.randint(0, 4, (BATCH,), generator=g)))
+BERT_TOKEN_BARE = _hf_base("bert_token_bare", _hf("BertConfig", "BertForTokenClassification", **_BERT), _text())
 GPT2 = _hf_base("gpt2", _hf("GPT2Config", "GPT2LMHeadModel", **_GPT2), _text(labels=_ids(BATCH, 5)))
 GPT2_SEQ = _hf_base("gpt2_seq", _hf("GPT2Config", "GPT2ForSequenceClassification", num_labels=3, **_GPT2),
                     _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))

@@ -14,6 +14,8 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
 def tolerance(case: Case, dtype: torch.dtype) -> float:
+    if dtype == torch.float64 and case.tolerance:
+        return case.tolerance
     if dtype == torch.float64 and case.base.float32_inside:
         return 2e-6
     return TOLERANCE[dtype]
@@ -92,7 +94,17 @@ def tensors(output) -> dict[str, torch.Tensor]:
 
 def run(model, batch: dict, **options) -> dict[str, torch.Tensor]:
     with torch.no_grad():
-        return {k: v.clone() for k, v in tensors(model(**batch, **options)).items()}
+        return {k: v.clone() for k, v in tensors(call(model, {**batch, **options})).items()}
+
+
+def call(model, batch: dict):
+    """model(**batch). The plain PeftModel does not know of task_ids, its tuner does."""
+    return (model.base_model if type(model).__name__ == "PeftModel" and "task_ids" in batch else model)(**batch)
+
+
+def weighable(case: Case, out: dict) -> dict:
+    """The outputs that a merged weight must reproduce."""
+    return {k: v for k, v in out.items() if not (case.own_loss and k == "loss")}
 
 
 def gradients(model, batch: dict) -> dict[str, torch.Tensor]:
@@ -100,7 +112,7 @@ def gradients(model, batch: dict) -> dict[str, torch.Tensor]:
     batch = {k: v.clone().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
              for k, v in batch.items()}
     model.zero_grad()
-    out = tensors(model(**batch))
+    out = tensors(call(model, batch))
     sum((v * torch.sin(v + 1)).sum() for v in out.values()).backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad and p.grad is not None}
     grads |= {f"input:{k}": v.grad for k, v in batch.items() if torch.is_tensor(v) and v.requires_grad}
@@ -142,6 +154,10 @@ def differ(a: dict, b: dict, tolerance: float) -> bool:
     except AssertionError:
         return True
     return False
+
+
+def without_labels(batch: dict) -> dict:
+    return {k: v for k, v in batch.items() if k not in ("labels", "start_positions", "end_positions")}
 
 
 def bits(t: torch.Tensor) -> bytes:

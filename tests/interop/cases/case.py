@@ -16,9 +16,10 @@ class Case:
     fresh       a new adapter leaves the output unchanged
     outputs     the output with every trainable tensor moved
     gradients   and its gradients
-    merge       merged weights equal peft's, and the merged output the running one
+    merge       the merged weights
     disabled    the output with the adapter disabled
     restore     unload() gives back the base model's weights
+    reload      the output after loading the saved adapter into a new base model
     running writes   running leaves every tensor as it is
     several     the output with two adapters active
     """
@@ -32,9 +33,11 @@ class Case:
     merges: bool = True
     stacks: bool = True  # peft runs two active adapters
     second: dict | None = field(default_factory=dict)  # changes to kwargs for a second adapter; None: peft refuses one
-    mixed: bool = False  # peft takes adapter_names=[...] for it
+    mixed: bool | None = False  # peft takes adapter_names=[...] for it; None: the batch is not the first dimension
     train: bool = False  # random while training: also compared in train mode at equal seed
     scale: float = 0.1  # how far a trainable tensor is moved
+    own_loss: bool = False  # adds a term to the loss, which no merged weight can carry
+    tolerance: float | None = None  # in place of the usual one in float64
     inputs: dict = field(default_factory=dict)  # further forward arguments, such as task_ids
     disputed: dict[str, str] = field(default_factory=dict)
 
@@ -49,6 +52,28 @@ class Case:
 
 PROMPTS = {"PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig",
            "CPTConfig", "CartridgeConfig"}
+
+
+def trained_bias() -> dict:
+    """What all methods with a `bias` option share: flags of a row that sets it."""
+    return {
+        "second": None,
+        "disputed": {
+            "disabled": "the base model's own biases are trained, and disabling the adapter leaves them changed",
+            "restore": "unload() returns a base model with the trained biases",
+        },
+    }
+
+
+def rows(method: str, config: str, **defaults):
+    """A function that makes rows of one method: row(id, base, **flags of Case and fields of the config)."""
+
+    def row(id: str, base: Base, **given) -> Case:
+        given = {**defaults, **given}
+        flags = {k: given.pop(k) for k in list(given) if k in Case.__dataclass_fields__}
+        return Case(f"{method}/{id}", config, given, base, **flags)
+
+    return row
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,21 @@
 """LoRA on every kind of base layer, with every option."""
 
 from .. import bases as B
-from .case import Case, Refused
+from .case import Refused, rows, trained_bias
 
 LINEARS = ["square", "wide", "thin"]
 BIASED = ["square", "wide"]
 CONVS = ["first", "same", "point"]
 
 
-def lora(id, base, targets=None, **kwargs):
-    flags = {k: kwargs.pop(k) for k in list(kwargs) if k in Case.__dataclass_fields__}
-    flags.setdefault("mixed", True)
-    if targets is not None:
-        kwargs["target_modules"] = targets
-    flags.setdefault("second", {} if "rank_pattern" in kwargs else {"r": 2, "lora_alpha": 3})
-    return Case(f"lora/{id}", "LoraConfig", {"r": 4, "lora_alpha": 6, **kwargs}, base, **flags)
+_row = rows("lora", "LoraConfig", r=4, lora_alpha=6)
 
 
-BIAS_ALL = {"disabled": "bias='all' trains the base model's own biases, and disabling the adapter leaves them changed",
-            "restore": "the same: unload() returns a base model with the trained biases"}
+def lora(id, base, targets=None, **given):
+    given.setdefault("mixed", True)
+    given.setdefault("second", {} if "rank_pattern" in given else {"r": 2, "lora_alpha": 3})
+    return _row(id, base, **({} if targets is None else {"target_modules": targets}), **given)
+
 
 IN_PLACE = "attention merges into in_proj_weight and subtracts again on every run, which leaves rounding behind"
 HALF_GRADIENT = ("out_proj gets its delta twice, in running and in merging (W + 2 s B A), "
@@ -34,8 +31,8 @@ CASES = [
     lora("linear/one", B.MLP, ["wide"]),
     lora("linear/rslora", B.MLP, LINEARS, use_rslora=True),
     lora("linear/rank_above_width", B.MLP, LINEARS, r=16),
-    lora("linear/bias_all", B.MLP, LINEARS, bias="all", disputed=BIAS_ALL),
-    lora("linear/bias_lora_only", B.MLP, LINEARS, bias="lora_only", disputed=BIAS_ALL),
+    lora("linear/bias_all", B.MLP, LINEARS, bias="all", **trained_bias()),
+    lora("linear/bias_lora_only", B.MLP, LINEARS, bias="lora_only", **trained_bias()),
     lora("linear/lora_bias", B.MLP, BIASED, lora_bias=True),
     lora("linear/lora_bias_rslora", B.MLP, BIASED, lora_bias=True, use_rslora=True),
     lora("linear/dropout", B.MLP, LINEARS, lora_dropout=0.4, train=True),
@@ -48,7 +45,8 @@ CASES = [
     lora("linear/init_orthogonal", B.MLP, LINEARS, init_lora_weights="orthogonal", exact_init=False),
     lora("linear/init_pissa", B.MLP, LINEARS, init_lora_weights="pissa", exact_init=False),
     lora("linear/init_pissa_rslora", B.MLP, LINEARS, init_lora_weights="pissa", use_rslora=True, exact_init=False),
-    lora("linear/init_pissa_niter_4", B.MLP, LINEARS, init_lora_weights="pissa_niter_4", exact_init=False),
+    lora("linear/init_pissa_niter_4", B.MLP, LINEARS, init_lora_weights="pissa_niter_4", exact_init=False,
+         disputed={"reload": "a random factorisation is taken off the base weight again on every load"}),
     lora("linear/init_olora", B.MLP, LINEARS, init_lora_weights="olora", exact_init=False),
     # targets
     lora("targets/regex", B.STACK, r".*\.(q|down)"),
@@ -62,17 +60,19 @@ CASES = [
     lora("targets/layers_pattern_list", B.STACK, ["q"], layers_to_transform=[0], layers_pattern=["layers", "h"]),
     lora("targets/rank_pattern_by_path", B.STACK, ["q", "up"], rank_pattern={r"layers\.[02]\.q": 2, "up": 3},
          alpha_pattern={"layers.1.q": 9}),
-    lora("targets/modules_to_save", B.STACK, ["q"], modules_to_save=["head"]),
-    lora("targets/modules_to_save_several", B.STACK, ["q"], modules_to_save=["norm", "head"], mixed=False),
-    lora("targets/modules_to_save_only_copied", B.MLP, LINEARS, modules_to_save=["head"]),
-    lora("targets/token_indices_list", B.LLAMA, ["q_proj"], trainable_token_indices=[1, 5, 9]),
-    lora("targets/token_indices_dict", B.STACK, ["q"], trainable_token_indices={"emb": [0, 7]}),
-    lora("targets/token_indices_tied", B.LLAMA_TIED, ["q_proj"], trainable_token_indices=[1, 5, 9]),
+    lora("targets/modules_to_save", B.STACK, ["q"], modules_to_save=["head"], stacks=False),
+    lora("targets/modules_to_save_several", B.STACK, ["q"], modules_to_save=["norm", "head"], mixed=False,
+         stacks=False),
+    lora("targets/modules_to_save_only_copied", B.MLP, LINEARS, modules_to_save=["head"], stacks=False),
+    lora("targets/token_indices_list", B.LLAMA, ["q_proj"], trainable_token_indices=[1, 5, 9], stacks=False),
+    lora("targets/token_indices_dict", B.STACK, ["q"], trainable_token_indices={"emb": [0, 7]}, stacks=False),
+    lora("targets/token_indices_tied", B.LLAMA_TIED, ["q_proj"], trainable_token_indices=[1, 5, 9], stacks=False),
     lora("targets/tying_modules_to_save", B.LLAMA_TIED, ["q_proj"], modules_to_save=["embed_tokens"],
-         ensure_weight_tying=True, mixed=False),
+         ensure_weight_tying=True, mixed=False, stacks=False),
     lora("targets/tying_embedding", B.LLAMA_TIED, ["q_proj", "embed_tokens"], ensure_weight_tying=True,
          disputed={"merge": SHARED}),
-    lora("targets/tying_tokens", B.LLAMA_TIED, ["q_proj"], trainable_token_indices=[2, 3], ensure_weight_tying=True),
+    lora("targets/tying_tokens", B.LLAMA_TIED, ["q_proj"], trainable_token_indices=[2, 3], ensure_weight_tying=True,
+         stacks=False),
     lora("targets/layer_replication", B.LLAMA, ["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 2]],
          fresh=False, disputed={"merge": SHARED}),
     lora("targets/default_of_model_type", B.LLAMA),
@@ -85,7 +85,7 @@ CASES = [
     lora("conv2d_uneven/plain", B.CONV2D_UNEVEN, ["first", "point"]),
     lora("conv2d/rslora", B.CONV2D, CONVS, use_rslora=True),
     lora("conv2d/lora_bias", B.CONV2D, ["first", "point"], lora_bias=True),
-    lora("conv2d/bias_all", B.CONV2D, CONVS, bias="all", disputed=BIAS_ALL),
+    lora("conv2d/bias_all", B.CONV2D, CONVS, bias="all", **trained_bias()),
     lora("conv2d/gaussian", B.CONV2D, CONVS, init_lora_weights="gaussian"),
     lora("conv2d/init_false", B.CONV2D, CONVS, init_lora_weights=False, fresh=False),
     lora("conv2d/dropout", B.CONV2D, CONVS, lora_dropout=0.4, train=True),
@@ -105,9 +105,9 @@ CASES = [
     lora("attention/plain", B.ATTENTION, ["attn"], mixed=False, disputed=ATTENTION),
     lora("attention/with_out_proj", B.ATTENTION, ["attn", "out_proj"], mixed=False,
          disputed={**ATTENTION, "merge": "out_proj is merged once more than it runs"}),
-    lora("attention/out_proj", B.ATTENTION, ["out_proj"], mixed=False, disputed={"outputs": UNUSED, "merge": UNUSED}),
+    lora("attention/out_proj", B.ATTENTION, ["out_proj"], mixed=False, disputed={"outputs": UNUSED}),
     lora("attention/no_bias", B.ATTENTION_NO_BIAS, ["attn"], mixed=False, disputed=ATTENTION),
-    lora("attention/sequence_first", B.ATTENTION_SEQ_FIRST, ["attn"], mixed=False, disputed=ATTENTION),
+    lora("attention/sequence_first", B.ATTENTION_SEQ_FIRST, ["attn"], mixed=None, disputed=ATTENTION),
     lora("attention/init_false", B.ATTENTION, ["attn"], init_lora_weights=False, fresh=False, mixed=False,
          disputed=ATTENTION),
     # a bare nn.Parameter
@@ -122,11 +122,11 @@ CASES = [
     # transformers models
     lora("bert/plain", B.BERT, ["query", "value"], task_type="FEATURE_EXTRACTION"),
     lora("bert/embeddings", B.BERT, ["word_embeddings", "dense"]),
-    lora("bert_seq/plain", B.BERT_SEQ, ["query", "value"], task_type="SEQ_CLS"),
-    lora("bert_token/plain", B.BERT_TOKEN, ["query", "value"], task_type="TOKEN_CLS"),
-    lora("bert_qa/plain", B.BERT_QA, ["query", "value"], task_type="QUESTION_ANS"),
+    lora("bert_seq/plain", B.BERT_SEQ, ["query", "value"], task_type="SEQ_CLS", stacks=False),
+    lora("bert_token/plain", B.BERT_TOKEN, ["query", "value"], task_type="TOKEN_CLS", stacks=False),
+    lora("bert_qa/plain", B.BERT_QA, ["query", "value"], task_type="QUESTION_ANS", stacks=False),
     lora("gpt2/plain", B.GPT2, ["c_attn", "c_proj"], task_type="CAUSAL_LM", fan_in_fan_out=True),
-    lora("gpt2_seq/plain", B.GPT2_SEQ, ["c_attn"], task_type="SEQ_CLS", fan_in_fan_out=True),
+    lora("gpt2_seq/plain", B.GPT2_SEQ, ["c_attn"], task_type="SEQ_CLS", fan_in_fan_out=True, stacks=False),
     lora("t5/plain", B.T5, ["q", "v"], task_type="SEQ_2_SEQ_LM"),
     lora("llama/plain", B.LLAMA, ["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"),
 ]

@@ -1,0 +1,40 @@
+"""Initial values: equal to peft's at equal seed, and a fresh adapter changes nothing."""
+
+import pytest
+import torch
+
+from . import harness as H
+from .cases import each_case
+
+
+@each_case()
+def test_values_at_equal_seed(case, lib, ref):
+    """All tensors, the base model's included: PiSSA and OLoRA rewrite its weights."""
+    want, got = H.snapshot(H.adapt(ref, case, seed=3)), H.snapshot(H.adapt(lib, case, seed=3))
+    if case.exact_init:
+        H.identical(got, want)
+    else:
+        H.close(got, want, 1e-5)
+
+
+@each_case()
+def test_what_the_global_seed_decides(case, lib, ref):
+    """A tensor that peft draws from a key in the config, or from nothing, must not move with the global seed."""
+
+    def moved(module):
+        one, two = H.snapshot(H.adapt(module, case, seed=3)), H.snapshot(H.adapt(module, case, seed=4))
+        return {name for name in one if not torch.equal(one[name], two[name])}
+
+    assert moved(lib) == moved(ref)
+
+
+@each_case(lambda c: c.fresh)
+def test_fresh_adapter_is_the_identity(case, lib, is_ref):
+    if is_ref and "fresh" in case.disputed:
+        pytest.skip(f"disputed: {case.disputed['fresh']}")
+    model = H.adapt(lib, case).double()
+    batch = H.inputs(case, torch.float64)
+    base = H.run(case.base.build(torch.float64), {k: v for k, v in batch.items() if k not in case.inputs})
+    # PiSSA and OLoRA take their factors off the base weight in float32
+    rounding = 1e-12 if case.exact_init else 1e-5
+    H.close(H.weighable(case, H.run(model, batch)), H.weighable(case, base), rounding)

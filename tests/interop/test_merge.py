@@ -1,0 +1,157 @@
+"""Merging: the same weights as peft, the same output as running, nothing left behind after unmerging."""
+
+import pytest
+import torch
+
+from . import harness as H
+from .cases import each_case
+
+REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
+mergeable = each_case(lambda c: c.merges and not c.prompt)
+
+
+def skip_reference(is_ref, case, what):
+    if is_ref and what in case.disputed:
+        pytest.skip(f"disputed: {case.disputed[what]}")
+
+
+@mergeable
+def test_merged_weights(case, lib, ref, is_ref):
+    skip_reference(is_ref, case, "merge")
+    theirs, ours = H.pair(ref, lib, case, torch.float64)
+    batch = H.inputs(case, torch.float64)
+    running = H.weighable(case, H.run(ours, batch))
+    before = H.snapshot(ours)
+    try:
+        ours.merge_adapter()
+    except REFUSALS:
+        assert "merge" in case.disputed, "refused to merge what peft merges"
+        H.identical(H.snapshot(ours), before)
+        return
+    tolerance = H.tolerance(case, torch.float64)
+    if not (is_ref and "outputs" in case.disputed):
+        H.close(H.weighable(case, H.run(ours, batch)), running, tolerance)
+    if "merge" not in case.disputed:
+        theirs.merge_adapter()
+        H.close(H.snapshot(ours), H.snapshot(theirs), tolerance)
+        assert H.differ(H.snapshot(theirs), before, 1e-6), "merging changed nothing: the case cannot fail"
+
+
+@mergeable
+def test_merge_and_unload(case, lib, ref, is_ref):
+    skip_reference(is_ref, case, "merge")
+    theirs, ours = H.pair(ref, lib, case, torch.float64)
+    batch = H.inputs(case, torch.float64)
+    running = H.weighable(case, H.run(ours, batch))
+    try:
+        plain = ours.merge_and_unload()
+    except REFUSALS:
+        assert "merge" in case.disputed, "refused to merge what peft merges"
+        return
+    tolerance = H.tolerance(case, torch.float64)
+    if not (is_ref and "outputs" in case.disputed):
+        H.close(H.weighable(case, H.run(plain, batch)), running, tolerance)
+    if not {"merge", "restore"} & set(case.disputed):
+        want = theirs.merge_and_unload()
+        H.close(plain.state_dict(), want.state_dict(), tolerance)
+        assert {n: type(m) for n, m in plain.named_modules()} == {n: type(m) for n, m in want.named_modules()}
+    if "disabled" not in case.disputed and "layer_replication" not in case.kwargs:
+        H.same_names(plain.state_dict(), case.base.build().state_dict())
+
+
+@mergeable
+def test_safe_merge(case, lib, is_ref):
+    skip_reference(is_ref, case, "merge")
+    models = [H.move(H.adapt(lib, case), case.scale) for _ in range(2)]
+    try:
+        models[0].merge_adapter()
+    except REFUSALS:
+        assert "merge" in case.disputed
+        return
+    models[1].merge_adapter(safe_merge=True)
+    H.close(H.snapshot(models[1]), H.snapshot(models[0]), 1e-6)
+
+
+@mergeable
+def test_safe_merge_refuses_what_is_not_finite(case, lib, is_ref):
+    if is_ref:
+        pytest.skip("a promise of the module under test: peft does not check every method, and stops half-way")
+    model = H.move(H.adapt(lib, case), case.scale)
+    own = [p for n, p in model.named_parameters() if p.requires_grad and ".default" in n and "modules_to_save" not in n]
+    for p in own:
+        p.data.fill_(float("nan"))
+    before = H.snapshot(model)
+    with pytest.raises(REFUSALS):
+        model.merge_adapter(safe_merge=True)
+    H.identical(H.snapshot(model), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@mergeable
+def test_unmerge_changes_no_bit(case, dtype, lib, is_ref):
+    if is_ref:
+        pytest.skip("a promise of the module under test: peft subtracts, and rounding stays")
+    model = H.move(H.adapt(lib, case, dtype=dtype), case.scale)
+    before = H.snapshot(model)
+    for _ in range(100 if case.id.endswith("/plain") and not case.base.transformers else 3):
+        try:
+            model.merge_adapter()
+        except REFUSALS:
+            assert "merge" in case.disputed
+        model.unmerge_adapter()
+    H.identical(H.snapshot(model), before)
+
+
+@each_case()
+def test_disabled(case, lib, ref, is_ref):
+    skip_reference(is_ref, case, "disabled")
+    theirs, ours = H.pair(ref, lib, case, torch.float64)
+    batch = H.inputs(case, torch.float64)
+    running = H.run(ours, batch)
+    with ours.disable_adapter():
+        got = H.run(ours, batch)
+    if "disabled" in case.disputed:
+        want = H.run(case.base.build(torch.float64), batch)
+    else:
+        with theirs.disable_adapter():
+            want = H.run(theirs, batch)
+    tolerance = H.tolerance(case, torch.float64)
+    H.close(got, want, tolerance)
+    H.close(H.run(ours, batch), running, tolerance)
+
+
+@each_case(lambda c: not c.prompt)
+def test_unload(case, lib, ref, is_ref):
+    skip_reference(is_ref, case, "restore")
+    theirs, ours = H.pair(ref, lib, case)
+    got = ours.unload().state_dict()
+    if "restore" in case.disputed:
+        H.identical(got, theirs_without_adapter(case))
+    else:
+        H.identical(got, theirs.unload().state_dict())
+
+
+def theirs_without_adapter(case):
+    """The base model; copies that were trained in place of a module stay, as unload() means them to."""
+    return case.base.build().state_dict()
+
+
+@each_case(lambda c: c.prompt or not c.merges)
+def test_what_peft_does_not_merge(case, lib, is_ref):
+    """Either a clear refusal that leaves the model as it was, or a merge that obeys the law."""
+    model = H.move(H.adapt(lib, case).double(), case.scale)
+    batch = H.inputs(case, torch.float64)
+    running, before = H.run(model, batch), H.snapshot(model)
+    if is_ref:
+        with pytest.raises((*REFUSALS, AttributeError)):
+            model.merge_adapter()
+        return
+    try:
+        model.merge_adapter()
+    except REFUSALS as error:
+        assert str(error), "a refusal says why"
+        H.identical(H.snapshot(model), before)
+    except AttributeError:
+        assert case.prompt, "a prompt has nothing to merge, other methods say why they refuse"
+    else:
+        H.close(H.run(model, batch), running, H.tolerance(case, torch.float64))
