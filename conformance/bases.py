@@ -80,6 +80,6 @@ BASES = {
                 lin("mid", 10, 8), ["norm2", "LayerNorm", {"normalized_shape": 8}], lin("head", 8, 4), shape=[5, 6]),
     "tokens-mlp": net(["embed_tokens", "Embedding", {"num_embeddings": 12, "embedding_dim": 8}], lin("up", 8, 10),
                       tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[5], below=12),
-    "causal-lm": {"model": "causal_lm", "vocab": 13, "hidden": 8, "heads": 2, "layers": 2,
+    "causal-lm": {"model": "causal_lm", "vocab": 13, "hidden": 8, "heads": 2, "depth": 2,
                   "input": {"shape": [2, 5], "below": 13}},
 }

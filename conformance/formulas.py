@@ -25,7 +25,7 @@ def replaced(weights: dict, tensors: dict) -> dict:
 
 def token_rows(site, t, c):
     """The rows of an embedding that `trainable_token_indices` replaces. W: (dim, vocab)."""
-    key = next((k for k in t if k.endswith("trainable_tokens_delta")), None)
+    key = next((k for k in t if k.endswith(".trainable_tokens_delta")), None)
     if key is None:
         return None
     chosen = c.get("token_indices") or c.get("trainable_token_indices")
@@ -43,6 +43,8 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
     folded = replaced(weights, tensors)
     routed = {}
     formula = formula or method.formula
+    if method.prompt:
+        return folded, routed
     shared = {k: v for k, v in tensors.items() if method.shared and not any(k in (f"{KEY}{w}",) for w in weights)}
     for path, site in numpy_model.sites(base, folded).items():
         t = slots(tensors, path)
@@ -113,5 +115,5 @@ def expected_shapes(method, base, weights, config, targets) -> dict:
     at = numpy_model.sites(base, weights)
     found = {f"{KEY}{p}.{slot}": tuple(s) for p in targets for slot, s in method.shapes(at[p], config).items()}
     if method.shared:
-        found.update(method.shared(config, [at[p] for p in targets]))
+        found.update(method.shared(config, [at[p] for p in targets]))  # prompts have no targets
     return found

@@ -43,6 +43,7 @@ class Fault:
     change: dict  # operation -> replacement, see drivers/oracle.py; "formula" is the usual one
     caught_by: tuple = ("forward", "merge")
     cases: tuple = ()  # the rows meant for it; empty: every row of the method
+    gradient_only: bool = False  # right outputs, wrong gradients
     spares: tuple = ()  # rows that this fault cannot show in
     link: str = ""  # a real bug of this kind
 
@@ -83,6 +84,9 @@ class Method:
     stacks: bool = True
     scales: bool = False
     merges: bool = True
+    draw_inputs: dict = field(default_factory=dict)
+    fresh_identity: bool = False  # a new adapter does nothing because its tensors are taken from the base
+    prompts: bool = False  # joined to the model's input; the output may be longer than the base model's
 
 
 def slots(tensors: dict, path: str, config: dict | None = None) -> dict:

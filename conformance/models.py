@@ -124,18 +124,26 @@ class Attention(nn.Module):
 class CausalLM(nn.Module):
     """Embedding, pre-norm attention and a Tanh MLP per layer, head: the least that prompts can be joined to."""
 
-    def __init__(self, vocab, hidden, heads, layers):
+    def __init__(self, vocab, hidden, heads, depth):
         super().__init__()
         self.config = LMConfig(vocab_size=vocab, hidden_size=hidden, num_attention_heads=heads,
-                               num_hidden_layers=layers, model_type="tiny", is_encoder_decoder=False,
+                               num_hidden_layers=depth, model_type="tiny", is_encoder_decoder=False,
                                tie_word_embeddings=False)
         self.embed_tokens = nn.Embedding(vocab, hidden)
         self.layers = nn.ModuleList()
-        for _ in range(layers):
+        for _ in range(depth):
             block = nn.Module()
             block.norm, block.attn, block.mlp = nn.LayerNorm(hidden), Attention(hidden, heads), nn.Linear(hidden, hidden)
             self.layers.append(block)
         self.head = nn.Linear(hidden, vocab, bias=False)
+
+    @property
+    def device(self):
+        return self.head.weight.device
+
+    @property
+    def dtype(self):
+        return self.head.weight.dtype
 
     def get_input_embeddings(self):
         return self.embed_tokens
@@ -163,7 +171,7 @@ def pair(past, i):
 def make(base):
     """The base model of a case's description, its weights yet to be set."""
     if base.get("model") == "causal_lm":
-        return CausalLM(base["vocab"], base["hidden"], base["heads"], base["layers"])
+        return CausalLM(base["vocab"], base["hidden"], base["heads"], base["depth"])
     if base.get("model") == "skeleton":
         from .skeletons import make as make_skeleton
 

@@ -167,7 +167,7 @@ def run_lm(base, weights, ids, special, prompt):
     x = layer("embed_tokens", ids)
     if "tokens" in prompt:
         x = np.concatenate([np.repeat(prompt["tokens"][None], len(x), 0), x], 1)
-    for i in range(base["layers"]):
+    for i in range(base["depth"]):
         h = layer(f"layers.{i}.norm", x)
         q, k, v = (layer(f"layers.{i}.attn.{n}_proj", h) for n in "qkv")
         seen, heads = 0, base["heads"]

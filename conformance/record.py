@@ -59,7 +59,12 @@ def draw_inputs(base, row_inputs, rng) -> dict:
     name = "input_ids" if base.get("model") == "causal_lm" else "x"
     given = base["input"]
     below, shape = given.get("below"), given["shape"]
-    found = {name: rng.integers(0, below, shape) if below else bf16(rng.normal(size=shape))}
+    if below:  # every index at least once, where there is room
+        size = int(np.prod(shape))
+        ids = np.concatenate([rng.permutation(below), rng.integers(0, below, size)])[:size]
+        found = {name: rng.permutation(ids).reshape(shape)}
+    else:
+        found = {name: bf16(rng.normal(size=shape))}
     for extra, (shape, below) in row_inputs.items():
         found[extra] = rng.integers(0, below, shape)
     return found
@@ -94,8 +99,10 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     weights = draw_base(base, rng)
     inputs = draw_inputs(base, row.inputs, rng)
 
+    driver.build(base, weights, config, "float32", case=case_id)
+    live, count = driver.names(), driver.count()
     driver.build(base, weights, config, "float64", case=case_id)
-    fresh_state, live, count = driver.state_dict(), driver.names(), driver.count()
+    fresh_state = driver.state_dict()
     cotangent = bf16(rng.normal(size=driver.forward(inputs).shape))
     trainable = set(driver.gradients(inputs, cotangent)) - {"input"}
     frozen = set(fresh_state) - trainable
@@ -130,13 +137,14 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
         if merged_out is not None:
             agreement_of(merged_out, y, "the merged model and the running one", problems)
     counted = formulas.gradients(method, base, weights, adapter, config, inputs, cotangent)
-    if row.disputed and problems:
-        parts["paper"] = {"y": said}
+    counted = formulas.gradients(method, base, weights, adapter, config, inputs, cotangent)
+    for k in sorted(grad):
+        if k not in counted or distance(grad[k], counted[k], "float32", floor=1) > 1:
+            problems.append(f"gradient of {k}: reference and finite differences of the formula differ")
+    evidence, problems = (problems, []) if row.disputed else ([], problems)
+    if row.disputed:
+        parts["paper"], parts["paper_grad"] = {"y": said}, counted
         parts["paper_merged"] = {k: folded[k] for k in parts.get("merged", {})}
-        parts["paper_grad"] = counted
-    for k in () if row.disputed else sorted(grad):
-        if k not in counted or distance(grad[k], counted[k], "float32") > 1:
-            problems.append(f"gradient of {k}: reference and finite differences differ")
     targets = targets_of(base, weights, adapter, method.name)
     closed = formulas.expected_shapes(method, base, weights, config, targets)
     for k, shape in closed.items():
@@ -147,7 +155,6 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     effect = 1.0 if plain is None else float(np.abs(y - plain).max() / np.abs(y).max())
     if effect < SMALLEST_EFFECT:
         problems.append(f"the adapter changes the output by {effect:.3f} only")
-    evidence, problems = (problems, []) if row.disputed else ([], problems)
     margin, nearest = margin_of(method, row, base, weights, adapter, config, inputs, y, plain)
     if margin < SMALLEST_MARGIN:
         problems.append(f"margin {margin:.1f}: the nearest fault is {nearest}")
@@ -164,6 +171,8 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     }
     if row.disputed:
         data["disputed"] = {"what": row.disputed, "evidence": evidence}
+        if not evidence:
+            problems.append("listed as disputed, but reference and formula agree")
     if problems:
         data["problems"] = problems
     tensors = {f"{case_id}|{part}|{k}": v for part, group in parts.items() for k, v in group.items()}
@@ -188,8 +197,13 @@ def margin_of(method, row, base, weights, adapter, config, inputs, y, plain):
     if plain is not None:
         wrong["adapter ignored"] = plain
         wrong["effect 1% too large"] = plain + 1.01 * (y - plain)
+    if method.prompt:
+        wrong["prompt 1% too large"] = formulas.output(method, base, weights, {k: 1.01 * v for k, v in adapter.items()},
+                                                       config, inputs)
     for fault in method.faults:
         meant = fault.meant_for(row.id)
+        if fault.gradient_only:
+            continue
         if meant and "formula" in fault.change:
             wrong[fault.id] = formulas.output(method, base, weights, adapter, config, inputs,
                                               formula=fault.change["formula"])

@@ -120,7 +120,7 @@ class PeftApi(Driver):
 
     def run(self, first, more):
         with self.context():
-            out = self.model(first, **more)
+            out = (self.model.base_model if "task_ids" in more else self.model)(first, **more)
         return out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
 
     def forward(self, inputs, adapter_names=None):

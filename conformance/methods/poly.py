@@ -1,0 +1,65 @@
+"""Poly: Ponti et al., 2023, https://arxiv.org/abs/2202.13914; n_splits > 1 is MHR: https://arxiv.org/abs/2211.03831."""
+
+import numpy as np
+
+from ..method import Fault, Method, Row
+from ..numpy_model import apply_layer
+
+A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
+
+
+def shapes(site, c):
+    q, s, r = c.get("n_splits", 1), c.get("n_skills", 4), c.get("r", 8)
+    return {A: (q, s, site.inp // q, r), B: (q, s, r, site.out // q), LOGITS: (c.get("n_tasks", 1), q * s)}
+
+
+def mix(t, c, tasks):
+    """Each sample's weights over skills, (batch, splits, skills), summing to one over skills."""
+    q, s = t[A].shape[:2]
+    z = 1 / (1 + np.exp(-t[LOGITS][tasks].reshape(-1, q, s)))
+    return z / z.sum(-1, keepdims=True)
+
+
+def run(site, t, c, x, inputs, mix=mix, divide=True):
+    w = mix(t, c, inputs["task_ids"])
+    a = np.einsum("bqs,qsir->bqir", w, t[A]).reshape(len(w), site.inp, -1)
+    b = np.einsum("bqs,qsro->brqo", w, t[B]).reshape(len(w), -1, site.out)
+    return apply_layer(site, x) + x @ a @ b / (c.get("r", 8) if divide else 1)
+
+
+def first_task(t, c, tasks):
+    return mix(t, c, np.zeros_like(tasks))
+
+
+def softmaxed(t, c, tasks):
+    q, s = t[A].shape[:2]
+    z = np.exp(t[LOGITS][tasks].reshape(-1, q, s))
+    return z / z.sum(-1, keepdims=True)
+
+
+def poly(**more):
+    return {"r": 3, "n_tasks": 4, "n_skills": 3, "n_splits": 1, "target_modules": ["up", "mid"], **more}
+
+
+TASKS = {"task_ids": [[3], 4]}
+ROWS = [
+    Row("linear/plain", "mlp-tokens", poly(), "core", inputs=TASKS),
+    Row("linear/splits", "mlp-tokens", poly(n_splits=2, r=2), "core", inputs=TASKS),
+    Row("linear/two-skills", "mlp-tokens", poly(n_skills=2, r=1), inputs=TASKS),
+]
+
+FAULTS = (
+    Fault("one-task-for-all", "every sample gets the first task's skills",
+          {"run": lambda *a: run(*a, mix=first_task)}, caught_by=("forward",)),
+    Fault("softmax", "skills are mixed by softmax, not by normalised sigmoids",
+          {"run": lambda *a: run(*a, mix=softmaxed)}, caught_by=("forward",)),
+    Fault("not-over-r", "the sum is not divided by r", {"run": lambda *a: run(*a, divide=False)},
+          caught_by=("forward",), spares=("linear/two-skills",)),
+)
+
+METHOD = Method(
+    name="poly", peft_type="POLY", title="Poly", paper="https://arxiv.org/abs/2202.13914",
+    equation="y = W x + (1 / r) B(task) A(task) x", rows=ROWS, shapes=shapes, run=run, faults=FAULTS, merges=False,
+    neutral={B: 0.0}, draw={"r": [1, 2], "n_tasks": [4], "n_skills": [2, 3], "target_modules": [["up", "mid"]]},
+    draw_inputs=TASKS, stacks=False,
+)
