@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -31,7 +32,8 @@ def arguments() -> argparse.Namespace:
 
 def measure(name: str, library: str, device: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.measure", name, library, device]
-    done = subprocess.run(command, capture_output=True, text=True)
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536"} if name == "memory" else {}  # glibc: freed memory goes back at once
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | returned)
     if done.returncode:
         raise RuntimeError(f"{name} on {library}: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -48,16 +50,21 @@ def rounds(name: str, libraries: list[str], options: argparse.Namespace) -> dict
     return values
 
 
-def spread(values: list[float], unit: str = "") -> str:
-    return f"{statistics.median(values):.3g} [dim]{min(values):.3g}..{max(values):.3g}[/]{unit}"
+def spread(values: list[float]) -> str:
+    middle, least, most = (
+        f"{v:.3g}" if abs(v) < 1000 else f"{v:.0f}" for v in (statistics.median(values), min(values), max(values))
+    )
+    return f"{middle} [dim]({least} to {most})[/]"
 
 
-def row(quantity: str, values: dict[str, list[float]], ours: str) -> list[str]:
-    *what, unit = quantity.split()
-    scale, unit = (1e3, " ms") if unit == "seconds" else (1, " MiB")
-    cells = [spread([scale * v for v in values[library]], unit) for library in values]
-    ratios = {k: [a / b for a, b in zip(values[ours], values[k])] for k in values if k != ours}
-    return [" ".join(what), *cells[:2], *(spread(r) for r in ratios.values())]
+def rows(quantity: str, values: dict[str, list[float]], ours: str):
+    """One row for each library that ours is compared with."""
+    what, unit = quantity.rsplit(" ", 1)
+    scale, unit = (1e3, "ms") if unit == "seconds" else (1, unit)
+    for other in values.keys() - {ours}:
+        ratio = [a / b for a, b in zip(values[ours], values[other])]
+        mine, theirs = (spread([scale * v for v in values[library]]) for library in (ours, other))
+        yield what, unit, mine, other, theirs, spread(ratio)
 
 
 def machine(options: argparse.Namespace) -> dict:
@@ -75,9 +82,10 @@ def machine(options: argparse.Namespace) -> dict:
 
 
 def main() -> int:
-    options, console, failures = arguments(), Console(), []
+    options, failures = arguments(), []
+    console = Console(width=None if sys.stdout.isatty() else 120)
     ours = options.library
-    table = Table("measurement", ours, "peft", "ratio", "ratio to torch", title=f"{ours} against peft, on {options.device}")
+    table = Table("measurement", "unit", ours, "against", "", "ratio", box=SIMPLE)
     results = {}
     for name in track(options.only, "measuring", console=Console(stderr=True)):
         try:
@@ -87,9 +95,10 @@ def main() -> int:
             continue
         for quantity, values in measured.items():
             results[quantity] = values
-            table.add_row(*row(quantity, values, ours))
+            for row in rows(quantity, values, ours):
+                table.add_row(*row)
     console.print(table)
-    console.print("median min..max over rounds; a ratio is taken round by round: under 1, less than peft takes")
+    console.print("median (least to most) of the rounds; a ratio is taken round by round: under 1, less than the other takes")
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps({"machine": machine(options), "results": results, "failures": failures}, indent=1))
     for failure in failures:
