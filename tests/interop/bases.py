@@ -276,7 +276,8 @@ BERT_TOKEN_BARE = _hf_base("bert_token_bare", _hf("BertConfig", "BertForTokenCla
 GPT2 = _hf_base("gpt2", _hf("GPT2Config", "GPT2LMHeadModel", **_GPT2), _text(labels=_ids(BATCH, 5)))
 GPT2_SEQ = _hf_base("gpt2_seq", _hf("GPT2Config", "GPT2ForSequenceClassification", num_labels=3, **_GPT2),
                     _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
-T5 = _hf_base("t5", _hf("T5Config", "T5ForConditionalGeneration", **_T5), _text(labels=_ids(BATCH, 4)))
+T5 = _hf_base("t5", _hf("T5Config", "T5ForConditionalGeneration", **_T5),
+              _text(labels=_ids(BATCH, 4), decoder_input_ids=_ids(BATCH, 4)))
 LLAMA = _hf_base("llama", _hf("LlamaConfig", "LlamaForCausalLM", **_LLAMA), _text(labels=_ids(BATCH, 5)))
 LLAMA_TIED = _hf_base("llama_tied", _hf("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True, **_LLAMA),
                       _text(labels=_ids(BATCH, 5)))

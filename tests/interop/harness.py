@@ -13,6 +13,11 @@ from .cases.case import Case
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 
+def seed(value: int):
+    """torch.manual_seed for a machine of which only the CPU is used: a hundred times as fast."""
+    torch.default_generator.manual_seed(value)
+
+
 def tolerance(case: Case, dtype: torch.dtype) -> float:
     if dtype == torch.float64 and case.tolerance:
         return case.tolerance
@@ -26,29 +31,29 @@ def config(lib, case: Case, **changes):
     return getattr(lib, case.config)(**{**copy.deepcopy(case.kwargs), **changes})
 
 
-def adapt(lib, case: Case, base=None, dtype=torch.float32, seed=0, **options):
-    """The case's base model with a fresh adapter from `lib`, in eval mode, drawn at the global seed `seed`."""
+def adapt(lib, case: Case, base=None, dtype=torch.float32, at=0, **options):
+    """The case's base model with a fresh adapter from `lib`, in eval mode, drawn at the global seed `at`."""
     base = case.base.build(dtype) if base is None else base
-    torch.manual_seed(seed)
+    seed(at)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return lib.get_peft_model(base, config(lib, case), **options).eval()
 
 
-def add(lib, model, case: Case, name: str, seed=1, **changes):
+def add(lib, model, case: Case, name: str, at=1, **changes):
     """Add the case's second adapter under `name`."""
-    torch.manual_seed(seed)
+    seed(at)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.add_adapter(name, config(lib, case, **{**(case.second or {}), **changes}))
     return model.eval()
 
 
-def move(model, scale=0.1, seed=0, only=lambda name, p: p.requires_grad):
+def move(model, scale=0.1, only=lambda name, p: p.requires_grad):
     """Add noise to every trainable tensor, drawn from its name: the same in every implementation."""
     for name, p in model.named_parameters():
         if only(name, p):
-            g = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+            g = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             with torch.no_grad():
                 p.add_(scale * torch.randn(p.shape, generator=g).to(p.dtype))
     return model
@@ -81,8 +86,8 @@ def adapter_or_trainable(name, p):
     return p.is_floating_point() and (p.requires_grad or ".other" in name)
 
 
-def inputs(case: Case, dtype=torch.float32, seed=7) -> dict:
-    return {**case.base.inputs(dtype, seed), **copy.deepcopy(case.inputs)}
+def inputs(case: Case, dtype=torch.float32) -> dict:
+    return {**case.base.inputs(dtype), **copy.deepcopy(case.inputs)}
 
 
 def tensors(output) -> dict[str, torch.Tensor]:
@@ -196,7 +201,7 @@ def same_config(got: dict, want: dict):
                  "layers_pattern"}
 
     def plain(config):
-        return {k: sorted(v) if k in unordered and isinstance(v, list) else v
+        return {k: sorted(set(v)) if k in unordered and isinstance(v, list) else v
                 for k, v in config.items() if k != "peft_version"}
 
     got, want = plain(got), plain(want)

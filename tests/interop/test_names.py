@@ -34,7 +34,7 @@ def test_trainable_set(case, lib, ref):
 def test_inference_mode_trains_nothing(case, lib, ref):
     kept = {}
     for name, module in (("want", ref), ("got", lib)):
-        torch.manual_seed(0)
+        H.seed(0)
         model = module.get_peft_model(case.base.build(), H.config(module, case, inference_mode=True))
         kept[name] = {n for n, p in model.named_parameters() if p.requires_grad}
     assert kept["got"] == kept["want"]

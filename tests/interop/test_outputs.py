@@ -91,10 +91,20 @@ def test_training_mode_at_equal_seed(case, lib, ref):
     theirs, ours = H.pair(ref, lib, case, torch.float64)
     batch, outs = H.inputs(case, torch.float64), []
     for model in (ours.train(), theirs.train()):
-        torch.manual_seed(5)
+        H.seed(5)
         outs.append(H.run(model, batch))
     H.close(*outs, H.tolerance(case, torch.float64))
     assert H.differ(outs[1], H.run(theirs.eval(), batch), 1e-4), "train and eval mode agree: the case cannot fail"
+
+
+@each_case(lambda c: c.base.name in ("gpt2", "llama", "t5") and c.kwargs.get("task_type"))
+def test_generate(case, lib, ref):
+    """The same greedy tokens, from the same adapter."""
+    theirs, ours = H.pair(ref, lib, case)
+    batch = {k: v for k, v in H.inputs(case).items() if k in ("input_ids", "attention_mask", "task_ids")}
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 1}
+    got, want = ours.generate(**batch, **options), theirs.generate(**batch, **options)
+    assert torch.equal(got, want)
 
 
 @each_case(lambda c: not c.prompt)

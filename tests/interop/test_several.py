@@ -124,7 +124,7 @@ def test_add_weighted_adapter(case, kind, lib, ref):
     H.copy_values(theirs, ours)
     results = []
     for model in (theirs, ours):
-        torch.manual_seed(2)
+        H.seed(2)
         try:
             model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", combination_type=kind,
                                        **COMBINATIONS[kind])
@@ -154,8 +154,9 @@ def test_add_weighted_adapter_ia3(case, lib, ref):
 
 
 BY_ID = {c.id: c for c in CASES}
-MIXTURES = [("lora/linear/plain", "ia3/linear/plain"), ("ia3/linear/feedforward", "lora/linear/plain"),
-            ("lora/linear/plain", "adalora/linear/plain")]
+MIXTURES = [("lora/linear/plain", "adalora/linear/plain"), ("adalora/linear/2d", "lora/linear/rslora"),
+            ("lora/linear/lora_bias", "oft/linear/plain"), ("oft/linear/exact", "lora/linear/plain"),
+            ("lora/conv2d/plain", "adalora/conv2d/plain"), ("lora/hf_conv1d/plain", "adalora/hf_conv1d/plain")]
 
 
 @pytest.mark.parametrize("first, second", MIXTURES)
@@ -163,10 +164,10 @@ def test_adapters_of_different_methods(first, second, lib, ref):
     a, b = BY_ID[first], BY_ID[second]
     models = []
     for module in (ref, lib):
-        torch.manual_seed(0)
+        H.seed(0)
         model = module.get_peft_model(a.base.build(), H.config(module, a), "one", mixed=True)
         assert type(model).__name__ == "PeftMixedModel"
-        torch.manual_seed(1)
+        H.seed(1)
         model.add_adapter("two", H.config(module, b))
         models.append(model.eval())
     theirs, ours = models

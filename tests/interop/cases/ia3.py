@@ -26,6 +26,7 @@ CASES = [
     ia3("conv2d/plain", B.CONV2D, CONVS),
     ia3("conv2d/feedforward", B.CONV2D, CONVS, ["same", "point"]),
     ia3("conv2d_groups/plain", B.CONV2D_GROUPS, CONVS),
+    ia3("conv2d_groups/feedforward", B.CONV2D_GROUPS, CONVS, ["same", "point"]),
     ia3("conv2d_dilated/plain", B.CONV2D_DILATED, ["first", "point"]),
     ia3("conv3d/plain", B.CONV3D, CONVS),
     ia3("conv3d/feedforward", B.CONV3D, CONVS, ["same", "point"]),
@@ -46,6 +47,4 @@ REFUSED = [
             "inject", "ValueError"),
     Refused("ia3/refused/attention", "IA3Config", {"target_modules": ["attn"], "feedforward_modules": []}, B.ATTENTION,
             "inject", "ValueError"),
-    Refused("ia3/refused/conv2d_groups_feedforward", "IA3Config",
-            {"target_modules": ["first"], "feedforward_modules": ["first"]}, B.CONV2D_GROUPS, "run", "RuntimeError"),
 ]

@@ -139,7 +139,7 @@ REFUSED = [
             {"target_modules": ["q"], "layers_to_transform": [1]}, B.STACK, "inject", "ValueError"),
     Refused("lora/refused/olora_hf_conv1d", "LoraConfig",
             {"target_modules": ["wide"], "fan_in_fan_out": True, "init_lora_weights": "olora"}, B.HF_CONV1D,
-            "inject", "RuntimeError"),
+            "run", "RuntimeError"),
     Refused("lora/refused/r0", "LoraConfig", {"r": 0, "target_modules": ["wide"]}, B.MLP, "inject", "ValueError"),
     Refused("lora/refused/norm", "LoraConfig", {"target_modules": ["norm"]}, B.STACK, "inject", "ValueError"),
 ]

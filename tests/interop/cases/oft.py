@@ -29,7 +29,7 @@ CASES = [
     oft("linear/coft_wide", B.MLP, LINEARS, coft=True, eps=50.0),
     oft("linear/coft_block_share", B.MLP, LINEARS, coft=True, eps=0.05, block_share=True, **COFT),
     oft("linear/init_false", B.MLP, LINEARS, init_weights=False, fresh=False),
-    oft("linear/dropout", B.MLP, LINEARS, oft_block_size=2, module_dropout=0.5),  # peft takes the value and never uses it
+    oft("linear/dropout", B.MLP, LINEARS, oft_block_size=2, module_dropout=0.5),  # which peft never uses
     oft("linear/bias_all", B.MLP, LINEARS, bias="all", **trained_bias()),
     oft("linear/bias_oft_only", B.MLP, LINEARS, bias="oft_only", **trained_bias()),
     oft("targets/layers_to_transform", B.LLAMA, ["q_proj"], layers_to_transform=[1]),
@@ -37,6 +37,8 @@ CASES = [
     oft("targets/modules_to_save", B.STACK, ["q"], modules_to_save=["head"], stacks=False),
     oft("conv2d/pointwise", B.POINTWISE, ["first", "same"]),
     oft("conv2d/kernel", B.CONV2D, ["first", "same"], disputed={"fresh": KERNEL, "outputs": KERNEL}),
+    oft("conv2d_groups/kernel", B.CONV2D_GROUPS, ["first", "same"], disputed={"fresh": KERNEL, "outputs": KERNEL}),
+    oft("conv2d_groups/pointwise", B.CONV2D_GROUPS, ["point"], oft_block_size=2),
     oft("embedding/plain", B.EMBEDDING, ["emb"]),
     oft("bert_seq/plain", B.BERT_SEQ, ["query", "value"], task_type="SEQ_CLS", stacks=False),
     oft("llama/plain", B.LLAMA, ["q_proj", "down_proj"], task_type="CAUSAL_LM"),
@@ -53,6 +55,4 @@ REFUSED = [
             "inject", "ValueError"),
     Refused("oft/refused/attention", "OFTConfig", {"target_modules": ["attn"], "oft_block_size": 4}, B.ATTENTION,
             "inject", "TypeError"),
-    Refused("oft/refused/groups", "OFTConfig", {"target_modules": ["first"], "oft_block_size": 4}, B.CONV2D_GROUPS,
-            "run", "RuntimeError"),
 ]

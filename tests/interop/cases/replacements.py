@@ -29,7 +29,7 @@ CASES = [
 
 REFUSED = [
     Refused("trainable_tokens/refused/norm", "TrainableTokensConfig", {"target_modules": ["ln"], "token_indices": [1]},
-            B.NORMS, "run", "ValueError"),
+            B.NORMS, "run", "AttributeError"),
     Refused("trainable_tokens/refused/tied_second", "TrainableTokensConfig", {"token_indices": [3, 4]}, B.LLAMA_TIED,
             "second", "ValueError"),
     Refused("trainable_tokens/refused/out_of_range", "TrainableTokensConfig",
