@@ -1,0 +1,277 @@
+"""The theory of minipeft, in one page.
+
+An *operator* is anything with `op(x) -> y` and `op.read() -> (W, b)`. The frozen base layer is one (base.py); an
+adapter around an operator is another. They obey one law:
+
+    op(x) == base.apply(x, *op.read())          running it equals merging it
+
+Everything common is written once from it: merging, safe merging, mixed batches, several active adapters, merging into
+a quantised layer. A method says how it acts by the class it derives from:
+
+    Delta        W' = W + dW                       LoRA, VeRA, ...: give `delta`, and `branch` when it can be cheaper
+    Transform    W', b' = f(W, b)                  trainable tokens, ...: give `fold`
+    Activation   y = post(inner(pre(x)))           OFT, IA3, ...: give `pre` (linear) and `post` (affine)
+    Routed       depends on the input, no merge    Poly, ...: give `forward`
+    Replacement  another module in the layer's place   LN tuning: give `replacement`
+
+Shapes: W is (out, in) or (out, in / groups, *kernel) or, for an embedding, (dim, tokens); b is (out,) or None.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .config import PeftConfig, PeftType
+from .errors import MergeError, UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from .base import Base
+    from .layer import Layer
+
+ADAPTERS: dict[PeftType, list[type[Adapter]]] = {}  # more than one class where a field of the configuration chooses
+
+
+def adapter_class(config: PeftConfig) -> type[Adapter]:
+    """The class that a configuration asks for, for example DoRA for a LoRA configuration with `use_dora`."""
+    return next(cls for cls in ADAPTERS[config.peft_type] if cls.chosen_by(config))
+
+
+class Adapter:
+    """One adapter on one layer: a column of the layer's slots.
+
+    PEFT's live names put the parameter first and the adapter second, so `self.lora_A = module` stores the module at
+    `layer.lora_A[self.name]`, and reading `self.lora_A` takes it from there. The same holds for plain values: after
+    `self.scaling = 2.0`, code that knows PEFT finds `layer.scaling["default"] == 2.0`.
+    """
+
+    prefix: ClassVar[str]  # slots that start with it are trained and saved
+    bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # kinds of base layer it can adapt, by Base class name
+    method: ClassVar[PeftType]
+    exclusive: ClassVar[bool] = False  # True: at most one adapter of this method may be active
+    shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
+    by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
+    autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
+
+    layer: Layer
+    base: Base
+    name: str
+    config: Any
+    path: str
+
+    def __init_subclass__(cls, config: type[PeftConfig] | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if config is not None:
+            assert config._method is not None
+            cls.method = config._method
+            ADAPTERS.setdefault(cls.method, []).append(cls)
+
+    def __init__(self, layer: Layer, name: str, config: PeftConfig, path: str):
+        vars(self).update(layer=layer, base=layer.base, name=name, config=config, path=path)
+
+    def __setattr__(self, slot: str, value: Any) -> None:
+        if slot in ("layer", "base", "name", "config", "path"):
+            vars(self)[slot] = value
+        else:
+            slot = self.base.slot(slot)
+            self.layer.put(slot, self.name, value, persistent=self.keeps(slot, self.config))
+
+    def __getattr__(self, slot: str) -> Any:
+        if slot.startswith("__") or "layer" not in vars(self):  # half built, by copy or pickle
+            raise AttributeError(slot)
+        return self.layer.take(self.base.slot(slot), self.name)
+
+    # ------------------------------------------------------------------------------------------ what a method gives
+    @classmethod
+    def chosen_by(cls, config: Any) -> bool:
+        """Whether `config` means this class, where several share a peft_type."""
+        return True
+
+    @classmethod
+    def prepare(cls, config: Any, model: nn.Module) -> None:
+        """Complete or refuse a configuration before any layer is looked for, for example with default targets."""
+
+    @classmethod
+    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
+        """Tensors that all layers look at, by slot. `existing(slot)` gives those of earlier adapters, by name, or None."""
+        return {}
+
+    @classmethod
+    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        """Refuse a configuration that cannot stand beside the ones already on the model, by adapter name."""
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        """Refuse a layer for a reason other than its kind."""
+
+    @classmethod
+    def changes_base(cls, config: Any) -> bool:
+        """Whether building it changes the frozen weights, so that it must happen also when values are loaded."""
+        return False
+
+    @classmethod
+    def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's tensors, for methods that save something else than they hold."""
+        return tensors
+
+    @classmethod
+    def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that the layers hold, from those of a checkpoint."""
+        return tensors
+
+    def build(self) -> None:
+        """Create and initialise the parameters, as slots."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the adapted operator for input `x`; `inner` is the operator inside."""
+        raise NotImplementedError
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights of the adapted operator, from those of the operator inside. Raises `MergeError` if there are none."""
+        raise NotImplementedError
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        """Whether a slot's tensors belong in a checkpoint."""
+        return slot.startswith(cls.prefix)
+
+    @classmethod
+    def saved_key(cls, slot: str, rest: str) -> str:
+        """The end of a checkpoint key: the slot, and what follows the adapter's name in the live key."""
+        return f"{slot}.{rest}" if rest else slot
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+    def cast(self, x: Tensor, like: Tensor) -> Tensor:
+        """`x` in the dtype of the adapter's tensor `like`, unless casting is switched off for this layer."""
+        return x.to(like.dtype) if x.dtype != like.dtype and self.layer.cast_input_dtype_enabled else x
+
+    def at_commit(self, action: Any) -> None:
+        """Run `action()` once the adapter is accepted: the place to change frozen weights."""
+        self.layer.at_commit.append(action)
+
+    @property
+    def blank(self) -> bool:
+        """While building: whether values are going to be loaded, so that only shapes matter."""
+        return self.layer.blank
+
+    def settle(self) -> None:
+        """While building: move what is there to the frozen layer's device and dtype, before computing more from it."""
+        if not self.blank:
+            self.layer.settle_all(self.name)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's own parameters on this layer."""
+        return [p for slot, p in self.layer.tensors(self.name, self.prefix) if isinstance(p, nn.Parameter)]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r} on {self.path!r})"
+
+
+class Delta(Adapter):
+    """W' = W + dW. Gives `delta`, and `branch` where dW x is cheaper than forming dW."""
+
+    def delta(self) -> Tensor:
+        """dW, shaped like W."""
+        raise NotImplementedError
+
+    def branch(self, x: Tensor) -> Tensor:
+        """dW x."""
+        return self.base.apply(x, self.delta().to(x.dtype))
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)
+        return (y + self.branch(x)).to(y.dtype)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return W + self.delta(), b
+
+
+class Transform(Adapter):
+    """W', b' = f(W, b). Gives `fold`; running it goes through the weights."""
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base.apply(x, *self.fold(*inner.read()), *args, **kwargs)
+
+
+class Activation(Adapter):
+    """y = post(inner(pre(x))). `pre` is linear and `post` affine, each on vectors that stand in the last dimension.
+
+    Because they are, the merged weights follow: the rows of W pass through the adjoint of `pre`, its columns through
+    the linear part of `post`. On a convolution, `pre` sees a row of the flattened weight: a whole patch.
+    """
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x
+
+    def post(self, y: Tensor) -> Tensor:
+        return y
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.base.pointwise:
+            return self.base.apply(x, *self.fold(*inner.read()), *args, **kwargs)
+        y = inner(self.pre(x).to(x.dtype), *args, **kwargs)
+        return self.post(y).to(y.dtype)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if type(self).pre is not Activation.pre:
+            rows = W.flatten(1)
+            _, adjoint = torch.func.vjp(self.pre, torch.zeros_like(rows))
+            W = adjoint(rows)[0].view_as(W)
+        if type(self).post is not Activation.post:
+            zero = self.post(W.new_zeros(W.shape[0]))
+            W = (self.post(W.movedim(0, -1)) - zero).movedim(-1, 0)
+            b = self.post(b) if b is not None else zero if zero.any() else None
+        return W, b
+
+
+class Routed(Adapter):
+    """Depends on the input, so no fixed weight does the same: merging is refused."""
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise MergeError(f"{self.method.value} depends on its input and cannot be merged into the weights ({self.path}).")
+
+
+class Replacement(Adapter):
+    """Another module in the layer's place, of the same kind. Gives `replacement`."""
+
+    bases = ("Whole",)
+    exclusive = True
+
+    autocasts = False
+
+    @property
+    def replacement(self) -> nn.Module:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self.replacement(x, *args, **kwargs)
+
+    def fold(self, W: Any, b: Any) -> Any:
+        return self.base.tensors(self.replacement), None
+
+
+class Adapted:
+    """The operator that an adapter makes of the operator inside it."""
+
+    __slots__ = ("adapter", "inner")
+
+    def __init__(self, adapter: Adapter, inner: Any):
+        self.adapter, self.inner = adapter, inner
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.adapter.forward(x, self.inner, *args, **kwargs)
+
+    def read(self) -> tuple[Any, Any]:
+        return self.adapter.fold(*self.inner.read())
+
+
+def unsupported(cls: type[Adapter], base: Base, path: str) -> UnsupportedLayerError:
+    """The error for a layer whose kind `cls` cannot adapt."""
+    kinds = ", ".join(cls.bases)
+    return UnsupportedLayerError(
+        f"{cls.method.value} cannot adapt '{path}', a {type(base.leaf).__name__}. It adapts layers of kind {kinds}."
+    )

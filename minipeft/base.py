@@ -1,0 +1,467 @@
+"""The kinds of frozen layer. Everything that depends on a layer's kind is here, and nothing about any method.
+
+A `Base` is the operator that adapters are put around. It reads and writes the layer's weight in one canonical layout,
+runs the layer with other weights, and knows the low-rank factors that suit its kind:
+
+    Linear         W (out, in)                        factors nn.Linear(in, r), nn.Linear(r, out)
+    Conv1D         transformers' (in, out) layer      the same
+    Conv           W (out, in / groups, *kernel)      factors ConvNd(in, r, kernel), ConvNd(r, out, 1)
+    Embedding      W (dim, tokens)                    factors as parameters (r, tokens), (dim, r)
+    Attention      W = in_proj_weight (3 dim, dim)    as Linear; its out_proj is a Linear of its own
+    Param          a bare nn.Parameter, 2-D or 3-D    as Linear, over all experts at once
+    Whole          any module, as its named tensors   none
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from .errors import MergeError, UnsupportedLayerError
+
+
+class Base:
+    """A frozen layer as an operator. `module` is what is called; `leaf` is the layer that holds the weights.
+
+    The two differ only where adapters of two methods are nested: then `module` is the `Layer` inside.
+    """
+
+    pointwise = True  # the layer applies W to feature vectors one by one (False: reach it through its weights)
+    opaque = False  # True: even an additive adapter must go through the weights
+    reads_vectors = True  # False: the input is indices, not feature vectors
+    label = ""  # the class name that PEFT shows for such a layer
+    weight_name, bias_name = "weight", "bias"
+    original: tuple[Tensor, Tensor | None] | None = None  # the stored tensors from before a merge
+
+    def __init__(self, module: nn.Module, inside: Base | None = None):
+        self.module = module
+        self.home = inside.home if inside is not None else self  # the one Base that keeps `original`
+        self.leaf: nn.Module = self.home.leaf if inside is not None else module
+        self.label = self.label or type(self).__name__
+
+    # -------------------------------------------------------------------------------------------------- the operator
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.module(x, *args, **kwargs)
+
+    def read(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) of the frozen layer, canonical and dequantised; what was there before a merge, if one is on."""
+        W, b = self.home.original or self.stored()
+        return self.canonical(W), b
+
+    def write(self, W: Tensor, b: Tensor | None) -> None:
+        """Store (W, b), in the layer's own layout and dtype, keeping what was there before to `restore` it."""
+        weight, bias = self.stored()
+        if b is not None and bias is None:
+            raise MergeError(
+                f"The adapter gives the {type(self.leaf).__name__} a bias, but the layer has none to write it to. "
+                "Make the layer with bias=True, or keep the adapter unmerged."
+            )
+        if self.home.original is None:
+            self.home.original = weight.data, None if bias is None else bias.data
+        weight.data = self.canonical(W).to(weight.dtype).contiguous()
+        if bias is not None and b is not None:
+            bias.data = b.to(bias.dtype).contiguous()
+
+    def restore(self) -> None:
+        """Put back, bit for bit, what `write` replaced."""
+        if self.home.original is not None:
+            for tensor, old in zip(self.stored(), self.home.original):
+                if tensor is not None:
+                    tensor.data = old
+            self.home.original = None
+
+    def forget(self) -> None:
+        """Make what was written permanent."""
+        self.home.original = None
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the layer for input `x`, had it the weights (W, b)."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------------------------------- its layout
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        """The layer's own weight and bias tensors."""
+        return getattr(self.leaf, self.weight_name), getattr(self.leaf, self.bias_name, None)
+
+    def canonical(self, W: Tensor) -> Tensor:
+        """Between the stored and the canonical layout; its own inverse."""
+        return W
+
+    @property
+    def inp(self) -> int:
+        """Number of input features (for an embedding: of tokens)."""
+        return self.leaf.in_features
+
+    @property
+    def out(self) -> int:
+        """Number of output features."""
+        return self.leaf.out_features
+
+    @property
+    def width(self) -> int:
+        """Length of the vectors that a rotation turns: what a row of the flattened weight meets."""
+        return self.inp
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that new adapter parameters take."""
+        return self.stored()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Device that new adapter parameters take."""
+        return self.stored()[0].device
+
+    def slot(self, name: str) -> str:
+        """The name under which PEFT keeps a method's slot on this kind of layer."""
+        return name
+
+    # ---------------------------------------------------------------------------------------------- low-rank factors
+    def down(self, r: int) -> Any:
+        """The factor A of a product B A, initialised as torch does."""
+        return nn.Linear(self.inp, r, bias=False)
+
+    def up(self, r: int, bias: bool = False) -> Any:
+        """The factor B of a product B A."""
+        return nn.Linear(r, self.out, bias=bias)
+
+    def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        """scale * B A, shaped like W."""
+        return B.weight @ (A.weight * scale)
+
+    def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        """scale * B (A x), without forming B A."""
+        return F.linear(F.linear(x, A.weight) * scale, B.weight, _scaled(B.bias, scale))
+
+    def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        """y + scale * B (A x), in as few passes over y as this kind of layer allows."""
+        return y + self.through(x, A, B, scale)
+
+    @staticmethod
+    def matrix(factor: Any) -> Tensor:
+        """The matrix of a factor: (r, in) of A, (out, r) of B, kernels flattened."""
+        return factor.weight
+
+    # ------------------------------------------------------------------------------------------------------- vectors
+    def spread(self, v: Tensor) -> Tensor:
+        """A vector over the input features, as it meets a row of the flattened weight."""
+        return v.flatten()
+
+    def outward(self, v: Tensor) -> Tensor:
+        """A vector over the output features, as it meets the layer's output."""
+        return v.flatten()
+
+    def gain_shape(self, n: int, inward: bool) -> tuple[int, ...]:
+        """The shape in which PEFT stores a scale for n input features (`inward`) or n output features."""
+        return (1, n) if inward else (n, 1)
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        """The shape in which PEFT stores one magnitude for each output feature."""
+        return (self.out,)
+
+    def same(self, other: Base) -> bool:
+        """Whether `other` is the same weight of the same layer."""
+        return self.leaf is other.leaf and self.weight_name == other.weight_name
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.leaf})"
+
+
+def _scaled(bias: Tensor | None, scale: Any) -> Tensor | None:
+    return None if bias is None else bias * scale
+
+
+class Linear(Base):
+    """nn.Linear, and whatever else has `in_features`, `out_features` and a 2-D `weight`."""
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        h = F.linear(x, A.weight)
+        if y.dtype != h.dtype or B.bias is not None:
+            return y + F.linear(h * scale, B.weight, _scaled(B.bias, scale))
+        rows = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]) * scale, B.weight.t())
+        return rows.view(y.shape)
+
+
+class Conv1D(Linear):
+    """transformers.pytorch_utils.Conv1D: a linear layer that stores its weight (in, out)."""
+
+    label = "Linear"
+
+    def canonical(self, W: Tensor) -> Tensor:
+        return W.t()
+
+    @property
+    def inp(self) -> int:
+        return self.leaf.weight.shape[0]
+
+    @property
+    def out(self) -> int:
+        return self.leaf.weight.shape[1]
+
+
+class Conv(Base):
+    """nn.Conv1d, nn.Conv2d, nn.Conv3d, with stride, padding, dilation and groups."""
+
+    pointwise = False
+
+    def __init__(self, module: nn.Module, inside: Base | None = None):
+        super().__init__(module, inside)
+        self.label = f"Conv{self.leaf.weight.dim() - 2}d"
+
+    @property
+    def inp(self) -> int:
+        return self.leaf.in_channels
+
+    @property
+    def out(self) -> int:
+        return self.leaf.out_channels
+
+    @property
+    def width(self) -> int:
+        return self.leaf.weight[0].numel()
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        return self.leaf._conv_forward(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def down(self, r: int) -> Any:
+        m = self.leaf
+        return type(m)(m.in_channels, r, m.kernel_size, m.stride, m.padding, m.dilation, bias=False, padding_mode=m.padding_mode)
+
+    def up(self, r: int, bias: bool = False) -> Any:
+        return type(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
+
+    def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        if self.leaf.groups > 1:
+            raise MergeError(
+                f"Low-rank factors on a convolution with groups={self.leaf.groups} mix the groups, "
+                "so no weight of the layer does the same; keep the adapter unmerged."
+            )
+        return (self.matrix(B) @ (self.matrix(A) * scale)).view(self.leaf.weight.shape)
+
+    def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        y = B(A(x) * scale)
+        return y if B.bias is None else y + (B.bias * (scale - 1)).view(-1, *[1] * (B.weight.dim() - 2))
+
+    @staticmethod
+    def matrix(factor: Any) -> Tensor:
+        return factor.weight.flatten(1)
+
+    def outward(self, v: Tensor) -> Tensor:
+        return v.view(-1, *[1] * (self.leaf.weight.dim() - 2))
+
+    def gain_shape(self, n: int, inward: bool) -> tuple[int, ...]:
+        return (1, n, *[1] * (self.leaf.weight.dim() - 2))
+
+    def magnitude_shape(self) -> tuple[int, ...]:
+        return (1, self.out, *[1] * (self.leaf.weight.dim() - 2))
+
+    def spread(self, v: Tensor) -> Tensor:
+        m = self.leaf
+        taps = math.prod(m.kernel_size)
+        rows = v.flatten().view(m.groups, 1, -1).expand(-1, m.out_channels // m.groups, -1)
+        return rows.reshape(m.out_channels, -1).repeat_interleave(taps, 1)  # (out, in / groups * taps)
+
+
+class Embedding(Base):
+    """nn.Embedding. Canonically W is (dim, tokens): the layer multiplies W with a one-hot vector."""
+
+    reads_vectors = False
+
+    def canonical(self, W: Tensor) -> Tensor:
+        return W.t()
+
+    @property
+    def inp(self) -> int:
+        return self.leaf.num_embeddings
+
+    @property
+    def out(self) -> int:
+        return self.leaf.embedding_dim
+
+    @property
+    def width(self) -> int:
+        return self.out
+
+    def slot(self, name: str) -> str:
+        # PEFT: the matrices of a method (lora_A, oft_R) have names of their own on an embedding (lora_embedding_A)
+        head, _, last = name.rpartition("_")
+        return f"{head}_embedding_{last}" if len(last) == 1 and last.isupper() else name
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        return self.look_up(x, W) * self._scale(W)
+
+    def look_up(self, x: Tensor, W: Tensor) -> Tensor:
+        """Columns x of W (n, tokens), as rows: (*x.shape, n)."""
+        m = self.leaf
+        return F.embedding(x, W.t(), m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
+
+    def down(self, r: int) -> Any:
+        return nn.Parameter(torch.randn(r, self.inp))
+
+    def up(self, r: int, bias: bool = False) -> Any:
+        if bias:
+            raise UnsupportedLayerError("`lora_bias=True` is not supported for embeddings.")
+        return nn.Parameter(torch.randn(self.out, r))
+
+    def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        return B @ (A * scale)
+
+    def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        return (self.look_up(x, A) * (scale * self._scale(A))) @ B.t()
+
+    @staticmethod
+    def matrix(factor: Any) -> Tensor:
+        return factor
+
+    def _scale(self, like: Tensor) -> Any:
+        scale = getattr(self.leaf, "embed_scale", 1.0)  # Gemma 3 multiplies what it looks up
+        return scale.to(like.dtype) if isinstance(scale, Tensor) else scale
+
+
+class Attention(Linear):
+    """nn.MultiheadAttention, through its in_proj_weight. Its out_proj is adapted as a layer of its own."""
+
+    opaque, pointwise = True, False
+    label = "MultiheadAttention"
+    weight_name, bias_name = "in_proj_weight", "in_proj_bias"
+
+    def __init__(self, module: nn.Module, inside: Base | None = None):
+        super().__init__(module, inside)
+        if not self.leaf._qkv_same_embed_dim:
+            raise UnsupportedLayerError("Only same dim for query/key/value is supported for nn.MultiheadAttention.")
+
+    @property
+    def inp(self) -> int:
+        return self.leaf.embed_dim
+
+    @property
+    def out(self) -> int:
+        return 3 * self.leaf.embed_dim
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        tensors = {"in_proj_weight": W.to(x.dtype)}
+        if b is not None:
+            tensors["in_proj_bias"] = b.to(x.dtype)
+        return functional_call(self.leaf, tensors, (x, *args), kwargs)
+
+
+class Param(Base):
+    """A bare nn.Parameter of a module: a matrix (out, in), or expert weights (experts, out, in) or (experts, in, out)."""
+
+    opaque, pointwise = True, False
+    label = "ParamWrapper"
+
+    def __init__(self, module: nn.Module, inside: Base | None = None, name: str = ""):
+        super().__init__(module, inside)
+        self.home, self.weight_name, self.bias_name = self, name, ""
+        W = getattr(self.leaf, name)
+        if W.dim() not in (2, 3):
+            raise UnsupportedLayerError(f"Only 2-D and 3-D parameters can be adapted, but '{name}' is {W.dim()}-D.")
+        # PEFT: expert weights count as (experts, out, in) unless their module has `is_transposed`
+        self.transposed = W.dim() == 3 and getattr(self.leaf, "is_transposed", False)
+        self.experts = W.shape[0] if W.dim() == 3 else 1
+        self._out, self._inp = W.shape[-1:-3:-1] if self.transposed else W.shape[-2:]
+        self.path = "base_layer." * _depth(module) + name
+
+    @property
+    def inp(self) -> int:
+        return self._inp
+
+    @property
+    def out(self) -> int:
+        return self._out
+
+    def stored(self) -> tuple[Tensor, Tensor | None]:
+        return getattr(self.leaf, self.weight_name), None
+
+    def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.module, {self.path: W.to(self.dtype)}, (x, *args), kwargs)
+
+    def down(self, r: int) -> Any:
+        return nn.Linear(self.inp, r * self.experts, bias=False)
+
+    def up(self, r: int, bias: bool = False) -> Any:
+        return nn.Linear(r * self.experts, self.out, bias=bias)
+
+    def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        a = (A.weight * scale).view(self.experts, -1, self.inp)  # (e, r, in)
+        b = B.weight.view(self.out, -1, self.experts).permute(2, 0, 1)  # (e, out, r)
+        W = a.mT @ b.mT if self.transposed else b @ a
+        return W.view(getattr(self.leaf, self.weight_name).shape)
+
+
+class Whole(Base):
+    """Any module, as the dict of its named tensors."""
+
+    pointwise = False
+
+    def tensors(self, module: nn.Module) -> dict[str, Tensor]:
+        return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+    def stored(self) -> Any:
+        tensors = self.tensors(self.leaf)
+        return next(iter(tensors.values()), torch.empty(0)), None
+
+    def read(self) -> Any:
+        return dict(self.home.original or self.tensors(self.leaf)), None
+
+    def write(self, W: Any, b: Any = None) -> None:
+        own = self.tensors(self.leaf)
+        if self.home.original is None:
+            self.home.original = {name: tensor.data for name, tensor in own.items()}
+        for name, tensor in own.items():
+            tensor.data = W[name].detach().to(tensor.dtype, copy=True)
+
+    def restore(self) -> None:
+        for name, tensor in self.tensors(self.leaf).items() if self.home.original else ():
+            tensor.data = self.home.original[name]
+        self.home.original = None
+
+    def apply(self, x: Tensor, W: Any, b: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return functional_call(self.module, W, (x, *args), kwargs)
+
+
+def _depth(module: nn.Module) -> int:
+    depth = 0
+    while hasattr(module, "base_layer"):
+        module, depth = module.base_layer, depth + 1
+    return depth
+
+
+def base_of(module: nn.Module, parameter: str | None = None, whole: bool = False) -> Base | None:
+    """The operator for a module (or for its parameter of that name), or None when its kind is unknown."""
+    inside = getattr(module, "base", None) if hasattr(module, "base_layer") else None
+    leaf = module
+    while hasattr(leaf, "base_layer"):
+        leaf = leaf.base_layer
+    if parameter is not None:
+        base = Param.__new__(Param)
+        Param.__init__(base, module, inside, parameter)
+        return base
+    if whole:
+        return Whole(module, inside)
+    from .quant import quantised
+
+    kind = quantised(leaf)
+    if kind is None:
+        if isinstance(leaf, nn.Linear):
+            kind = Linear
+        elif isinstance(leaf, nn.Embedding):
+            kind = Embedding
+        elif isinstance(leaf, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            kind = Conv
+        elif isinstance(leaf, nn.MultiheadAttention):
+            kind = Attention
+        elif type(leaf).__name__ == "Conv1D" and getattr(leaf, "weight", None) is not None and leaf.weight.dim() == 2:
+            kind = Conv1D
+        else:
+            return None
+    return kind(module, inside)

@@ -1,0 +1,401 @@
+"""Which tensors make an adapter's checkpoint, under which keys, and how they come into a model.
+
+A saved key is the live key without the adapter's name, taken out of the one place where it stands: behind its slot.
+
+    live    base_model.model.encoder.fc.lora_A.default.weight
+    saved   base_model.model.encoder.fc.lora_A.weight
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import namedtuple
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import adapter_class
+from .errors import AdapterNameError, CheckpointError, PeftWarning, nearest
+from .files import find_weights
+from .layer import Layer, ModulesToSaveWrapper, adapted
+
+PREFIX = "base_model.model."
+LoadReport = namedtuple("LoadReport", ["missing_keys", "unexpected_keys"])
+
+
+@dataclass
+class Entry:
+    """One tensor of a checkpoint: its saved key, its live key, and the dict it stands in now."""
+
+    saved: str
+    live: str
+    box: Any
+    key: str
+    layer: Layer | None = None  # the layer that it belongs to, which says where a new tensor goes
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.box[self.key]
+
+    def fill(self, value: Tensor) -> None:
+        """Take over `value`. A tensor without storage (meta) is replaced, any other is written to."""
+        old = self.tensor
+        if old.device.type == "meta" and (self.layer is None or self.layer.base.device.type != "meta"):
+            new = value.detach().clone()
+            if self.layer is not None:
+                new = self.layer.settle(new)
+            self.box[self.key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        else:
+            with torch.no_grad():
+                old.copy_(value)
+
+
+def entries_of_module(module: nn.Module, saved: str, live: str) -> Iterator[Entry]:
+    """An entry for each parameter and persistent buffer of a module."""
+    for name, sub in module.named_modules():
+        for box, skip in ((sub._parameters, ()), (sub._buffers, sub._non_persistent_buffers_set)):
+            for key, tensor in box.items():
+                if tensor is not None and key not in skip:
+                    path = f"{name}.{key}" if name else key
+                    yield Entry(f"{saved}.{path}", f"{live}.{path}", box, key)
+
+
+def entries_of_layer(layer: Layer, name: str, live: str, skip: Iterable[str] = ()) -> Iterator[Entry]:
+    """An entry for each saved tensor of adapter `name` on a layer, but not of the slots in `skip`."""
+    adapter = layer.adapters[name]
+    for slot, box, value in layer.boxes(name):
+        if slot in skip or not adapter.keeps(slot, adapter.config):
+            continue
+        if isinstance(value, Tensor):
+            inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
+            yield Entry(f"{live}.{adapter.saved_key(slot, '')}", f"{live}.{slot}.{name}", inner, name, layer)
+        else:
+            head = f"{live}.{slot}"
+            for entry in entries_of_module(value, head, f"{head}.{name}"):
+                rest = entry.saved[len(head) + 1 :]
+                yield Entry(f"{live}.{adapter.saved_key(slot, rest)}", entry.live, entry.box, entry.key, layer)
+
+
+def entries_of_model(model: nn.Module, name: str) -> Iterator[Entry]:
+    """An entry for each saved tensor of adapter `name` on a model, with the keys of that model."""
+    tuner = tuner_of(model)
+    root, prefix = (tuner.model, PREFIX) if tuner is not None and tuner is not model else (getattr(tuner, "model", model), "")
+    if tuner is model:  # a bare tuner: its keys lack the first segment only
+        prefix = "model."
+    config = model.peft_config[name]
+    cls = adapter_class(config)
+    shared = () if tuner is None else tuner.adapter_layer_names + tuner.other_param_names
+    for slot in shared:
+        box = tuner._modules[slot]
+        if name in box and cls.keeps(slot, config):
+            inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
+            yield Entry(f"base_model.{slot}", f"base_model.{slot}.{name}", inner, name)
+    for _, live, module in adapted(root):
+        if isinstance(module, Layer) and name in module.adapters:
+            if not module.tied:
+                yield from entries_of_layer(module, name, prefix + live, skip=shared)
+        elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            yield from entries_of_module(
+                module.modules_to_save[name], prefix + live, f"{prefix}{live}.modules_to_save.{name}"
+            )
+
+
+def tuner_of(model: nn.Module) -> Any:
+    """The tuner of a PeftModel, or the tuner itself, or None for a model with injected adapters."""
+    from .tuner import BaseTuner
+
+    if isinstance(model, BaseTuner):
+        return model
+    inner = vars(model).get("_modules", {}).get("base_model")
+    return inner if isinstance(inner, BaseTuner) else None
+
+
+# ---------------------------------------------------------------------------------------------------------- checking
+def strip(key: str) -> str:
+    """A key without the prefix that a PeftModel puts before the names of its base model."""
+    return key.removeprefix(PREFIX)
+
+
+def check(entries: list[Entry], weights: Mapping[str, Tensor], extra: Iterable[str] = (), strict: bool = True) -> LoadReport:
+    """Compare a checkpoint with the tensors that it is to fill; nothing is changed.
+
+    Raises `CheckpointError` naming missing, unexpected, misshapen and non-finite tensors. With `strict=False` missing
+    and unexpected ones are only warned about. `extra` are keys that may be there besides.
+    """
+    wanted = {strip(entry.saved): entry for entry in entries}
+    given = {strip(key): tensor for key, tensor in weights.items()}
+    missing = sorted(wanted.keys() - given.keys())
+    unexpected = sorted(given.keys() - wanted.keys() - {strip(key) for key in extra})
+    shapes = [
+        f"{key}: {tuple(given[key].shape)} in the checkpoint, {tuple(entry.tensor.shape)} in the model"
+        for key, entry in wanted.items()
+        if key in given and given[key].shape != entry.tensor.shape
+    ]
+    broken = [key for key, tensor in given.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    faults = []
+    for title, keys, known in (("missing", missing, given), ("unexpected", unexpected, wanted)):
+        if keys:
+            shown = "; ".join(f"{key}{nearest(key, set(known) - set(keys), 1)}" for key in keys[:5])
+            faults.append(f"{len(keys)} {title} tensor(s): {shown}" + (" ..." if len(keys) > 5 else ""))
+    if faults and not strict:
+        warnings.warn("The checkpoint does not fit the model. " + " | ".join(faults), PeftWarning)
+        faults = []
+    if shapes:
+        faults.append(f"{len(shapes)} tensor(s) of another shape: " + "; ".join(shapes[:5]))
+    if broken:
+        faults.append(f"{len(broken)} tensor(s) with NaN or infinite values: " + ", ".join(broken[:5]))
+    if faults:
+        raise CheckpointError("The checkpoint does not fit the model; nothing was loaded. " + " | ".join(faults))
+    return LoadReport(missing, unexpected)
+
+
+# -------------------------------------------------------------------------------------------------- reading, writing
+def read_weights(model_id: Any, device: Any = None, **options: Any) -> dict[str, Tensor]:
+    """The tensors of a saved adapter. Raises `CheckpointError` when the file cannot be read as what it claims to be."""
+    path = find_weights(model_id, **options)
+    device = str(device) if device is not None else "cpu"
+    if path.suffix == ".bin":
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:
+            raise CheckpointError(f"'{path}' cannot be read as a pickle of tensors: {error}") from error
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path, device=device)
+    except Exception as error:
+        with open(path, "rb") as file:
+            head = file.read(4)
+        hint = " It looks like a pickle." if head[:1] == b"\x80" or head[:2] == b"PK" else ""
+        hint = " It is empty." if not head else hint
+        raise CheckpointError(f"'{path}' is not a complete safetensors file ({error}).{hint}") from error
+
+
+def serialiser(tensors: Mapping[str, Tensor], safe: bool = True) -> Any:
+    """A function from metadata to the bytes of a weights file: safetensors, or with `safe=False` a pickle."""
+
+    def to_bytes(metadata: dict[str, str]) -> bytes:
+        if not safe:
+            import io
+
+            buffer = io.BytesIO()
+            torch.save(dict(tensors), buffer)
+            return buffer.getvalue()
+        from safetensors.torch import save
+
+        own, seen = {}, set()
+        for key, tensor in tensors.items():  # safetensors takes neither views nor shared memory
+            tensor = tensor.detach().contiguous()
+            place = (tensor.device, tensor.untyped_storage().data_ptr())
+            own[key] = tensor.clone() if place in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+            seen.add(place)
+        return save(own, metadata)
+
+    return to_bytes
+
+
+def load_peft_weights(
+    model_id: Any, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **hf_hub_download_kwargs: Any
+) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, by saved key.
+
+    `key_mapping` (regular expression -> replacement) renames the modules that the keys speak of; the first pattern that
+    fits a key is applied. Further options go to the hub's download.
+    """
+    import re
+
+    weights = read_weights(model_id, device or infer_device(), **hf_hub_download_kwargs)
+    if not key_mapping:
+        return weights
+    renamed = {}
+    for key, tensor in weights.items():
+        head = PREFIX if key.startswith(PREFIX) else "base_model." if key.startswith("base_model.") else ""
+        body = key[len(head) :]
+        for pattern, replacement in key_mapping.items():
+            body, count = re.subn(pattern, replacement, body)
+            if count:
+                break
+        renamed[head + body] = tensor
+    return renamed
+
+
+def infer_device() -> str:
+    """The accelerator that is there, by name, or "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    for name in ("xpu", "npu", "mlu"):
+        if (device := getattr(torch, name, None)) is not None and device.is_available():
+            return name
+    return "cpu"
+
+
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an adapter's checkpoint, by saved key.
+
+    `state_dict`: take the tensors from there, by live key, instead of from the model (FSDP, DeepSpeed).
+    `unwrap_compiled`: look inside torch.compile's wrapper. `save_embedding_layers`: also the whole embedding and output
+    layers; "auto" when they are targeted or the vocabulary was resized.
+    """
+    if unwrap_compiled:
+        model = getattr(model, "_orig_mod", model)
+    if adapter_name not in model.peft_config:
+        raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(model.peft_config)}.")
+    config = model.peft_config[adapter_name]
+    if config.is_prompt_learning:
+        from .prompt import prompt_state
+
+        saved = prompt_state(model, adapter_name)
+        saved.update({e.saved: e.tensor for e in _copies(model, adapter_name, "base_model.")})
+        return saved
+    saved = {}
+    for entry in entries_of_model(model, adapter_name):
+        if state_dict is None:
+            saved[entry.saved] = entry.tensor.detach()
+        elif entry.live in state_dict:
+            saved[entry.saved] = state_dict[entry.live]
+        else:
+            raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
+    saved = adapter_class(config).convert_for_save(model, adapter_name, saved)
+    for key, tensor in _bias_tensors(model, adapter_name).items():
+        saved.setdefault(key, tensor if state_dict is None else state_dict[key])
+    for key, tensor in _embedding_tensors(model, config, save_embedding_layers).items():
+        saved.setdefault(key, tensor if state_dict is None else state_dict[key])
+    return saved
+
+
+def _copies(model: Any, name: str, prefix: str) -> Iterator[Entry]:
+    for _, live, module in adapted(model.base_model):
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            yield from entries_of_module(
+                module.modules_to_save[name], prefix + live, f"{prefix}{live}.modules_to_save.{name}"
+            )
+
+
+def _bias_tensors(model: Any, name: str) -> dict[str, Tensor]:
+    tuner = tuner_of(model)
+    if tuner is None or tuner.bias_owner != name:
+        return {}
+    prefix = "" if tuner is model else "base_model."
+    return {f"{prefix}model.{key}": tuner.trained_bias(key) for key in tuner.biases}
+
+
+def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, Tensor]:
+    """The embedding and output layers, when they are to be saved whole."""
+    from .targets import EMBEDDINGS, named
+
+    root = getattr(tuner_of(model), "model", model)
+    targets = getattr(config, "target_modules", None)
+    targeted = bool(targets) and (
+        any(name in targets for name in EMBEDDINGS)
+        if not isinstance(targets, str)
+        else any(named(path, targets) for path, _, _ in adapted(root) if path.rpartition(".")[2] in EMBEDDINGS)
+    )
+    tokens = config.peft_type == "TRAINABLE_TOKENS" or getattr(config, "trainable_token_indices", None) is not None
+    if save == "auto":
+        save = targeted and not tokens
+        if save:
+            warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", PeftWarning)
+        elif resized(root, config):
+            save = True
+            warnings.warn("Setting `save_embedding_layers` to `True` as the embedding layer has been resized.", PeftWarning)
+    if not save:
+        return {}
+    if not hasattr(root, "get_input_embeddings"):
+        warnings.warn("Could not identify embedding layer(s): the model has no `get_input_embeddings`.", PeftWarning)
+        return {}
+    prefix = "" if root is model else PREFIX
+    names = {id(m): n for n, m in root.named_modules()}
+    found = {}
+    for layer in (root.get_input_embeddings(), root.get_output_embeddings()):
+        if isinstance(layer, Layer) or (layer is not None and not targeted):
+            leaf = layer.get_base_layer() if isinstance(layer, Layer) else layer
+            found |= {f"{prefix}{names[id(leaf)]}.{k}": t.detach() for k, t in leaf.state_dict().items()}
+    return found
+
+
+def resized(root: nn.Module, config: Any) -> bool:
+    """Whether the vocabulary differs from that of the base model's local folder."""
+    import json
+    import os
+
+    path = os.path.join(config.base_model_name_or_path or "", "config.json")
+    own = getattr(getattr(root, "config", None), "vocab_size", None)
+    if own is None or not config.base_model_name_or_path or not os.path.isfile(path):
+        return False
+    with open(path, encoding="utf-8") as file:
+        return json.load(file).get("vocab_size", own) != own
+
+
+def set_peft_model_state_dict(
+    model: Any,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    strict: bool = True,
+) -> LoadReport:
+    """Write a checkpoint's tensors into an adapter that the model has already.
+
+    Raises `CheckpointError`, with nothing written, when tensors are missing, unexpected, misshapen or not finite;
+    `strict=False` warns about the first two. `ignore_mismatched_sizes` leaves misshapen ones out with a warning.
+    """
+    if adapter_name not in model.peft_config:
+        raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(model.peft_config)}.")
+    config = model.peft_config[adapter_name]
+    if config.is_prompt_learning:
+        from .prompt import load_prompt_state
+
+        return load_prompt_state(model, adapter_name, peft_model_state_dict, strict)
+    entries = list(entries_of_model(model, adapter_name))
+    weights = adapter_class(config).convert_for_load(config, dict(peft_model_state_dict))
+    base = base_entries(model, weights)
+    biases = _bias_entries(model, adapter_name)
+    if ignore_mismatched_sizes:
+        shapes = {strip(e.saved): e.tensor.shape for e in entries}
+        wrong = [k for k, t in weights.items() if shapes.get(strip(k), t.shape) != t.shape]
+        if wrong:
+            warnings.warn(f"Left out, because of another shape (ignore_mismatched_sizes): {wrong}.", PeftWarning)
+            weights = {k: t for k, t in weights.items() if k not in wrong}
+            entries = [e for e in entries if strip(e.saved) not in {strip(k) for k in wrong}]
+    have = {strip(e.saved) for e in entries}
+    entries += [e for e in biases if strip(e.saved) not in have]
+    report = check(entries, weights, [e.saved for e in base], strict)
+    given = {strip(key): tensor for key, tensor in weights.items()}
+    for entry in entries + base:
+        if strip(entry.saved) in given:
+            entry.fill(given[strip(entry.saved)])
+    return report
+
+
+def _bias_entries(model: Any, name: str) -> list[Entry]:
+    tuner = tuner_of(model)
+    if tuner is None or tuner.bias_owner != name:
+        return []
+    prefix = "" if tuner is model else "base_model."
+    return [Entry(f"{prefix}model.{k}", k, {k: tuner.trained_bias(k)}, k) for k in tuner.biases]
+
+
+def base_entries(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Entry]:
+    """Entries for whole embedding and output layers that a checkpoint holds beside the adapter."""
+    root = getattr(tuner_of(model), "model", model)
+    found = []
+    layers = [getattr(root, get)() for get in ("get_input_embeddings", "get_output_embeddings") if hasattr(root, get)]
+    leaves = {id(m.get_base_layer() if isinstance(m, Layer) else m) for m in layers if m is not None}
+    for name, module in root.named_modules() if leaves else ():
+        if id(module) in leaves:
+            for key in module._parameters:
+                for saved in {f"{name}.{key}", f"{name.removesuffix('.base_layer')}.base_layer.{key}"}:
+                    if saved in weights or PREFIX + saved in weights:
+                        found.append(Entry(PREFIX + saved, saved, module._parameters, key))
+    return found

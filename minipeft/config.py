@@ -1,0 +1,289 @@
+"""Configurations: dataclasses with PEFT's fields, checked when made, and their JSON file.
+
+A configuration is data. Reading one never imports, downloads by itself, or unpickles anything.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import json
+import numbers
+import os
+import types
+import typing
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union
+
+from .errors import CheckpointError, ConfigError, ConfigTypeError, PeftWarning, nearest
+from .files import CONFIG_NAME, find_config
+
+PEFT_VERSION = "0.21.2"  # the release of peft whose files and names minipeft reads and writes
+
+
+class PeftType(str, enum.Enum):
+    """The adapter methods, by the name that a configuration's `peft_type` holds."""
+
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    BOFT = "BOFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    IA3 = "IA3"
+    BEFT = "BEFT"
+    LILY = "LILY"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    FROD = "FROD"
+    PVERA = "PVERA"
+    FOURIERFT = "FOURIERFT"
+    GLORA = "GLORA"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    UNILORA = "UNILORA"
+    CPT = "CPT"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    HIRA = "HIRA"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    CARTRIDGE = "CARTRIDGE"
+    TINYLORA = "TINYLORA"
+    PSOFT = "PSOFT"
+    PEANUT = "PEANUT"
+    SHADOW = "SHADOW"
+    SUPERTUNING = "SUPERTUNING"
+    DEFT = "DEFT"
+
+
+class TaskType(str, enum.Enum):
+    """What the adapted model is for; it chooses the `PeftModelFor...` class."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+CONFIGS: dict[PeftType, type[PeftConfig]] = {}  # filled as the configuration classes are defined
+
+
+@dataclass
+class PeftConfig:
+    """What every configuration holds. Subclasses name their method: `class LoraConfig(PeftConfig, method="LORA")`.
+
+    Raises `ConfigTypeError` when a field has a value of the wrong type and `ConfigError` when the value cannot work.
+    """
+
+    task_type: TaskType | str | None = None
+    peft_type: PeftType | str | None = None
+    auto_mapping: dict | None = None  # the base model's class and library, noted at saving when there is no task_type
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    _method: typing.ClassVar[PeftType | None] = None
+    is_prompt_learning: typing.ClassVar[bool] = False
+    is_adaption_prompt: typing.ClassVar[bool] = False
+
+    def __init_subclass__(cls, method: str | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if method is not None:
+            cls._method = PeftType(method)
+            CONFIGS[cls._method] = cls
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), _types(type(self))[field.name]
+            if not _fits(value, kind):
+                raise ConfigTypeError(
+                    f"{type(self).__name__}.{field.name} must be {_spell(kind)}, got {value!r} ({type(value).__name__})."
+                )
+        if self.task_type is not None:
+            self.task_type = _member(TaskType, self.task_type, "task_type")
+        given = None if self.peft_type is None else _member(PeftType, self.peft_type, "peft_type")
+        if given is not None and self._method is not None and given is not self._method:
+            raise ConfigError(f"{type(self).__name__} is the configuration of {self._method.value}, not of {given.value}.")
+        self.peft_type = self._method or given
+        if self.peft_version is None:
+            self.peft_version = PEFT_VERSION
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            if isinstance(getattr(self, name, None), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
+        bias = getattr(self, "bias", "none")
+        allowed = ("none", "all") + tuple(b for b in (getattr(self, "_bias_only", None),) if b)
+        if bias not in allowed:
+            raise ConfigError(f"{type(self).__name__}.bias must be one of {', '.join(map(repr, allowed))}, got {bias!r}.")
+        if getattr(self, "layers_pattern", None) and getattr(self, "layers_to_transform", None) is None:
+            raise ConfigError("`layers_pattern` says where the layer number stands; set `layers_to_transform` as well.")
+
+    def require_positive(self, *names: str) -> None:
+        """Raise `ConfigError` unless each field of `names` is a whole number above 0."""
+        for name in names:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {getattr(self, name)}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, sets kept as sets."""
+        return dataclasses.asdict(self)
+
+    def to_json(self, auto_mapping: dict | None = None) -> str:
+        """The text of `adapter_config.json`, keys sorted, sets as sorted lists."""
+        fields = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in self.to_dict().items()}
+        if auto_mapping is not None:
+            fields["auto_mapping"] = auto_mapping
+        return json.dumps(fields, indent=2, sort_keys=True)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write `adapter_config.json` into `save_directory`, which is made when missing.
+
+        Raises `CheckpointError` when `save_directory` is a file.
+        """
+        from .files import write_text
+
+        write_text(save_directory, CONFIG_NAME, self.to_json(kwargs.get("auto_mapping_dict")))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any):
+        """Read the configuration of a saved adapter: a folder, or a hub id when huggingface_hub is installed.
+
+        `kwargs` are download options for the hub, and default values for fields that the file does not hold.
+        """
+        path = find_config(pretrained_model_name_or_path, subfolder, **kwargs)
+        known = {field.name for field in dataclasses.fields(cls)}
+        defaults = {key: value for key, value in kwargs.items() if key in known and key != "revision"}
+        return cls.from_peft_type(**{**defaults, **cls.from_json_file(path)})
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
+        """The fields in a JSON file, as they stand. Raises `CheckpointError` when it holds no JSON object."""
+        try:
+            with open(path_json_file, encoding="utf-8") as file:
+                fields = json.load(file)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path_json_file} is not a readable JSON file: {error}") from error
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{path_json_file} must hold one JSON object, but holds a {type(fields).__name__}.")
+        if fields.pop("runtime_config", None) is not None:
+            warnings.warn(f"`runtime_config` in {path_json_file} is ignored: it only means something while running.", PeftWarning)
+        return fields
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+        """The configuration that `kwargs["peft_type"]` names, made from `kwargs`; unknown keys are dropped with a warning."""
+        if "peft_type" in kwargs:
+            cls = CONFIGS.get(_member(PeftType, kwargs["peft_type"], "peft_type"))
+            if cls is None:
+                raise ConfigError(f"peft_type {kwargs['peft_type']!r} is not in this release of minipeft.")
+        elif cls._method is None:
+            raise ConfigError("The configuration has no `peft_type`; it should name the method, for example 'LORA'.")
+        known = {field.name for field in dataclasses.fields(cls) if field.init}
+        unknown = sorted(set(kwargs) - known)
+        if unknown:
+            warnings.warn(
+                f"{cls.__name__} does not know {unknown}; ignored. The file may come from another release.", PeftWarning
+            )
+        kwargs = {key: value for key, value in kwargs.items() if key in known}
+        cls.check_kwargs(**kwargs)
+        return cls(**kwargs)
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """A place for a method to refuse files of old releases, before anything is built. Returns `kwargs`."""
+        return kwargs
+
+    @classmethod
+    def _get_peft_type(cls, model_id: str | os.PathLike, **kwargs: Any) -> str:
+        return cls.from_json_file(find_config(model_id, **kwargs)).get("peft_type")
+
+
+@dataclass
+class PromptLearningConfig(PeftConfig):
+    """The fields of the methods that learn a prompt; sizes left None are read off the model's config."""
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None  # hidden size of the model
+    num_transformer_submodules: int | None = None  # 1, or 2 for an encoder and a decoder
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+
+    is_prompt_learning: typing.ClassVar[bool] = True
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The configuration object for a plain dict; `config_dict["peft_type"]` chooses the class.
+
+    Keys that the class does not know are dropped with a warning. Raises `ConfigError` or `ConfigTypeError`.
+    """
+    if not isinstance(config_dict, Mapping):
+        raise ConfigTypeError(f"get_peft_config needs a dict, got {type(config_dict).__name__}.")
+    if "peft_type" not in config_dict:
+        raise ConfigError("The configuration has no `peft_type`; it should name the method, for example 'LORA'.")
+    return PeftConfig.from_peft_type(**config_dict)
+
+
+# ------------------------------------------------------------------------------------------------- checking of types
+def _member(kind: type[enum.Enum], value: Any, field: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        names = [member.value for member in kind]
+        hint = nearest(str(value), names)
+        raise ConfigError(f"Invalid {field} {value!r}.{hint} It must be one of {', '.join(names)}.") from None
+
+
+@functools.lru_cache(maxsize=None)
+def _types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether `value` may stand where the annotation `kind` is; ints serve as floats, tuples and sets as lists."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is list:
+        return isinstance(value, (list, tuple, set, frozenset)) and all(_fits(v, args[0]) for v in value)
+    if origin is tuple:  # JSON has lists only
+        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(_fits, value, args))
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if kind is float:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _spell(kind: Any) -> str:
+    if typing.get_origin(kind) in (Union, types.UnionType):
+        return " or ".join(_spell(arg) for arg in typing.get_args(kind))
+    return "None" if kind is type(None) else getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind)

@@ -1,0 +1,93 @@
+"""The ways to begin: a PeftModel around a model, or adapters injected into it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .adapter import adapter_class
+from .config import PeftConfig
+from .errors import ConfigError, PeftWarning, UnsupportedFeatureError
+from .layer import Layer
+from .mixed import PeftMixedModel
+from .model import PeftModel
+from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .tuner import TUNERS
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel | PeftMixedModel:
+    """`model` with a new adapter, changed in place; the class follows from `peft_config.task_type`.
+
+    `mixed`: a PeftMixedModel, which takes adapters of several methods. `autocast_adapter_dtype`: float16 and bfloat16
+    adapter weights become float32. `low_cpu_mem_usage`: create the adapter on the meta device, to be loaded.
+
+    Raises `PeftError` when anything does not fit; `model` is then as it was.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise ConfigError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
+    before, now = peft_config.base_model_name_or_path, vars(model).get("name_or_path") or None
+    peft_config.base_model_name_or_path = now
+    if before is not None and before != now:
+        warnings.warn(f"The configuration names the base model {before!r}, but this one is {now!r}.", PeftWarning)
+    if any(isinstance(module, Layer) for module in model.modules()):
+        warnings.warn(
+            "This model has adapters already. To begin anew with another configuration, call `.unload()` first.", PeftWarning
+        )
+    if revision is not None:
+        if peft_config.revision not in (None, revision):
+            warnings.warn(f"revision {peft_config.revision!r} of the configuration is replaced by {revision!r}.", PeftWarning)
+        peft_config.revision = revision
+    if mixed:
+        return PeftMixedModel(model, peft_config, adapter_name=adapter_name)
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    return cls(
+        model,
+        peft_config,
+        adapter_name=adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """Put an adapter into `model` itself, which is returned; its keys get no prefix.
+
+    `state_dict`: adapt the layers that its keys speak of, whatever `target_modules` says; its values are not used.
+    Not for prompt learning, nor for methods whose layers share tensors.
+    """
+    if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
+        raise UnsupportedFeatureError("`inject_adapter_in_model` does not support prompt learning and adaption prompt.")
+    if peft_config.peft_type not in TUNERS:
+        raise UnsupportedFeatureError(f"peft_type {peft_config.peft_type!r} is not in this release of minipeft.")
+    if adapter_class(peft_config).shares:
+        raise UnsupportedFeatureError(
+            f"{peft_config.peft_type.value} keeps tensors that all layers share beside the model; use get_peft_model."
+        )
+    tuner_cls = TUNERS[peft_config.peft_type]
+    tuner = tuner_cls.__new__(tuner_cls)
+    nn.Module.__init__(tuner)
+    tuner._begin(model)
+    tuner.train(model.training)
+    existing = vars(model).get("peft_config")
+    if existing:  # a further adapter beside injected ones
+        tuner.peft_config = existing
+        tuner.active_adapter = next((m.active_adapters for m in model.modules() if isinstance(m, Layer)), [])
+        tuner.context = next((m.context for m in model.modules() if isinstance(m, Layer)), tuner.context)
+    tuner.add(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, keys=state_dict)
+    return model

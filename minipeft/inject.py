@@ -1,0 +1,307 @@
+"""Building one adapter beside a model, checking it, and putting it into the model in one go.
+
+Until `Plan.commit` nothing of the model is touched, so whatever fails before leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import adapter_class, unsupported
+from .base import Attention, base_of
+from .checkpoint import PREFIX, Entry, LoadReport, base_entries, check, entries_of_layer, entries_of_module, strip
+from .config import PeftConfig
+from .defaults import default_targets
+from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
+from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
+
+if TYPE_CHECKING:
+    from .tuner import BaseTuner
+
+NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
+RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """A model's own configuration as a dict; `{"model_type": "custom"}` when it has none."""
+    config = getattr(model, "config", NO_CONFIG)
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    return config if isinstance(config, dict) else dict(vars(config))
+
+
+def check_adapter_name(name: Any, model: nn.Module | None = None) -> None:
+    """Raise `AdapterNameError` unless `name` can be a key of a module dict, a part of a key and a folder."""
+    if not isinstance(name, str):
+        raise AdapterNameError(f"An adapter name must be a string, got {name!r}.")
+    if not name or name == BASE or re.search(r"[./\\\x00]", name):
+        raise AdapterNameError(
+            f"{name!r} cannot be an adapter name: it must be non-empty, without '.', '/' and '\\', and not '{BASE}'."
+        )
+    if name in RESERVED:
+        raise AdapterNameError(f"{name!r} cannot be an adapter name: it is an attribute of torch's module containers.")
+    if model is not None and name != "default":
+        for path, _, _ in walk(model):
+            if name in path.split("."):
+                raise AdapterNameError(
+                    f"{name!r} cannot be an adapter name: the model has a module of that name ('{path}'), and code that "
+                    "looks for adapters in its keys would confuse the two. Choose another name."
+                )
+
+
+class Plan:
+    """One adapter, built beside a model and ready to be put into it."""
+
+    def __init__(
+        self,
+        tuner: BaseTuner,
+        name: str,
+        config: Any,
+        loading: bool = False,
+        empty: bool = False,
+        autocast: bool = False,
+        keys: Any = None,
+    ):
+        if not isinstance(config, PeftConfig):
+            raise ConfigError(f"An adapter needs a PeftConfig, got {type(config).__name__}.")
+        check_adapter_name(name, tuner.model)
+        self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
+        self.cls = adapter_class(config)
+        self.autocast = autocast and self.cls.autocasts
+        self.empty = empty
+        self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it joins
+        self.copies: list[tuple[str, nn.Module, nn.Module]] = []  # live path, module there now, its trained copy
+        self.tokens: list[tuple[str, Layer, Layer | None]] = []  # the same as `new`, to be put into a wrapper
+        self.after: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
+        self.live_paths: dict[int, str] = {}
+        others = {n: c for n, c in tuner.peft_config.items() if c is not config}
+        if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
+            raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
+        self.cls.check_beside(config, others)
+        self.cls.prepare(config, self.model)
+        found = self.find(strict=not loading, keys=keys)
+        self.shared = self.cls.share(config, [base for *_, base in found], tuner.shared)
+        for path, live, module, base in found:
+            self.build(path, live, module, base)
+        self.copy_modules()
+        self.train_tokens()
+
+    # ------------------------------------------------------------------------------------------------------- finding
+    def find(self, strict: bool, keys: Any) -> list[tuple[str, str, nn.Module, Any]]:
+        """(path, live path, module, base) of every layer to adapt."""
+        config, cls = self.config, self.cls
+        outer: dict[str, tuple[str, nn.Module]] = {}
+        for path, live, module in walk(self.model):
+            outer.setdefault(path, (live, module))
+            self.live_paths[id(module)] = live
+        if isinstance(getattr(config, "target_modules", None), str) and config.target_modules.lower() == ALL_LINEAR:
+            bases = [(path, base_of(module)) for path, (_, module) in outer.items() if path]
+            attention = [path for path, base in bases if isinstance(base, Attention)]
+            bases = [(path, base) for path, base in bases if path.rpartition(".")[0] not in attention]
+            config.target_modules = all_linear(self.model, config.task_type, bases)
+        if getattr(config, "target_modules", None) is None and not getattr(config, "target_parameters", None):
+            default_targets(config, self.model, model_config(self.model).get("model_type"))
+        targets = Targets(config)
+        self.modules = [path for path in outer if path in targets] if keys is None else _paths_in(keys, cls.prefix, outer)
+        found: list[tuple[str, str, nn.Module, Any]] = []
+        for path in self.modules:
+            live, module = outer[path]
+            if path.rpartition(".")[0] in self.modules and isinstance(base_of(outer[path.rpartition(".")[0]][1]), Attention):
+                continue  # the out_proj of an attention module comes with it
+            base = base_of(module, whole="Whole" in cls.bases)
+            if base is None or not set(cls.bases) & {kind.__name__ for kind in type(base).__mro__}:
+                raise unsupported(cls, base, module, path)
+            cls.check_layer(config, path, base)
+            found.append((path, live, module, base))
+            if isinstance(base, Attention):
+                out = base.leaf.out_proj
+                found.append((path, f"{live}.base_layer.out_proj", out, base_of(out)))
+        parameters = self.find_parameters(outer)
+        self.parameters = [path for path, *_ in parameters]
+        targets.check(self.modules + self.parameters, list(outer), partly=strict and keys is None)
+        if targets.exclude and not targets.excluded:
+            warnings.warn(f"exclude_modules={targets.exclude!r} did not exclude anything.", PeftWarning)
+        for field in cls.patterns:
+            unused = [
+                key
+                for key in getattr(config, field, None) or {}
+                if not any(re.match(rf"(.*\.)?({key})$", path) for path in self.modules + self.parameters)
+            ]
+            if unused:
+                warnings.warn(f"{field} keys {unused} fit no adapted layer and were ignored.", PeftWarning)
+        return found + parameters
+
+    def find_parameters(self, outer: dict[str, tuple[str, nn.Module]]) -> list[tuple[str, str, nn.Module, Any]]:
+        """The same for `target_parameters`."""
+        wanted = set(getattr(self.config, "target_parameters", None) or ())
+        found, met, names = [], set(), []
+        for path, (live, module) in outer.items() if wanted else ():
+            leaf = module.base.leaf if isinstance(module, Layer) else module
+            for name, _ in leaf.named_parameters(recurse=False):
+                names.append(f"{path}.{name}" if path else name)
+                if not (hits := wanted & set(suffixes(names[-1]))):
+                    continue
+                if not path:
+                    raise NoMatchingPeftModuleError(f"'{name}' is a parameter of the outermost module; it cannot be adapted.")
+                met |= hits
+                found.append((names[-1], live, module, base_of(module, name)))
+        if missing := sorted(wanted - met):
+            known = {tail for name in names for tail in suffixes(name)}
+            hints = " ".join(f"{key!r} matches nothing.{nearest(key, known)}" for key in missing)
+            raise NoMatchingPeftModuleError(f"Not all of target_parameters are in the model: {hints}")
+        return found
+
+    # ------------------------------------------------------------------------------------------------------ building
+    def build(self, path: str, live: str, module: nn.Module, base: Any) -> None:
+        """Build the adapter for one layer, on a scratch layer."""
+        joins: Any = module
+        while isinstance(joins, Layer) and not (joins.method == self.cls.method.value and joins.base.same(base)):
+            joins = joins.base_layer
+        if isinstance(joins, Layer):
+            module, base = joins.base_layer, joins.base
+        else:
+            joins = None
+            for planned, scratch, _ in self.new:
+                if planned == live:  # a further parameter of the same module: around the layer for the one before
+                    module, base = scratch, base_of(scratch, base.weight_name)
+        scratch = self.scratch(module, base, path, self.cls, self.config)
+        self.new.append((live, scratch, joins))
+
+    def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
+        """A layer around `module` with the one new adapter, not yet part of the model."""
+        scratch = Layer(module, base, cls.method.value, self.tuner.context)
+        scratch.blank, scratch.autocast = self.empty or base.device.type == "meta", self.autocast
+        adapter = cls(scratch, self.name, config, path)
+        scratch.adapters[self.name] = adapter
+        for slot, value in self.shared.items() if cls is self.cls else ():
+            scratch.put(slot, self.name, value)
+        with torch.device("meta") if scratch.blank else nullcontext():
+            adapter.build()
+        if not scratch.blank:
+            scratch.settle_all(self.name)
+        return scratch
+
+    def copy_modules(self) -> None:
+        """Copy every module in `modules_to_save`."""
+        names = getattr(self.config, "modules_to_save", None)
+        names = {names} if isinstance(names, str) else set(names or ())
+        taken: list[str] = []
+        for path, live, module in walk(self.model) if names else ():
+            if path and named(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
+                taken.append(path)
+                original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+                ModulesToSaveWrapper.check(original)
+                copied = copy.deepcopy(original)
+                self.copies.append((live, module, copied))
+
+    def train_tokens(self) -> None:
+        """Build the rows of `trainable_token_indices`, each on the embedding that it names."""
+        if getattr(self.config, "trainable_token_indices", None) is not None:
+            from .methods.trainable_tokens import plan_tokens
+
+            plan_tokens(self)
+
+    # ------------------------------------------------------------------------------------------------------- loading
+    def entries(self) -> Iterator[Entry]:
+        """The tensors that a checkpoint of this adapter holds, where they are now, under the keys they will have."""
+        for index, (live, scratch, joins) in enumerate(self.new):
+            around = sum(other == live and j is None for other, _, j in self.new[index + 1 :])  # nested later
+            where = self.live_paths[id(joins)] if joins is not None else live + ".base_layer" * around
+            yield from entries_of_layer(scratch, self.name, PREFIX + where, skip=self.shared)
+        for slot in self.shared:
+            if self.cls.keeps(slot, self.config):
+                yield Entry(f"base_model.{slot}", f"base_model.{slot}.{self.name}", self.shared, slot)
+        for live, _, copied in self.copies:
+            yield from entries_of_module(copied, PREFIX + live, f"{PREFIX}{live}.modules_to_save.{self.name}")
+        for live, scratch, joins in self.tokens:
+            if not scratch.tied:
+                where = self.live_paths[id(joins)] if joins is not None else f"{live}.token_adapter"
+                yield from entries_of_layer(scratch, self.name, PREFIX + where)
+
+    def bias_entries(self) -> Iterator[Entry]:
+        """The biases that the adapter trains, under the keys they will have; they are the model's own tensors."""
+        bias = getattr(self.config, "bias", "none")
+        wrapped = {live for live, _, joins in self.new if joins is None}
+        for path, module in self.model.named_modules() if bias != "none" else ():
+            if module._parameters.get("bias") is None:
+                continue
+            key = f"{path}.base_layer.bias" if path in wrapped else f"{path}.bias" if path else "bias"
+            if bias == "all" or key.endswith(".base_layer.bias"):
+                yield Entry(PREFIX + key, key, module._parameters, "bias")
+
+    def load(self, weights: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
+        """Fill the adapter with a checkpoint's tensors. Raises `CheckpointError` when they do not fit."""
+        weights = self.cls.convert_for_load(self.config, dict(weights))
+        entries = list(self.entries())
+        have = {strip(entry.saved) for entry in entries}
+        later = [e for e in self.bias_entries() if strip(e.saved) not in have] + base_entries(self.model, weights)
+        report = check(entries + [e for e in later if e.key == "bias"], weights, [e.saved for e in later], strict)
+        given = {strip(key): tensor for key, tensor in weights.items()}
+        for entry in entries:
+            if strip(entry.saved) in given:
+                entry.fill(given[strip(entry.saved)])
+        self.after += [(entry, given[strip(entry.saved)]) for entry in later if strip(entry.saved) in given]
+        return report
+
+    @property
+    def incomplete(self) -> bool:
+        """Whether some tensor has no values yet."""
+        return any(
+            tensor.device.type == "meta" and scratch.base.device.type != "meta"
+            for _, scratch, _ in self.new + self.tokens
+            for _, tensor in scratch.tensors(self.name)
+        )
+
+    # ----------------------------------------------------------------------------------------------- putting in place
+    def commit(self) -> None:
+        """Put everything in place."""
+        tuner, name = self.tuner, self.name
+        for slot, value in self.shared.items():
+            tuner.put(slot, name, value, persistent=self.cls.keeps(slot, self.config))
+        for live, scratch, joins in self.new:
+            for action in scratch.at_commit:
+                action()
+            scratch.at_commit.clear()
+            for slot in self.shared:
+                setattr(scratch, slot, tuner._modules[slot])
+            if joins is not None:
+                joins.adopt(scratch, name)
+            else:
+                self._set(live, scratch)
+        for live, scratch, joins in self.tokens:
+            if joins is not None:
+                joins.adopt(scratch, name)
+            else:
+                self._set(live, TrainableTokensWrapper(scratch))
+        for live, module, copied in self.copies:
+            if not isinstance(module, ModulesToSaveWrapper):
+                module = ModulesToSaveWrapper(module, tuner.context)
+                self._set(live, module)
+            module.modules_to_save[name] = copied
+
+    def finish(self) -> None:
+        """Write what a checkpoint holds for the model's own tensors: biases, and whole embedding layers."""
+        for entry, value in self.after:
+            entry.fill(value)
+
+    def _set(self, live: str, module: nn.Module) -> None:
+        head, _, last = live.rpartition(".")
+        parent = self.model.get_submodule(head)
+        parent._modules[last] = module
+        if isinstance(module, Layer):
+            module.read_through = isinstance(parent, nn.MultiheadAttention)
+
+
+def _paths_in(keys: Any, prefix: str, outer: dict[str, Any]) -> list[str]:
+    """The modules that the keys of a checkpoint speak of: whatever stands before a slot of the method."""
+    heads = {strip(key).rsplit(f".{prefix}", 1)[0].removeprefix("_orig_mod.") for key in keys}
+    return [path for path in outer if path in heads]

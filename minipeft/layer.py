@@ -1,0 +1,665 @@
+"""What stands in the model where an adapted module stood: a `Layer`, or a wrapper for modules trained in full."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapted, Adapter
+from .base import Base
+from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
+
+BASE = "__base__"  # in a mixed batch: a sample for the bare model
+LOW_PRECISION = tuple(
+    getattr(torch, name)
+    for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    if hasattr(torch, name)
+)
+
+
+class BufferDict(nn.Module):
+    """A dict of tensors that move with the module; in its state dict only when `persistent`."""
+
+    def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
+        super().__init__()
+        self.persistent = persistent
+        for key, value in (buffers or {}).items():
+            self[key] = value
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._buffers[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self.register_buffer(key, value, persistent=self.persistent)
+
+    def __delitem__(self, key: str) -> None:
+        del self._buffers[key]
+        self._non_persistent_buffers_set.discard(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._buffers
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def keys(self) -> Iterable[str]:
+        return self._buffers.keys()
+
+    def values(self) -> Iterable[Tensor]:
+        return self._buffers.values()
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        return self._buffers.items()
+
+
+class Context:
+    """What one forward pass of the whole model tells every layer: who takes which sample, and for which task."""
+
+    def __init__(self) -> None:
+        self.adapter_names: Sequence[str] | None = None  # one name for each sample of the batch
+        self.task_ids: Tensor | None = None  # (batch,)
+
+    def groups(self, size: int, names: Sequence[str] | None) -> dict[str, list[int]] | None:
+        """Rows of a batch of `size` by adapter name, or None when the batch is not mixed.
+
+        `size` may be a multiple of the number of names: then each name stands for that many rows (beam search).
+        """
+        names = self.adapter_names if names is None else names
+        if names is None:
+            return None
+        if not names or size % len(names):
+            raise BatchError(
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {size} respectively."
+            )
+        rows: dict[str, list[int]] = {}
+        for row in range(size):
+            rows.setdefault(names[row * len(names) // size], []).append(row)
+        return rows
+
+
+def run_groups(x: Tensor, groups: dict[str, list[int]], run: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """Rows of the batch x through `run(name, rows)`, put back in their order."""
+    y = None
+    for name, rows in groups.items():
+        index = torch.tensor(rows, device=x.device)
+        part = run(name, x.index_select(0, index))
+        if not isinstance(part, Tensor):
+            raise BatchError(f"Mixed batches need layers that return a tensor, got a {type(part).__name__}.")
+        y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
+        y = y.index_copy(0, index, part.to(y.dtype))
+    assert y is not None
+    return y
+
+
+class Slots(nn.Module):
+    """Containers keyed by adapter name, under PEFT's names: `self.lora_A["default"]`."""
+
+    adapter_layer_names: tuple[str, ...] = ()  # slots with trainable parameters
+    other_param_names: tuple[str, ...] = ()  # slots with anything else
+
+    def put(self, slot: str, name: str, value: Any, persistent: bool = False) -> None:
+        """Store `value` for adapter `name`; the first value of a slot decides what kind of container it is."""
+        box = self._modules.get(slot)
+        if box is None:
+            box = self.__dict__.get(slot)
+        if box is None:
+            if isinstance(value, nn.Parameter):
+                box = nn.ParameterDict()
+            elif isinstance(value, nn.Module):
+                box = nn.ModuleDict()
+            elif isinstance(value, Tensor):
+                box = BufferDict(persistent=persistent)
+            else:
+                box = {}
+            setattr(self, slot, box)
+            if isinstance(box, (nn.ParameterDict, nn.ModuleDict)):
+                self.adapter_layer_names += (slot,)
+            else:
+                self.other_param_names += (slot,)
+        box[name] = value
+
+    def take(self, slot: str, name: str) -> Any:
+        """The value of adapter `name`. Raises `AttributeError` when there is none."""
+        box = self._modules.get(slot)
+        if box is None:
+            box = self.__dict__.get(slot)
+        elif type(box) is nn.ModuleDict:
+            box = box._modules
+        elif type(box) is nn.ParameterDict:
+            box = box._parameters
+        elif type(box) is BufferDict:
+            box = box._buffers
+        try:
+            return box[name]
+        except (KeyError, TypeError):
+            raise AttributeError(f"adapter {name!r} has no {slot!r}") from None
+
+    def drop(self, name: str) -> None:
+        """Forget everything of adapter `name`."""
+        for slot in self.adapter_layer_names + self.other_param_names:
+            box = getattr(self, slot)
+            if name in box:
+                del box[name]
+
+    def boxes(self, name: str) -> Iterator[tuple[str, Any, Any]]:
+        """(slot, container, value) of every module slot that adapter `name` has."""
+        for slot in self.adapter_layer_names + self.other_param_names:
+            box = self._modules.get(slot)
+            if box is not None and name in box:
+                yield slot, box, box[name]
+
+    def tensors(self, name: str, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+        """(slot, tensor) of every tensor of adapter `name`, in slots that start with `prefix`."""
+        for slot, _, value in self.boxes(name):
+            if slot.startswith(prefix):
+                if isinstance(value, Tensor):
+                    yield slot, value
+                else:
+                    yield from ((slot, p) for p in value.parameters())
+                    yield from ((slot, b) for b in value.buffers())
+
+
+class Layer(Slots):
+    """A frozen layer with adapters around it.
+
+    Every adapter ever added stands in `adapters`; those in `active_adapters` take part in `forward`, in the order in
+    which they are listed there. Live parameter names are PEFT's: `base_layer.weight`, `lora_A.default.weight`.
+    """
+
+    def __init__(self, module: nn.Module, base: Base, method: str, context: Context | None = None):
+        super().__init__()
+        self.base_layer = module
+        self.base = base
+        self.method = method
+        self.context = context or Context()
+        self.adapters: dict[str, Adapter] = {}
+        self.merged_adapters: list[str] = []
+        self.folded: list[tuple[Layer, str]] = []  # of the innermost layer: what its weights hold, in order
+        self.cast_input_dtype_enabled = True
+        self.read_through = False  # True: the parent takes `.weight` instead of calling the layer
+        self.tied = False  # True: its adapters are those of another layer, which also saves them
+        self.blank = False  # while being built: True when values are going to be loaded, and only shapes matter
+        self.autocast = False  # while being built: True when low-precision adapter tensors become float32
+        self.at_commit: list[Callable[[], None]] = []
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self.train(module.training)
+
+    # ------------------------------------------------------------------------------------------------- being built
+    def settle(self, tensor: Tensor) -> Tensor:
+        """`tensor` on the device of the frozen layer, and in the dtype that an adapter's tensors have there."""
+        tensor = tensor.to(self.base.device)
+        if tensor.is_floating_point() and self.base.dtype.is_floating_point:
+            low = self.autocast and self.base.dtype in LOW_PRECISION
+            tensor = tensor.to(torch.float32 if low else self.base.dtype)
+        return tensor
+
+    def settle_all(self, name: str) -> None:
+        """Move all tensors of adapter `name` there, by way of the frozen layer's dtype."""
+        for _, tensor in self.tensors(name):
+            if tensor.is_floating_point() and self.base.dtype.is_floating_point:
+                tensor.data = tensor.data.to(self.base.dtype)
+            tensor.data = self.settle(tensor.data)
+
+    # ------------------------------------------------------------------------------------------------- the operator
+    def operator(self, names: Sequence[str] | None = None) -> Any:
+        """The operator of the base layer with the adapters `names` around it (default: those that are on)."""
+        op: Any = self.base
+        for name in self.running if names is None else names:
+            if name in self.adapters:
+                op = Adapted(self.adapters[name], op)
+        return op
+
+    @property
+    def running(self) -> list[str]:
+        """Names that take part in `forward`: active, not disabled, and not already in the weights."""
+        if self._disable_adapters:
+            return []
+        return [n for n in self._active_adapter if n in self.adapters and n not in self.merged_adapters]
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Output of the adapted layer; `adapter_names` gives each sample of the batch its own adapter."""
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None or self.context.adapter_names is not None:
+            return self._mixed(x, adapter_names, *args, **kwargs)
+        return self._run(self.running, x, *args, **kwargs)
+
+    def _run(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        op = self.operator(names)
+        if self.base.opaque and op is not self.base:
+            return self.base.apply(x, *op.read(), *args, **kwargs)
+        return op(x, *args, **kwargs)
+
+    def _mixed(self, x: Tensor, names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Tensor:
+        if self.merged_adapters:
+            raise BatchError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        groups = self.context.groups(len(x), names)
+        assert groups is not None
+        if self.base.opaque:
+            kind = type(self.base.leaf).__name__
+            raise BatchError(f"Mixed batches are not possible on a {kind}: it does not map one tensor to one.")
+
+        def run(name: str, part: Tensor) -> Any:
+            nested = {"adapter_names": [name] * len(part)} if isinstance(self.base_layer, Layer) else {}
+            return self._run([] if name == BASE else [name], part, *args, **nested, **kwargs)
+
+        return run_groups(x, groups, run)
+
+    # ------------------------------------------------------------------------------------------------------- merging
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter of this layer is in the frozen weights."""
+        return bool(self.merged_adapters)
+
+    @property
+    def _home(self) -> Layer:
+        layer = self
+        while isinstance(layer.base_layer, Layer) and self.base.home is not self.base:
+            layer = layer.base_layer
+        return layer
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Write adapters into the frozen weights: computed in float32 from the original weights, rounded once.
+
+        `safe_merge` raises `MergeError` instead of storing numbers that are not finite. `adapter_names` defaults to
+        the active adapters; names that are merged already are skipped with a warning.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        names = [n for n in (self._active_adapter if adapter_names is None else adapter_names) if n in self.adapters]
+        if self.merged_adapters:
+            names = [n for n in names if n not in self.merged_adapters]
+            already = ", ".join(self.merged_adapters)
+            warnings.warn(
+                f"Already merged: {already}. " + (f"Now also merging {', '.join(names)}." if names else "Nothing to do."),
+                PeftWarning,
+            )
+        if not names:
+            return
+        home = self._home
+        self._fold(home.folded + [(self, name) for name in names], safe_merge)
+        self.merged_adapters.extend(names)
+
+    @torch.no_grad()
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Take adapters (default: all of this layer) out of the frozen weights; with none left, not a bit differs."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", PeftWarning)
+            return
+        names = list(self.merged_adapters if adapter_names is None else adapter_names)
+        self._fold([(layer, n) for layer, n in self._home.folded if layer is not self or n not in names], False)
+        self.merged_adapters = [n for n in self.merged_adapters if n not in names]
+
+    def _fold(self, folded: list[tuple[Layer, str]], safe: bool) -> None:
+        home = self._home
+        if not folded:
+            home.base.restore()
+        else:
+            W, b = _wide(home.base.read())
+            for layer, name in folded:
+                with widened(layer.adapters[name]):
+                    W, b = layer.adapters[name].fold(W, b)
+            if safe and not all(torch.isfinite(t).all() for t in _tensors((W, b))):
+                raise MergeError(
+                    f"NaNs detected in the merged weights. The adapter {folded[-1][1]} seems to be broken (safe_merge)."
+                )
+            home.base.write(W, b)
+        home.folded = folded
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging `adapter` alone adds to the stored weight, in the weight's own layout."""
+        with torch.no_grad(), widened(self.adapters[adapter]):
+            W, b = _wide(self.base.read())
+            return self.base.canonical(self.adapters[adapter].fold(W, b)[0] - W)
+
+    # -------------------------------------------------------------------------------------------- which adapters run
+    @property
+    def active_adapters(self) -> list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make `adapter_names` active and (unless `inference_mode`) trainable, and freeze all others."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self.merged_adapters:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning)
+            self.unmerge()
+        for name, adapter in self.adapters.items():
+            _set_grad(self, adapter, name in names and not inference_mode)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters on, with the active ones trainable, or off, with all frozen."""
+        self._disable_adapters = not enabled
+        for name, adapter in self.adapters.items():
+            _set_grad(self, adapter, enabled and name in self._active_adapter)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them, without activating them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.adapters:
+                _set_grad(self, self.adapters[name], requires_grad)
+
+    def adopt(self, scratch: Layer, name: str) -> None:
+        """Take over adapter `name`, built on a scratch layer around the same module."""
+        adapter = scratch.adapters[name]
+        for slot in scratch.adapter_layer_names + scratch.other_param_names:
+            box = getattr(scratch, slot)
+            if name in box:
+                if slot in vars(self).get("_modules", {}) or slot in vars(self):
+                    if getattr(self, slot) is not box:
+                        self.put(slot, name, box[name])
+                else:
+                    setattr(self, slot, box)
+                    listing = "adapter_layer_names" if slot in scratch.adapter_layer_names else "other_param_names"
+                    setattr(self, listing, getattr(self, listing) + (slot,))
+        adapter.layer, adapter.base = self, self.base
+        self.adapters[name] = adapter
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; when it was active and alone, the first that is left becomes active."""
+        if adapter_name in self.merged_adapters:
+            raise MergeError(f"Adapter {adapter_name} is merged; call `unmerge_adapter` before deleting it.")
+        if self.adapters.pop(adapter_name, None) is None:
+            return
+        self.drop(adapter_name)
+        if adapter_name in self._active_adapter:
+            rest = [n for n in self._active_adapter if n != adapter_name]
+            self.set_adapter(rest or sorted(self.adapters)[:1])
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    # ------------------------------------------------------------------------------ what other code reads off a layer
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer itself, also under several nested ones."""
+        return self.base.leaf
+
+    @property
+    def weight(self) -> Tensor:
+        if self.read_through and self.running:
+            return self.operator().read()[0]
+        return self.base.leaf.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self.read_through and self.running:
+            return self.operator().read()[1]
+        return self.base.leaf.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.inp
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # nn.MultiheadAttention is read attribute by attribute by the modules around it
+            base = self.__dict__.get("base")
+            if base is not None and base.opaque and not name.startswith("__"):
+                if name == "_qkv_same_embed_dim":  # its fused fast path would read the raw weights
+                    return not self.running
+                return getattr(self.base_layer, name)
+            raise
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scale to `scale` times its own alpha / r (methods that have a scaling)."""
+        if adapter in self._scaling():
+            self.scaling[adapter] = scale * self.adapters[adapter].initial_scaling()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' scale (methods that have a scaling)."""
+        for name in self._active_adapter:
+            if name in self._scaling():
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the active adapters' scale by `scale`, or set it back to its own value."""
+        for name in self._active_adapter:
+            if name in self._scaling():
+                self.scaling[name] = self.scaling[name] / scale if scale else self.adapters[name].initial_scaling()
+
+    def _scaling(self) -> dict[str, float]:
+        return self.__dict__.get("scaling", {})
+
+    def _get_name(self) -> str:
+        return f"{self.method.lower()}.{self.base.label}"
+
+
+class ModulesToSaveWrapper(nn.Module):
+    """A module trained in full: the frozen original, and a copy of it for each adapter (`modules_to_save`)."""
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+    merged_adapters: list[str] = []
+
+    def __init__(self, module: nn.Module, context: Context | None = None):
+        super().__init__()
+        self.check(module)
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.context = context or Context()
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    @staticmethod
+    def check(module: nn.Module) -> None:
+        """Raise `UnsupportedLayerError` for modules that are never called, or adapted already."""
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, Layer)):
+            raise UnsupportedLayerError(f"modules_to_save cannot be applied to modules of type {type(module).__name__}.")
+
+    @property
+    def adapters(self) -> Any:
+        return self.modules_to_save
+
+    @property
+    def running(self) -> list[str]:
+        if self._disable_adapters:
+            return []
+        return [n for n in self._active_adapter if n in self.modules_to_save]
+
+    def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The active adapter's copy applied to the input; the original when there is none."""
+        args = args if x is None else (x, *args)
+        if self._disable_adapters:
+            return self.original_module(*args, **kwargs)
+        groups = self.context.groups(len(x), adapter_names) if isinstance(x, Tensor) else None
+        if groups is not None:
+            pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module  # noqa: E731
+            return run_groups(x, groups, lambda name, part: pick(name)(part, *args[1:], **kwargs))
+        return self.current(*args, **kwargs)
+
+    @property
+    def current(self) -> nn.Module:
+        """The module that is in use."""
+        running = self.running
+        return self.modules_to_save[running[0]] if running else self.original_module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_modules" not in self.__dict__ or "original_module" not in self._modules:
+                raise
+            return getattr(self.current, name)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self._active_adapter
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self._disable_adapters
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use the copy of the one adapter of `adapter_names` that has one here."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        here = [n for n in names if n in self.modules_to_save]
+        if len(here) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for modules_to_save, got {here}.")
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in here and not inference_mode)
+        self._active_adapter = here
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the active copy, or with `enabled=False` the original."""
+        self._disable_adapters = not enabled
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(enabled and name in self._active_adapter)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make copies trainable, or freeze them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's copy."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+            self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+
+class TrainableTokensWrapper(nn.Module):
+    """An embedding with some rows trained beside another method (`trainable_token_indices`): a Layer, one level down."""
+
+    merged_adapters: list[str] = []
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.token_adapter = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The frozen embedding."""
+        return self.token_adapter.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is in use; a head tied to the embedding reads it."""
+        layer = self.token_adapter
+        return layer.base.canonical(layer.operator().read()[0]) if layer.running else layer.base_layer.weight
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "token_adapter" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.token_adapter.base_layer, name)
+
+
+# ----------------------------------------------------------------------------------------------------------- walking
+def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """(path, live path, module) of a model, with each module once and nothing that adapters brought.
+
+    `path` is what the module was called before any adapter came; `live` is what it is called now.
+    """
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, path: str, live: str) -> Iterator[tuple[str, str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, live, module
+        if (inside := _INSIDE.get(type(module))) is not None:
+            yield from visit(module._modules[inside], path, _join(live, inside))
+            return
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from visit(child, _join(path, name), _join(live, name))
+
+    yield from visit(model, "", "")
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """(path, live path, module) of every Layer and ModulesToSaveWrapper of a model."""
+    for path, live, module in walk(model):
+        if isinstance(module, (Layer, ModulesToSaveWrapper)):
+            yield path, live, module
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """Every Layer of a model, outer ones first."""
+    return [module for _, _, module in walk(model) if isinstance(module, Layer)]
+
+
+_INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+def _set_grad(layer: Layer, adapter: Adapter, on: bool) -> None:
+    for slot in layer.adapter_layer_names:
+        if slot.startswith(adapter.prefix):
+            box = layer._modules[slot]
+            value = (box._parameters if type(box) is nn.ParameterDict else box._modules).get(adapter.name)
+            if value is None:
+                continue
+            for p in (value,) if isinstance(value, Tensor) else value.parameters():
+                if p.requires_grad is not on and p.is_leaf:
+                    p.requires_grad_(on)
+
+
+def _tensors(pair: Any) -> Iterator[Tensor]:
+    for part in pair:
+        if part is not None:
+            yield from part.values() if isinstance(part, dict) else (part,)
+
+
+def _wide(pair: Any) -> Any:
+    """(W, b) in at least float32."""
+    widen = lambda t: t if t is None or not t.is_floating_point() else t.to(torch.promote_types(t.dtype, torch.float32))  # noqa: E731
+    return tuple({k: widen(t) for k, t in p.items()} if isinstance(p, dict) else widen(p) for p in pair)
+
+
+@contextmanager
+def widened(adapter: Adapter) -> Iterator[None]:
+    """The adapter's low-precision tensors as float32 for the time being, so that a merge rounds only once."""
+    narrow = [(t, t.data) for _, t in adapter.layer.tensors(adapter.name) if t.dtype in (torch.float16, torch.bfloat16)]
+    for tensor, data in narrow:
+        tensor.data = data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in narrow:
+            tensor.data = data

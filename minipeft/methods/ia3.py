@@ -1,0 +1,57 @@
+"""(IA)^3 - Infused Adapter by Inhibiting and Amplifying Inner Activations.
+Liu et al., 2022, https://arxiv.org/abs/2205.05638, section 3.3.
+
+    y = l * (W x + b)            l: (out, 1)
+    y = W (l * x) + b            l: (1, in), in feed-forward modules
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Activation
+from ..config import PeftConfig
+from ..errors import ConfigError
+from ..targets import named
+from ..tuner import register_tuner
+
+
+@dataclass
+class IA3Config(PeftConfig, method="IA3"):
+    """Fields of (IA)^3; `feedforward_modules` are the targets that scale their input instead of their output."""
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    feedforward_modules: list[str] | str | None = None  # must be among target_modules
+    fan_in_fan_out: bool = False
+    modules_to_save: list[str] | None = None
+    init_ia3_weights: bool = True  # ones; otherwise standard normal
+
+    def __post_init__(self):
+        super().__post_init__()
+        both = (self.feedforward_modules, self.target_modules)
+        if all(isinstance(names, set) for names in both) and not both[0] <= both[1]:
+            raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
+
+
+class IA3(Activation, config=IA3Config):
+    prefix = "ia3_"
+    bases = ("Linear", "Conv1D", "Conv")
+
+    def build(self) -> None:
+        self.is_feedforward = named(self.path, self.config.feedforward_modules)
+        n = self.base.inp if self.is_feedforward else self.base.out
+        l = torch.randn(self.base.gain_shape(n, self.is_feedforward))
+        self.ia3_l = nn.Parameter(torch.ones_like(l) if self.config.init_ia3_weights else l)
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x * self.base.spread(self.ia3_l) if self.is_feedforward else x  # (..., in)
+
+    def post(self, y: Tensor) -> Tensor:
+        return y if self.is_feedforward else y * self.ia3_l.flatten()  # (..., out)
+
+
+IA3Model = register_tuner("IA3Model", "IA3")

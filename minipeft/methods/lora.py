@@ -1,0 +1,158 @@
+"""LoRA - Low-Rank Adaptation. Hu et al., 2021, https://arxiv.org/abs/2106.09685, eq. 3.
+
+    W' = W + s B A               A: (r, in), B: (out, r), B = 0 at the start
+                                 s = alpha / r, or alpha / sqrt(r): rsLoRA, https://arxiv.org/abs/2312.03732
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from ..adapter import Delta
+from ..config import PeftConfig
+from ..errors import ConfigError, UnsupportedFeatureError
+from ..targets import pattern_value
+from .lora_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+    as_config,
+)
+from .lora_init import INITS, initialise
+from .lora_model import LoraModel as LoraModel
+
+
+@dataclass
+class LoraConfig(PeftConfig, method="LORA"):
+    """Fields of LoRA and its variants. Raises `ConfigError` for values that cannot work together."""
+
+    r: int = 8  # rank
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: int | float = 8
+    lora_dropout: float = 0.0  # on the input of A, while training
+    fan_in_fan_out: bool = False  # weights stored (in, out); found out by itself
+    bias: Literal["none", "all", "lora_only"] = "none"  # which of the model's own biases are trained
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True  # False: B random; or a name in lora_init.INITS
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> r
+    alpha_pattern: dict | None = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    eva_config: EvaConfig | dict | None = None
+    corda_config: CordaConfig | dict | None = None
+    lora_ga_config: LoraGAConfig | dict | None = None
+    use_dora: bool = False  # see dora.py
+    velora_config: VeloraConfig | dict | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: MontecloraConfig | dict | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)  # never saved
+    lora_bias: bool = False  # a bias on B
+    target_parameters: list[str] | None = None
+    use_bdlora: BdLoraConfig | dict | None = None
+    arrow_config: ArrowConfig | dict | None = None
+    kasa_config: KasaConfig | dict | None = None
+    ensure_weight_tying: bool = False
+
+    _bias_only: ClassVar[str] = "lora_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, cls in as_config.items():
+            value = getattr(self, name)
+            setattr(self, name, cls.of(value) if isinstance(value, dict) else value)
+        self.require_positive("r")
+        for value in (self.rank_pattern or {}).values() if self.peft_type == "LORA" else ():
+            if not isinstance(value, int) or value <= 0:
+                raise ConfigError(f"Every value of `rank_pattern` should be a positive integer, got {value!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
+            raise ConfigError("`layers_to_transform` and `layers_pattern` cannot be used when `target_modules` is a str.")
+        if isinstance(self.init_lora_weights, str) and not INITS.fullmatch(self.init_lora_weights):
+            raise ConfigError(f"Unknown initialization init_lora_weights={self.init_lora_weights!r}.")
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+        if self.lora_bias and (isinstance(self.init_lora_weights, str) or self.use_dora):
+            raise ConfigError("`lora_bias=True` needs init_lora_weights=True or False, and use_dora=False.")
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        del fields["runtime_config"]
+        return fields
+
+
+class LowRank(Delta):
+    """What LoRA and DoRA share: the factors A and B."""
+
+    prefix = "lora_"
+    bases = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
+
+    @classmethod
+    def prepare(cls, config: Any, model: nn.Module) -> None:
+        later = ["megatron_config", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config"]
+        later += ["use_bdlora", "arrow_config", "kasa_config"]
+        for name in later:
+            if getattr(config, name):
+                raise UnsupportedFeatureError(f"minipeft does not do LoRA with `{name}` yet; leave it unset, or use peft.")
+
+    @classmethod
+    def changes_base(cls, config: Any) -> bool:
+        return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(("pissa", "olora"))
+
+    def build(self) -> None:
+        c = self.config
+        self.r = pattern_value(c.rank_pattern, self.path, c.r)
+        self.lora_alpha = pattern_value(c.alpha_pattern, self.path, c.lora_alpha)
+        self.use_rslora, self.use_dora, self.lora_bias = c.use_rslora, c.use_dora, c.lora_bias
+        self.scaling = self.initial_scaling()
+        self.lora_dropout = nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity()
+        self.lora_A = self.base.down(self.r)  # (r, in)
+        self.lora_B = self.base.up(self.r, c.lora_bias)  # (out, r)
+        if not self.blank or self.changes_base(c):
+            initialise(self, c.init_lora_weights)
+
+    def initial_scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input of A: with dropout while training, in A's dtype. Indices stay as they are."""
+        return self.lora_dropout(self.cast(x, self.lora_A.weight)) if self.base.reads_vectors else x
+
+    def delta(self) -> Tensor:
+        return self.base.product(self.lora_A, self.lora_B, self.scaling)  # (out, in)
+
+
+class LoRA(LowRank, config=LoraConfig):
+    @classmethod
+    def chosen_by(cls, config: Any) -> bool:
+        return not config.use_dora
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)  # (..., out)
+        return self.base.add_through(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling).to(y.dtype)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        bias = getattr(self.lora_B, "bias", None)
+        if bias is not None:
+            b = self.scaling * bias + (0 if b is None else b)
+        return W + self.delta(), b

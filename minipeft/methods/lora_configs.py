@@ -1,0 +1,153 @@
+"""Sub-configurations of LoRA's variants: plain records, as PEFT defines them. lora.py says which variants are done."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..errors import ConfigError
+
+
+class Record:
+    """A part of a LoRA configuration."""
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Record:
+        """The record for a dict read from JSON; keys that are not settable are left out."""
+        known = {f.name for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
+        return cls(**{key: value for key, value in values.items() if key in known})
+
+    def require(self, **conditions: bool) -> None:
+        """Raise `ConfigError` naming the first field whose condition does not hold."""
+        for name, holds in conditions.items():
+            if not holds:
+                raise ConfigError(f"{type(self).__name__}.{name} cannot be {getattr(self, name)!r}.")
+
+
+@dataclass
+class LoraRuntimeConfig(Record):
+    """What only matters while running: `ephemeral_gpu_offload` initialises DoRA on the accelerator."""
+
+    ephemeral_gpu_offload: bool = False
+
+
+@dataclass
+class LoftQConfig(Record):
+    """LoftQ, https://arxiv.org/abs/2310.08659: bits of the quantised weight, and alternating steps."""
+
+    loftq_bits: int = 4
+    loftq_iter: int = 1
+
+
+@dataclass
+class EvaConfig(Record):
+    """EVA, https://arxiv.org/abs/2410.07170: ranks and A from the singular vectors of activations."""
+
+    rho: float = 2.0
+    tau: float = 0.99
+    use_label_mask: bool = True
+    label_mask_value: int = -100
+    whiten: bool = False
+    adjust_scaling_factors: bool = True
+
+    def __post_init__(self):
+        self.require(rho=self.rho >= 1.0, tau=0.0 <= self.tau <= 1.0)
+
+
+@dataclass
+class CordaConfig(Record):
+    """CorDA, https://arxiv.org/abs/2406.05223: factors from context-oriented singular values."""
+
+    cache_file: str | None = None
+    covariance_file: str | None = None
+    corda_method: Literal["ipm", "kpm"] = "ipm"
+    verbose: bool = False
+    use_float16_for_covariance: bool = False
+    prune_temporary_fields: bool = True
+
+
+@dataclass
+class LoraGAConfig(Record):
+    """LoRA-GA, https://arxiv.org/abs/2407.05000: factors from the singular vectors of a gradient."""
+
+    direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
+    scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
+    stable_gamma: int = 16
+
+
+@dataclass
+class VeloraConfig(Record):
+    """VeLoRA, https://arxiv.org/abs/2405.17991: compressed activations for the backward pass."""
+
+    num_groups: int = 64
+    scale: float = 1.0
+    init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
+
+    def __post_init__(self):
+        self.require(num_groups=self.num_groups > 0, scale=self.scale > 0)
+
+
+@dataclass
+class MontecloraConfig(Record):
+    """MonteCLoRA: a Monte Carlo estimate over perturbed factors."""
+
+    num_samples: int = 8
+    use_entropy: bool = False
+    dirichlet_prior: float = 0.1
+    sample_scaler: float = 1e-4
+    kl_loss_weight: float = 1e-5
+    buffer_size: int = 150
+
+    def __post_init__(self):
+        self.require(
+            num_samples=self.num_samples > 0, dirichlet_prior=self.dirichlet_prior > 0, buffer_size=self.buffer_size > 0
+        )
+
+
+@dataclass
+class BdLoraConfig(Record):
+    """Block-diagonal LoRA: which modules have a block-diagonal A, which a block-diagonal B."""
+
+    target_modules_bd_a: list[str] | None = None
+    target_modules_bd_b: list[str] | None = None
+    nblocks: int = 1
+    match_strict: bool = True
+
+
+@dataclass
+class ArrowConfig(Record):
+    """Arrow routing, https://arxiv.org/abs/2405.11157: tokens choose among trained LoRA experts."""
+
+    top_k: int = 3
+    router_temperature: float = 1.0
+    use_gks: bool = False
+    task_adapter_names: list[str] | None = field(default=None, init=False)
+    gks_adapter_names: list[str] | None = field(default=None, init=False)
+    rng_seed: int | None = None
+
+    def __post_init__(self):
+        self.require(top_k=self.top_k > 0, router_temperature=self.router_temperature > 0)
+
+
+@dataclass
+class KasaConfig(Record):
+    """KaSA, https://arxiv.org/abs/2412.06071: weights of its two regularisers."""
+
+    beta: float = 1e-4
+    gamma: float = 1e-3
+
+    def __post_init__(self):
+        self.require(beta=self.beta >= 0, gamma=self.gamma >= 0)
+
+
+as_config: dict[str, type[Record]] = {  # fields of LoraConfig that may be given as a dict
+    "eva_config": EvaConfig,
+    "corda_config": CordaConfig,
+    "lora_ga_config": LoraGAConfig,
+    "velora_config": VeloraConfig,
+    "monteclora_config": MontecloraConfig,
+    "use_bdlora": BdLoraConfig,
+    "arrow_config": ArrowConfig,
+    "kasa_config": KasaConfig,
+}

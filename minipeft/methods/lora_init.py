@@ -1,0 +1,87 @@
+"""How LoRA's factors start: `init_lora_weights`.
+
+    True         A uniform (Kaiming), B = 0             False        A and B uniform
+    "gaussian"   A normal, std 1 / r, B = 0             "orthogonal" A and B from one random orthogonal matrix
+    "pissa"      B A = the r largest singular values of W; "pissa_niter_16" by 16 steps of a randomised SVD
+                 Meng et al., 2024, https://arxiv.org/abs/2404.02948
+    "olora"      B A = the first r columns of a QR decomposition of W
+                 Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775
+
+PiSSA and OLoRA take s B A out of the frozen weight, so that the model starts unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, UnsupportedFeatureError
+
+LATER = ("eva", "corda", "loftq", "lora_ga", "mica")
+INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|{'|'.join(LATER)}")
+
+
+@torch.no_grad()
+def initialise(adapter: Any, how: bool | str) -> None:
+    """Set A and B of a freshly built LoRA or DoRA adapter; torch's own initial values are in them."""
+    if how in LATER:
+        raise UnsupportedFeatureError(f"minipeft does not do init_lora_weights={how!r} yet; choose another, or use peft.")
+    A, B, base = adapter.lora_A, adapter.lora_B, adapter.base
+    if not base.reads_vectors:  # PEFT: on an embedding A is zero and B normal, whatever the name says
+        if how is not False:
+            nn.init.zeros_(A)
+            nn.init.normal_(B)
+    elif how is True or how == "gaussian":
+        if how is True:
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        else:
+            nn.init.normal_(A.weight, std=1 / adapter.r)
+        for zero in (B.weight, B.bias):
+            if zero is not None:
+                nn.init.zeros_(zero)
+    elif how == "orthogonal":
+        a, b = orthogonal(base.inp, base.out, A.weight.shape[0])
+        A.weight.data, B.weight.data = a, b
+    elif isinstance(how, str):
+        if not base.pointwise:
+            raise ConfigError(f"init_lora_weights={how!r} is for linear layers, but '{adapter.path}' is {base.label}.")
+        W = base.read()[0].detach()
+        if W.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ConfigError(f"init_lora_weights={how!r} needs a float32, float16 or bfloat16 weight, got {W.dtype}.")
+        W = W.float()
+        a, b = olora(W, adapter.r) if how == "olora" else pissa(W, adapter.r, adapter.scaling, how)
+        if not adapter.blank:
+            A.weight.data, B.weight.data = a, b
+        rest = W - adapter.scaling * b @ a
+        adapter.at_commit(lambda: (base.write(rest, None), base.forget()))
+
+
+def orthogonal(n_in: int, n_out: int, r: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with B A = 0: the even and the odd rows of one orthogonal (r, r) matrix."""
+    if r % 2:
+        raise ConfigError(f"Orthogonal initialization requires the LoRA rank to be even, got {r} instead.")
+    Q, _ = torch.linalg.qr(torch.randn(r, r))
+    A = (torch.randn(n_in, r // 2) @ Q[0::2]).T / 10.0  # (r, in)
+    B = (torch.randn(r // 2, n_out).T @ Q[1::2]) / 10.0  # (out, r)
+    return A.contiguous(), B.contiguous()
+
+
+def pissa(W: Tensor, r: int, s: float, how: str) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with s B A the closest rank-r matrix to W (out, in)."""
+    if how == "pissa":
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    else:
+        U, S, V = torch.svd_lowrank(W, r, niter=int(how.rpartition("_")[2]))
+        Vh = V.T
+    root = torch.sqrt(S[:r] / s)  # (r,)
+    return root[:, None] * Vh[:r], U[:, :r] * root
+
+
+def olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with B A the part of W = Q R that its first r orthogonal columns carry."""
+    Q, R = torch.linalg.qr(W)
+    return R[:r].contiguous(), Q[:, :r].contiguous()

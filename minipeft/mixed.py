@@ -1,0 +1,4 @@
+"""PeftMixedModel."""
+from torch import nn
+class PeftMixedModel(nn.Module):
+    pass

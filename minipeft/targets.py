@@ -1,0 +1,125 @@
+"""Which modules a configuration means.
+
+A list of targets names modules by their last path segments: "q_proj" and "self_attn.q_proj" both mean
+"model.layers.0.self_attn.q_proj". A string is a regular expression for the whole path, or "all-linear". Paths are those
+of the model before any adapter came.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .config import TaskType
+from .errors import NoMatchingPeftModuleError, nearest
+
+ALL_LINEAR = "all-linear"
+DUMMY_TARGETS = "dummy-target-modules"  # an adapter without any layer, to be filled in later
+HEADS = ("score", "classifier")  # of sequence classifiers; "all-linear" leaves them out
+EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+def suffixes(path: str) -> list[str]:
+    """The path and each of its tails: "a.b.c", "b.c", "c"."""
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
+
+
+def named(path: str, names: Iterable[str] | str | None) -> bool:
+    """Whether `names` (a list of path tails, or a regular expression for the whole path) means `path`."""
+    if not names:
+        return False
+    if isinstance(names, str):
+        return re.fullmatch(names, path) is not None
+    names = names if isinstance(names, (set, frozenset, dict)) else set(names)
+    return any(tail in names for tail in suffixes(path))
+
+
+def under(path: str, names: Iterable[str] | None) -> bool:
+    """Whether `path` is, or lies under, a module that one of `names` means."""
+    parts = path.split(".")
+    return bool(names) and any(named(".".join(parts[:i]), names) for i in range(1, len(parts) + 1))
+
+
+def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value in `rank_pattern` or `alpha_pattern` for a layer: the first key that fits its path, or `default`."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+class Targets:
+    """The targets of one configuration: `path in targets`. Keeps count of the entries that met something."""
+
+    def __init__(self, config: Any):
+        self.names = getattr(config, "target_modules", None)
+        self.exclude = getattr(config, "exclude_modules", None)
+        self.save = getattr(config, "modules_to_save", None) or ()
+        indexes = getattr(config, "layers_to_transform", None)
+        self.indexes = {indexes} if isinstance(indexes, int) else set(indexes or ())
+        pattern = getattr(config, "layers_pattern", None)
+        self.layers = [pattern] if isinstance(pattern, str) else list(pattern or ())
+        self.met: set[str] = set()  # entries of `names` that fit some path
+        self.excluded: list[str] = []
+
+    def __contains__(self, path: str) -> bool:
+        if not self.names or not path:
+            return False
+        hits = {self.names} if isinstance(self.names, str) else set(suffixes(path)) & self.names
+        if isinstance(self.names, str) and re.fullmatch(self.names, path) is None:
+            return False
+        if not hits:
+            return False
+        self.met |= hits
+        if named(path, self.exclude) or under(path, self.save):
+            self.excluded.append(path)
+            return False
+        exact = not isinstance(self.names, str) and path in self.names  # PEFT: a full path overrides the layer numbers
+        return exact or not self.indexes or self._index(path) in self.indexes
+
+    def _index(self, path: str) -> int | None:
+        """The number of the layer that `path` lies in: the first number, or the one behind `layers_pattern`."""
+        for pattern in self.layers or [r"[^.]*"]:
+            head = r"(?:^|.*?\.)" if self.layers else r".*?\."
+            if match := re.match(rf"{head}{pattern}\.(\d+)\.", path):
+                return int(match[1])
+        return None
+
+    def check(self, found: list[str], paths: list[str], partly: bool) -> None:
+        """Raise `NoMatchingPeftModuleError` when nothing was found, or (with `partly`) not everything."""
+        if self.names is None or self.names == DUMMY_TARGETS:
+            return
+        hint = ""
+        missing = sorted(set() if isinstance(self.names, str) else self.names - self.met)
+        if missing:
+            tails = {tail for path in paths for tail in suffixes(path)}
+            hint = " ".join(f"{name!r} matches nothing.{nearest(name, tails)}" for name in missing[:5])
+        shown = self.names if isinstance(self.names, str) else sorted(self.names)
+        if not found and self.names:
+            why = hint
+            if self.excluded:
+                why += f" {len(self.excluded)} modules were left out by `exclude_modules` or `modules_to_save`."
+            if self.indexes:
+                why += f" `layers_to_transform` was {sorted(self.indexes)}, `layers_pattern` {self.layers}."
+            raise NoMatchingPeftModuleError(
+                f"Target modules {shown} not found in the base model. No modules were targeted for adaptation. {why}".rstrip()
+            )
+        if missing and partly:
+            raise NoMatchingPeftModuleError(f"Not all of the target modules {shown} are in the model: {hint}")
+
+
+def all_linear(model: nn.Module, task_type: Any, paths: Iterable[tuple[str, Any]]) -> set[str]:
+    """What "all-linear" means: every linear layer but the output layer. `paths`: (path, base or None)."""
+    from .base import Linear
+
+    skip: set[int] = set()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        skip.add(id(getattr(getattr(head, "base", None), "leaf", head)))
+    elif task_type == TaskType.SEQ_CLS:
+        skip |= {id(getattr(model, name)) for name in HEADS if getattr(model, name, None) is not None}
+    return {path for path, base in paths if isinstance(base, Linear) and not base.opaque and id(base.leaf) not in skip}

@@ -1,0 +1,405 @@
+"""A model with adapters in it, and what can be done with them: the `base_model` of a PeftModel."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import ADAPTERS, adapter_class
+from .config import PeftConfig, PeftType
+from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
+from .inject import Plan, model_config
+from .layer import (
+    BASE,
+    LOW_PRECISION,
+    Context,
+    Layer,
+    ModulesToSaveWrapper,
+    Slots,
+    TrainableTokensWrapper,
+    adapted,
+    layers,
+    walk,
+)
+
+TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
+
+
+class BaseTuner(Slots):
+    """A model with adapters of one method. Attributes: `model`, `peft_config` (by adapter name), `active_adapter`.
+
+    Tensors that all layers share (VeRA's projections) are slots of this module: `base_model.vera_A.default`.
+    """
+
+    method: ClassVar[PeftType | None] = None
+
+    def __init_subclass__(cls, method: str | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if method is not None:
+            cls.method = PeftType(method)
+            TUNERS[cls.method] = cls
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ):
+        super().__init__()
+        self._begin(model)
+        configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        self.add(adapter_name, configs[adapter_name], low_cpu_mem_usage=low_cpu_mem_usage, keys=state_dict)
+
+    def _begin(self, model: nn.Module) -> None:
+        self.model = model
+        self.context = Context()
+        self.peft_config: dict[str, PeftConfig] = {}
+        self.active_adapter: str | list[str] = []
+        self.targeted_module_names: list[str] = []
+        self.targeted_parameter_names: list[str] = []
+        self.biases: dict[str, tuple[nn.Parameter, Tensor]] = {}  # name -> (parameter, the values not in use)
+        self.bias_owner: str | None = None  # the adapter that trains the biases
+        self.biases_on = True
+
+    # -------------------------------------------------------------------------------------------------------- adding
+    def add(
+        self,
+        name: str,
+        config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast: bool = False,
+        weights: dict[str, Tensor] | None = None,
+        strict: bool = True,
+        keys: Any = None,
+    ) -> Any:
+        """Build adapter `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
+
+        The first adapter of a model becomes active. On any error the model is left as it was. Returns what loading
+        reports, or None.
+        """
+        if name in self.peft_config:
+            raise AdapterNameError(f"Adapter with name '{name}' already exists.")
+        report = None
+        if weights is None:
+            plan = Plan(self, name, config, empty=low_cpu_mem_usage, autocast=autocast, keys=keys)
+        else:  # values that are about to be loaded are not initialised, unless the checkpoint turns out to lack some
+            empty = not adapter_class(config).changes_base(config)
+            plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
+            report = plan.load(weights, strict)
+            if plan.incomplete:
+                plan = Plan(self, name, config, loading=True, autocast=autocast)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    plan.load(weights, strict)
+        first = not self.peft_config
+        plan.commit()
+        self.peft_config[name] = config
+        self.model.peft_config = self.peft_config
+        for into, paths in ((self.targeted_module_names, plan.modules), (self.targeted_parameter_names, plan.parameters)):
+            into.extend(path for path in paths if path not in into)
+        if first:
+            self._freeze_base()
+            self.active_adapter = name
+        self._own_biases(name, config)
+        plan.finish()
+        names = self.active_adapters
+        for _, _, layer in adapted(self.model):
+            if name in layer.adapters:
+                layer._active_adapter = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
+                layer._disable_adapters = self._disabled
+                layer.set_requires_grad(name, name in names and not config.inference_mode and not self._disabled)
+                for _, _, value in layer.boxes(name) if isinstance(layer, Layer) else [(0, 0, layer.adapters[name])]:
+                    if isinstance(value, nn.Module):
+                        value.train(self.training)  # added to a model in eval(), it is in eval()
+        return report
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Build the adapter whose configuration stands at `peft_config[adapter_name]` already."""
+        config = self.peft_config.pop(adapter_name)
+        self.add(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, keys=state_dict)
+
+    def shared(self, slot: str) -> Any:
+        """The container of a slot that all layers look at, or None."""
+        return self._modules.get(slot)
+
+    def _freeze_base(self) -> None:
+        mine = {id(p) for _, _, layer in adapted(self.model) for p in _own_parameters(layer)}
+        mine |= {id(p) for slot in self.adapter_layer_names for p in self._modules[slot].parameters()}
+        for parameter in self.model.parameters():
+            if id(parameter) not in mine:
+                parameter.requires_grad = False
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """float16, bfloat16 and float8 tensors of an adapter become float32, which training needs."""
+        if autocast_adapter_dtype and adapter_class(self.peft_config[adapter_name]).autocasts:
+            for owner in (self, *layers(self.model)):
+                for _, tensor in owner.tensors(adapter_name):
+                    if tensor.dtype in LOW_PRECISION:
+                        tensor.data = tensor.data.float()
+
+    # ----------------------------------------------------------------------------------------------- trained biases
+    def _own_biases(self, name: str, config: Any) -> None:
+        """With `bias="all"` or `"..._only"`, train the biases, and keep their old values for when the adapter is off."""
+        bias = getattr(config, "bias", "none")
+        if bias == "none":
+            return
+        self.bias_owner, self.biases_on = name, True
+        only = {f"{live}.base_layer.bias" for _, live, m in adapted(self.model) if isinstance(m, Layer)}
+        for key, parameter in self.model.named_parameters():
+            if key in only if bias.endswith("_only") else (key == "bias" or key.endswith(".bias")):
+                self.biases[key] = (parameter, parameter.data.clone())
+                parameter.requires_grad = not config.inference_mode and name in self.active_adapters
+
+    def _use_biases(self) -> None:
+        """Swap trained and original biases so that the trained ones are in use while their adapter is."""
+        on = self.bias_owner in self.active_adapters and not self._disabled
+        if on != self.biases_on:
+            for key, (parameter, other) in self.biases.items():
+                self.biases[key] = (parameter, parameter.data)
+                parameter.data = other
+            self.biases_on = on
+
+    def trained_bias(self, key: str) -> Tensor | None:
+        """The trained values of a bias, in use or not."""
+        if key not in self.biases:
+            return None
+        parameter, other = self.biases[key]
+        return parameter.data if self.biases_on else other
+
+    # -------------------------------------------------------------------------------------------------------- running
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward; `task_ids` (batch,) goes to methods that route by task."""
+        if "task_ids" in kwargs and self.takes_task_ids:
+            self.context.task_ids = kwargs.pop("task_ids")
+        return self.model(*args, **kwargs)
+
+    @property
+    def takes_task_ids(self) -> bool:
+        return any(getattr(cls, "by_task", False) for c in self.peft_config.values() for cls in ADAPTERS[c.peft_type])
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own generate."""
+        if "task_ids" in kwargs and self.takes_task_ids:
+            self.context.task_ids = kwargs.pop("task_ids")
+        return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """While it is open, `adapter_names` gives every sample of the batch its adapter."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise BatchError("Cannot pass `adapter_names` when the model is in training mode.")
+        if isinstance(names, str) or not isinstance(names, Sequence):
+            raise BatchError(f"`adapter_names` must be a list with one name for each sample, got {names!r}.")
+        if unknown := sorted(set(names) - set(self.peft_config) - {BASE}):
+            raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
+        self.context.adapter_names = list(names)
+        try:
+            yield
+        finally:
+            self.context.adapter_names = None
+
+    # ----------------------------------------------------------------------------------------------- which adapter
+    @property
+    def active_adapters(self) -> list[str]:
+        return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters active, and trainable unless `inference_mode`; freeze the others."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if unknown := [n for n in names if n not in self.peft_config]:
+            raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
+        if len(names) > 1:
+            for name in names:
+                if next(iter(ADAPTERS[self.peft_config[name].peft_type])).exclusive:
+                    raise AdapterNameError(f"{self.peft_config[name].peft_type.value} allows one active adapter, got {names}.")
+        found = [layer for _, _, layer in adapted(self.model)]
+        for layer in found:
+            if isinstance(layer, ModulesToSaveWrapper) and len([n for n in names if n in layer.modules_to_save]) > 1:
+                raise AdapterNameError(f"Only one of {names} can be active: they train the same module (modules_to_save).")
+        for layer in found:
+            layer.set_adapter(names, inference_mode)
+        self.active_adapter = adapter_name
+        for slot in self.adapter_layer_names:
+            for name, value in self._modules[slot].items():
+                value.requires_grad_(name in names and not inference_mode)
+        self._use_biases()
+        for parameter, _ in self.biases.values():
+            parameter.requires_grad = self.bias_owner in names and not inference_mode
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them, without activating them."""
+        for _, _, layer in adapted(self.model):
+            layer.set_requires_grad(adapter_names, requires_grad)
+
+    @property
+    def _disabled(self) -> bool:
+        return self.__dict__.get("_off", False)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self._off = not enabled
+        for _, _, layer in adapted(self.model):
+            layer.enable_adapters(enabled)
+        self._use_biases()
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off: the output is the base model's, trained biases and modules included."""
+        self._enable_adapter_layers(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch the active adapters on again."""
+        self._enable_adapter_layers(True)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. When it was the active one, the first that is left takes its place."""
+        if adapter_name not in self.peft_config:
+            raise AdapterNameError(f"Adapter {adapter_name} does not exist; this model has {sorted(self.peft_config)}.")
+        if any(adapter_name in layer.merged_adapters for layer in layers(self.model)):
+            raise MergeError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
+        active = [n for n in self.active_adapters if n != adapter_name]
+        rest = [n for n in self.peft_config if n != adapter_name]
+        if not active and rest:
+            active = sorted(rest)[:1]
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.", PeftWarning
+            )
+        if self.bias_owner == adapter_name:
+            self._restore_biases()
+        for _, _, layer in adapted(self.model):
+            layer.delete_adapter(adapter_name)
+        self.drop(adapter_name)
+        del self.peft_config[adapter_name]
+        was = self.active_adapters
+        self.active_adapter = active
+        if active != was:
+            self.set_adapter(active)
+
+    def _restore_biases(self) -> None:
+        for parameter, other in self.biases.values():
+            if self.biases_on:
+                parameter.data = other
+            parameter.requires_grad = False
+        self.biases, self.bias_owner, self.biases_on = {}, None, True
+
+    # -------------------------------------------------------------------------------------------------------- merging
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write adapters (default: the active ones) into the frozen weights; `unmerge_adapter` takes them out again.
+
+        When a layer refuses, those merged by this call are unmerged again and `MergeError` is raised.
+        """
+        self._merge(layers(self.model), safe_merge, adapter_names)
+
+    def _merge(self, todo: list[Layer], safe: bool, names: list[str] | None, progress: bool = False) -> None:
+        if isinstance(names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
+        if unknown := [n for n in names or () if n not in self.peft_config]:
+            raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
+        done: list[tuple[Layer, list[str]]] = []
+        try:
+            for layer in _progress(list(reversed(todo)), "Merging adapters", progress):
+                before = list(layer.merged_adapters)
+                layer.merge(safe_merge=safe, adapter_names=names)
+                done.append((layer, [n for n in layer.merged_adapters if n not in before]))
+        except Exception:
+            for layer, merged in reversed(done):
+                if merged:
+                    layer.unmerge(merged)
+            raise
+
+    def unmerge_adapter(self) -> None:
+        """Take all merged adapters out of the frozen weights; not one bit of them differs from before."""
+        for layer in layers(self.model):
+            layer.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The model with adapters (default: the active ones) in its weights, and no adapter modules left.
+
+        `progressbar` shows how far it is; `safe_merge` raises `MergeError` instead of storing non-finite numbers.
+        """
+        if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
+            raise MergeError("Cannot merge layers that are replicated: they share one weight but have adapters of their own.")
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._merge(layers(self.model), safe_merge, adapter_names, progressbar)
+        return self._unload(names)
+
+    def unload(self) -> nn.Module:
+        """The base model without any adapter, its weights as they were."""
+        for layer in layers(self.model):
+            if layer.merged:
+                layer.unmerge()
+        self._restore_biases()
+        return self._unload([])
+
+    def _unload(self, names: list[str]) -> nn.Module:
+        for _, live, module in reversed(list(walk(self.model))):
+            if isinstance(module, Layer):
+                module.base.forget()
+                replacement = module.base_layer
+            elif isinstance(module, ModulesToSaveWrapper):
+                mine = [n for n in names if n in module.modules_to_save]
+                replacement = module.modules_to_save[mine[0]] if mine else module.original_module
+            elif isinstance(module, TrainableTokensWrapper):
+                replacement = module.token_adapter
+            else:
+                continue
+            self.model.set_submodule(live, replacement)
+        if "peft_config" in vars(self.model):
+            del self.model.peft_config
+        return self.model
+
+    # ---------------------------------------------------------------------------------------------------------- other
+    @property
+    def prefix(self) -> str:
+        """What the slots of the method begin with, for example "lora_"."""
+        assert self.method is not None
+        return ADAPTERS[self.method][0].prefix
+
+    @staticmethod
+    def get_model_config(model: nn.Module) -> dict[str, Any]:
+        """The model's own configuration as a dict."""
+        return model_config(model)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "_modules" not in self.__dict__ or "model" not in self._modules:
+                raise
+            return getattr(self.model, name)
+
+
+def _own_parameters(layer: Any) -> Iterator[nn.Parameter]:
+    for slot in layer.adapter_layer_names:
+        yield from layer._modules[slot].parameters()
+
+
+def _progress(items: list[Any], title: str, show: bool) -> Iterator[Any]:
+    for count, item in enumerate(items, 1):
+        yield item
+        if show:
+            print(f"\r{title}: {count}/{len(items)}", end="\n" if count == len(items) else "", file=sys.stderr, flush=True)
+
+
+def register_tuner(name: str, method: str) -> type[BaseTuner]:
+    """A plain tuner class of that name, for a method whose models have no abilities of their own."""
+    return type(name, (BaseTuner,), {"__doc__": BaseTuner.__doc__, "__module__": __name__}, method=method)  # type: ignore
