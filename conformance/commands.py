@@ -30,7 +30,13 @@ def do_record(args: list[str]) -> int:
     return 1 if bad else 0
 
 
-COMMANDS = {"record": do_record}
+def do_power(args: list[str]) -> int:
+    from . import power
+
+    return power.main()
+
+
+COMMANDS = {"record": do_record, "power": do_power}
 
 
 def main(argv=None) -> int:

@@ -84,7 +84,10 @@ class Method:
     stacks: bool = True
     scales: bool = False
     merges: bool = True
+    more_for_second: dict = field(default_factory=dict)  # config fields that a second adapter needs
     draw_inputs: dict = field(default_factory=dict)
+    # fresh(site, tensors, config) -> tensors that a new adapter takes from the base (DoRA's magnitude, copied rows)
+    fresh: Callable | None = None
     fresh_identity: bool = False  # a new adapter does nothing because its tensors are taken from the base
     prompts: bool = False  # joined to the model's input; the output may be longer than the base model's
 

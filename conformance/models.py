@@ -133,7 +133,8 @@ class CausalLM(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(depth):
             block = nn.Module()
-            block.norm, block.attn, block.mlp = nn.LayerNorm(hidden), Attention(hidden, heads), nn.Linear(hidden, hidden)
+            block.norm, block.attn = nn.LayerNorm(hidden), Attention(hidden, heads)
+            block.mlp = nn.Linear(hidden, hidden)
             self.layers.append(block)
         self.head = nn.Linear(hidden, vocab, bias=False)
 

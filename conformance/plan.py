@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from . import store
-from .checks import goldens
+from . import laws, store
+from .checks import goldens, lifecycle, reject
+from .method import methods as all_methods
 from .runner import Task
 
 PROFILES = ("core", "full")
@@ -34,5 +35,37 @@ def cases(profile: str = "full", methods=None, pattern: str | None = None) -> li
             and (not pattern or pattern in c.id)]
 
 
+def lifecycle_tasks(cases) -> list[Task]:
+    return [Task(m.name, c.id, "lifecycle", "float32", partial(bound, partial(lifecycle.trace, method=m), c, "float32"))
+            for c in cases if c.data.get("trace") for m in [all_methods()[c.pack.data["method"]]]]
+
+
+def law_tasks(profile, methods, pattern=None) -> list[Task]:
+    found = []
+    for m in all_methods().values():
+        for name, law in laws.laws().items():
+            case = f"{m.name}/law/{name.replace('_', '-')}"
+            if law.applies(m) and (not methods or m.name in methods) and (not pattern or pattern in case):
+                found.append(Task(m.name, case, "laws", "float32", partial(laws.hold, law, m, laws.EXAMPLES[profile])))
+    return found
+
+
+def reject_tasks(cases, profile) -> list[Task]:
+    """Damaged tensors for one case of every method; damaged configs and files for LoRA's plain one."""
+    found, seen = [], set()
+    for case in cases:
+        method = case.pack.data["method"]
+        kinds = {reject.bad_load: reject.LOAD} if method not in seen else {}
+        if case.id == "lora/linear/plain":
+            kinds |= {reject.bad_config: reject.CONFIG, reject.bad_file: reject.FILES}
+        seen.add(method)
+        for function, table in kinds.items():
+            found += [Task(method, f"{method}/reject/{what.replace(' ', '-')}", "reject", "float32",
+                           partial(bound, partial(function, what=what), case, "float32")) for what in table]
+    return found
+
+
 def tasks(profile: str, methods=None, pattern=None, dtypes=("float64", "float32", "bfloat16")) -> list[Task]:
-    return golden_tasks(cases(profile, methods, pattern), profile, dtypes)
+    chosen = cases(profile, methods, pattern)
+    return [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen), *law_tasks(profile, methods, pattern),
+            *reject_tasks(cases(profile, methods), profile)]

@@ -15,7 +15,9 @@ import numpy as np
 
 from . import formulas, numpy_model, store
 from .bases import BASES
+from .checks import lifecycle
 from .compare import distance
+from .drivers.oracle import Oracle
 from .method import KEY, Method, Row, methods
 
 AGREE = "float32"  # formula and reference must agree to rounding of this dtype at least; most do to float64's
@@ -145,6 +147,7 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     if row.disputed:
         parts["paper"], parts["paper_grad"] = {"y": said}, counted
         parts["paper_merged"] = {k: folded[k] for k in parts.get("merged", {})}
+    trace = record_trace(method, row, driver, base, config, parts, problems, case_id)
     targets = targets_of(base, weights, adapter, method.name)
     closed = formulas.expected_shapes(method, base, weights, config, targets)
     for k, shape in closed.items():
@@ -161,9 +164,8 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
 
     data = {
         "id": case_id, "profile": row.profile, "note": row.note, "golden": row.golden, "base_name": row.base,
-        "base": base, "config": config, "second": None if row.second is None else
-        {"peft_type": method.peft_type, **row.second},
-        "dtypes": list(row.dtypes), "merges": "merged" in parts, "targets": targets,
+        "base": base, "config": config, "second": second_config(method, row),
+        **({"trace": trace} if trace else {}), "dtypes": list(row.dtypes), "merges": "merged" in parts, "targets": targets,
         "keys": {k: list(v.shape) for k, v in sorted(adapter.items())}, "frozen": sorted(frozen),
         "parameters": dict(sorted(live.items())), "count": list(count),
         "effect": round(effect, 4), "margin": float(f"{margin:.4g}"), "nearest_fault": nearest,
@@ -177,6 +179,30 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
         data["problems"] = problems
     tensors = {f"{case_id}|{part}|{k}": v for part, group in parts.items() for k, v in group.items()}
     return data, tensors
+
+
+def second_config(method, row):
+    return None if row.second is None else \
+        {"peft_type": method.peft_type, **(row.second or row.config), **method.more_for_second}
+
+
+def record_trace(method, row, driver, base, config, parts, problems, case_id):
+    """The lifecycle's outputs, from the reference; the formulas must agree at every step."""
+    second = second_config(method, row)
+    if second is None:
+        return []
+    weights, inputs = parts["base"], parts["input"]
+    driver.build(base, weights, second, "float64", case=case_id)
+    state = driver.state_dict()
+    other = draw_adapter(method, state, set(method.frozen), rng_of(case_id + " second"))
+    other.update({k: v for k, v in parts["adapter"].items() if k in method.frozen})
+    known = (method, base, weights, config, second, parts["adapter"], other, inputs, "float64")
+    told = [list(lifecycle.steps(d, *known, case=name)) for d, name in ((driver, case_id), (Oracle(), case_id + "?"))]
+    for (name, a), (_, b) in zip(*told):
+        agreement_of(b, a, f"lifecycle, after '{name}': formula and reference", problems)
+    parts["second"] = other
+    parts["trace"] = {str(i): y for i, (_, y) in enumerate(told[0])}
+    return [name for name, _ in told[0]]
 
 
 def agreement_of(a, b, what, problems) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 
 from .. import compare
 from ..driver import Driver
+from ..method import KEY
 from ..store import Case
 from . import Failure
 
@@ -77,6 +78,8 @@ def gradients(driver, case, dtype):
     got = driver.gradients(case.tensors("input"), case.tensors("cotangent")["y"])
     want, also = case.tensors("grad"), other(case, "paper_grad")
     same_set("tensors with a gradient", got, want)
+    if case.golden == "formula" and dtype == "float64":
+        dtype = "float32"  # the golden is a finite difference
     for k in want:
         close(f"gradient of {k}", got[k], want[k], dtype, also.get(k), floor=1)
 
@@ -89,7 +92,7 @@ def merge(driver, case, dtype):
     for k in before:
         if k in want:
             close(f"merged {k}", got[k], want[k], dtype, also.get(k))
-        elif not np.array_equal(got[k], before[k]):
+        elif f"{KEY}{k}" not in case.keys and not np.array_equal(got[k], before[k]):
             raise Failure(f"merging changed {k}, which is not adapted")
     close("output after merging", driver.forward(case.tensors("input")), case.tensors("out")["y"], dtype,
           other(case, "paper").get("y"))
@@ -118,20 +121,24 @@ def disable(driver, case, dtype):
 
 
 def save(driver, case, dtype):
-    start(driver, case, dtype)
+    driver.build(case.base, case.tensors("base"), case.config, dtype, case=case.id)
+    # The recorded tensors fit into 16 bits; these do not, so that rounding on the way to disk shows.
+    tensors = {k: (np.asarray(v, np.float64) * (1 + 2**-14)).astype(np.float32)
+               for k, v in case.tensors("adapter").items()}
+    driver.load(tensors)
+    before = driver.forward(case.tensors("input"))
     with tempfile.TemporaryDirectory() as path:
         driver.save(path)
         config, weights = Path(path, "adapter_config.json"), Path(path, "adapter_model.safetensors")
         for file in (config, weights):
             if not file.exists():
                 raise Failure(f"saving wrote no {file.name}", got=str(sorted(p.name for p in Path(path).iterdir())))
-        compare_files(case, config, weights)
+        compare_files(case, config, weights, tensors)
         driver.restore(path, case.base, case.tensors("base"), dtype)
-        close("output after saving and loading", driver.forward(case.tensors("input")), case.tensors("out")["y"], dtype,
-              other(case, "paper").get("y"))
+        close("output after saving and loading", driver.forward(case.tensors("input")), before, dtype)
 
 
-def compare_files(case, config, weights):
+def compare_files(case, config, weights, tensors):
     from safetensors.numpy import load_file
 
     found = json.loads(config.read_text())
@@ -143,8 +150,8 @@ def compare_files(case, config, weights):
             raise Failure(f"adapter_config.json: {field}", expected=repr(want), got=repr(got))
     stored = load_file(weights)
     same_set("keys in adapter_model.safetensors", stored, case.keys)
-    for k, want in case.tensors("adapter").items():
-        if not np.array_equal(np.asarray(stored[k], np.float64), np.asarray(want, np.float64)):
+    for k, want in tensors.items():
+        if not np.array_equal(stored[k], want):
             raise Failure(f"adapter_model.safetensors: {k} is not what was loaded: "
                           + compare.first_difference(stored[k], want))
 

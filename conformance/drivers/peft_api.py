@@ -120,13 +120,21 @@ class PeftApi(Driver):
 
     def run(self, first, more):
         with self.context():
-            out = (self.model.base_model if "task_ids" in more else self.model)(first, **more)
+            model = self.model
+            if "task_ids" in more:  # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
+                model, more = (model.base_model, more) if hasattr(model, "peft_config") else (model, {})
+            out = model(first, **more)
         return out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
 
     def forward(self, inputs, adapter_names=None):
         first, more = self.kwargs(inputs)
         if adapter_names is not None:
             more["adapter_names"] = ["__base__" if n is None else n for n in adapter_names]
+            try:
+                with torch.no_grad():
+                    return to_numpy(self.run(first, more))
+            except (TypeError, ValueError) as e:
+                raise Unsupported(f"mixed batches: {e}") from e
         with torch.no_grad(), rejecting():
             return to_numpy(self.run(first, more))
 

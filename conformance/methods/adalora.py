@@ -30,7 +30,7 @@ def adalora(**more):
 
 
 ROWS = [
-    Row("linear/plain", "mlp", adalora(), "core"),
+    Row("linear/plain", "mlp", adalora(), "core", second={}),
     Row("linear/no-base-bias", "mlp-nobias", adalora(init_r=3)),
     Row("linear/tokens", "mlp-tokens", adalora(lora_alpha=5), "core"),
     Row("linear/modules-to-save", "mlp", adalora(modules_to_save=["head"])),
@@ -55,6 +55,7 @@ FAULTS = (
 METHOD = Method(
     name="adalora", peft_type="ADALORA", title="AdaLoRA", paper="https://arxiv.org/abs/2303.10512",
     equation="W' = W + (alpha / r) B diag(E) A", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"lora_E": 0.0},
+    neutral={"lora_E": 0.0}, more_for_second={"inference_mode": True},
     draw={"init_r": [1, 2, 4], "lora_alpha": [1, 3, 8], "total_step": [10], "target_modules": [["up", "mid"]]},
+    mixed_batch=True,
 )

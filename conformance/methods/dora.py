@@ -1,4 +1,4 @@
-"""DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353, eq. 5, with the norm a constant for gradients (section 4.3)."""
+"""DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353, eq. 5; the norm is a constant for gradients (section 4.3)."""
 
 import numpy as np
 
@@ -66,9 +66,11 @@ def with_bias(site, t, c):
 FAULTS = (
     Fault("norm-of-the-base", "divides by the norm of W, not of W + dW", {"formula": base_norm}),
     Fault("norm-over-the-wrong-axis", "norms of columns where rows are meant (square layers)", {"formula": other_axis},
-          cases=("linear/plain", "linear/no-base-bias", "conv1d-hf/plain")),
+          cases=("linear/plain", "linear/no-base-bias", "conv1d-hf/plain"),
+          link="https://github.com/huggingface/peft/issues/2348"),
     Fault("bias-scaled", "the base bias is scaled along with the weight", {"formula": with_bias},
-          cases=("linear/plain", "conv2d/plain", "conv1d-hf/plain")),
+          cases=("linear/plain", "conv2d/plain", "conv1d-hf/plain"),
+          link="https://github.com/huggingface/peft/pull/2371"),
     Fault("magnitude-ignored", "the magnitude is not applied",
           {"formula": lambda site, t, c: LoRA.formula(site, t, c)}),
     Fault("gradient-through-the-norm", "the norm is differentiated, too",
@@ -80,4 +82,7 @@ METHOD = Method(
     equation="W' = m (W + s B A) / |W + s B A|", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
     draw={"use_dora": [True], "r": [1, 2, 5], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]]},
     mixed_batch=True, stacks=False, fresh_identity=True,
+    neutral={"lora_B.weight": 0.0, "lora_embedding_A": 0.0},
+    fresh=lambda site, t, c: {"lora_magnitude_vector": column_norm(site.W).reshape(shapes(site, c)[
+        "lora_magnitude_vector"])},
 )

@@ -62,5 +62,5 @@ METHOD = Method(
     name="ia3", peft_type="IA3", title="(IA)^3", paper="https://arxiv.org/abs/2205.05638",
     equation="y = l * (W x + b); feed-forward: y = W (l * x) + b", rows=ROWS, shapes=shapes, formula=formula,
     faults=FAULTS, neutral={"ia3_l": 1.0},
-    draw={"target_modules": [["up", "mid"]], "feedforward_modules": [[], ["mid"], ["up", "mid"]]},
+    mixed_batch=True, draw={"target_modules": [["up", "mid"]], "feedforward_modules": [[], ["mid"], ["up", "mid"]]},
 )

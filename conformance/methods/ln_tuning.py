@@ -18,7 +18,7 @@ def ln(**more):
 
 
 ROWS = [
-    Row("norm/plain", "norm", ln(), "core"),
+    Row("norm/plain", "norm", ln(), "core", second={}),
     Row("norm/one-of-two", "norm", ln(target_modules=["norm"]), "core"),
     Row("norm/modules-to-save", "norm", ln(modules_to_save=["head"])),
     Row("linear/any-layer", "norm", ln(target_modules=["mid"]), note="any module may be tuned whole"),
@@ -32,5 +32,7 @@ FAULTS = (
 METHOD = Method(
     name="ln_tuning", peft_type="LN_TUNING", title="LN tuning", paper="https://arxiv.org/abs/2312.11420",
     equation="y = g' norm(x) + b'", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    draw={"target_modules": [["norm"], ["norm", "norm2"]]}, draw_bases=("norm",), stacks=False, fresh_identity=True,
+    mixed_batch=True, draw={"target_modules": [["norm"], ["norm", "norm2"]]}, draw_bases=("norm",), stacks=False,
+    fresh_identity=True,
+    fresh=lambda site, t, c: {W: site.W, **({B: site.b} if site.b is not None else {})},
 )

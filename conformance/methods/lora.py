@@ -106,7 +106,8 @@ ROWS = [
     Row("conv1d-hf/plain", "gpt", lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), "core"),
     Row("attention/plain", "attention", lora(target_modules=["attn"]), "core",
         disputed="the reference adds out_proj's delta twice: MultiheadAttention.merge adds it itself and then calls "
-                 "out_proj.merge, which adds it again; forward merges likewise"),
+                 "out_proj.merge, which adds it again; forward merges likewise "
+                 "(https://github.com/huggingface/peft/pull/3774)"),
     Row("parameter/matrix", "parameter", lora(target_modules=[], target_parameters=["router.weight"])),
     Row("parameter/experts", "experts", lora(target_modules=[], target_parameters=["experts.weight"])),
     Row("parameter/experts-transposed", "experts-transposed", lora(target_modules=[], target_parameters=[
@@ -132,15 +133,17 @@ def alpha_only(site, t, c):
 
 FAULTS = (
     Fault("alpha-not-over-r", "the scale is alpha, not alpha / r", {"formula": alpha_only},
-          spares=("linear/rank-one", "conv2d/groups")),
+          spares=("linear/rank-one", "conv2d/groups"), link="https://github.com/Blaizzy/mlx-vlm/issues/845"),
     Fault("rslora-ignored", "use_rslora is read as False", wrong(use_rslora=False),
-          cases=("linear/rslora", "embedding/rslora", "conv2d/strided")),
+          cases=("linear/rslora", "embedding/rslora", "conv2d/strided"),
+          link="https://github.com/NVIDIA/TensorRT-LLM/issues/1668"),
     Fault("transposed", "the delta of a square layer is transposed", {"formula": swapped},
           cases=("linear/plain", "conv1d-hf/plain", "linear/rank-pattern")),
     Fault("rank-pattern-ignored", "alpha is divided by r where rank_pattern gives another rank",
-          wrong(rank_pattern={}), cases=("linear/rank-pattern",)),
+          wrong(rank_pattern={}), cases=("linear/rank-pattern",),
+          link="https://github.com/huggingface/diffusers/pull/14409"),
     Fault("alpha-pattern-ignored", "alpha_pattern is not read", wrong(alpha_pattern={}),
-          cases=("linear/alpha-pattern",)),
+          cases=("linear/alpha-pattern",), link="https://github.com/MakazhanAlpamys/Soup/issues/803"),
     Fault("bias-dropped", "lora_B's bias is not added",
           {"formula": lambda site, t, c: (formula(site, t, c)[0], site.b)},
           cases=("linear/lora-bias", "conv2d/lora-bias")),

@@ -1,4 +1,4 @@
-"""OFT: Qiu et al., 2023, https://arxiv.org/abs/2306.07280; the Neumann series is OFTv2's, https://arxiv.org/abs/2506.19847.
+"""OFT: Qiu et al., 2023, https://arxiv.org/abs/2306.07280; Neumann series: OFTv2, https://arxiv.org/abs/2506.19847.
 
 The reference's two parametrisations are inverse to each other: its series approximates (I + Q)(I - Q)^-1, its exact
 solution is (I - Q)(I + Q)^-1. Both are covered as they are.
@@ -90,7 +90,7 @@ def by_r(r, **more):
 C = ["c1", "c2"]
 PROJECTED = "the reference projects the weights in place while running, so gradients belong to the projected weights"
 ROWS = [
-    Row("linear/neumann", "mlp-even-tokens", oft(), "core"),
+    Row("linear/neumann", "mlp-even-tokens", oft(), "core", second={}),
     Row("linear/exact", "mlp-even", oft(use_cayley_neumann=False), "core"),
     Row("linear/terms", "mlp-even", oft(num_cayley_neumann_terms=4)),
     Row("linear/three-terms", "mlp-even", oft(num_cayley_neumann_terms=3), disputed="asked for three terms, the "
@@ -132,6 +132,6 @@ METHOD = Method(
     name="oft", peft_type="OFT", title="OFT", paper="https://arxiv.org/abs/2306.07280",
     equation="W' = W R^T, R = diag(R_1 .. R_n) from skew-symmetric Q_i", rows=ROWS, shapes=shapes, formula=formula,
     perturb=perturb, faults=FAULTS, neutral={"oft_R.weight": 0.0},
-    draw={"r": [0], "oft_block_size": [2, 4], "use_cayley_neumann": [False, True], "block_share": [False, True],
-          "target_modules": [["up", "mid"]]}, draw_bases=("mlp-even-tokens",), stacks=False,
+    mixed_batch=True, draw={"r": [0], "oft_block_size": [2, 4], "use_cayley_neumann": [False, True],
+                            "block_share": [False, True], "target_modules": [["up", "mid"]]}, draw_bases=("mlp-even-tokens",), stacks=False,
 )

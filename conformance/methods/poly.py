@@ -5,6 +5,7 @@ import numpy as np
 from ..method import Fault, Method, Row
 from ..numpy_model import apply_layer
 
+EPSILON = 1e-12  # the reference adds it to the sum
 A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 
 
@@ -17,7 +18,7 @@ def mix(t, c, tasks):
     """Each sample's weights over skills, (batch, splits, skills), summing to one over skills."""
     q, s = t[A].shape[:2]
     z = 1 / (1 + np.exp(-t[LOGITS][tasks].reshape(-1, q, s)))
-    return z / z.sum(-1, keepdims=True)
+    return z / (z.sum(-1, keepdims=True) + EPSILON)
 
 
 def run(site, t, c, x, inputs, mix=mix, divide=True):
@@ -43,7 +44,7 @@ def poly(**more):
 
 TASKS = {"task_ids": [[3], 4]}
 ROWS = [
-    Row("linear/plain", "mlp-tokens", poly(), "core", inputs=TASKS),
+    Row("linear/plain", "mlp-tokens", poly(), "core", inputs=TASKS, second={}),
     Row("linear/splits", "mlp-tokens", poly(n_splits=2, r=2), "core", inputs=TASKS),
     Row("linear/two-skills", "mlp-tokens", poly(n_skills=2, r=1), inputs=TASKS),
 ]
@@ -60,6 +61,7 @@ FAULTS = (
 METHOD = Method(
     name="poly", peft_type="POLY", title="Poly", paper="https://arxiv.org/abs/2202.13914",
     equation="y = W x + (1 / r) B(task) A(task) x", rows=ROWS, shapes=shapes, run=run, faults=FAULTS, merges=False,
-    neutral={B: 0.0}, draw={"r": [1, 2], "n_tasks": [4], "n_skills": [2, 3], "target_modules": [["up", "mid"]]},
+    neutral={B: 0.0}, mixed_batch=True,
+    draw={"r": [1, 2], "n_tasks": [4], "n_skills": [2, 3], "target_modules": [["up", "mid"]]},
     draw_inputs=TASKS, stacks=False,
 )

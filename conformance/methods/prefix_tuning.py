@@ -1,4 +1,4 @@
-"""Prefix tuning: Li and Liang, 2021, https://arxiv.org/abs/2101.00190: trained keys and values before every layer's own."""
+"""Prefix tuning: Li and Liang, 2021, https://arxiv.org/abs/2101.00190: keys and values before each layer's."""
 
 from ..method import Fault, Method, Row
 
@@ -23,7 +23,7 @@ def tuning(n, **more):
 
 
 ROWS = [
-    Row("causal-lm/plain", "causal-lm", tuning(3), "core"),
+    Row("causal-lm/plain", "causal-lm", tuning(3), "core", second={}),
     Row("causal-lm/one-token", "causal-lm", tuning(1)),
     Row("causal-lm/seven-tokens", "causal-lm", tuning(7)),
 ]

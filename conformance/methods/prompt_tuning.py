@@ -18,7 +18,7 @@ def tuning(n, **more):
 
 
 ROWS = [
-    Row("causal-lm/plain", "causal-lm", tuning(3), "core"),
+    Row("causal-lm/plain", "causal-lm", tuning(3), "core", second={}),
     Row("causal-lm/one-token", "causal-lm", tuning(1)),
     Row("causal-lm/sample-vocab", "causal-lm", tuning(4, prompt_tuning_init="SAMPLE_VOCAB")),
 ]

@@ -23,7 +23,7 @@ def tokens(*indices, **more):
 
 
 ROWS = [
-    Row("embedding/plain", "tokens-mlp", tokens(1, 4, 7), "core"),
+    Row("embedding/plain", "tokens-mlp", tokens(1, 4, 7), "core", second={}),
     Row("embedding/unsorted", "tokens-mlp", tokens(9, 0, 5), "core"),
     Row("embedding/one", "tokens-mlp", tokens(3)),
 ]
@@ -40,5 +40,7 @@ METHOD = Method(
     name="trainable_tokens", peft_type="TRAINABLE_TOKENS", title="Trainable tokens",
     paper="https://huggingface.co/docs/peft/package_reference/trainable_tokens", equation="E'[i] = delta_i",
     rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS, fresh_identity=True, stacks=False,
-    draw={"token_indices": [[0], [3, 1], [5, 2, 7]], "target_modules": [["embed_tokens"]]}, draw_bases=("tokens-mlp",),
+    fresh=lambda site, t, c: {SLOT: site.W[:, c["token_indices"]].T},
+    draw={"token_indices": [[0], [3, 1], [5, 2, 7]], "target_modules": [["embed_tokens"]]},
+    draw_bases=("tokens-mlp",), mixed_batch=True,
 )

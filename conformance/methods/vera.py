@@ -30,7 +30,7 @@ def vera(**more):
 
 
 ROWS = [
-    Row("linear/plain", "mlp", vera(), "core"),
+    Row("linear/plain", "mlp", vera(), "core", second={}),
     Row("linear/no-base-bias", "mlp-nobias", vera(r=3)),
     Row("linear/tokens", "mlp-tokens", vera(r=7, projection_prng_key=5), "core"),
     Row("linear/three-sizes", "mlp", vera(target_modules=["up", "mid", "head"])),
@@ -42,8 +42,7 @@ ROWS = [
 LAST = {"formula": lambda s, t, c: (s.W + delta(s, t, slice(t[A].shape[1] - s.inp, None),
                                                 slice(t[B].shape[0] - s.out, None)), s.b)}
 FAULTS = (
-    Fault("wrong-slice", "small layers use the last rows and columns of the shared pair, not the first", LAST,
-          link=""),
+    Fault("wrong-slice", "small layers use the last rows and columns of the shared pair, not the first", LAST),
     Fault("lambda-d-ignored", "lambda_d is not multiplied in",
           {"formula": lambda s, t, c: (s.W + delta(s, {**t, "vera_lambda_d": t["vera_lambda_d"] * 0 + 1}), s.b)}),
     Fault("lambda-b-on-the-input", "lambda_b scales columns where it should scale rows (square layers)",
@@ -57,5 +56,5 @@ METHOD = Method(
     name="vera", peft_type="VERA", title="VeRA", paper="https://arxiv.org/abs/2310.11454",
     equation="W' = W + diag(lambda_b) B diag(lambda_d) A", rows=ROWS, shapes=shapes, shared=shared, formula=formula,
     frozen=(A, B), faults=FAULTS, neutral={"vera_lambda_b": 0.0},
-    draw={"r": [1, 3, 6], "target_modules": [["up", "mid"]]},
+    mixed_batch=True, draw={"r": [1, 3, 6], "target_modules": [["up", "mid"]]},
 )

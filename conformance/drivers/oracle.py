@@ -1,0 +1,199 @@
+"""The formulas as an implementation, NumPy only. With a seeded fault it is an implementation wrong in one way.
+
+Live names and counts come from the recorded case, since they are conventions and no formula; everything else is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from .. import formulas, store
+from ..driver import OPERATIONS, Driver, Rejected, Unsupported
+from ..method import KEY, methods, slots
+from ..numpy_model import sites
+
+
+class Oracle(Driver):
+    def __init__(self, fault=None):
+        self.fault = fault
+        change = fault.change if fault else {}
+        self.faulty = {k: v for k, v in change.items() if k in ("formula", "run", "prompt")}
+        for op, replacement in change.items():
+            if op in OPERATIONS:
+                setattr(self, op, partial(replacement, self, getattr(self, op)))
+
+    def info(self):
+        return {"name": "oracle", "version": self.fault.id if self.fault else "0",
+                "dtypes": ["float64", "float32", "bfloat16"]}
+
+    def build(self, base, weights, config, dtype, case="", seed=0):
+        self.method = methods()[case.split("/")[0]] if case else None
+        self.case = next((c for c in store.all_cases() if c.id == case), None)
+        self.base, self.dtype, self.seed = base, dtype, seed
+        self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
+        self.adapters, self.active, self.merged, self.off, self.factor = {}, [], [], False, 1.0
+        if config is not None:
+            self.add("default", config)
+            self.active = ["default"]
+
+    def targets(self, config):
+        if self.case is not None and config == self.case.config:
+            return self.case.targets
+        wanted = config.get("target_modules") or []
+        found = [p for p in sites(self.base, self.base_weights) if p.split(".")[-1] in wanted or p in wanted]
+        if not found and not self.method.prompts:
+            raise Rejected(f"target_modules {wanted} match nothing")
+        return found
+
+    def add(self, name, config):
+        validate(config, self.method)
+        rng = np.random.default_rng(self.seed)
+        shapes = formulas.expected_shapes(self.method, self.base, self.base_weights, config, self.targets(config))
+        if self.case is not None and config == self.case.config:
+            shapes = self.case.keys
+        tensors = {}
+        for key, shape in shapes.items():
+            value = next((v for slot, v in self.method.neutral.items() if key.endswith(slot)), None)
+            tensors[key] = np.full(shape, value) if value is not None else rng.normal(size=tuple(shape)) * 0.1
+            if formulas.plain_name(key) in self.base_weights:
+                tensors[key] = self.base_weights[formulas.plain_name(key)].copy()
+        if self.method.fresh:
+            for path, site in sites(self.base, self.base_weights).items():
+                if path in self.targets(config) and (own := slots(tensors, path)):
+                    new = self.method.fresh(site, own, config)
+                    tensors.update({f"{KEY}{path}.{k}": np.asarray(v, np.float64) for k, v in new.items()})
+        self.adapters[name] = (copy.deepcopy(config), tensors)
+
+    def delete(self, name):
+        del self.adapters[name]
+        self.active = [a for a in self.active if a != name] or list(self.adapters)[:1]
+
+    def load(self, tensors, name="default"):
+        config, own = self.adapters[name]
+        problems = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors
+                                                                        if k not in own]
+        problems += [f"{k} has shape {v.shape}, not {own[k].shape}" for k, v in tensors.items()
+                     if k in own and v.shape != own[k].shape]
+        problems += [f"{k} is not finite" for k, v in tensors.items() if not np.isfinite(v).all()]
+        if problems:
+            raise Rejected("; ".join(problems))
+        self.adapters[name] = (config, {k: np.asarray(v, np.float64) for k, v in tensors.items()})
+
+    def scaled(self, config):
+        if self.factor == 1:
+            return config
+        return {**config, "lora_alpha": config.get("lora_alpha", 8) * self.factor}
+
+    def folded(self, names):
+        weights = self.base_weights
+        for name in names:
+            config, tensors = self.adapters[name]
+            weights, _ = formulas.adapted(self.method, self.base, weights, tensors, self.scaled(config),
+                                          formula=self.faulty.get("formula"))
+        return weights
+
+    def forward(self, inputs, adapter_names=None):
+        if adapter_names is not None:
+            if not self.method.mixed_batch:
+                raise Unsupported("mixed batches of this method")
+            picked = [self.run(inputs, [] if n is None else [n])[i] for i, n in enumerate(adapter_names)]
+            return self.rounded(np.stack(picked))
+        return self.rounded(self.run(inputs, [] if self.off else self.merged or self.active))
+
+    def run(self, inputs, names):
+        if not names:
+            return formulas.output(self.method or next(iter(methods().values())), self.base, self.base_weights, {}, {},
+                                   inputs, prompt=lambda *a: {})
+        weights = self.folded(names[:-1])
+        config, tensors = self.adapters[names[-1]]
+        with np.errstate(all="ignore"):
+            return formulas.output(self.method, self.base, weights, tensors, self.scaled(config), inputs,
+                                   **self.faulty)
+
+    def rounded(self, y):
+        return np.asarray(y, np.float64 if self.dtype == "float64" else np.float32)
+
+    def gradients(self, inputs, cotangent):
+        if self.dtype == "float64":
+            raise Unsupported("gradients are finite differences, good to float32")
+        config, tensors = self.adapters[self.active[0]]
+        found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
+                                   **self.faulty)
+        return {k: self.rounded(v) for k, v in found.items()}
+
+    def state_dict(self, name="default"):
+        return {k: self.rounded(v) for k, v in self.adapters[name][1].items()}
+
+    def names(self):
+        if self.case is None:
+            raise Unsupported("live names outside of recorded cases")
+        return dict(self.case.parameters)
+
+    def count(self):
+        if self.case is None:
+            raise Unsupported("counts outside of recorded cases")
+        return tuple(self.case.count)
+
+    def weights(self):
+        return {k: self.rounded(v) for k, v in self.folded(self.merged).items()}
+
+    def merge(self, names=None):
+        if not self.method.merges:
+            raise Unsupported("this method depends on the input")
+        self.merged = list(names or self.active)
+
+    def unmerge(self):
+        self.merged = []
+
+    def unload(self, merge):
+        self.base_weights = self.folded(self.active) if merge else self.base_weights
+        self.active, self.merged = [], []
+
+    def switch(self, names):
+        self.active = list(names)
+
+    def disable(self, off):
+        self.off = off
+
+    def scale(self, factor):
+        self.factor *= factor
+
+    def copy(self):
+        self.adapters, self.base_weights = copy.deepcopy((self.adapters, self.base_weights))
+
+    def save(self, path):
+        from safetensors.numpy import save_file
+
+        config, tensors = self.adapters["default"]
+        Path(path, "adapter_config.json").write_text(json.dumps(config))
+        save_file({k: np.ascontiguousarray(self.rounded(v)) for k, v in tensors.items()},
+                  Path(path, "adapter_model.safetensors"))
+
+    def restore(self, path, base, weights, dtype):
+        from safetensors.numpy import load_file
+
+        case = self.case.id if self.case else f"{self.method.name}/restored"
+        try:
+            config = json.loads(Path(path, "adapter_config.json").read_text())
+            tensors = load_file(Path(path, "adapter_model.safetensors"))
+        except Exception as e:
+            raise Rejected(f"{type(e).__name__}: {e}") from e
+        if not isinstance(config, dict):
+            raise Rejected("adapter_config.json holds no object")
+        self.build(base, weights, config, dtype, case, self.seed)
+        self.load(tensors)
+
+
+def validate(config, method):
+    if config.get("peft_type") != method.peft_type:
+        raise Rejected(f"unknown peft_type {config.get('peft_type')!r}")
+    for field in ("r", "init_r", "num_virtual_tokens"):
+        value = config.get(field, 1)
+        if not isinstance(value, int) or value < 0 or (value == 0 and field != "r") \
+                or (value == 0 and method.name != "oft"):
+            raise Rejected(f"{field} must be a positive integer, not {value!r}")

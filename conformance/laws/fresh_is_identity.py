@@ -1,0 +1,13 @@
+"""An adapter that was just made changes nothing."""
+
+TITLE = "a fresh adapter is the identity"
+
+
+def applies(method):
+    return bool(method.neutral or method.fresh_identity) and not method.prompts
+
+
+def check(driver, sample):
+    plain = sample.base_output(driver)
+    sample.build(driver)
+    sample.same("output of a fresh adapter against the base model", driver.forward(sample.inputs), plain)

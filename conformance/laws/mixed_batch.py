@@ -1,0 +1,22 @@
+"""A batch in which each sample names its own adapter gives what one run per sample gives."""
+
+import numpy as np
+
+TITLE = "mixed batch == one by one"
+
+
+def applies(method):
+    return method.mixed_batch
+
+
+def check(driver, sample):
+    sample.start(driver)
+    sample.second(driver)
+    names = ["default", "other", None]
+    mixed = driver.forward(sample.inputs, adapter_names=names)
+    alone = []
+    for i, name in enumerate(names):
+        driver.disable(name is None)
+        driver.switch([name or "default"])
+        alone.append(driver.forward(sample.inputs)[i])
+    sample.same("mixed batch against one run per adapter", mixed, np.stack(alone))

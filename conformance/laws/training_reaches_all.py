@@ -1,0 +1,20 @@
+"""Every trainable tensor gets a finite gradient that is not zero."""
+
+import numpy as np
+
+from ..checks import Failure
+
+TITLE = "gradients reach every trainable tensor"
+
+
+def applies(method):
+    return True
+
+
+def check(driver, sample):
+    sample.start(driver)
+    cotangent = np.random.default_rng(sample.seed).normal(size=driver.forward(sample.inputs).shape)
+    for key, g in driver.gradients(sample.inputs, cotangent).items():
+        if not np.isfinite(g).all() or not np.asarray(g).any():
+            raise Failure(f"the gradient of {key} is {'zero' if np.isfinite(g).all() else 'not finite'}, "
+                          f"config {sample.config}")
