@@ -138,9 +138,10 @@ class Base:
         """scale * B (A x), without forming B A."""
         return F.linear(F.linear(x, A.weight) * scale, B.weight, _scaled(B.bias, scale))
 
-    def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
-        """y + scale * B (A x), in as few passes over y as this kind of layer allows."""
-        return y + self.through(x, A, B, scale)
+    def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
+        """y + gain * scale * B (A x), in as few passes over y as this kind of layer allows; `gain` is `outward`."""
+        branch = self.through(x, A, B, scale)
+        return y + (branch if gain is None else gain * branch)
 
     @staticmethod
     def matrix(factor: Any) -> Tensor:
@@ -182,12 +183,13 @@ class Linear(Base):
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 
-    def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
-        h = F.linear(x, A.weight)
-        if y.dtype != h.dtype or B.bias is not None:
-            return y + F.linear(h * scale, B.weight, _scaled(B.bias, scale))
-        rows = torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]) * scale, B.weight.t())
-        return rows.view(y.shape)
+    def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
+        if B.bias is not None:
+            return super().add_through(y, x, A, B, scale, gain)
+        h, up = F.linear(x, A.weight) * scale, B.weight if gain is None else gain[:, None] * B.weight
+        if y.dtype != h.dtype:
+            return y + F.linear(h, up)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), up.t()).view(y.shape)
 
 
 class Conv1D(Linear):

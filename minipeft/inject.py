@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import adapter_class, unsupported
-from .base import Attention, base_of
+from .base import Attention, Conv1D, Linear, base_of
 from .checkpoint import PREFIX, Entry, LoadReport, base_entries, check, entries_of_layer, entries_of_module, strip
 from .config import PeftConfig
 from .defaults import default_targets
@@ -125,6 +125,10 @@ class Plan:
             if isinstance(base, Attention):
                 out = base.leaf.out_proj
                 found.append((path, f"{live}.base_layer.out_proj", out, base_of(out)))
+        for *_, base in found if hasattr(config, "fan_in_fan_out") else ():
+            if isinstance(base, Linear) and config.fan_in_fan_out != isinstance(base, Conv1D):
+                config.fan_in_fan_out = isinstance(base, Conv1D)
+                warnings.warn(f"fan_in_fan_out set to {config.fan_in_fan_out}, as the layers are {base.label}.", PeftWarning)
         parameters = self.find_parameters(outer)
         self.parameters = [path for path, *_ in parameters]
         targets.check(self.modules + self.parameters, list(outer), partly=strict and keys is None)

@@ -1,4 +1,7 @@
 """The adapter methods: one file each, one line each."""
 
+from . import dora as dora
 from . import ia3 as ia3
+from . import ln_tuning as ln_tuning
 from . import lora as lora
+from . import trainable_tokens as trainable_tokens

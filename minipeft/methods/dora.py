@@ -1,0 +1,101 @@
+"""DoRA - Weight-Decomposed Low-Rank Adaptation. Liu et al., 2024, https://arxiv.org/abs/2402.09353, eq. 5.
+
+    W' = m * (W + s B A) / |W + s B A|        A: (r, in), B: (out, r), m: (out,), |.|: norm of each row, held constant
+
+The norm comes from the factors, so that no (out, in) product is formed; |W|^2 is computed once and kept:
+
+    |W + s B A|^2 = |W|^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B                   row by row
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedLayerError
+from .lora import LoraConfig, LowRank
+
+
+class Magnitude(nn.Module):
+    """One trainable magnitude for each output feature."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class DoRA(LowRank, config=LoraConfig):
+    bases = ("Linear", "Conv1D", "Conv", "Embedding")
+
+    @classmethod
+    def chosen_by(cls, config: Any) -> bool:
+        return config.use_dora
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Any) -> None:
+        if base.opaque or getattr(base.leaf, "groups", 1) > 1:
+            raise UnsupportedLayerError(f"DoRA cannot adapt '{path}': attention and grouped convolutions have no row norms.")
+
+    def build(self) -> None:
+        super().build()
+        self.settle()
+        m = torch.empty(self.base.out) if self.blank else self.at_start()
+        self.lora_magnitude_vector = Magnitude(m.view(self.base.magnitude_shape()))
+
+    @torch.no_grad()
+    def at_start(self) -> Tensor:
+        """The row norms as they are now, (out,); on the accelerator with `ephemeral_gpu_offload`."""
+        there = torch.device("cuda") if self.config.runtime_config.ephemeral_gpu_offload else self.base.device
+        W, A, B = (t.to(there) for t in (self.base.read()[0], *self.factors()))
+        return norm(W, A, B, self.scaling, square(W)).to(self.base.device)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)  # (r, in), (out, r)
+
+    def gain(self) -> Tensor:
+        """m / |W + s B A|, (out,)."""
+        W, (A, B) = self.base.read()[0].detach(), (t.detach() for t in self.factors())
+        key = (W.data_ptr(), W._version, W.dtype, W.device)
+        if vars(self).get("kept", (None,))[0] != key:
+            vars(self)["kept"] = key, square(W)
+        return self.lora_magnitude_vector.weight.flatten() / norm(W, A, B, self.scaling, vars(self)["kept"][1])
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)  # (..., out)
+        b, gain = self.base.read()[1], self.base.outward(self.gain())
+        x, dropped = x, self.dropped(x)
+        if self.layer.training and isinstance(self.lora_dropout, nn.Dropout):  # PEFT: the gain acts on W x, x dropped out
+            W = self.base.read()[0]
+            start = y + (gain - 1) * self.base.apply(dropped, W)
+        else:
+            start = y * gain if b is None else torch.addcmul(self.base.outward(b) * (1 - gain), y, gain)
+        return self.base.add_through(start, dropped, self.lora_A, self.lora_B, self.scaling, gain).to(y.dtype)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gain, b0 = self.gain(), self.base.read()[1]
+        W = gain.view(-1, *[1] * (W.dim() - 1)) * (W + self.delta())
+        return W, b if b is None or b0 is None else b0 + gain * (b - b0)
+
+    @classmethod
+    def saved_key(cls, slot: str, rest: str) -> str:
+        return slot if slot == "lora_magnitude_vector" else super().saved_key(slot, rest)  # PEFT: without ".weight"
+
+    @classmethod
+    def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key.removesuffix(".weight") if "lora_magnitude_vector" in key else key: t for key, t in tensors.items()}
+
+
+def square(W: Tensor) -> Tensor:
+    """|W|^2 of each row, (out,), in at least float32."""
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return torch.linalg.vector_norm(W.flatten(1), dim=1, dtype=dtype).square()
+
+
+def norm(W: Tensor, A: Tensor, B: Tensor, s: float, WW: Tensor) -> Tensor:
+    """|W + s B A| of each row, (out,), from WW = |W|^2."""
+    A, B = A.to(WW.dtype), B.to(WW.dtype)
+    cross = (W.flatten(1).to(WW.dtype) @ A.T) * B  # (out, r)
+    inner = (B @ (A @ A.T)) * B  # (out, r)
+    return (WW + (2 * s * cross + s * s * inner).sum(1)).clamp_min(0).sqrt()

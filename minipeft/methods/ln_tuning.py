@@ -1,0 +1,38 @@
+"""LN tuning - training the normalisation layers in full. Zhao et al., 2023, https://arxiv.org/abs/2312.11420.
+
+    y = LN'(x)                   LN': a trained copy of the layer; any module can be a target
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..adapter import Replacement
+from ..config import PeftConfig
+from ..tuner import register_tuner
+
+
+@dataclass
+class LNTuningConfig(PeftConfig, method="LN_TUNING"):
+    """Fields of LN tuning."""
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | str | None = None
+
+
+class LNTuning(Replacement, config=LNTuningConfig):
+    prefix = "ln_tuning_"
+
+    def build(self) -> None:
+        self.ln_tuning_layers = copy.deepcopy(self.base.leaf)
+
+    @property
+    def replacement(self) -> nn.Module:
+        return self.ln_tuning_layers
+
+
+LNTuningModel = register_tuner("LNTuningModel", "LN_TUNING")

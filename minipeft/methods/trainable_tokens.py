@@ -1,0 +1,111 @@
+"""Trainable tokens - training some rows of an embedding. PEFT's own method; as in Hewitt's note on new tokens,
+https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
+
+    W'[:, t_i] = D[i]            W: (dim, tokens), t: the token indices, D: (number of indices, dim), at first W[:, t_i]
+
+It is a method of its own (`TrainableTokensConfig`), and a part of others (`trainable_token_indices`), where the
+embedding sits one level deeper: `embed_tokens.token_adapter.trainable_tokens_delta.default`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Transform
+from ..base import Embedding, base_of
+from ..config import PeftConfig
+from ..errors import ConfigError, NoMatchingPeftModuleError, nearest
+from ..layer import Layer, TrainableTokensWrapper, walk
+from ..targets import named, suffixes
+from ..tuner import register_tuner
+
+
+@dataclass
+class TrainableTokensConfig(PeftConfig, method="TRAINABLE_TOKENS"):
+    """Fields of trainable tokens."""
+
+    token_indices: list[int] = field(default_factory=list)
+    target_modules: list[str] | str | None = None  # the input embedding, if None
+    init_weights: bool = True  # as they are in the model; otherwise standard normal
+
+
+class TrainableTokens(Transform, config=TrainableTokensConfig):
+    prefix = "trainable_tokens_"
+    bases = ("Embedding", "Linear")  # a linear layer's rows, for heads tied to the embedding
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        return slot == "trainable_tokens_delta"
+
+    def build(self) -> None:
+        self.token_indices = list(self.config.token_indices)
+        if not self.token_indices or len(set(self.token_indices)) < len(self.token_indices):
+            raise ConfigError(f"Token indices must be given, each once, got {self.token_indices}.")
+        rows = self.rows(self.base.read()[0].detach())
+        if not 0 <= min(self.token_indices) <= max(self.token_indices) < len(rows):
+            raise ConfigError(f"Token indices must be from 0 to {len(rows) - 1} for '{self.path}', got {self.token_indices}.")
+        original = rows[self.index(rows)].clone()  # (n, dim)
+        start = original.clone() if self.config.init_weights else torch.randn(original.shape)
+        self.trainable_tokens_delta = nn.Parameter(torch.empty(original.shape) if self.blank else start)
+        self.trainable_tokens_original = original
+
+    def rows(self, W: Tensor) -> Tensor:
+        return W.T if not self.base.reads_vectors else W  # (tokens, dim), from the canonical layout
+
+    def index(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.token_indices, device=like.device)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        self.check_overlap()
+        rows = self.rows(W)
+        return self.rows(rows.index_copy(0, self.index(rows), self.trainable_tokens_delta.to(rows.dtype))), b
+
+    def check_overlap(self) -> None:
+        """Raise `ConfigError` when two adapters that are on together train the same token."""
+        together = dict.fromkeys([*self.layer.merged_adapters, *self.layer.active_adapters])
+        taken: set[int] = set()
+        for name in together if self.name in together else ():
+            indices = self.layer.take("token_indices", name)
+            if taken & set(indices):
+                raise ConfigError(f"Adapter {name} trains tokens that another active adapter trains as well: {sorted(taken & set(indices))}.")
+            taken |= set(indices)
+
+
+TrainableTokensModel = register_tuner("TrainableTokensModel", "TRAINABLE_TOKENS")
+
+
+def plan_tokens(plan: Any) -> None:
+    """Build, for a plan of another method, the rows of its `trainable_token_indices`."""
+    indices = plan.config.trainable_token_indices
+    paths = {path: (live, module) for path, live, module in reversed(list(walk(plan.model)))}
+    wanted = indices if isinstance(indices, dict) else {embedding_path(plan.model): indices}
+    for target, tokens in wanted.items():
+        found = [path for path in paths if path and target in suffixes(path)]
+        if not found:
+            known = {tail for path in paths for tail in suffixes(path)}
+            raise NoMatchingPeftModuleError(f"trainable_token_indices names {target!r}, which is not in the model.{nearest(target, known)}")
+        for path in found:
+            if named(path, set(plan.config.modules_to_save or ())):
+                raise ConfigError(f"'{path}' is in modules_to_save and trained in full; leave it out of trainable_token_indices.")
+            live, module = paths[path]
+            joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
+            inside = joins.base_layer if joins is not None else module
+            base = joins.base if joins is not None else base_of(module)
+            if not isinstance(base, Embedding) or isinstance(module, Layer) or live in {at for at, *_ in plan.new}:
+                raise ConfigError(f"trainable_token_indices needs an embedding that has no other adapter, but '{path}' is not one.")
+            config = TrainableTokensConfig(token_indices=list(tokens))
+            plan.tokens.append((live, plan.scratch(inside, base, path, TrainableTokens, config), joins))
+
+
+def embedding_path(model: nn.Module) -> str:
+    """The path of a model's input embedding; "embed_tokens" when it does not say."""
+    if hasattr(model, "get_input_embeddings"):
+        embedding = model.get_input_embeddings()
+        for path, _, module in walk(model):
+            if module is embedding:
+                return path
+    return "embed_tokens"
