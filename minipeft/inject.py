@@ -103,13 +103,12 @@ class Plan:
         for path, live, module in walk(self.model):
             outer.setdefault(path, (live, module))
             self.live_paths[id(module)] = live
+        default_targets(config, self.model, model_config(self.model).get("model_type"))
         if isinstance(getattr(config, "target_modules", None), str) and config.target_modules.lower() == ALL_LINEAR:
             bases = [(path, base_of(module)) for path, (_, module) in outer.items() if path]
             attention = [path for path, base in bases if isinstance(base, Attention)]
             bases = [(path, base) for path, base in bases if path.rpartition(".")[0] not in attention]
             config.target_modules = all_linear(self.model, config.task_type, bases)
-        if getattr(config, "target_modules", None) is None and not getattr(config, "target_parameters", None):
-            default_targets(config, self.model, model_config(self.model).get("model_type"))
         targets = Targets(config)
         self.modules = [path for path in outer if path in targets] if keys is None else _paths_in(keys, cls.prefix, outer)
         found: list[tuple[str, str, nn.Module, Any]] = []

@@ -1,0 +1,123 @@
+"""Which modules a method adapts when its configuration names none: the tables of both, and what comes of them."""
+
+import copy
+import re
+
+import pytest
+import torch
+from torch import nn
+
+CONFIGS = ["LoraConfig", "IA3Config", "AdaLoraConfig", "OFTConfig", "VeraConfig", "PolyConfig", "LNTuningConfig", "OSFConfig"]
+GIVEN = {"AdaLoraConfig": {"total_step": 10}, "OFTConfig": {"oft_block_size": 4}, "OSFConfig": {"effective_rank": 4}}
+
+
+class Plain(nn.Module):
+    """A model of no known type, whose embedding goes by another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.words = nn.Embedding(11, 8)
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def get_input_embeddings(self):
+        return self.words
+
+    def forward(self, x):
+        return self.down(self.up(self.words(x)))
+
+
+def transformers_model(model_type):
+    transformers = pytest.importorskip("transformers")
+    small = {
+        "llama": dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
+        "gpt2": dict(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2),
+        "bert": dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
+        "t5": dict(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2),
+    }
+    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model_type, **small[model_type]))
+
+
+def test_tables_are_those_of_peft(ref):
+    from minipeft import defaults
+
+    constants = pytest.importorskip("peft.utils.constants")
+    names = [name for name in vars(constants) if re.fullmatch(r"TRANSFORMERS_MODELS_TO_\w+_MODULES_MAPPING", name)]
+    assert len(names) > 30
+    for name in names:
+        assert getattr(defaults, name) == getattr(constants, name), name
+
+
+def test_a_table_is_a_copy_and_unknown_names_are_no_attributes():
+    from minipeft import defaults
+
+    defaults.TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING.clear()
+    assert "llama" in defaults.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    with pytest.raises(AttributeError):
+        defaults.TRANSFORMERS_MODELS_TO_NOTHING_TARGET_MODULES_MAPPING
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "bert", "t5"])
+def test_known_models(ref, lib, config, model_type):
+    """The configuration is completed as peft does it, and the same modules are adapted."""
+    if not hasattr(lib, config):
+        pytest.skip(f"{lib.__name__} has no {config}")
+    seen = []
+    for module in (ref, lib):
+        given = getattr(module, config)(**GIVEN.get(config, {}))
+        try:
+            model = module.get_peft_model(transformers_model(model_type), given)
+        except ValueError as error:
+            seen.append("Please specify" in str(error))
+        else:
+            seen.append((given.target_modules, getattr(given, "feedforward_modules", None), model.targeted_module_names))
+    assert seen[1] == seen[0]
+
+
+@pytest.mark.parametrize("config", CONFIGS[:-1])
+def test_unknown_models_are_refused(ref, lib, config):
+    if not hasattr(lib, config):
+        pytest.skip(f"{lib.__name__} has no {config}")
+    for module in (ref, lib):
+        model = Plain()
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(ValueError, match="Please specify `target_modules`"):
+            module.get_peft_model(model, getattr(module, config)(**GIVEN.get(config, {})))
+        assert list(model.state_dict()) == list(before) and all(map(torch.equal, model.state_dict().values(), before.values()))
+
+
+def test_feedforward_modules_must_be_given_too(ref, lib):
+    for module in (ref, lib):
+        with pytest.raises(ValueError, match="feedforward_modules"):
+            module.get_peft_model(Plain(), module.IA3Config(target_modules=["up"]))
+
+
+def test_target_parameters_need_no_target_modules(ref, lib):
+    for module in (ref, lib):
+        config = module.LoraConfig(target_parameters=["up.weight"])
+        assert module.get_peft_model(Plain(), config).targeted_parameter_names == ["up.weight"]
+        assert config.target_modules is None
+
+
+@pytest.mark.parametrize("model", [Plain, lambda: nn.Sequential(nn.Embedding(11, 8))])
+def test_trainable_tokens_take_the_input_embedding(ref, lib, model):
+    if not hasattr(lib, "TrainableTokensConfig"):
+        pytest.skip(f"{lib.__name__} has no TrainableTokensConfig")
+    seen = []
+    for module in (ref, lib):
+        config = module.TrainableTokensConfig(token_indices=[1, 3])
+        try:
+            module.get_peft_model(model(), config)
+        except ValueError:
+            pass
+        seen.append(config.target_modules)
+    assert seen[1] == seen[0]
+
+
+def test_osf_falls_back_to_all_linear_layers(ref, lib):
+    if not hasattr(lib, "OSFConfig"):
+        pytest.skip(f"{lib.__name__} has no OSFConfig")
+    assert [m.get_peft_model(Plain(), m.OSFConfig(effective_rank=4)).targeted_module_names for m in (ref, lib)] == [
+        ["up", "down"],
+        ["up", "down"],
+    ]
