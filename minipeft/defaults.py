@@ -23,7 +23,9 @@ def _table(rows: dict[str, str]) -> Table:
 
 LORA = _table(
     {
-        "q_proj v_proj": "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm",
+        "q_proj v_proj": (
+            "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt qwen2 qwen3 stablelm"
+        ),
         "query value": "bert electra layoutlm roberta xlm-roberta",
         "query_key_value": "RefinedWeb RefinedWebModel bloom chatglm falcon gpt_neox",
         "q v": "mt5 t5",

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-CONFIGS = ["LoraConfig", "IA3Config", "AdaLoraConfig", "OFTConfig", "VeraConfig", "PolyConfig", "LNTuningConfig", "OSFConfig"]
+METHODS = ["Lora", "IA3", "AdaLora", "OFT", "Vera", "Poly", "LNTuning", "OSF"]
+CONFIGS = [f"{method}Config" for method in METHODS]
 GIVEN = {"AdaLoraConfig": {"total_step": 10}, "OFTConfig": {"oft_block_size": 4}, "OSFConfig": {"effective_rank": 4}}
 
 
@@ -28,13 +29,15 @@ class Plain(nn.Module):
 
 def transformers_model(model_type):
     transformers = pytest.importorskip("transformers")
+    bert = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     small = {
-        "llama": dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
-        "gpt2": dict(vocab_size=32, n_positions=16, n_embd=16, n_layer=1, n_head=2),
-        "bert": dict(vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2),
-        "t5": dict(vocab_size=32, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2),
+        "llama": bert,
+        "gpt2": {"n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2},
+        "bert": bert,
+        "t5": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
     }
-    return transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model_type, **small[model_type]))
+    config = transformers.AutoConfig.for_model(model_type, vocab_size=32, **small[model_type])
+    return transformers.AutoModel.from_config(config)
 
 
 def test_tables_are_those_of_peft(ref):
@@ -53,7 +56,7 @@ def test_a_table_is_a_copy_and_unknown_names_are_no_attributes():
     defaults.TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING.clear()
     assert "llama" in defaults.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     with pytest.raises(AttributeError):
-        defaults.TRANSFORMERS_MODELS_TO_NOTHING_TARGET_MODULES_MAPPING
+        getattr(defaults, "TRANSFORMERS_MODELS_TO_NOTHING_TARGET_MODULES_MAPPING")  # noqa: B009
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -70,7 +73,8 @@ def test_known_models(ref, lib, config, model_type):
         except ValueError as error:
             seen.append("Please specify" in str(error))
         else:
-            seen.append((given.target_modules, getattr(given, "feedforward_modules", None), model.targeted_module_names))
+            inputs = getattr(given, "feedforward_modules", None)
+            seen.append((given.target_modules, inputs, model.targeted_module_names))
     assert seen[1] == seen[0]
 
 
@@ -83,7 +87,8 @@ def test_unknown_models_are_refused(ref, lib, config):
         before = copy.deepcopy(model.state_dict())
         with pytest.raises(ValueError, match="Please specify `target_modules`"):
             module.get_peft_model(model, getattr(module, config)(**GIVEN.get(config, {})))
-        assert list(model.state_dict()) == list(before) and all(map(torch.equal, model.state_dict().values(), before.values()))
+        after = model.state_dict()
+        assert list(after) == list(before) and all(map(torch.equal, after.values(), before.values()))
 
 
 def test_feedforward_modules_must_be_given_too(ref, lib):
