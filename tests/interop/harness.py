@@ -6,6 +6,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import safetensors.torch
 import torch
 
 from .cases.case import Case
@@ -189,10 +190,13 @@ def saved(model, path: Path, **options) -> tuple[dict[str, torch.Tensor], dict]:
     return stored(path)
 
 
-def stored(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
-    from safetensors.torch import load_file
+def read(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, in memory of their own: the file may be written to afterwards."""
+    return safetensors.torch.load(path.read_bytes())
 
-    return load_file(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
+
+def stored(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    return read(path / "adapter_model.safetensors"), json.loads((path / "adapter_config.json").read_text())
 
 
 def same_config(got: dict, want: dict):
