@@ -6,6 +6,7 @@ from .methods.ia3 import IA3Config, IA3Model
 from .methods import dora as _dora
 from .methods.ln_tuning import LNTuningConfig, LNTuningModel
 from .methods.lora import LoraConfig, LoraModel
+from .methods.oft import OFTConfig, OFTModel
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .factory import get_peft_model, inject_adapter_in_model
 from .model import PeftModel

@@ -201,8 +201,10 @@ class Activation(Adapter):
     """y = post(inner(pre(x))). `pre` is linear and `post` affine, each on vectors that stand in the last dimension.
 
     Because they are, the merged weights follow: the rows of W pass through the adjoint of `pre`, its columns through
-    the linear part of `post`. On a convolution, `pre` sees a row of the flattened weight: a whole patch.
+    the linear part of `post`. On a convolution, `pre` sees a row of the flattened weight: a patch.
     """
+
+    mixes: ClassVar[bool] = False  # True: `pre` mixes features, on a convolution also those of different groups
 
     def pre(self, x: Tensor) -> Tensor:
         return x
@@ -218,9 +220,9 @@ class Activation(Adapter):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if type(self).pre is not Activation.pre:
-            rows = W.flatten(1)
+            rows = self.base.rows(W) if self.mixes else W.flatten(1)
             _, adjoint = torch.func.vjp(self.pre, torch.zeros_like(rows))
-            W = adjoint(rows)[0].view_as(W)
+            W = adjoint(rows)[0].view(W.shape[0], -1, *W.shape[2:])
         if type(self).post is not Activation.post:
             zero = self.post(W.new_zeros(W.shape[0]))
             W = (self.post(W.movedim(0, -1)) - zero).movedim(-1, 0)

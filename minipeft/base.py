@@ -104,8 +104,17 @@ class Base:
 
     @property
     def width(self) -> int:
-        """Length of the vectors that a rotation turns: what a row of the flattened weight meets."""
+        """Length of a row of the flattened weight."""
         return self.inp
+
+    @property
+    def patch(self) -> int:
+        """Length of the vectors that a rotation turns: what `rows` meet."""
+        return self.width
+
+    def rows(self, W: Tensor) -> Tensor:
+        """W as rows (out, patch): what stands before a whole patch of the input."""
+        return W.flatten(1)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -230,8 +239,38 @@ class Conv(Base):
     def width(self) -> int:
         return self.leaf.weight[0].numel()
 
+    @property
+    def patch(self) -> int:
+        return self.width * self.leaf.groups
+
+    def rows(self, W: Tensor) -> Tensor:
+        groups = self.inp // W.shape[1]
+        parts = [part.flatten(1) for part in W.chunk(groups)]
+        return parts[0] if groups == 1 else torch.block_diag(*parts)
+
+    def canonical(self, W: Tensor) -> Tensor:
+        """The same, with only its own group's channels in each row. W may have all of them: see `apply`."""
+        m = self.leaf
+        if W.shape[1] == m.weight.shape[1]:
+            return W
+        parts = W.unflatten(0, (m.groups, -1)).unflatten(2, (m.groups, -1)).movedim(2, 1)  # (g, g, out / g, in / g, ...)
+        own = torch.eye(m.groups, dtype=torch.bool, device=W.device)
+        if parts[~own].any():
+            raise MergeError(
+                f"The adapter mixes the groups of a convolution with groups={m.groups}, so no weight of the layer does "
+                "the same; keep the adapter unmerged."
+            )
+        return parts[own].flatten(0, 1)
+
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        return self.leaf._conv_forward(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+        m = self.leaf
+        W, b = W.to(x.dtype), None if b is None else b.to(x.dtype)
+        if W.shape[1] == m.weight.shape[1]:
+            return m._conv_forward(x, W, b)
+        padding = m.padding  # W over all input channels: an adapter mixes the groups
+        if m.padding_mode != "zeros":
+            x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
+        return getattr(F, f"conv{W.dim() - 2}d")(x, W, b, m.stride, padding, m.dilation)
 
     def down(self, r: int) -> Any:
         m = self.leaf

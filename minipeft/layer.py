@@ -324,7 +324,7 @@ class Layer(Slots):
         """What merging `adapter` alone adds to the stored weight, in the weight's own layout."""
         with torch.no_grad(), widened(self.adapters[adapter]):
             W, b = _wide(self.base.read())
-            return self.base.canonical(self.adapters[adapter].fold(W, b)[0] - W)
+            return self.base.canonical(self.adapters[adapter].fold(W, b)[0]) - self.base.canonical(W)
 
     # -------------------------------------------------------------------------------------------- which adapters run
     @property
@@ -654,12 +654,17 @@ def _wide(pair: Any) -> Any:
 
 @contextmanager
 def widened(adapter: Adapter) -> Iterator[None]:
-    """The adapter's low-precision tensors as float32 for the time being, so that a merge rounds only once."""
+    """The adapter as it is merged: no dropout, and low-precision tensors as float32, so that a merge rounds only once."""
+    training = [m for _, _, m in adapter.layer.boxes(adapter.name) if isinstance(m, nn.Module) and m.training]
     narrow = [(t, t.data) for _, t in adapter.layer.tensors(adapter.name) if t.dtype in (torch.float16, torch.bfloat16)]
     for tensor, data in narrow:
         tensor.data = data.float()
+    for module in training:
+        module.eval()
     try:
         yield
     finally:
         for tensor, data in narrow:
             tensor.data = data
+        for module in training:
+            module.train()

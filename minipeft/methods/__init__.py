@@ -4,4 +4,5 @@ from . import dora as dora
 from . import ia3 as ia3
 from . import ln_tuning as ln_tuning
 from . import lora as lora
+from . import oft as oft
 from . import trainable_tokens as trainable_tokens
