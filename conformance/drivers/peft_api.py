@@ -15,9 +15,13 @@ import torch  # noqa: E402
 
 from .. import models  # noqa: E402
 from ..driver import Driver, Rejected, Unsupported  # noqa: E402
+from ..method import methods  # noqa: E402
 
 # What a library raises when it means "I will not take this". Any other exception is a crash.
 MEANT = (ValueError, TypeError, KeyError, RuntimeError, OSError, NotImplementedError)
+
+
+ALL_TYPES = {m.peft_type for m in methods().values()}
 
 
 def to_torch(array, dtype):
@@ -62,6 +66,7 @@ class PeftApi(Driver):
     def __init__(self, module: str = "peft"):
         warnings.simplefilter("ignore")
         self.peft = importlib.import_module(module)
+        self.known = {getattr(k, "value", k) for k in getattr(self.peft, "PeftType", ())}
         self.model = None
         self.off = False
 
@@ -71,10 +76,9 @@ class PeftApi(Driver):
 
     def config(self, config):
         config = copy.deepcopy(config)
-        known = getattr(self.peft, "PEFT_TYPE_TO_CONFIG_MAPPING", None) or self.peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
         kind = config.get("peft_type")
-        if kind not in {getattr(k, "value", k) for k in known}:
-            raise Rejected(f"unknown peft_type {kind!r}")
+        if self.known and kind not in self.known:
+            raise Unsupported(f"no PeftType {kind}") if kind in ALL_TYPES else Rejected(f"unknown peft_type {kind!r}")
         return self.peft.get_peft_config(config)
 
     def base(self, base, weights, dtype):
