@@ -175,8 +175,8 @@ def saves(change):
 
 
 def _swap(tensors, config):
-    keys = sorted(tensors)
-    tensors[keys[0]], tensors[keys[2]] = tensors[keys[2]].clone(), tensors[keys[0]].clone()
+    square, wide = (f"base_model.model.{name}.lora_A.weight" for name in ("square", "wide"))  # of one shape
+    tensors[square], tensors[wide] = tensors[wide].clone(), tensors[square].clone()
 
 
 def _nudge(tensors, config):

@@ -31,7 +31,7 @@ CASES = [
     oft("linear/coft_wide", B.MLP, LINEARS, coft=True, eps=50.0),
     oft("linear/coft_block_share", B.MLP, LINEARS, coft=True, eps=0.05, block_share=True, **COFT),
     oft("linear/init_false", B.MLP, LINEARS, init_weights=False, fresh=False),
-    oft("linear/dropout", B.MLP, LINEARS, oft_block_size=2, module_dropout=0.5, ordered=False),  # rotations of 2 x 2 commute; peft never drops
+    oft("linear/dropout", B.MLP, LINEARS, oft_block_size=2, module_dropout=0.5, ordered=False),
     oft("linear/bias_all", B.MLP, LINEARS, bias="all", **trained_bias()),
     oft("linear/bias_oft_only", B.MLP, LINEARS, bias="oft_only", **trained_bias()),
     oft("targets/layers_to_transform", B.LLAMA, ["q_proj"], layers_to_transform=[1]),
