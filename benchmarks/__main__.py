@@ -1,4 +1,4 @@
-"""Run the measurements on minipeft and on peft in turn, a fresh process each, and print minipeft's as ratios to peft's."""
+"""Measure minipeft and peft in turn, in a fresh process each, and print minipeft's figures as ratios to peft's."""
 
 import argparse
 import importlib.metadata
@@ -72,8 +72,9 @@ def machine(options: argparse.Namespace) -> dict:
 
     packages = {"torch", "safetensors", "peft", "transformers", options.library}
     installed = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    device = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine(),
+        "device": device,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": {name: installed[name] for name in sorted(packages & installed.keys())},
@@ -98,9 +99,10 @@ def main() -> int:
             for row in rows(quantity, values, ours):
                 table.add_row(*row)
     console.print(table)
-    console.print("median (least to most) of the rounds; a ratio is taken round by round: under 1, less than the other takes")
+    console.print("median (least to most) of the rounds; ratio, round by round: under 1, less than the other takes")
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"machine": machine(options), "results": results, "failures": failures}, indent=1))
+    report = {"machine": machine(options), "results": results, "failures": failures}
+    options.json.write_text(json.dumps(report, indent=1))
     for failure in failures:
         console.print(f"[red]failed[/] {failure}", highlight=False)
     return bool(failures)

@@ -140,10 +140,10 @@ def inject_meta(library, device):
 @measurement
 def checkpoint(library, device):
     """save_pretrained, and from_pretrained onto a fresh base model."""
+    model, from_pretrained = adapted(library, deep(device)), library.PeftModel.from_pretrained
     with tempfile.TemporaryDirectory() as folder:
-        model = adapted(library, deep(device))
         save = clock(device, lambda: model.save_pretrained(folder))
-        load = clock(device, lambda base: library.PeftModel.from_pretrained(base, folder), setup=lambda: (deep(device),))
+        load = clock(device, lambda base: from_pretrained(base, folder), setup=lambda: (deep(device),))
     return {"save_pretrained seconds": save, "from_pretrained seconds": load}
 
 
