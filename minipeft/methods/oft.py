@@ -74,9 +74,11 @@ class OFTConfig(PeftConfig, method="OFT"):
 class Rotation(nn.Module):
     """The stored triangles of r blocks; `blocks()` are the orthogonal matrices that they stand for."""
 
-    def __init__(self, r: int, size: int, config: OFTConfig):
+    def __init__(self, r: int, size: int, config: OFTConfig, device: torch.device):
         super().__init__()
         self.size, self.config = size, config
+        for name, index in zip(("rows", "cols"), torch.triu_indices(size, size, 1, device=device)):
+            self.register_buffer(name, index.contiguous(), persistent=False)
         self.weight = nn.Parameter(torch.zeros(r, size * (size - 1) // 2))
         if not config.init_weights:
             nn.init.normal_(self.weight, std=0.1)
@@ -85,9 +87,8 @@ class Rotation(nn.Module):
         q = self.weight  # (r, b (b - 1) / 2)
         if self.config.coft:
             q = q + (self.near(q) - q).detach()  # the gradient passes, as if the stored values were the near ones
-        i, j = torch.triu_indices(self.size, self.size, 1, device=q.device)
         Q = q.new_zeros(len(q), self.size, self.size)
-        Q[:, i, j] = q
+        Q[:, self.rows, self.cols] = q
         Q = Q - Q.mT  # (r, b, b)
         I = torch.eye(self.size, dtype=q.dtype, device=q.device)
         if not self.config.use_cayley_neumann:
@@ -133,7 +134,7 @@ class OFT(Activation, config=OFTConfig):
             warnings.warn(f"Invalid `{field}` ({wanted})! Adjusted `{field}` to ({value}) on '{self.path}'.", PeftWarning)
         self.r, self.oft_block_size = (value, n // value) if c.r else (n // value, value)
         self.oft_dropout = BlockDropout(c.module_dropout) if c.module_dropout else nn.Identity()  # PEFT: never applied
-        self.oft_R = Rotation(1 if c.block_share else self.r, self.oft_block_size, c)
+        self.oft_R = Rotation(1 if c.block_share else self.r, self.oft_block_size, c, self.base.device)
 
     def pre(self, x: Tensor) -> Tensor:
         return self.rotate(x) if self.base.reads_vectors else x  # (..., in)
