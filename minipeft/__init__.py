@@ -7,7 +7,27 @@ from .methods import dora as _dora
 from .methods.ln_tuning import LNTuningConfig, LNTuningModel
 from .methods.lora import LoraConfig, LoraModel
 from .methods.oft import OFTConfig, OFTModel
+from .methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
+from .methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .factory import get_peft_model, inject_adapter_in_model
 from .model import PeftModel
+from .tasks import (
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from .utils import (
+    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+    bloom_model_postprocess_past_key_value,
+    cast_mixed_precision_params,
+    get_base_model_state_dict,
+    prepare_model_for_kbit_training,
+    set_base_model_state_dict,
+    shift_tokens_right,
+)
 from .status import get_layer_status, get_model_status

@@ -37,6 +37,8 @@ class PeftModel(nn.Module):
     Raises `PeftError` for anything that does not fit, and then leaves `model` as it was.
     """
 
+    _joins = prompt.Joins()  # how prompts are joined to the input
+
     def __init__(
         self,
         model: nn.Module,
@@ -213,10 +215,12 @@ class PeftModel(nn.Module):
         before = self._adapters_disabled
         if self._is_prompt_learning:
             self._adapters_disabled = True
+            prompt.enable(self, False)
             try:
                 yield
             finally:
                 self._adapters_disabled = before
+                prompt.enable(self, not before)
             return
         enabled = self.get_model_status().enabled
         if enabled == "irregular":
@@ -244,7 +248,7 @@ class PeftModel(nn.Module):
 
         In a mixed batch, "__base__" stands for the bare model. Raises `BatchError` for names that do not fit.
         """
-        if self._is_prompt_learning and not self._adapters_disabled:
+        if self._is_prompt_learning and self.has_active_enabled_adapter:
             return prompt.forward(self, *args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self._inner(*args, **{k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args})
@@ -256,6 +260,8 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with the active adapters; takes `adapter_names` as `forward` does."""
+        if self._is_prompt_learning and self.has_active_enabled_adapter:
+            raise UnsupportedFeatureError("To generate with a prompt, set task_type to 'CAUSAL_LM' or 'SEQ_2_SEQ_LM'.")
         with self._enable_peft_forward_hooks(*args, **kwargs):
             kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
             if not self._is_prompt_learning and "task_ids" in kwargs:
@@ -358,6 +364,8 @@ class PeftModel(nn.Module):
                 config.base_model_name_or_path = getattr(self.get_base_model(), "__dict__", {}).get("name_or_path") or None
                 self.peft_config[name].base_model_name_or_path = config.base_model_name_or_path
             if path_initial_model_for_weight_conversion is not None:
+                if config.is_prompt_learning:
+                    raise UnsupportedFeatureError("path_initial_model_for_weight_conversion is for PiSSA and OLoRA, not prompts.")
                 config, tensors = adapter_class(config).convert_to_plain(
                     self, config, tensors, path_initial_model_for_weight_conversion
                 )
@@ -455,7 +463,7 @@ class PeftModel(nn.Module):
 
     def _check_new_adapter_config(self, config: PeftConfig, is_trainable: bool = False) -> None:
         for other in [config, *self.peft_config.values()]:
-            if len(self.peft_config) and adapter_class(other).changes_base(other):
+            if len(self.peft_config) and not other.is_prompt_learning and adapter_class(other).changes_base(other):
                 warnings.warn(
                     f"init_lora_weights={other.init_lora_weights!r} changes the base weights, so it should not be used beside "
                     "other adapters. Save it with path_initial_model_for_weight_conversion to make a plain LoRA of it.",

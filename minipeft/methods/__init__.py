@@ -5,4 +5,6 @@ from . import ia3 as ia3
 from . import ln_tuning as ln_tuning
 from . import lora as lora
 from . import oft as oft
+from . import prefix_tuning as prefix_tuning
+from . import prompt_tuning as prompt_tuning
 from . import trainable_tokens as trainable_tokens
