@@ -33,7 +33,7 @@ class Case:
     merges: bool = True
     stacks: bool = True  # peft runs two active adapters
     second: dict | None = field(default_factory=dict)  # changes to kwargs for a second adapter; None: peft refuses one
-    mixed: bool | None = False  # peft takes adapter_names=[...] for it; None: the batch is not the first dimension
+    mixed: bool | None = False  # peft takes adapter_names=[...] for it; None: not asked for
     train: bool = False  # random while training: also compared in train mode at equal seed
     scale: float = 0.1  # how far a trainable tensor is moved
     own_loss: bool = False  # adds a term to the loss, which no merged weight can carry

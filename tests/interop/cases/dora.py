@@ -16,7 +16,7 @@ CASES = [
     dora("linear/plain", B.MLP, LINEARS),
     dora("linear/2d", B.MLP_2D, LINEARS),
     dora("linear/rslora", B.MLP, LINEARS, use_rslora=True),
-    dora("linear/init_false", B.MLP, LINEARS, init_lora_weights=False, fresh=False),
+    dora("linear/init_false", B.MLP, LINEARS, init_lora_weights=False, fresh=False, exact_init=False),
     dora("linear/gaussian", B.MLP, LINEARS, init_lora_weights="gaussian"),
     dora("linear/dropout", B.MLP, LINEARS, lora_dropout=0.4, train=True),
     dora("linear/rank_pattern", B.MLP, LINEARS, rank_pattern={"wide": 3}, alpha_pattern={"thin": 5}, second={}),
