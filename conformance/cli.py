@@ -8,7 +8,7 @@ import time
 
 from . import plan, runner
 from .drivers import open_driver
-from .report import terminal
+from .report import files, html, terminal
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,6 +21,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--methods", help="comma-separated, e.g. lora,ia3")
     p.add_argument("--cases", help="only case ids that contain this text")
     p.add_argument("--checks", help="comma-separated, e.g. forward,merge")
+    p.add_argument("--html", help="write the report as one static page")
+    p.add_argument("--json", help="write one JSON line for each result")
+    p.add_argument("--junit", help="write JUnit XML")
+    p.add_argument("--badge", help="write an SVG badge")
     p.add_argument("--timeout", type=float, default=30.0, help="seconds for one check")
     p.add_argument("--no-known-issues", action="store_true", help="report listed known issues as failures")
     p.add_argument("--most", type=int, default=40, help="how many failures to print")
@@ -40,12 +44,21 @@ def main(argv=None) -> int:
     results = runner.run(driver, tasks, issues, a.timeout, terminal.Progress(len(tasks)))
     driver.close()
     good, counts = runner.verdict(results)
+    seconds = time.perf_counter() - begun
+    if a.html:
+        html.write(a.html, info, a.profile, results, good, seconds)
+    if a.json:
+        files.jsonl(a.json, info, a.profile, results)
+    if a.junit:
+        files.junit(a.junit, info, results)
+    if a.badge:
+        files.badge(a.badge, info, good, counts)
     print(f"{info['name']} {info['version']}, profile {a.profile}\n")
     print(terminal.table(results))
     if bad := terminal.failures(results, a.most):
         print("\n" + bad)
     print("\n" + ", ".join(f"{n} {k}" for k, n in counts.most_common()) +
-          f" in {time.perf_counter() - begun:.1f} s: " + ("PASSED" if good else "FAILED"))
+          f" in {seconds:.1f} s: " + ("PASSED" if good else "FAILED"))
     if not results:
         print("No case was run, which counts as a failure.", file=sys.stderr)
     return 0 if good else 1

@@ -36,7 +36,13 @@ def do_power(args: list[str]) -> int:
     return power.main()
 
 
-COMMANDS = {"record": do_record, "power": do_power}
+def do_coverage(args: list[str]) -> int:
+    from . import coverage
+
+    return coverage.main()
+
+
+COMMANDS = {"record": do_record, "power": do_power, "coverage": do_coverage}
 
 
 def main(argv=None) -> int:

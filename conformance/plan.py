@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from . import laws, store
-from .checks import goldens, lifecycle, reject
+from .checks import figures, goldens, lifecycle, reject
 from .method import methods as all_methods
 from .runner import Task
 
@@ -65,7 +65,23 @@ def reject_tasks(cases, profile) -> list[Task]:
     return found
 
 
+def figure_tasks(methods, pattern) -> list[Task]:
+    found = []
+    for figure in figures.figures():
+        method = figure["config"]["peft_type"].lower()
+        for kind, function in figures.KINDS.items():
+            case = f"{method}/figures/{figure['id']}/{kind}"
+            if (not methods or method in methods) and (not pattern or pattern in case):
+                found.append(Task(method, case, "figures", "float32", partial(bound_figure, function, figure)))
+    return found
+
+
+def bound_figure(function, figure, driver):
+    function(driver, figure)
+
+
 def tasks(profile: str, methods=None, pattern=None, dtypes=("float64", "float32", "bfloat16")) -> list[Task]:
     chosen = cases(profile, methods, pattern)
     return [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen), *law_tasks(profile, methods, pattern),
-            *reject_tasks(cases(profile, methods), profile)]
+            *reject_tasks(cases(profile, methods), profile),
+            *(figure_tasks(methods, pattern) if profile == "full" else ())]

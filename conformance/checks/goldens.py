@@ -83,7 +83,11 @@ def gradients(driver, case, dtype):
     if case.golden == "formula" and dtype == "float64":
         dtype = "float32"  # the golden is a finite difference
     for k in want:
-        close(f"gradient of {k}", got[k], want[k], dtype, also.get(k), floor=1)
+        # Another answer of a disputed case is a finite difference, too.
+        other_dtype = "float32" if dtype == "float64" else dtype
+        if k in also and compare.distance(got[k], also[k], other_dtype, floor=1) <= 1:
+            continue
+        close(f"gradient of {k}", got[k], want[k], dtype, floor=1)
 
 
 def merge(driver, case, dtype):

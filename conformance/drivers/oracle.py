@@ -32,6 +32,8 @@ class Oracle(Driver):
                 "dtypes": ["float64", "float32", "bfloat16"]}
 
     def build(self, base, weights, config, dtype, case="", seed=0):
+        if base.get("model") == "skeleton":
+            raise Unsupported("models without values")
         self.method = methods()[case.split("/")[0]] if case else None
         self.case = next((c for c in store.all_cases() if c.id == case), None)
         self.base, self.dtype, self.seed = base, dtype, seed
