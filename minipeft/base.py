@@ -103,6 +103,11 @@ class Base:
         return self.leaf.out_features
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of W in the canonical layout."""
+        return self.out, self.inp
+
+    @property
     def width(self) -> int:
         """Length of a row of the flattened weight."""
         return self.inp
@@ -234,6 +239,10 @@ class Conv(Base):
     @property
     def out(self) -> int:
         return self.leaf.out_channels
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.leaf.weight.shape)
 
     @property
     def width(self) -> int:
@@ -419,6 +428,10 @@ class Param(Base):
     @property
     def out(self) -> int:
         return self._out
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(getattr(self.leaf, self.weight_name).shape)
 
     def stored(self) -> tuple[Tensor, Tensor | None]:
         return getattr(self.leaf, self.weight_name), None
