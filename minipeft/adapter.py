@@ -180,7 +180,8 @@ class Delta(Adapter):
 
     def branch(self, x: Tensor) -> Tensor:
         """dW x."""
-        return self.base.apply(x, self.delta().to(x.dtype))
+        dW = self.delta()
+        return self.base.apply(self.cast(x, dW) if self.base.reads_vectors else x, dW)
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)
