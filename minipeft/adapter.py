@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PeftConfig, PeftType
-from .errors import MergeError, UnsupportedLayerError
+from .errors import MergeError, UnsupportedFeatureError, UnsupportedLayerError
 
 if TYPE_CHECKING:
     from .base import Base
@@ -91,8 +91,11 @@ class Adapter:
         return True
 
     @classmethod
-    def prepare(cls, config: Any, model: nn.Module) -> None:
-        """Complete or refuse a configuration before any layer is looked for, for example with default targets."""
+    def prepare(cls, config: Any, model: nn.Module) -> Any:
+        """Complete or refuse a configuration before any layer is looked for.
+
+        It may also change the model itself, if it returns a function that undoes that.
+        """
 
     @classmethod
     def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
@@ -111,6 +114,11 @@ class Adapter:
     def changes_base(cls, config: Any) -> bool:
         """Whether building it changes the frozen weights, so that it must happen also when values are loaded."""
         return False
+
+    @classmethod
+    def convert_to_plain(cls, config: Any, tensors: dict[str, Tensor], initial: Any) -> tuple[Any, dict[str, Tensor]]:
+        """(configuration, tensors) of a LoRA for the unchanged base model, from the checkpoint of the untrained adapter."""
+        raise UnsupportedFeatureError(f"path_initial_model_for_weight_conversion is not for {cls.method.value}.")
 
     @classmethod
     def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -87,13 +87,23 @@ class Plan:
         if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
             raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
         self.cls.check_beside(config, others)
-        self.cls.prepare(config, self.model)
-        found = self.find(strict=not loading, keys=keys)
-        self.shared = self.cls.share(config, [base for *_, base in found], tuner.shared)
-        for path, live, module, base in found:
-            self.build(path, live, module, base)
-        self.copy_modules()
-        self.train_tokens()
+        self.undo = self.cls.prepare(config, self.model)
+        try:
+            found = self.find(strict=not loading, keys=keys)
+            self.shared = self.cls.share(config, [base for *_, base in found], tuner.shared)
+            for path, live, module, base in found:
+                self.build(path, live, module, base)
+            self.copy_modules()
+            self.train_tokens()
+        except BaseException:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """Leave the model as it was before."""
+        if self.undo is not None:
+            self.undo()
+            self.undo = None
 
     # ------------------------------------------------------------------------------------------------------- finding
     def find(self, strict: bool, keys: Any) -> list[tuple[str, str, nn.Module, Any]]:
@@ -106,8 +116,6 @@ class Plan:
         default_targets(config, self.model, model_config(self.model).get("model_type"))
         if isinstance(getattr(config, "target_modules", None), str) and config.target_modules.lower() == ALL_LINEAR:
             bases = [(path, base_of(module)) for path, (_, module) in outer.items() if path]
-            attention = [path for path, base in bases if isinstance(base, Attention)]
-            bases = [(path, base) for path, base in bases if path.rpartition(".")[0] not in attention]
             config.target_modules = all_linear(self.model, config.task_type, bases)
         targets = Targets(config)
         self.modules = [path for path in outer if path in targets] if keys is None else _paths_in(keys, cls.prefix, outer)
@@ -189,8 +197,7 @@ class Plan:
             scratch.put(slot, self.name, value)
         with torch.device("meta") if scratch.blank else nullcontext():
             adapter.build()
-        if not scratch.blank:
-            scratch.settle_all(self.name)
+        scratch.settle_all(self.name)
         return scratch
 
     def copy_modules(self) -> None:
@@ -251,7 +258,11 @@ class Plan:
         given = {strip(key): tensor for key, tensor in weights.items()}
         for entry in entries:
             if strip(entry.saved) in given:
-                entry.fill(given[strip(entry.saved)])
+                value = given[strip(entry.saved)]
+                if entry.box is self.shared:  # earlier adapters look at the same tensor
+                    entry.box[entry.key] = own(entry.tensor, value)
+                else:
+                    entry.fill(value)
         self.after += [(entry, given[strip(entry.saved)]) for entry in later if strip(entry.saved) in given]
         return report
 
@@ -302,6 +313,12 @@ class Plan:
         parent._modules[last] = module
         if isinstance(module, Layer):
             module.read_through = isinstance(parent, nn.MultiheadAttention)
+
+
+def own(tensor: Tensor, value: Tensor) -> Tensor:
+    """`tensor` if it holds `value` already, otherwise a copy of `value` in its dtype and on its device."""
+    value = value.to(tensor, copy=True)
+    return tensor if torch.equal(tensor, value) else value
 
 
 def _paths_in(keys: Any, prefix: str, outer: dict[str, Any]) -> list[str]:

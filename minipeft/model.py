@@ -367,7 +367,7 @@ class PeftModel(nn.Module):
                 if config.is_prompt_learning:
                     raise UnsupportedFeatureError("path_initial_model_for_weight_conversion is for PiSSA and OLoRA, not prompts.")
                 config, tensors = adapter_class(config).convert_to_plain(
-                    self, config, tensors, path_initial_model_for_weight_conversion
+                    config, tensors, path_initial_model_for_weight_conversion
                 )
             kind = type(self.get_base_model())
             mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__} if config.task_type is None else None
@@ -401,7 +401,7 @@ class PeftModel(nn.Module):
 
         Raises `CheckpointError` when the files cannot be read or do not fit; `model` is then as it was.
         """
-        config = _configuration(model_id, config, ephemeral_gpu_offload, **kwargs)
+        config = configuration(model_id, config, ephemeral_gpu_offload, **kwargs)
         config.inference_mode = not is_trainable
         if config.is_prompt_learning and is_trainable:
             raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
@@ -446,7 +446,7 @@ class PeftModel(nn.Module):
             ignore, strict = kwargs.get("ignore_mismatched_sizes", False), kwargs.get("strict", True)
             report = checkpoint.set_peft_model_state_dict(self, weights, adapter_name, ignore, strict=strict)
         else:
-            config = _configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
+            config = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
             config.inference_mode = not is_trainable
             if config.is_prompt_learning and is_trainable:
                 raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
@@ -472,7 +472,7 @@ class PeftModel(nn.Module):
                 return
 
 
-def _configuration(model_id: Any, config: PeftConfig | None, offload: bool, **kwargs: Any) -> Any:
+def configuration(model_id: Any, config: PeftConfig | None, offload: bool, **kwargs: Any) -> Any:
     if config is None:
         options = {k: v for k, v in kwargs.items() if k not in ("torch_device", "strict", "ignore_mismatched_sizes", "use_safetensors")}
         config = PeftConfig.from_pretrained(model_id, **options)

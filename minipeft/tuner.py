@@ -68,6 +68,7 @@ class BaseTuner(Slots):
         self.biases: dict[str, tuple[nn.Parameter, Tensor]] = {}  # name -> (parameter, the values not in use)
         self.bias_owner: str | None = None  # the adapter that trains the biases
         self.biases_on = True
+        self.on_unload: list[Any] = []  # what undoes changes to the model beside its layers
 
     # -------------------------------------------------------------------------------------------------------- adding
     def add(
@@ -90,21 +91,16 @@ class BaseTuner(Slots):
         report = None
         if weights is None:
             plan = Plan(self, name, config, empty=low_cpu_mem_usage, autocast=autocast, keys=keys)
-        else:  # values that are about to be loaded are not initialised, unless the checkpoint turns out to lack some
-            empty = not adapter_class(config).changes_base(config)
-            plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
-            report = plan.load(weights, strict)
-            if plan.incomplete:
-                plan = Plan(self, name, config, loading=True, autocast=autocast)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    plan.load(weights, strict)
+        else:
+            plan, report = self._plan_loaded(name, config, autocast, weights, strict)
         first = not self.peft_config
         plan.commit()
         self.peft_config[name] = config
         self.model.peft_config = self.peft_config
         for into, paths in ((self.targeted_module_names, plan.modules), (self.targeted_parameter_names, plan.parameters)):
             into.extend(path for path in paths if path not in into)
+        if plan.undo is not None:
+            self.on_unload.append(plan.undo)
         if first:
             self._freeze_base()
             self.active_adapter = name
@@ -120,6 +116,23 @@ class BaseTuner(Slots):
                     if isinstance(value, nn.Module):
                         value.train(self.training)  # added to a model in eval(), it is in eval()
         return report
+
+    def _plan_loaded(self, name: str, config: Any, autocast: bool, weights: Any, strict: bool) -> tuple[Plan, Any]:
+        """A plan filled with a checkpoint. What is about to be loaded is not initialised, unless it turns out to be lacking."""
+        empty = not adapter_class(config).changes_base(config)
+        plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
+        try:
+            report = plan.load(weights, strict)
+            if plan.incomplete:
+                plan.give_up()
+                plan = Plan(self, name, config, loading=True, autocast=autocast)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # they were given a moment ago
+                    plan.load(weights, strict)
+        except BaseException:
+            plan.give_up()
+            raise
+        return plan, report
 
     def inject_adapter(
         self,
@@ -312,6 +325,8 @@ class BaseTuner(Slots):
             raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
         if unknown := [n for n in names or () if n not in self.peft_config]:
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
+        if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
+            raise MergeError("Cannot merge layers that are replicated: they share one weight but have adapters of their own.")
         done: list[tuple[Layer, list[str]]] = []
         try:
             for layer in _progress(list(reversed(todo)), "Merging adapters", progress):
@@ -336,8 +351,6 @@ class BaseTuner(Slots):
 
         `progressbar` shows how far it is; `safe_merge` raises `MergeError` instead of storing non-finite numbers.
         """
-        if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
-            raise MergeError("Cannot merge layers that are replicated: they share one weight but have adapters of their own.")
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._merge(layers(self.model), safe_merge, adapter_names, progressbar)
         return self._unload(names)
@@ -348,7 +361,10 @@ class BaseTuner(Slots):
             if layer.merged:
                 layer.unmerge()
         self._restore_biases()
-        return self._unload([])
+        model = self._unload([])
+        while self.on_unload:
+            self.on_unload.pop()()
+        return model
 
     def _unload(self, names: list[str]) -> nn.Module:
         for _, live, module in reversed(list(walk(self.model))):

@@ -13,8 +13,10 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from ..adapter import Delta
+from ..checkpoint import read_weights
 from ..config import PeftConfig
 from ..errors import ConfigError, UnsupportedFeatureError
+from ..replicate import replicate_layers
 from ..targets import pattern_value
 from .lora_configs import (
     ArrowConfig,
@@ -29,7 +31,7 @@ from .lora_configs import (
     VeloraConfig,
     as_config,
 )
-from .lora_init import INITS, initialise
+from .lora_init import INITS, initialise, to_plain
 from .lora_model import LoraModel as LoraModel
 
 
@@ -108,12 +110,26 @@ class LowRank(Delta):
     bases = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
 
     @classmethod
-    def prepare(cls, config: Any, model: nn.Module) -> None:
+    def prepare(cls, config: Any, model: nn.Module) -> Any:
         later = ["megatron_config", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config"]
         later += ["use_bdlora", "arrow_config", "kasa_config"]
         for name in later:
             if getattr(config, name):
                 raise UnsupportedFeatureError(f"minipeft does not do LoRA with `{name}` yet; leave it unset, or use peft.")
+        return replicate_layers(model, config.layer_replication) if config.layer_replication else None
+
+    @classmethod
+    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        for name, other in others.items():
+            if config.layer_replication and config.layer_replication != getattr(other, "layer_replication", None):
+                raise ConfigError(f"layer_replication rebuilds the model, so it cannot be used beside adapter '{name}'.")
+            mine, theirs = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
+            if mine and theirs and mine != theirs:
+                raise ConfigError(f"All adapters must target the same parameters, but '{name}' has {sorted(theirs)}, not {sorted(mine)}.")
+
+    @classmethod
+    def convert_to_plain(cls, config: Any, tensors: dict[str, Tensor], initial: Any) -> tuple[Any, dict[str, Tensor]]:
+        return to_plain(config, tensors, read_weights(initial))
 
     @classmethod
     def changes_base(cls, config: Any) -> bool:

@@ -85,3 +85,28 @@ def olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r) with B A the part of W = Q R that its first r orthogonal columns carry."""
     Q, R = torch.linalg.qr(W)
     return R[:r].contiguous(), Q[:, :r].contiguous()
+
+
+def to_plain(config: Any, tensors: dict[str, Tensor], initial: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """A LoRA of twice the rank that adds s (B A - B0 A0): what training changed, for the unchanged base model.
+
+    `initial` are the tensors of the untrained adapter, under the same keys. Returns its configuration and tensors.
+    """
+    if config.use_dora or (config.use_rslora and (config.rank_pattern or config.alpha_pattern)):
+        raise ConfigError("A PiSSA or OLoRA adapter with DoRA, or with rsLoRA and patterns, cannot be made a plain LoRA.")
+    if tensors.keys() != initial.keys():
+        raise ConfigError(f"The initial adapter has other tensors: {sorted(tensors.keys() ^ initial.keys())[:5]}.")
+    plain = {}
+    for key, tensor in tensors.items():
+        start = initial[key].to(tensor)
+        if re.search(r"\.lora_(embedding_)?A(\.|$)", key):
+            tensor = torch.cat([tensor, start], 0)  # (2 r, in)
+        elif re.search(r"\.lora_(embedding_)?B(\.weight$|$)", key):
+            tensor = torch.cat([tensor, -start], 1)  # (out, 2 r)
+        plain[key] = tensor
+    config.init_lora_weights = True
+    config.r *= 2
+    config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+    config.rank_pattern = {key: 2 * r for key, r in (config.rank_pattern or {}).items()}
+    config.alpha_pattern = {key: 2 * alpha for key, alpha in (config.alpha_pattern or {}).items()}
+    return config, plain

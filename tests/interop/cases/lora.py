@@ -74,7 +74,8 @@ CASES = [
     lora("targets/tying_tokens", B.LLAMA_TIED, ["q_proj"], trainable_token_indices=[2, 3], ensure_weight_tying=True,
          stacks=False),
     lora("targets/layer_replication", B.LLAMA, ["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 2]],
-         fresh=False, disputed={"merge": SHARED}),
+         fresh=False, second={"r": 2, "lora_alpha": 3, "layer_replication": None},
+         disputed={"merge": SHARED, "restore": "unload() leaves the model with its replicated layers"}),
     lora("targets/default_of_model_type", B.LLAMA),
     # convolutions
     *[lora(f"{base.name}/plain", base, CONVS) for base in (B.CONV1D, B.CONV2D)],
