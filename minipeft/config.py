@@ -144,6 +144,11 @@ class PeftConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {getattr(self, name)}.")
 
+    def require_listed_targets(self) -> None:
+        """Raise `ConfigError` when layers are chosen by their number and `target_modules` is a regular expression."""
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
+            raise ConfigError("`layers_to_transform` and `layers_pattern` cannot be used when `target_modules` is a str.")
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, sets kept as sets."""
         return dataclasses.asdict(self)
