@@ -8,12 +8,12 @@ import time
 
 from . import plan, runner
 from .drivers import open_driver
-from .report import files, html, terminal
+from .reporting import files, html, terminal
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m conformance", description="Check a PEFT implementation.",
-                                epilog="Other commands: record [--check] [METHOD ...]; power; coverage; lint.")
+                                epilog="Other commands: record [--check] [METHOD ...], freeze, power, coverage.")
     p.add_argument("--impl", default="minipeft", help="peft, minipeft or any module with PEFT's API; loralib, lycoris; "
                    "'cmd:PROGRAM' for a program that speaks JSON lines; 'module:Class' for a driver of your own")
     p.add_argument("--python", help="run the implementation in this interpreter, out of process")
@@ -41,7 +41,9 @@ def main(argv=None) -> int:
     if a.checks:
         tasks = [t for t in tasks if t.check in a.checks.split(",")]
     issues = [] if a.no_known_issues else runner.known_issues(info["name"], info["version"])
-    results = runner.run(driver, tasks, issues, a.timeout, terminal.Progress(len(tasks)))
+    progress = terminal.Progress(len(tasks))
+    results = runner.run(driver, tasks, issues, a.timeout, progress)
+    progress.close()
     driver.close()
     good, counts = runner.verdict(results)
     seconds = time.perf_counter() - begun
@@ -54,7 +56,7 @@ def main(argv=None) -> int:
     if a.badge:
         files.badge(a.badge, info, good, counts)
     print(f"{info['name']} {info['version']}, profile {a.profile}\n")
-    print(terminal.table(results))
+    terminal.print_table(results, terminal.console())
     if bad := terminal.failures(results, a.most):
         print("\n" + bad)
     print("\n" + ", ".join(f"{n} {k}" for k, n in counts.most_common()) +

@@ -1,4 +1,4 @@
-"""`python -m conformance [COMMAND]`: check (the default), record."""
+"""`python -m conformance [COMMAND]`: check (the default), record, freeze, power, coverage."""
 
 from __future__ import annotations
 
@@ -42,7 +42,19 @@ def do_coverage(args: list[str]) -> int:
     return coverage.main()
 
 
-COMMANDS = {"record": do_record, "power": do_power, "coverage": do_coverage}
+def do_freeze(args: list[str]) -> int:
+    """Note the meaning of new case ids; ids noted before stay as they are."""
+    import json
+
+    path = store.folder() / "ids.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    new = {c.id: store.meaning(c) for c in store.all_cases() if c.id not in known}
+    path.write_text(json.dumps(dict(sorted({**known, **new}.items())), indent=1) + "\n")
+    print(f"{len(new)} new ids, {len(known)} as before")
+    return 0
+
+
+COMMANDS = {"freeze": do_freeze, "record": do_record, "power": do_power, "coverage": do_coverage}
 
 
 def main(argv=None) -> int:

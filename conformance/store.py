@@ -83,6 +83,11 @@ def tensor_hash(tensors: dict) -> str:
     return h.hexdigest()
 
 
+def meaning(case: Case) -> str:
+    """A short hash of what a case is: the base model and the config."""
+    return hashlib.sha256(json.dumps([case.base, case.config], sort_keys=True).encode()).hexdigest()[:16]
+
+
 def narrow(a):
     """float32 where it loses nothing, to keep packs small."""
     a = np.asarray(a)

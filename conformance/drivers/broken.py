@@ -1,0 +1,90 @@
+"""Implementations that are broken as a whole, for the suite's tests of itself: `--impl conformance.drivers.broken:X`."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+
+from ..driver import Driver, Unsupported
+from .oracle import Oracle
+
+
+class AlwaysWrong(Oracle):
+    """Answers everything, and every answer is wrong."""
+
+    def forward(self, inputs, adapter_names=None):
+        return super().forward(inputs) * 1.5 + np.arange(len(next(iter(inputs.values()))), dtype=float).reshape(
+            -1, *[1] * (np.ndim(super().forward(inputs)) - 1)) + 1
+
+    def gradients(self, inputs, cotangent):
+        return {}
+
+    def names(self):
+        return {"nothing": True}
+
+    def count(self):
+        return 0, 0
+
+    def state_dict(self, name="default"):
+        return {k + "_": v for k, v in super().state_dict(name).items()}
+
+    def weights(self):
+        draw = np.random.default_rng()
+        return {k: draw.normal(size=v.shape) for k, v in super().weights().items()}
+
+    def load(self, tensors, name="default"):
+        pass
+
+    def save(self, path):
+        pass
+
+    def restore(self, path, base, weights, dtype):
+        pass
+
+    def build(self, base, weights, config, dtype, case="", seed=0):
+        if base.get("model") == "skeleton":
+            raise ValueError("no skeletons")
+        super().build(base, weights, {**(config or {}), "peft_type": self.type_of(case), "r": 4} if config else None,
+                      dtype, case, seed)
+
+    @staticmethod
+    def type_of(case):
+        from ..method import methods
+
+        return methods()[case.split("/")[0]].peft_type
+
+
+class AlwaysUnsupported(Driver):
+    """Claims nothing."""
+
+    def info(self):
+        return {"name": "always-unsupported", "version": "0", "dtypes": ["float32"]}
+
+    def build(self, *args, **kwargs):
+        raise Unsupported("nothing is supported")
+
+
+class Raising(Driver):
+    """Raises an error of a kind that no library means."""
+
+    def info(self):
+        return {"name": "raising", "version": "0", "dtypes": ["float32"]}
+
+    def build(self, *args, **kwargs):
+        raise IndexError("list index out of range")
+
+
+class Dying(Raising):
+    """Takes its process down: to be run out of process."""
+
+    def build(self, *args, **kwargs):
+        os._exit(139)
+
+
+class Hanging(Raising):
+    """Never answers."""
+
+    def build(self, *args, **kwargs):
+        time.sleep(3600)

@@ -1,0 +1,1 @@
+"""How a run is told: terminal, HTML, JSON lines, JUnit, badge."""

@@ -1,0 +1,27 @@
+"""The checks as pytest tests; `conftest.py` makes one of each task."""
+
+import pytest
+
+from conformance import runner
+
+
+@pytest.fixture(scope="session")
+def info(driver):
+    return driver.info()
+
+
+@pytest.fixture(scope="session")
+def issues(info):
+    return runner.known_issues(info["name"], info["version"])
+
+
+def test_check(task, driver, info, issues):
+    if task.dtype not in info["dtypes"]:
+        pytest.skip(f"no {task.dtype}")
+    result = runner.apply_known(runner.run_one(driver, task), issues)
+    if result.outcome == "unsupported":
+        pytest.skip(result.message)
+    if result.outcome == "known-issue":
+        pytest.xfail(f"{result.message} ({result.link})")
+    detail = f"\nexpected {result.expected}\ngot      {result.got}" if result.expected else ""
+    assert result.outcome == "pass", f"{result.outcome}: {result.message}{detail}"

@@ -1,0 +1,26 @@
+"""Every seeded fault is caught, and no case could let one slip through."""
+
+from conformance import power, store
+from conformance.faults import all_faults
+
+
+def test_every_fault_is_caught():
+    rows = power.kill_matrix()
+    assert len(rows) >= 30
+    assert not [f"{r['fault']}: {r['missed']}" for r in rows if not r["caught"]]
+
+
+def test_fault_ids_are_unique_and_links_are_links():
+    ids = [f"{m.name}/{f.id}" for m, f in all_faults()]
+    assert len(ids) == len(set(ids))
+    assert all(f.link.startswith("https://") for _, f in all_faults() if f.link)
+
+
+def test_margins():
+    for case in store.all_cases():
+        assert case.margin >= 10, f"{case.id}: the nearest fault, {case.nearest_fault}, is {case.margin} tolerances away"
+        assert case.effect >= 0.05, f"{case.id} is trivial: the adapter changes the output by {case.effect}"
+
+
+def test_a_scale_error_of_a_thousandth_is_caught_in_float32():
+    assert power.smallest_scale_error()["float32"] < 1e-3

@@ -1,0 +1,107 @@
+"""The suite, run on implementations of known quality, reports each as it should."""
+
+import subprocess
+import sys
+
+import pytest
+
+from conformance import plan, runner
+from conformance.drivers import broken
+from conformance.drivers.oracle import Oracle
+from conformance.drivers.process import Process
+
+LORA = plan.tasks("core", ["lora"], dtypes=["float32"])
+
+
+def outcomes(driver, tasks, seconds=30.0):
+    results = runner.run(driver, tasks, seconds=seconds)
+    driver.close()
+    return runner.verdict(results), results
+
+
+def test_right():
+    (good, counts), _ = outcomes(Oracle(), plan.tasks("core", dtypes=["float32"]))
+    assert good and not counts["fail"] and not counts["error"]
+
+
+def test_always_wrong():
+    tasks = [t for t in plan.tasks("core", dtypes=["float32"]) if t.check not in ("laws", "reject", "figures")]
+    (good, counts), results = outcomes(broken.AlwaysWrong(), tasks)
+    assert not good
+    assert not counts["pass"], [r.id for r in results if r.outcome == "pass"]
+
+
+def test_always_unsupported():
+    (good, counts), _ = outcomes(broken.AlwaysUnsupported(), LORA)
+    assert set(counts) == {"unsupported"}
+    assert not good, "a run in which nothing ran must fail"
+
+
+def test_crash_is_an_error_and_no_rejection():
+    (good, counts), _ = outcomes(broken.Raising(), LORA)
+    assert not good and set(counts) == {"error"}
+
+
+def test_dying_process():
+    driver = Process([sys.executable, "-m", "conformance.serve", "conformance.drivers.broken:Dying"])
+    (good, counts), results = outcomes(driver, LORA[:2])
+    assert not good and set(counts) == {"error"}
+    assert "ended with status 139" in results[0].message
+
+
+def test_hanging_in_process():
+    (good, counts), results = outcomes(broken.Hanging(), LORA[:2], seconds=0.2)
+    assert not good and set(counts) == {"error"} and "hung" in results[0].message
+
+
+def test_hanging_process():
+    driver = Process([sys.executable, "-m", "conformance.serve", "conformance.drivers.broken:Hanging"])
+    (good, counts), results = outcomes(driver, LORA[:1], seconds=2.0)
+    assert not good and set(counts) == {"error"} and "hung" in results[0].message
+
+
+def test_no_tasks_is_a_failure():
+    assert runner.verdict([])[0] is False
+
+
+def test_known_issue_that_passes_fails_the_run():
+    issue = {"results": ["lora/linear/plain:forward:*"], "what": "said to be wrong", "link": "https://example.org"}
+    task = next(t for t in LORA if t.id == "lora/linear/plain:forward:float32")
+    result = runner.apply_known(runner.run_one(Oracle(), task), [issue])
+    assert result.outcome == "fail" and "known issue, and passes" in result.message
+
+
+def test_known_issue_needs_link_and_evidence():
+    import json
+    from pathlib import Path
+
+    for issue in json.loads((Path(runner.__file__).parent / "known_issues.json").read_text())["issues"]:
+        assert issue["link"].startswith("https://") and len(issue["evidence"]) > 20 and issue["results"], issue["what"]
+
+
+def test_serve_gives_the_same_as_in_process():
+    tasks = [t for t in LORA if t.check in ("keys", "forward", "merge", "save")][:12]
+    driver = Process([sys.executable, "-m", "conformance.serve", "oracle"])
+    (good, counts), _ = outcomes(driver, tasks)
+    assert good and counts["pass"] == len(tasks)
+
+
+def test_numpy_example():
+    import conformance
+
+    example = f"{conformance.__path__[0]}/examples/numpy_lora.py"
+    (good, counts), _ = outcomes(Process([sys.executable, example]), plan.tasks("core", ["lora"], dtypes=["float32"]))
+    assert good and counts["pass"] > 15 and counts["unsupported"]
+
+
+@pytest.mark.parametrize("module", ["minipeft", "peft", "transformers", "torch"])
+def test_suite_imports_without(module):
+    """Planning, formulas and the oracle need none of these."""
+    code = (f"import sys; sys.modules[{module!r}] = None\n"
+            "from conformance import cli, plan, power, runner, formulas, coverage\n"
+            "from conformance.drivers import open_driver\n"
+            "driver = open_driver('oracle')\n"
+            "tasks = [t for t in plan.tasks('core', ['lora']) if t.check == 'forward']\n"
+            "assert runner.verdict(runner.run(driver, tasks))[0]\n"
+            f"assert sys.modules[{module!r}] is None")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
