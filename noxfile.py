@@ -19,6 +19,7 @@ nox.options.sessions = ["tests", "conformance", "lint", "types"]
 CONSTRAINTS = Path(__file__).with_name("constraints.txt").read_text()
 PYTHONS = os.environ.get("MINIPEFT_PYTHON", "").split() or None
 TORCHS = os.environ.get("MINIPEFT_TORCH", "").split() or re.findall(r"^torch==(\S+)", CONSTRAINTS, re.M)
+IMPLEMENTATIONS = {"peft": "peft", "loralib": "loralib", "lycoris": "lycoris-lora"}  # --impl NAME: its distribution
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -46,7 +47,8 @@ def tests(session, torch=TORCHS[0]):
 @matrix
 def conformance(session, torch=TORCHS[0]):
     """The conformance suite on minipeft; options after `--` go to it, such as `--impl peft`."""
-    install(session, torch, "-e", ".[conformance]", *(["peft"] if "peft" in session.posargs else []))
+    implementations = [IMPLEMENTATIONS[word] for word in session.posargs if word in IMPLEMENTATIONS]
+    install(session, torch, "-e", ".[conformance]", *implementations)
     session.run("python", "-m", "conformance", *session.posargs, env=ONE_THREAD)
 
 

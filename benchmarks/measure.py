@@ -18,7 +18,7 @@ from pathlib import Path
 MEASUREMENTS = {}
 ADAPTERS = 50  # for set_adapter
 PASSES = 15  # forward and backward
-METHODS = {  # method: (config class, its arguments), as small as each is commonly used
+METHODS: dict[str, tuple[str, dict]] = {  # method: (config class, its arguments), as small as each is commonly used
     "lora": ("LoraConfig", {"r": 8}),
     "dora": ("LoraConfig", {"r": 8, "use_dora": True}),
     "oft": ("OFTConfig", {"oft_block_size": 32}),
@@ -212,10 +212,10 @@ def memory(library, device):
     step(x[:1, :1])  # what is loaded once, and AdamW's state
     gc.collect()
     if device == "cuda":
-        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+        at_rest = torch.cuda.memory_allocated()
         step(x)
-        return {"training step peak MiB": (torch.cuda.max_memory_allocated() - before) / 2**20}
+        return {"training step peak MiB": (torch.cuda.max_memory_allocated() - at_rest) / 2**20}
     before = resident()
     forget_peak()
     step(x)
