@@ -149,6 +149,19 @@ class PeftConfig:
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
             raise ConfigError("`layers_to_transform` and `layers_pattern` cannot be used when `target_modules` is a str.")
 
+    def require_probability(self, *names: str) -> None:
+        """Raise `ConfigError` unless each field of `names` is at least 0 and below 1."""
+        for name in names:
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
+
+    def require_names_for_layers(self) -> None:
+        """Raise `ConfigError` when layers are chosen by number although `target_modules` is a regular expression."""
+        if isinstance(getattr(self, "target_modules", None), str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name, None) is not None:
+                    raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, sets kept as sets."""
         return dataclasses.asdict(self)
