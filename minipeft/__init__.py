@@ -2,11 +2,31 @@
 
 from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType, get_peft_config
+from .auto import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from .methods.cartridge import (
+    CartridgeConfig,
+    CartridgeEncoder,
+    compose_cartridge_adapters,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
+)
+from .methods.cpt import CPTConfig, CPTEmbedding
 from .methods.ia3 import IA3Config, IA3Model
 from .methods import dora as _dora
 from .methods.ln_tuning import LNTuningConfig, LNTuningModel
 from .methods.lora import LoraConfig, LoraModel
+from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig, OFTModel
+from .methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel

@@ -12,6 +12,7 @@ import warnings
 from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,7 +156,11 @@ def check(entries: list[Entry], weights: Mapping[str, Tensor], extra: Iterable[s
 # -------------------------------------------------------------------------------------------------- reading, writing
 def read_weights(model_id: Any, device: Any = None, **options: Any) -> dict[str, Tensor]:
     """The tensors of a saved adapter. Raises `CheckpointError` when the file cannot be read as what it claims to be."""
-    path = find_weights(model_id, **options)
+    return read_weights_file(find_weights(model_id, **options), device)
+
+
+def read_weights_file(path: Path, device: Any = None) -> dict[str, Tensor]:
+    """The tensors in a file: a pickle of tensors if its name ends with `.bin`, otherwise safetensors."""
     device = str(device) if device is not None else "cpu"
     if path.suffix == ".bin":
         try:

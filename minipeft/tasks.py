@@ -40,7 +40,8 @@ class _Task(PeftModel):
     def _forward(self, task_ids: Tensor | None, kwargs: dict[str, Any], **given: Any) -> Any:
         """Run with the arguments that were given; `task_ids` are for methods that tell tasks apart."""
         given = {name: value for name, value in given.items() if value is not None}
-        if task_ids is not None and (self._is_prompt_learning or self.base_model.takes_task_ids):
+        by_task = self.has_active_enabled_adapter if self._is_prompt_learning else self.base_model.takes_task_ids
+        if task_ids is not None and by_task:
             given["task_ids"] = task_ids
         return PeftModel.forward(self, **given, **kwargs)
 

@@ -1,10 +1,14 @@
 """The adapter methods: one file each, one line each."""
 
+from . import cartridge as cartridge
+from . import cpt as cpt
 from . import dora as dora
 from . import ia3 as ia3
 from . import ln_tuning as ln_tuning
 from . import lora as lora
+from . import multitask_prompt_tuning as multitask_prompt_tuning
 from . import oft as oft
+from . import p_tuning as p_tuning
 from . import prefix_tuning as prefix_tuning
 from . import prompt_tuning as prompt_tuning
 from . import trainable_tokens as trainable_tokens

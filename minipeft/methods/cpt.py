@@ -1,0 +1,146 @@
+"""CPT - Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods.
+Blau et al., 2024, https://arxiv.org/abs/2410.17222, section 3.
+
+    model([P + d, e(x)])        P: (tokens, dim), embeddings of examples, frozen
+    d: (tokens, dim), trained, with |d_i| <= eps * sqrt(dim / 2048), eps by the token's type
+
+Types of token, modulo 4: 1 template of an input, 2 input, 3 template of an output, 0 label; 0 itself is none of them.
+The loss counts labels only, those of the examples too; with "decay" each example counts less the farther back it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import PromptLearningConfig, TaskType
+from ..errors import BatchError, ConfigError
+from ..prompt import EMBEDDINGS, IGNORED, Prompt
+
+
+@dataclass
+class CPTConfig(PromptLearningConfig, method="CPT"):
+    """Fields of CPT; the three lists have one entry for each token of the examples."""
+
+    cpt_token_ids: list[int] | None = None
+    cpt_mask: list[int] | None = None
+    cpt_tokens_type_mask: list[int] | None = None
+    opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
+    opt_loss_decay_factor: float | None = 1.0
+    opt_projection_epsilon: float | None = 0.1  # for inputs
+    opt_projection_format_epsilon: float | None = 0.1  # for templates
+    tokenizer_name_or_path: str | None = None  # noted only
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.task_type != TaskType.CAUSAL_LM:
+            raise ConfigError(f"CPTConfig only supports task_type = CAUSAL_LM, got {self.task_type!r}.")
+        self.num_layers = self.token_dim = self.num_attention_heads = None  # read off the model every time
+        self.num_transformer_submodules = 1
+        self.cpt_token_ids = [0] if self.cpt_token_ids is None else self.cpt_token_ids
+        self.num_virtual_tokens = len(self.cpt_token_ids)
+        for name in ("cpt_mask", "cpt_tokens_type_mask"):
+            if getattr(self, name) is None:
+                setattr(self, name, [1] * self.num_virtual_tokens)
+            if len(getattr(self, name)) != self.num_virtual_tokens:
+                raise ConfigError("cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length.")
+        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
+            if getattr(self, name) is None or getattr(self, name) < 0:
+                raise ConfigError(f"`{name}` must be a number that is not negative, got {getattr(self, name)}.")
+
+
+class CPTEmbedding(Prompt, config=CPTConfig):
+    """The embeddings of examples, and a bounded change of them."""
+
+    reads_words = True
+    own_inputs = ("input_type_mask",)
+
+    def __init__(self, config: Any, word_embeddings: nn.Module):
+        super().__init__()
+        self.config = copy.deepcopy(config)
+        shape = (config.num_virtual_tokens, config.token_dim)
+        self.embedding = nn.Embedding(*shape)  # (tokens, dim), frozen
+        if not config.inference_mode:
+            ids = torch.tensor(config.cpt_token_ids)
+            if not 0 <= int(ids.min()) <= int(ids.max()) < word_embeddings.weight.shape[0]:
+                raise ConfigError(f"cpt_token_ids must be between 0 and {word_embeddings.weight.shape[0] - 1}.")
+            vectors = word_embeddings(ids.to(word_embeddings.weight.device)).detach().clone().float()
+            self.embedding.weight = nn.Parameter(vectors)
+        self.embedding.requires_grad_(False)
+        self.delta_embedding = nn.Embedding(*shape)  # (tokens, dim)
+        nn.init.zeros_(self.delta_embedding.weight)
+        self.set_updated_tokens()
+
+    def forward(self, indices: Tensor) -> Tensor:
+        short = self.get_projection()
+        if self.training:  # projected gradient descent: the next step starts from here
+            self.delta_embedding.weight.data = short
+        weight = self.delta_embedding.weight
+        return self.embedding(indices) + F.embedding(indices, weight + (short - weight).detach())
+
+    def set_updated_tokens(self) -> None:
+        """Labels of the examples never change: their gradient is zero."""
+        kinds = torch.tensor(self.config.cpt_tokens_type_mask) % 4
+        trained = (kinds != 0).view(-1, 1)
+        self.delta_embedding.weight.register_hook(lambda grad: grad * trained.to(grad.device))
+
+    def get_epsilon(self) -> Tensor:
+        """The largest norm that each token's change may have, (tokens,)."""
+        types = torch.tensor(self.config.cpt_tokens_type_mask)
+        size = math.sqrt(self.config.token_dim / 2048)
+        epsilon = torch.full(types.shape, 1e-10)
+        epsilon[(types > 0) & (types % 2 == 1)] = self.config.opt_projection_format_epsilon * size
+        epsilon[(types > 0) & (types % 4 == 2)] = self.config.opt_projection_epsilon * size
+        return epsilon
+
+    def get_projection(self) -> Tensor:
+        """The change (tokens, dim), shortened where its norm is above the bound."""
+        delta = self.delta_embedding.weight.detach().clone()
+        norm = delta.norm(dim=1)
+        epsilon = self.get_epsilon().to(delta)
+        scale = torch.where(norm > 0, epsilon / norm.clamp(min=epsilon), torch.ones_like(norm))
+        return delta * scale.view(-1, 1)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():  # a checkpoint holds the sum
+            self.embedding.weight.copy_(tensors[EMBEDDINGS])
+            self.delta_embedding.weight.zero_()
+
+    # ------------------------------------------------------------------------------------------------------- the loss
+    def pad_labels(self, labels: Tensor, tokens: int, own: dict[str, Any]) -> Tensor:
+        given = own.get("input_type_mask")
+        types = torch.full_like(labels, 4) if given is None else given.to(labels.device)
+        if types.shape != labels.shape:
+            raise BatchError(f"`input_type_mask` must be of shape {tuple(labels.shape)}, got {tuple(types.shape)}.")
+        before = torch.tensor([self.config.cpt_tokens_type_mask], device=labels.device)
+        types = torch.where(types > 0, types + before.max(), types)  # another example, after all others
+        own["types"] = types = torch.cat([before.expand(len(labels), -1), types.to(before.dtype)], dim=1)
+        ids = torch.tensor([self.config.cpt_token_ids], device=labels.device)
+        joined = torch.cat([ids.expand(len(labels), -1), labels], dim=1)
+        return joined.masked_fill((types <= 0) | (types % 4 != 0), IGNORED)
+
+    def finish(self, output: Any, labels: Tensor | None, own: dict[str, Any]) -> Any:
+        return output if labels is None else self.calculate_loss(output, labels, own["types"], self.config)
+
+    @staticmethod
+    def calculate_loss(base_model_output: Any, labels: Tensor, cpt_type_mask: Tensor, config: Any) -> Any:
+        """`base_model_output` with a loss over `labels` (batch, length), weighted by example if `config` says so."""
+        logits = base_model_output.logits[:, :-1]
+        labels, types = labels[:, 1:].to(logits.device), cpt_type_mask[:, 1:].to(logits.device)
+        counted = labels != IGNORED
+        weight = counted.float()
+        if config.opt_weighted_loss_type == "decay":
+            for row, kinds in zip(weight, types):
+                examples = kinds[(kinds > 0) & (kinds % 4 == 0)].unique()  # ascending; the last one counts most
+                for back, kind in enumerate(examples.flip(0)):
+                    row[kinds == kind] *= config.opt_loss_decay_factor**back
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+        base_model_output.loss = (loss.view_as(weight) * weight)[counted].mean()
+        return base_model_output
