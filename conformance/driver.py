@@ -1,8 +1,8 @@
 """The protocol between the suite and an implementation.
 
 A driver holds one model at a time. Every array that crosses the border is a NumPy array; floating point values travel
-as float64 or float32, whatever dtype the model computes in, so bfloat16 needs no NumPy type. Tensor names are those of the
-base model (`up.weight`) and PEFT's saved keys (`base_model.model.up.lora_A.weight`).
+as float64 or float32, whatever dtype the model computes in, so bfloat16 needs no NumPy type. Tensor names are those
+of the base model (`up.weight`) and PEFT's saved keys (`base_model.model.up.lora_A.weight`).
 
 A method that a driver does not override raises `Unsupported`, which is reported as such and never as a failure.
 """

@@ -1,6 +1,7 @@
-"""Seeded faults of no particular method: wrong bookkeeping around a right formula. Each is the oracle, wrong in one way.
+"""Seeded faults of no particular method: wrong bookkeeping around a right formula.
 
-A change is `replacement(oracle, right operation, *arguments)`. Faults of one method's formula stand in that method's file.
+Each is the oracle, wrong in one way. A change is `replacement(oracle, right operation, *arguments)`. Faults of one
+method's formula stand in that method's file.
 """
 
 from __future__ import annotations
@@ -209,7 +210,7 @@ GENERAL = (
     f("names-adapter-first", "live names are adapter-first, parameter-second",
       {"names": lambda o, right, *a: rename(o, right, "lora_A.default", "default.lora_A", *a)}, "names"),
     f("base-trainable", "the base weights are left trainable",
-      {"names": lambda o, right: {k: True for k in right()}}, "names"),
+      {"names": lambda o, right: dict.fromkeys(right(), True)}, "names"),
     f("count-off", "frozen parameters count as trainable", {"count": lambda o, right: (right()[1],) * 2}, "count"),
     f("saved-in-half", "tensors are rounded to 16 bits when saved", {"save": save_half}, "save"),
     f("config-field-lost", "use_rslora is not saved",

@@ -41,7 +41,7 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
     """(weights with the adapter folded in, {path: tensors} of layers that have to be run instead)."""
     tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
     folded = replaced(weights, tensors)
-    routed = {}
+    routed: dict = {}
     formula = formula or method.formula
     if method.prompt:
         return folded, routed

@@ -102,6 +102,11 @@ class LMConfig(SimpleNamespace):
 
 
 class Attention(nn.Module):
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
     def __init__(self, hidden, heads):
         super().__init__()
         self.heads = heads
@@ -121,6 +126,17 @@ class Attention(nn.Module):
         return self.o_proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
+class Block(nn.Module):
+    def __init__(self, hidden, heads):
+        super().__init__()
+        self.norm, self.attn = nn.LayerNorm(hidden), Attention(hidden, heads)
+        self.mlp = nn.Linear(hidden, hidden)
+
+    def forward(self, x, past=None):
+        x = x + self.attn(self.norm(x), past)
+        return x + torch.tanh(self.mlp(x))
+
+
 class CausalLM(nn.Module):
     """Embedding, pre-norm attention and a Tanh MLP per layer, head: the least that prompts can be joined to."""
 
@@ -130,12 +146,7 @@ class CausalLM(nn.Module):
                                num_hidden_layers=depth, model_type="tiny", is_encoder_decoder=False,
                                tie_word_embeddings=False)
         self.embed_tokens = nn.Embedding(vocab, hidden)
-        self.layers = nn.ModuleList()
-        for _ in range(depth):
-            block = nn.Module()
-            block.norm, block.attn = nn.LayerNorm(hidden), Attention(hidden, heads)
-            block.mlp = nn.Linear(hidden, hidden)
-            self.layers.append(block)
+        self.layers = nn.ModuleList(Block(hidden, heads) for _ in range(depth))
         self.head = nn.Linear(hidden, vocab, bias=False)
 
     @property
@@ -155,8 +166,7 @@ class CausalLM(nn.Module):
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, past_key_values=None, **unused):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         for i, block in enumerate(self.layers):
-            x = x + block.attn(block.norm(x), None if past_key_values is None else pair(past_key_values, i))
-            x = x + torch.tanh(block.mlp(x))
+            x = block(x, None if past_key_values is None else pair(past_key_values, i))
         return self.head(x)
 
 

@@ -90,10 +90,12 @@ def conv(x, W, b, args):
     n_out, n_in = W.shape[0] // groups, W.shape[1]
     for at in np.ndindex(*k):
         window = tuple(slice(at[i] * gap[i], at[i] * gap[i] + (size[i] - 1) * step[i] + 1, step[i]) for i in range(d))
-        part = x[(slice(None), slice(None), *window)]
+        where = (slice(None), slice(None), *window)
+        part = x[where]
         for g in range(groups):
             o, i = slice(g * n_out, (g + 1) * n_out), slice(g * n_in, (g + 1) * n_in)
-            y[:, o] += np.einsum("oi,bi...->bo...", W[(o, slice(None), *at)], part[:, i])
+            weight = (o, slice(None), *at)
+            y[:, o] += np.einsum("oi,bi...->bo...", W[weight], part[:, i])
     return y if b is None else y + b.reshape(1, -1, *[1] * d)
 
 

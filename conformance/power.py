@@ -22,13 +22,13 @@ def meant_cases(method, fault) -> list[str]:
 def tasks_for(method, fault, meant, all_tasks):
     """The tasks of the cases meant for a fault, and those that belong to no single case."""
     whole = {"laws", "reject"} & set(fault.caught_by)
-    return [t for t in all_tasks[method.name] if t.case in meant and t.dtype == "float32"
-            or t.check in whole and ("/law/" in t.case or "/reject/" in t.case)]
+    return [t for t in all_tasks[method.name] if (t.case in meant and t.dtype == "float32")
+            or (t.check in whole and ("/law/" in t.case or "/reject/" in t.case))]
 
 
 def kill_matrix(on_fault=lambda *a: None) -> list[dict]:
     """One row per fault: which checks saw it, and whether every case meant for it did."""
-    everything = {}
+    everything: dict[str, list] = {}
     for t in plan.tasks("full"):
         everything.setdefault(t.method, []).append(t)
     rows = []
@@ -58,7 +58,7 @@ def kill_matrix(on_fault=lambda *a: None) -> list[dict]:
 
 def smallest_scale_error() -> dict:
     """Per dtype: the least relative error of an adapter's whole effect that the forward check of every case sees."""
-    worst = {d: 0.0 for d in compare.EPS}
+    worst = dict.fromkeys(compare.EPS, 0.0)
     for case in store.all_cases():
         y, plain = case.tensors("out")["y"], case.tensors("plain")["y"]
         if y.shape != plain.shape:
@@ -71,7 +71,7 @@ def smallest_scale_error() -> dict:
 
 def typical_scale_error() -> dict:
     """The same for the median case."""
-    found = {d: [] for d in compare.EPS}
+    found: dict[str, list] = {d: [] for d in compare.EPS}
     for case in store.all_cases():
         y, plain = case.tensors("out")["y"], case.tensors("plain")["y"]
         if y.shape == plain.shape:

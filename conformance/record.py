@@ -18,7 +18,7 @@ from .bases import BASES
 from .checks import lifecycle
 from .compare import distance
 from .drivers.oracle import Oracle
-from .method import KEY, Method, Row, methods
+from .method import KEY, Method, Row
 
 AGREE = "float32"  # formula and reference must agree to rounding of this dtype at least; most do to float64's
 SMALLEST_MARGIN = 10.0
@@ -131,7 +131,8 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     merged_out = parts.pop("merged_out", {}).get("y")
 
     parts["plain"] = {"y": formulas.output(method, base, weights, {}, config, inputs, prompt=lambda *a: {})}
-    problems, plain = [], parts["plain"]["y"]
+    problems: list[str] = []
+    plain = parts["plain"]["y"]
     agreement = agreement_of(said, y, "formula and reference", problems)
     if "merged" in parts:
         for k, v in parts["merged"].items():
@@ -156,6 +157,8 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     if plain.shape != y.shape:  # prompts lengthen the output
         plain = None
     effect = 1.0 if plain is None else float(np.abs(y - plain).max() / np.abs(y).max())
+    if agreement > 1e-11 and "float64" in row.dtypes and not row.disputed:
+        problems.append(f"formula and reference agree to {agreement:.1g} only: leave float64 out of the row's dtypes")
     if effect < SMALLEST_EFFECT:
         problems.append(f"the adapter changes the output by {effect:.3f} only")
     margin, nearest = margin_of(method, row, base, weights, adapter, config, inputs, y, plain)
@@ -165,7 +168,8 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     data = {
         "id": case_id, "profile": row.profile, "note": row.note, "golden": row.golden, "base_name": row.base,
         "base": base, "config": config, "second": second_config(method, row),
-        **({"trace": trace} if trace else {}), "dtypes": list(row.dtypes), "merges": "merged" in parts, "targets": targets,
+        **({"trace": trace} if trace else {}), "dtypes": list(row.dtypes),
+        "merges": "merged" in parts, "targets": targets,
         "keys": {k: list(v.shape) for k, v in sorted(adapter.items())}, "frozen": sorted(frozen),
         "parameters": dict(sorted(live.items())), "count": list(count),
         "effect": round(effect, 4), "margin": float(f"{margin:.4g}"), "nearest_fault": nearest,
@@ -240,7 +244,7 @@ def margin_of(method, row, base, weights, adapter, config, inputs, y, plain):
     measured = {k: distance(v, y, "float32") for k, v in wrong.items()}
     if not measured:
         return float("inf"), ""
-    nearest = min(measured, key=measured.get)
+    nearest = min(measured, key=lambda name: measured[name])
     return min(measured[nearest], 1e9), nearest
 
 

@@ -1,4 +1,4 @@
-"""bert-base-cased, gpt2-large and t5-base without values: the real models' parameter names and shapes on the meta device.
+"""bert-base-cased, gpt2-large and t5-base without values: the models' parameter names and shapes on the meta device.
 
 Counting needs no forward pass. A test compares names and shapes with transformers' own classes.
 """
@@ -55,8 +55,9 @@ class RMSNorm(nn.Module):
 
 def bert(head, pooler, vocab=28996, d=768, layers=12, inner=3072, positions=512):
     e = "embeddings"
-    parts = [(f"{e}.word_embeddings", nn.Embedding(vocab, d)), (f"{e}.position_embeddings", nn.Embedding(positions, d)),
-             (f"{e}.token_type_embeddings", nn.Embedding(2, d)), (f"{e}.LayerNorm", nn.LayerNorm(d))]
+    parts: list[tuple[str, nn.Module]] = [
+        (f"{e}.word_embeddings", nn.Embedding(vocab, d)), (f"{e}.position_embeddings", nn.Embedding(positions, d)),
+        (f"{e}.token_type_embeddings", nn.Embedding(2, d)), (f"{e}.LayerNorm", nn.LayerNorm(d))]
     for i in range(layers):
         at = f"encoder.layer.{i}"
         parts += [(f"{at}.attention.self.{n}", nn.Linear(d, d)) for n in ("query", "key", "value")]
@@ -73,7 +74,8 @@ def bert(head, pooler, vocab=28996, d=768, layers=12, inner=3072, positions=512)
 
 
 def gpt2(vocab=50257, d=1280, layers=36, positions=1024):
-    parts = [("transformer.wte", nn.Embedding(vocab, d)), ("transformer.wpe", nn.Embedding(positions, d))]
+    parts: list[tuple[str, nn.Module]] = [
+        ("transformer.wte", nn.Embedding(vocab, d)), ("transformer.wpe", nn.Embedding(positions, d))]
     for i in range(layers):
         at = f"transformer.h.{i}"
         parts += [(f"{at}.ln_1", nn.LayerNorm(d)), (f"{at}.attn.c_attn", Conv1D(3 * d, d)),
@@ -88,7 +90,7 @@ def t5(vocab=32128, d=768, inner=3072, layers=12, heads=12):
     def linear(i, o):
         return nn.Linear(i, o, bias=False)
 
-    parts = [("shared", nn.Embedding(vocab, d))]
+    parts: list[tuple[str, nn.Module]] = [("shared", nn.Embedding(vocab, d))]
     for stack in ("encoder", "decoder"):
         parts.append((f"{stack}.embed_tokens", nn.Embedding(vocab, d)))
         attentions = ("SelfAttention",) if stack == "encoder" else ("SelfAttention", "EncDecAttention")

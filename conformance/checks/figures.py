@@ -13,7 +13,8 @@ def figures() -> list[dict]:
 
 
 def build(driver, figure, config):
-    driver.build({"model": "skeleton", "name": figure["skeleton"]}, {}, config, "float32", case=f"figures/{figure['id']}")
+    base = {"model": "skeleton", "name": figure["skeleton"]}
+    driver.build(base, {}, config, "float32", case=f"figures/{figure['id']}")
 
 
 def word_for_word(driver, figure):

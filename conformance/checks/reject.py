@@ -35,7 +35,7 @@ LOAD = {
     "no tensors": lambda t: {},
 }
 
-CONFIG = {
+CONFIG: dict[str, dict] = {
     "rank zero": {"r": 0}, "negative rank": {"r": -1}, "rank is text": {"r": "8"},
     "unknown method": {"peft_type": "NO_SUCH_METHOD"}, "targets match nothing": {"target_modules": ["nowhere"]},
 }

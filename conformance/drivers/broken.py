@@ -1,4 +1,4 @@
-"""Implementations that are broken as a whole, for the suite's tests of itself: `--impl conformance.drivers.broken:X`."""
+"""Implementations broken as a whole, for the suite's tests of itself: `--impl conformance.drivers.broken:Hanging`."""
 
 from __future__ import annotations
 

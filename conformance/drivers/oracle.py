@@ -1,6 +1,6 @@
 """The formulas as an implementation, NumPy only. With a seeded fault it is an implementation wrong in one way.
 
-Live names and counts come from the recorded case, since they are conventions and no formula; everything else is computed.
+Live names and counts come from the recorded case, since they are conventions and no formula; the rest is computed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import copy
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class Oracle(Driver):
     def build(self, base, weights, config, dtype, case="", seed=0):
         if base.get("model") == "skeleton":
             raise Unsupported("models without values")
-        self.method = methods()[case.split("/")[0]] if case else None
+        self.method: Any = methods()[case.split("/")[0]] if case else None
         self.case = next((c for c in store.all_cases() if c.id == case), None)
         self.base, self.dtype, self.seed = base, dtype, seed
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import importlib.metadata
 import os
 import warnings
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from .. import models  # noqa: E402
-from ..driver import Driver, Rejected, Unsupported  # noqa: E402
-from ..method import methods  # noqa: E402
+from .. import models
+from ..driver import Driver, Rejected, Unsupported
+from ..method import methods
 
 # What a library raises when it means "I will not take this". Any other exception is a crash.
 MEANT = (ValueError, TypeError, KeyError, RuntimeError, OSError, NotImplementedError)
@@ -32,6 +34,13 @@ def to_torch(array, dtype):
 def to_numpy(tensor):
     t = tensor.detach().cpu()
     return (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t).clone().numpy()
+
+
+def version_of(module) -> str:
+    try:
+        return getattr(module, "__version__", None) or importlib.metadata.version(module.__name__)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 @contextlib.contextmanager
@@ -67,11 +76,11 @@ class PeftApi(Driver):
         warnings.simplefilter("ignore")
         self.peft = importlib.import_module(module)
         self.known = {getattr(k, "value", k) for k in getattr(self.peft, "PeftType", ())}
-        self.model = None
+        self.model: Any = None
         self.off = False
 
     def info(self):
-        return {"name": self.peft.__name__, "version": getattr(self.peft, "__version__", "?"),
+        return {"name": self.peft.__name__, "version": version_of(self.peft),
                 "dtypes": ["float64", "float32", "bfloat16"], "torch": torch.__version__}
 
     def config(self, config):

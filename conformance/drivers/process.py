@@ -20,6 +20,7 @@ import selectors
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,7 +64,8 @@ class Process(Driver):
     """Starts the program on the first operation, and anew after it died."""
 
     def __init__(self, command: list[str], seconds: float = 60.0):
-        self.command, self.seconds, self.program = command, seconds, None
+        self.command, self.seconds = command, seconds
+        self.program: Any = None
         self.folder = tempfile.TemporaryDirectory()
         self.number = 0
 

@@ -1,4 +1,4 @@
-"""DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353, eq. 5; the norm is a constant for gradients (section 4.3)."""
+"""DoRA: Liu et al., 2024, https://arxiv.org/abs/2402.09353, eq. 5; for gradients the norm is constant (sec. 4.3)."""
 
 import numpy as np
 

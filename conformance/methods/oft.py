@@ -40,7 +40,8 @@ def shapes(site, c):
 
 def skew(v, size):
     Q = np.zeros((len(v), size, size))
-    Q[:, *np.triu_indices(size, 1)] = v
+    rows, columns = np.triu_indices(size, 1)
+    Q[:, rows, columns] = v
     return Q - Q.swapaxes(1, 2)
 
 
@@ -51,7 +52,7 @@ def rotations(site, t, c):
     if c.get("coft"):
         length = np.sqrt((Q**2).sum((1, 2), keepdims=True))
         Q = Q * np.minimum(1, c.get("eps", 6e-5) / np.sqrt(len(Q)) / length)
-    I = np.eye(size)  # noqa: E741
+    I = np.eye(size)
     if c.get("use_cayley_neumann", True):
         n = c.get("num_cayley_neumann_terms", 5)
         powers = [np.linalg.matrix_power(Q, k) for k in range(n)]
@@ -98,7 +99,8 @@ ROWS = [
     Row("linear/by-r", "mlp-even-tokens", by_r(2)),
     Row("linear/adjusted-block", "mlp", oft(oft_block_size=4)),
     Row("linear/block-share", "mlp-even", oft(block_share=True, use_cayley_neumann=False), "core"),
-    Row("linear/coft", "mlp-even", oft(coft=True, eps=0.5), disputed=PROJECTED),
+    Row("linear/coft", "mlp-even", oft(coft=True, eps=0.5), disputed=PROJECTED,
+        dtypes=("float32", "bfloat16"), note="the reference takes the bound's square root in float32"),
     Row("linear/modules-to-save", "mlp-even", oft(modules_to_save=["head"])),
     Row("conv2d/one-by-one", "conv2d-1x1", oft(target_modules=C), "core"),
     Row("conv2d/three-by-three", "conv2d", oft(oft_block_size=6, target_modules=C), golden="formula",
@@ -132,6 +134,7 @@ METHOD = Method(
     name="oft", peft_type="OFT", title="OFT", paper="https://arxiv.org/abs/2306.07280",
     equation="W' = W R^T, R = diag(R_1 .. R_n) from skew-symmetric Q_i", rows=ROWS, shapes=shapes, formula=formula,
     perturb=perturb, faults=FAULTS, neutral={"oft_R.weight": 0.0},
-    mixed_batch=True, draw={"r": [0], "oft_block_size": [2, 4], "use_cayley_neumann": [False, True],
-                            "block_share": [False, True], "target_modules": [["up", "mid"]]}, draw_bases=("mlp-even-tokens",), stacks=False,
+    mixed_batch=True, stacks=False, draw_bases=("mlp-even-tokens",),
+    draw={"r": [0], "oft_block_size": [2, 4], "use_cayley_neumann": [False, True], "block_share": [False, True],
+          "target_modules": [["up", "mid"]]},
 )

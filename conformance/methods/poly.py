@@ -51,10 +51,10 @@ ROWS = [
 
 FAULTS = (
     Fault("one-task-for-all", "every sample gets the first task's skills",
-          {"run": lambda *a: run(*a, mix=first_task)}, caught_by=("forward",)),
+          {"run": lambda s, t, c, x, i: run(s, t, c, x, i, mix=first_task)}, caught_by=("forward",)),
     Fault("softmax", "skills are mixed by softmax, not by normalised sigmoids",
-          {"run": lambda *a: run(*a, mix=softmaxed)}, caught_by=("forward",)),
-    Fault("not-over-r", "the sum is not divided by r", {"run": lambda *a: run(*a, divide=False)},
+          {"run": lambda s, t, c, x, i: run(s, t, c, x, i, mix=softmaxed)}, caught_by=("forward",)),
+    Fault("not-over-r", "the sum is not divided by r", {"run": lambda s, t, c, x, i: run(s, t, c, x, i, divide=False)},
           caught_by=("forward",), spares=("linear/two-skills",)),
 )
 

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from ..method import methods
-from .terminal import ORDER
+from .terminal import ORDER, grouped
 
 STYLE = """
 :root { --bg: #fbfaf7; --ink: #22252a; --soft: #6b7078; --line: #dedbd3; --card: #ffffff;
@@ -25,7 +25,7 @@ p { max-width: 78ch; } .soft { color: var(--soft); }
 .verdict { display: inline-block; padding: 2px 12px; border-radius: 999px; font-weight: 600; font-size: 14px;
   vertical-align: 4px; margin-left: 10px; }
 .tally { display: flex; flex-wrap: wrap; gap: 10px; margin: 18px 0 22px; }
-.tally div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 16px; 
+.tally div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 8px 16px;
   min-width: 104px; }
 .tally b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; line-height: 1.2; }
 .wide { overflow-x: auto; }
@@ -36,7 +36,8 @@ th.eq { font-weight: 400; color: var(--soft); font: 12px ui-monospace, Menlo, Co
 td { padding: 0; text-align: center; font-size: 13px; border-radius: 5px; min-width: 68px; }
 td a, td span { display: block; padding: 5px 8px; color: inherit; text-decoration: none; }
 td a:hover, td a:focus { outline: 2px solid var(--ink); border-radius: 5px; }
-.pass { background: var(--pass); color: var(--pass-ink); } .fail, .error { background: var(--fail); color: var(--fail-ink); }
+.pass { background: var(--pass); color: var(--pass-ink); }
+.fail, .error { background: var(--fail); color: var(--fail-ink); }
 .known-issue { background: var(--known); color: var(--known-ink); }
 .unsupported, .not { background: var(--none); color: var(--none-ink); }
 details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin: 8px 0; }
@@ -77,12 +78,15 @@ def cell(method, check, results) -> str:
     return f'<td class="{shown}" title="{title}"><a href="#{method}-{check}">{text}</a></td>'
 
 
-def item(r) -> str:
+def item(group) -> str:
+    """Results with the same message, told once."""
+    r = group[0]
     parts = [("expected", r.expected), ("got", r.got),
              ("off by", f"{r.by:.3g} times the tolerance of {r.dtype}" if r.by is not None else "")]
     rows = "".join(f"<dt>{k}</dt><dd><code>{escape(str(v))}</code></dd>" for k, v in parts if v)
     link = f'<dt>see</dt><dd><a href="{escape(r.link)}">{escape(r.link)}</a></dd>' if r.link else ""
-    return (f'<div class="item"><span class="tag {r.outcome}">{r.outcome}</span><code>{escape(r.id)}</code>'
+    ids = escape(", ".join(x.id for x in group))
+    return (f'<div class="item"><span class="tag {r.outcome}">{r.outcome}</span><code>{ids}</code>'
             f"<div>{escape(r.message)}</div>" + (f"<dl>{rows}{link}</dl>" if rows or link else "") + "</div>")
 
 
@@ -90,14 +94,7 @@ def block(method, check, results) -> str:
     """What stands behind one cell: everything that did not pass, then the names of what did."""
     outcome, counts = worst(results)
     told = sorted((r for r in results if r.outcome != "pass"), key=lambda r: ORDER.index(r.outcome))
-    reasons: dict[str, list] = {}
-    for r in told:
-        if r.outcome == "unsupported":
-            reasons.setdefault(r.message, []).append(r)
-    body = "".join(item(r) for r in told if r.outcome != "unsupported")
-    body += "".join(f'<div class="item"><span class="tag unsupported">unsupported</span>{escape(why)}'
-                    f'<div class="soft"><code>{escape(", ".join(r.id for r in rs))}</code></div></div>'
-                    for why, rs in reasons.items())
+    body = "".join(item(group) for group in grouped(told))
     passed = [r.id for r in results if r.outcome == "pass"]
     if passed:
         body += (f'<div class="item"><span class="tag pass">pass</span>'
@@ -131,13 +128,13 @@ def page(info, profile, results, good, seconds) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>PEFT conformance: {name}</title><style>{STYLE}</style></head><body>
 <h1>PEFT conformance: {name}{verdict}</h1>
-<p class="soft">Profile {profile}, {seconds:.0f} s. Goldens recorded from peft 0.21.2 in float64 and cross-checked by NumPy
-formulas; laws drawn by Hypothesis. Open a cell for what was expected, what came, and by how much.</p>
+<p class="soft">Profile {profile}, {seconds:.0f} s. Goldens recorded from peft 0.21.2 in float64 and cross-checked by
+NumPy formulas; laws drawn by Hypothesis. Open a cell for what was expected, what came, and by how much.</p>
 <div class="tally">{tally}</div>
 <div class="wide"><table><thead><tr><th></th>{head}<th></th></tr></thead><tbody>{rows}</tbody></table></div>
 <p class="soft"><span class="tag pass">12</span>all passed <span class="tag fail">10 / 12</span>failed or crashed
-<span class="tag known-issue">11 / 12</span>known issue, with its link <span class="tag unsupported">&ndash;</span>unsupported
-<span class="tag not">&middot;</span>does not apply</p>
+<span class="tag known-issue">11 / 12</span>known issue, with its link
+<span class="tag unsupported">&ndash;</span>unsupported <span class="tag not">&middot;</span>does not apply</p>
 <h2>Results</h2>{blocks}
 <script>{SCRIPT}</script></body></html>
 """

@@ -51,15 +51,24 @@ def print_table(results, console: Console) -> None:
     console.print(table)
 
 
+def grouped(results) -> list[list]:
+    """Results with the same message, of one method, told once."""
+    groups: dict = {}
+    for r in results:
+        groups.setdefault((r.method, r.outcome, r.message), []).append(r)
+    return list(groups.values())
+
+
 def failures(results, most: int = 40) -> str:
     lines = []
-    bad = [r for r in results if r.outcome in ("fail", "error")]
-    for r in bad[:most]:
-        lines.append(f"{r.outcome.upper()} {r.id}\n    {r.message}")
+    groups = grouped(r for r in results if r.outcome in ("fail", "error"))
+    for group in groups[:most]:
+        r, more = group[0], len(group) - 1
+        lines.append(f"{r.outcome.upper()} {r.id}" + (f" and {more} more" if more else "") + f"\n    {r.message}")
         if r.expected:
             lines.append(f"    expected {r.expected[:300]}\n    got      {r.got[:300]}")
-    if len(bad) > most:
-        lines.append(f"... and {len(bad) - most} more; --html or --json tells all")
+    if len(groups) > most:
+        lines.append(f"... and {len(groups) - most} other failures; --html or --json tells all")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ def test_fault_ids_are_unique_and_links_are_links():
 
 def test_margins():
     for case in store.all_cases():
-        assert case.margin >= 10, f"{case.id}: the nearest fault, {case.nearest_fault}, is {case.margin} tolerances away"
+        assert case.margin >= 10, f"{case.id}: {case.nearest_fault} is {case.margin} tolerances away"
         assert case.effect >= 0.05, f"{case.id} is trivial: the adapter changes the output by {case.effect}"
 
 

@@ -72,7 +72,7 @@ def test_reports(tmp_path, capsys):
     lines = [json.loads(line) for line in paths["json"].read_text().splitlines()]
     assert lines[0]["results"] == len(lines) - 1
     suites = ElementTree.parse(paths["junit"]).getroot()
-    assert sum(int(s.get("tests")) for s in suites) == len(lines) - 1
+    assert sum(int(s.get("tests", 0)) for s in suites) == len(lines) - 1
     ElementTree.parse(paths["badge"])
 
 
