@@ -155,13 +155,6 @@ class PeftConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must be at least 0 and below 1, got {getattr(self, name)}.")
 
-    def require_names_for_layers(self) -> None:
-        """Raise `ConfigError` when layers are chosen by number although `target_modules` is a regular expression."""
-        if isinstance(getattr(self, "target_modules", None), str):
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name, None) is not None:
-                    raise ConfigError(f"`{name}` cannot be used when `target_modules` is a str.")
-
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, sets kept as sets."""
         return dataclasses.asdict(self)

@@ -204,10 +204,11 @@ class Layer(Slots):
 
     def settle_all(self, name: str) -> None:
         """Move all tensors of adapter `name` there, by way of the frozen layer's dtype."""
-        for _, tensor in self.tensors(name):
+        for slot, tensor in self.tensors(name):
             if tensor.is_floating_point() and self.base.dtype.is_floating_point:
                 tensor.data = tensor.data.to(self.base.dtype)
-            tensor.data = self.settle(tensor.data)
+            own = isinstance(tensor, nn.Parameter) or tensor is self.take(slot, name)  # PEFT: not buffers of its modules
+            tensor.data = self.settle(tensor.data) if own else tensor.data.to(self.base.device)
 
     # ------------------------------------------------------------------------------------------------- the operator
     def operator(self, names: Sequence[str] | None = None) -> Any:
