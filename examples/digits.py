@@ -234,6 +234,7 @@ def plot(rows, full, path):
     axes.margins(0.08)
     labels = [axes.text(r[1], r[3], r[0]) for r in rows] + [axes.text(full[0], full[1], "all weights")]
     adjust_text(labels, ax=axes, arrowprops={"arrowstyle": "-", "color": "grey"}, expand=(1.3, 1.6))
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
@@ -242,7 +243,7 @@ def main():
     parser.add_argument("--methods", nargs="+", metavar="NAME", default=[m.name for m in METHODS],
                         choices=[m.name for m in METHODS])
     parser.add_argument("--library", default="minipeft", help="a module with PEFT's API")
-    parser.add_argument("--plot", type=Path, default=Path("digits.png"))
+    parser.add_argument("--plot", type=Path, default=Path("report/digits.png"))
     options = parser.parse_args()
     peft = importlib.import_module(options.library)
 
