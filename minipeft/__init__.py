@@ -21,9 +21,16 @@ from .methods.cartridge import (
 )
 from .methods.cpt import CPTConfig, CPTEmbedding
 from .methods.ia3 import IA3Config, IA3Model
+from .methods.delora import DeloraConfig, DeloraModel
 from .methods import dora as _dora
+from .methods.glora import GloraConfig, GloraModel
+from .methods.gralora import GraloraConfig, GraloraModel
+from .methods.hira import HiraConfig, HiraModel
 from .methods.ln_tuning import LNTuningConfig, LNTuningModel
+from .methods.loha import LoHaConfig, LoHaModel
+from .methods.lokr import LoKrConfig, LoKrModel
 from .methods.lora import LoraConfig, LoraModel
+from .methods.miss import MissConfig, MissModel
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig, OFTModel
 from .methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType

@@ -1,0 +1,79 @@
+"""DeLoRA - Decoupled Low-Rank Adaptation. Bini et al., 2025, https://arxiv.org/abs/2503.18225, eq. 8.
+
+    W' = W + (lambda / r) B diag(1 / |a_i| |b_i|) A diag(w)        A: (r, in), rows a_i; B: (out, r), columns b_i
+                                                                   lambda: (1,), w: (in,), B = 0 at the start
+
+w are the norms of the frozen weight's columns when the adapter was made; they are saved and not trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import Delta
+from ..config import PeftConfig
+from ..draw import uniform
+from ..targets import pattern_value
+from ..tuner import register_tuner
+
+
+@dataclass
+class DeloraConfig(PeftConfig, method="DELORA"):
+    """Fields of DeLoRA."""
+
+    r: int = 8  # rank
+    delora_lambda: int | float = 15  # lambda at the start: bounds the norm of the change
+    module_dropout: float = 0.0  # on the input of A, while training
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    bias: Literal["none", "all", "delora_only"] = "none"  # which of the model's own biases are trained
+    init_weights: bool = True  # False: B random
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> r
+    lambda_pattern: dict | None = field(default_factory=dict)
+    modules_to_save: list[str] | None = None
+
+    _bias_only: ClassVar[str] = "delora_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("r")
+        self.require_probability("module_dropout")
+        self.require_listed_targets()
+
+
+class DeLoRA(Delta, config=DeloraConfig):
+    prefix = "delora_"
+    patterns = ("rank_pattern", "lambda_pattern")
+
+    def build(self) -> None:
+        c = self.config
+        self.r = pattern_value(c.rank_pattern, self.path, c.r)
+        start = pattern_value(c.lambda_pattern, self.path, c.delora_lambda)
+        self.delora_dropout = nn.Dropout(c.module_dropout) if c.module_dropout else nn.Identity()
+        self.delora_A = uniform(self.r, self.base.inp)
+        self.delora_B = uniform(self.base.out, self.r, zero=c.init_weights)
+        self.delora_lambda = nn.Parameter(torch.full((1,), float(start)))
+        self.delora_w_norm = torch.ones(self.base.inp) if self.blank else self.base.read()[0].detach().norm(dim=0)
+
+    @property
+    def scale(self) -> Tensor:
+        """What stands between B and A: lambda / (r |a_i| |b_i|), (r,)."""
+        lengths = self.delora_A.norm(dim=1).clamp(min=1e-4) * self.delora_B.norm(dim=0).clamp(min=1e-4)
+        return self.delora_lambda / (self.r * lengths)
+
+    def delta(self) -> Tensor:
+        return (self.delora_B * self.scale) @ (self.delora_A * self.delora_w_norm)  # (out, in)
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.delora_dropout(self.cast(x, self.delora_A)) * self.delora_w_norm
+        return F.linear(F.linear(x, self.delora_A) * self.scale, self.delora_B)  # (..., out)
+
+
+DeloraModel = register_tuner("DeloraModel", "DELORA")

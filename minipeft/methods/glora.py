@@ -1,0 +1,96 @@
+"""GLoRA - Generalized LoRA. Chavan et al., 2023, https://arxiv.org/abs/2306.07967, eq. 10.
+
+    W' = W + W0 * A + B                A, B: (out, in)
+    b' = b + b0 * D + E + W0 C         C: (in, 1), D, E: (out,); where the layer has a bias
+                                       W0, b0: the frozen layer's own, also when other adapters are active
+
+Each of the five is a product (m, r) (r, n), a vector, a number or zero, as the configuration says; zero at the start.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter
+from ..config import PeftConfig
+from ..draw import uniform
+from ..tuner import register_tuner
+
+
+@dataclass
+class GloraConfig(PeftConfig, method="GLORA"):
+    """Fields of GLoRA."""
+
+    r: int = 8  # rank of what is a product
+    target_modules: list[str] | str | None = None
+    bias: str = "none"  # "all" or "glora_only": which of the model's own biases are trained
+    modules_to_save: list[str] | None = None
+    config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
+    config_C: Literal["lora", "vector", "none"] = "lora"
+    config_D_E: Literal["vector", "constant", "none"] = "constant"
+    init_weights: bool = True  # False: nothing starts at zero
+
+    _bias_only: ClassVar[str] = "glora_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("r")
+
+
+class Path(nn.Module):
+    """One of A to E, of the given shape: `path()` is a tensor that broadcasts to it."""
+
+    def __init__(self, kind: str, shape: tuple[int, ...], r: int, zero: bool):
+        super().__init__()
+        self.kind = kind
+        if kind == "lora":
+            self.Xu = uniform(r, shape[1])
+            self.Xd = uniform(shape[0], r, zero=zero)
+        elif kind == "vector":  # over the outputs of a matrix
+            self.X = uniform(1, shape[0], zero=zero) if len(shape) == 1 else uniform(shape[0], 1, zero=zero)
+            self.X.data = self.X.data.view(shape[0], *[1] * (len(shape) - 1))
+        elif kind == "constant":
+            self.X = nn.Parameter(torch.zeros(1) if zero else torch.empty(1).normal_(std=0.02))
+        else:
+            self.register_buffer("zeros", torch.zeros(shape))  # PEFT: in the checkpoint, too
+
+    def forward(self) -> Tensor:
+        return self.Xd @ self.Xu if self.kind == "lora" else self.X if hasattr(self, "X") else self.zeros
+
+
+class GLoRA(Adapter, config=GloraConfig):
+    prefix = "glora_"
+
+    def build(self) -> None:
+        c, out, inp = self.config, self.base.out, self.base.inp
+        self.r = c.r
+        C, D_E = (c.config_C, c.config_D_E) if self.base.stored()[1] is not None else ("none", "none")
+        kinds = {"A": c.config_A_B, "B": c.config_A_B, "C": C, "D": D_E, "E": D_E}
+        shapes = {"A": (out, inp), "B": (out, inp), "C": (inp, 1), "D": (out,), "E": (out,)}
+        for name, shape in shapes.items():
+            setattr(self, f"glora_{name}", Path(kinds[name], shape, c.r, c.init_weights))
+
+    def change(self) -> tuple[Tensor, Tensor | None]:
+        """What is added to the weight, and to the bias."""
+        parts = [getattr(self, f"glora_{name}")() for name in "ABCDE"]
+        dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+        A, B, C, D, E = (part.to(dtype) for part in parts)
+        W0, b0 = (None if t is None else t.to(dtype) for t in self.base.read())
+        return W0 * A + B, None if b0 is None else b0 * D + E + (W0 @ C).squeeze(-1)
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)
+        dW, db = self.change()
+        return (y + self.base.apply(self.cast(x, dW), dW, db)).to(y.dtype)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        dW, db = self.change()
+        return W + dW, b if db is None else db if b is None else b + db
+
+
+GloraModel = register_tuner("GloraModel", "GLORA")

@@ -1,0 +1,107 @@
+"""GraLoRA - Granular Low-Rank Adaptation. Jung et al., 2025, https://arxiv.org/abs/2505.20355, section 3.
+
+    W'_ji = W_ji + s B_ji A_ji           W_ji: the (out / k, in / k) blocks of W, i, j < k
+                                         A_ji: (r / k, in / k), B_ji: (out / k, r / k), B = 0 at the start
+                                         s = alpha / (r + hybrid_r)
+    W' = W + s (GraLoRA + B' A')         A': (hybrid_r, in), B': (out, hybrid_r), with hybrid_r > 0
+
+Stored: A (k, in / k, r), where A[i] holds A_0i^T, ..., A_(k-1)i^T side by side; B (k, r, out / k), where B[j] holds
+B_j0^T, ..., B_j(k-1)^T one below the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Delta
+from ..base import Base
+from ..config import PeftConfig
+from ..draw import uniform
+from ..errors import ConfigError
+from ..tuner import register_tuner
+
+
+@dataclass
+class GraloraConfig(PeftConfig, method="GRALORA"):
+    """Fields of GraLoRA."""
+
+    r: int = 32  # rank of a row of blocks; gralora_k must divide it
+    hybrid_r: int = 0  # rank of a plain LoRA beside the blocks
+    target_modules: list[str] | str | None = None
+    alpha: int | float = 64
+    gralora_dropout: float = 0.0  # on the input of A, while training
+    gralora_k: int = 2  # number of blocks along each side
+    fan_in_fan_out: bool = False
+    bias: str = "none"  # "all" or "gralora_only": which of the model's own biases are trained
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True  # False: B random
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: str | None = None
+
+    _bias_only: ClassVar[str] = "gralora_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("r", "gralora_k")
+        if self.hybrid_r < 0:
+            raise ConfigError(f"`hybrid_r` should be a non-negative integer value but the value passed is {self.hybrid_r}.")
+        if self.r % self.gralora_k:
+            raise ConfigError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}.")
+        self.require_probability("gralora_dropout")
+
+
+class GraLoRA(Delta, config=GraloraConfig):
+    prefix = "gralora_"
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        for name, n in (("in_features", base.inp), ("out_features", base.out)):
+            if n % config.gralora_k:
+                raise ConfigError(f"{name} of '{path}' should be divisible by gralora_k, got {n} and {config.gralora_k}.")
+
+    def build(self) -> None:
+        c, inp, out, k = self.config, self.base.inp, self.base.out, self.config.gralora_k
+        self.r, self.hybrid_r, self.alpha, self.gralora_k = c.r, c.hybrid_r, c.alpha, k
+        self.scaling = self.initial_scaling()
+        self.gralora_dropout = nn.Dropout(c.gralora_dropout) if c.gralora_dropout else nn.Identity()
+        pairs = [(uniform(c.r, inp // k).data, uniform(out // k, c.r, zero=c.init_weights).data) for _ in range(k)]
+        A, B = (torch.stack(blocks).mT.contiguous() for blocks in zip(*pairs))
+        self.gralora_A = nn.Parameter(A)  # (k, in / k, r)
+        self.gralora_B = nn.Parameter(B)  # (k, r, out / k)
+        self.gralora_A_general = self.base.down(c.hybrid_r) if c.hybrid_r else nn.Identity()
+        self.gralora_B_general = self.base.up(c.hybrid_r) if c.hybrid_r else nn.Identity()
+        if c.hybrid_r:
+            self.gralora_A_general.weight = uniform(c.hybrid_r, inp)
+            self.gralora_B_general.weight = uniform(out, c.hybrid_r, zero=c.init_weights)
+
+    def initial_scaling(self) -> float:
+        return self.alpha / (self.r + self.hybrid_r)
+
+    @property
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """A (i, in / k, j, r / k) and B (j, i, r / k, out / k)."""
+        k = self.gralora_k
+        return self.gralora_A.unflatten(2, (k, -1)), self.gralora_B.unflatten(1, (k, -1))
+
+    def delta(self) -> Tensor:
+        A, B = self.blocks
+        dW = torch.einsum("ipjr,jirq->jqip", A, B).reshape(self.base.shape)  # (out, in)
+        if self.hybrid_r:
+            dW = dW + self.base.product(self.gralora_A_general, self.gralora_B_general)
+        return self.scaling * dW
+
+    def branch(self, x: Tensor) -> Tensor:
+        A, B = self.blocks
+        x = self.cast(x, A)
+        h = torch.einsum("...ip,ipjr->...jir", self.gralora_dropout(x).unflatten(-1, (len(A), -1)), A)
+        y = torch.einsum("...jir,jirq->...jq", h, B).flatten(-2)  # (..., out)
+        if self.hybrid_r:
+            y = y + self.base.through(self.gralora_dropout(x), self.gralora_A_general, self.gralora_B_general)
+        return self.scaling * y
+
+
+GraloraModel = register_tuner("GraloraModel", "GRALORA")

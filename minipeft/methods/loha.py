@@ -1,0 +1,53 @@
+"""LoHa - Low-Rank Hadamard Product: FedPara. Hyeon-Woo et al., 2021, https://arxiv.org/abs/2108.06098, eq. 3 and prop. 3;
+LyCORIS, Yeh et al., 2023, https://arxiv.org/abs/2309.14859, section 3.2.
+
+    W' = W + (alpha / r) (A1 B1) * (A2 B2)      A_i: (out, r), B_i: (r, width), elementwise product, B2 = 0 at the start
+    W' = W + (alpha / r) D1 * D2                D_i = T_i x_1 A_i x_2 B_i, with use_effective_conv2d on a kernel
+                                                T_i: (r, r, *kernel), A_i: (r, out), B_i: (r, in / groups)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..draw import uniform
+from ..lycoris import Lycoris, LycorisConfig, core_shape, tucker
+from ..tuner import register_tuner
+
+
+@dataclass
+class LoHaConfig(LycorisConfig, method="LOHA"):
+    """Fields of LoHa."""
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    init_weights: bool = True  # False: B2 random, too
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+
+class LoHa(Lycoris, config=LoHaConfig):
+    prefix = "hada_"
+    rescales = True
+
+    def factors(self, r: int) -> None:
+        (out, inp, *_), kernel, zero = self.base.shape, self.kernel, self.config.init_weights
+        for i in ("1", "2"):
+            a, b = ((r, out), (r, inp)) if kernel else ((out, r), (r, math.prod(self.base.shape[1:])))
+            setattr(self, f"hada_w{i}_a", uniform(*a))
+            setattr(self, f"hada_w{i}_b", uniform(*b, zero=zero and i == "2"))
+        for i in ("1", "2") if kernel else ():
+            setattr(self, f"hada_t{i}", uniform(*core_shape(r, kernel)))
+
+    def product(self) -> Tensor:
+        a, b, c, d = self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
+        if self.kernel:
+            return tucker(self.hada_t1, a, b) * tucker(self.hada_t2, c, d)  # (out, in / groups, *kernel)
+        return (a @ b) * (c @ d)  # (out, width)
+
+
+LoHaModel = register_tuner("LoHaModel", "LOHA")

@@ -1,0 +1,122 @@
+"""MiSS - Matrix Shard Sharing. Kang and Yin, 2024, https://arxiv.org/abs/2409.15371, section 3.
+
+    W' = W + [D D ... D]                 D: (out, r), its transpose stored, D = 0 at the start; the last D is cut to fit
+    W' = W + [D ... D], D = [E; ...; E]  E: (mini_r, r), its transpose stored; init_weights="mini"
+    W'_ij = W_ij + W_ij D_i + D_i        W_ij: the (r, r) blocks of W, D_i: (r, r); init_weights="bat"
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Delta, Transform
+from ..base import Base
+from ..config import PeftConfig
+from ..draw import uniform
+from ..errors import ConfigError
+from ..tuner import register_tuner
+
+
+@dataclass
+class MissConfig(PeftConfig, method="MISS"):
+    """Fields of MiSS. `init_weights` chooses the variant as well."""
+
+    r: int = 64  # width of a shard
+    miss_dropout: float = 0.0  # on the input of the adapter, while training; not for "bat"
+    mini_r: int = 1  # height of a shard, for "mini"
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    init_weights: bool | Literal["bat", "mini"] = True  # False: D random
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: str | None = None
+    bias: str = "none"  # "all" or "MiSS_only": which of the model's own biases are trained
+    modules_to_save: list[str] | None = None
+
+    _bias_only: ClassVar[str] = "MiSS_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("r", "mini_r")
+        self.require_probability("miss_dropout")
+        self.require_listed_targets()
+
+
+class Shards(Adapter):
+    """What the variants share: the one block of parameters. Gives `block`, its shape."""
+
+    prefix = "miss_"
+
+    @classmethod
+    def block(cls, config: MissConfig, base: Base) -> tuple[int, ...]:
+        """The shape of the block. Raises `ConfigError` when it does not fit the layer."""
+        raise NotImplementedError
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        if config.r > base.inp:
+            raise ConfigError(f"`r` ({config.r}) must be less than or equal to in_features ({base.inp}) of '{path}'.")
+        cls.block(config, base)
+
+    def build(self) -> None:
+        c = self.config
+        self.miss_r, self.miss_mini_r = c.r, c.mini_r
+        self.miss_dropout = nn.Dropout(c.miss_dropout) if c.miss_dropout else nn.Identity()
+        self.miss_block = uniform(*self.block(c, self.base), zero=c.init_weights is not False)
+
+
+class MiSS(Shards, Delta, config=MissConfig):
+    @classmethod
+    def chosen_by(cls, config: Any) -> bool:
+        return config.init_weights != "bat"
+
+    @classmethod
+    def block(cls, config: MissConfig, base: Base) -> tuple[int, ...]:
+        if config.init_weights != "mini":
+            return config.r, base.out
+        if base.out % config.mini_r:
+            raise ConfigError(f"out_features ({base.out}) must be divisible by `mini_r` ({config.mini_r}).")
+        return config.r, config.mini_r
+
+    @property
+    def shard(self) -> Tensor:
+        """D^T (r, out)."""
+        D = self.miss_block
+        return D.repeat(1, self.base.out // D.shape[1])
+
+    def delta(self) -> Tensor:
+        D = self.shard.t()
+        return D.repeat(1, -(-self.base.inp // D.shape[1]))[:, : self.base.inp]  # (out, in)
+
+    def branch(self, x: Tensor) -> Tensor:
+        D = self.shard
+        x = F.pad(self.cast(x, D), (0, -x.shape[-1] % len(D)))
+        return self.miss_dropout(x).unflatten(-1, (-1, len(D))).sum(-2) @ D  # (..., out)
+
+
+class Bat(Shards, Transform, config=MissConfig):
+    @classmethod
+    def chosen_by(cls, config: Any) -> bool:
+        return config.init_weights == "bat"
+
+    @classmethod
+    def block(cls, config: MissConfig, base: Base) -> tuple[int, ...]:
+        if base.inp % config.r or base.out % config.r:
+            raise ConfigError(
+                f"With init_weights='bat', in_features ({base.inp}) and out_features ({base.out}) must be divisible by "
+                f"`r` ({config.r})."
+            )
+        return base.out // config.r, config.r, config.r
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        D = self.miss_block  # (out / r, r, r)
+        n, r, _ = D.shape
+        blocks = W.to(D).view(n, r, -1, r).transpose(1, 2)  # (out / r, in / r, r, r)
+        blocks = blocks + blocks @ D[:, None] + D[:, None]
+        return blocks.transpose(1, 2).reshape(W.shape), b
+
+
+MissModel = register_tuner("MissModel", "MISS")
