@@ -78,6 +78,7 @@ class Method:
     perturb: Callable | None = None
     # for the laws: config field -> values to draw from, and the bases to draw them on
     draw: dict = field(default_factory=dict)
+    draw_fresh: dict = field(default_factory=dict)  # more of that for the law of fresh adapters: initialisations
     draw_bases: tuple = ("mlp-tokens",)
     # one adapter name per sample in a batch; several active adapters; a strength that scales the delta linearly
     mixed_batch: bool = False

@@ -40,13 +40,14 @@ def lifecycle_tasks(cases) -> list[Task]:
             for c in cases if c.data.get("trace") for m in [all_methods()[c.pack.data["method"]]]]
 
 
-def law_tasks(profile, methods, pattern=None) -> list[Task]:
+def law_tasks(profile, methods, pattern=None, examples=None) -> list[Task]:
+    examples = examples or laws.EXAMPLES[profile]
     found = []
     for m in all_methods().values():
         for name, law in laws.laws().items():
             case = f"{m.name}/law/{name.replace('_', '-')}"
             if law.applies(m) and (not methods or m.name in methods) and (not pattern or pattern in case):
-                found.append(Task(m.name, case, "laws", "float32", partial(laws.hold, law, m, laws.EXAMPLES[profile])))
+                found.append(Task(m.name, case, "laws", "float32", partial(laws.hold, law, m, examples)))
     return found
 
 
@@ -80,8 +81,10 @@ def bound_figure(function, figure, driver):
     function(driver, figure)
 
 
-def tasks(profile: str, methods=None, pattern=None, dtypes=("float64", "float32", "bfloat16")) -> list[Task]:
+def tasks(profile: str, methods=None, pattern=None, dtypes=("float64", "float32", "bfloat16"), laws=True):
+    """All tasks of a profile, in the order they are run."""
     chosen = cases(profile, methods, pattern)
-    return [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen), *law_tasks(profile, methods, pattern),
+    return [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen),
+            *(law_tasks(profile, methods, pattern) if laws else ()),
             *reject_tasks(cases(profile, methods), profile),
             *(figure_tasks(methods, pattern) if profile == "full" else ())]

@@ -12,6 +12,7 @@ from .runner import run_one
 COLUMNS = ("names", "keys", "count", "forward", "gradients", "merge", "unmerge", "disable", "save", "lifecycle", "laws",
            "reject")
 MOST_CASES = 3  # of the rows meant for a fault
+LAW_EXAMPLES = 4
 
 
 def meant_cases(method, fault) -> list[str]:
@@ -20,16 +21,21 @@ def meant_cases(method, fault) -> list[str]:
 
 
 def tasks_for(method, fault, meant, all_tasks):
-    """The tasks of the cases meant for a fault, and those that belong to no single case."""
+    """The checks that are meant to catch a fault, on its cases, and all others on the first of them."""
     whole = {"laws", "reject"} & set(fault.caught_by)
-    return [t for t in all_tasks[method.name] if (t.case in meant and t.dtype == "float32")
-            or (t.check in whole and ("/law/" in t.case or "/reject/" in t.case))]
+
+    def wanted(t):
+        if t.check in whole and ("/law/" in t.case or "/reject/" in t.case):
+            return True
+        return t.dtype == "float32" and t.case in meant and (t.check in fault.caught_by or t.case == meant[0])
+
+    return [t for t in all_tasks[method.name] if wanted(t)]
 
 
 def kill_matrix(on_fault=lambda *a: None) -> list[dict]:
     """One row per fault: which checks saw it, and whether every case meant for it did."""
     everything: dict[str, list] = {}
-    for t in plan.tasks("full"):
+    for t in [*plan.tasks("full", laws=False), *plan.law_tasks("full", None, examples=LAW_EXAMPLES)]:
         everything.setdefault(t.method, []).append(t)
     rows = []
     for method, fault in all_faults():

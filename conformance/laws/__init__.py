@@ -18,7 +18,7 @@ from ..checks.goldens import close
 from ..method import Method
 from ..record import bf16, draw_base, draw_inputs
 
-EXAMPLES = {"core": 2, "full": 6}
+EXAMPLES = {"core": 2, "full": 8}
 
 
 @dataclass
@@ -91,7 +91,9 @@ def hold(law, method: Method, examples: int, driver) -> None:
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import strategies as st
 
-    drawn = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in method.draw.items()})
+    more = method.draw_fresh if getattr(law, "DRAWS_INITIALISATIONS", False) else {}
+    fields = {**method.draw, **more}
+    drawn = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in fields.items()})
 
     @settings(max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck))

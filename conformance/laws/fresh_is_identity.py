@@ -1,6 +1,7 @@
 """An adapter that was just made changes nothing."""
 
 TITLE = "a fresh adapter is the identity"
+DRAWS_INITIALISATIONS = True
 
 
 def applies(method):

@@ -162,5 +162,6 @@ METHOD = Method(
     equation="W' = W + (alpha / r) B A", rows=ROWS, shapes=shapes, formula=formula, run=run, faults=FAULTS,
     neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0, "lora_embedding_A": 0.0},
     draw={"r": [1, 2, 5], "lora_alpha": [1, 3, 8], "use_rslora": [False, True], "target_modules": [["up", "mid"]]},
+    draw_fresh={"r": [2, 4], "init_lora_weights": [True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]},
     mixed_batch=True, scales=True,
 )

@@ -86,7 +86,8 @@ def test_failures_are_told(tmp_path, capsys):
 
 
 def test_pytest_plugin():
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "conformance",
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p",
+                          "conformance.plugin", "--pyargs", "conformance",
                           "--impl", "oracle", "--profile", "core", "--methods", "ln_tuning", "-c", "/dev/null"],
                          capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -94,7 +95,8 @@ def test_pytest_plugin():
 
 
 def test_seeded_fault_fails_in_pytest():
-    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--pyargs", "conformance",
+    run = subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p",
+                          "conformance.plugin", "--pyargs", "conformance",
                           "--impl", "conformance.drivers.broken:AlwaysWrong", "--profile", "core", "--methods",
                           "ln_tuning", "-c", "/dev/null"], capture_output=True, text=True, timeout=120)
     assert run.returncode == 1, run.stdout + run.stderr
