@@ -1,4 +1,4 @@
-"""`python -m conformance [COMMAND]`: check (the default), record, freeze, power, coverage."""
+"""`python -m conformance [COMMAND]`: check (the default), record, freeze, power, coverage, disputed."""
 
 from __future__ import annotations
 
@@ -54,7 +54,14 @@ def do_freeze(args: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"freeze": do_freeze, "record": do_record, "power": do_power, "coverage": do_coverage}
+def do_disputed(args: list[str]) -> int:
+    from . import disputed
+
+    return disputed.main()
+
+
+COMMANDS = {"record": do_record, "freeze": do_freeze, "power": do_power, "coverage": do_coverage,
+            "disputed": do_disputed}
 
 
 def main(argv=None) -> int:
