@@ -37,6 +37,7 @@ from .methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderR
 from .methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
+from .methods.vera import VeraConfig, VeraModel
 from .factory import get_peft_model, inject_adapter_in_model
 from .model import PeftModel
 from .tasks import (

@@ -19,3 +19,4 @@ from . import p_tuning as p_tuning
 from . import prefix_tuning as prefix_tuning
 from . import prompt_tuning as prompt_tuning
 from . import trainable_tokens as trainable_tokens
+from . import vera as vera
