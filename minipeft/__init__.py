@@ -11,6 +11,7 @@ from .auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from .methods.beft import BeftConfig, BeftModel
 from .methods.cartridge import (
     CartridgeConfig,
     CartridgeEncoder,

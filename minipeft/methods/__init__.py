@@ -1,5 +1,6 @@
 """The adapter methods: one file each, one line each."""
 
+from . import beft as beft
 from . import cartridge as cartridge
 from . import cpt as cpt
 from . import delora as delora

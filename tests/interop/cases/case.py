@@ -36,6 +36,7 @@ class Case:
     mixed: bool | None = False  # peft takes adapter_names=[...] for it; None: not asked for
     train: bool = False  # random while training: also compared in train mode at equal seed
     scale: float = 0.1  # how far a trainable tensor is moved
+    own_buffers: bool = False  # buffers (none of them saved) are not peft's: plain tensors here or there
     own_loss: bool = False  # adds a term to the loss, which no merged weight can carry
     tolerance: float | None = None  # in place of the usual one in float64
     inputs: dict = field(default_factory=dict)  # further forward arguments, such as task_ids

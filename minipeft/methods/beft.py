@@ -1,0 +1,38 @@
+"""BEFT - Bias-Efficient Fine-Tuning. Huang et al., 2025, https://arxiv.org/abs/2509.15974, section 3.
+
+    y = W x + b + d              d: (1, out), 0 at the start
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Activation
+from ..config import PeftConfig
+from ..tuner import register_tuner
+
+
+@dataclass
+class BeftConfig(PeftConfig, method="BEFT"):
+    """Fields of BEFT. Only a layer that has a bias can be merged."""
+
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True  # zeros; otherwise standard normal
+
+
+class BEFT(Activation, config=BeftConfig):
+    prefix = "beft_"
+
+    def build(self) -> None:
+        d = torch.randn(1, self.base.out)
+        self.beft_bias = nn.Parameter(torch.zeros_like(d) if self.config.init_weights else d)
+
+    def post(self, y: Tensor) -> Tensor:
+        return y + self.beft_bias.flatten()  # (..., out)
+
+
+BeftModel = register_tuner("BeftModel", "BEFT")
