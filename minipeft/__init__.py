@@ -37,6 +37,7 @@ from .methods.oft import OFTConfig, OFTModel
 from .methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
 from .methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from .methods.road import RoadConfig, RoadModel
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .methods.vera import VeraConfig, VeraModel
 from .factory import get_peft_model, inject_adapter_in_model

@@ -19,5 +19,6 @@ from . import oft as oft
 from . import p_tuning as p_tuning
 from . import prefix_tuning as prefix_tuning
 from . import prompt_tuning as prompt_tuning
+from . import road as road
 from . import trainable_tokens as trainable_tokens
 from . import vera as vera

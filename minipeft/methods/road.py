@@ -1,0 +1,76 @@
+"""RoAd - 2D Rotary Adaptation. Liao and Monz, 2024, https://arxiv.org/abs/2409.00119, eq. 4.
+
+    y = R (W x + b)              R turns and stretches pairs of outputs:
+
+    |y_j|   |a_j cos t_j   -a_j sin t_j|  |h_j|      h = W x + b; j and k lie group_size / 2 apart in one group
+    |y_k| = |a_k sin t_k    a_k cos t_k|  |h_k|
+
+    t, a: (out / 2,) road_1, a_j = a_k; (out,) road_2; (2 out,) road_4: one for the cosines and one for the sines
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Activation
+from ..base import Base
+from ..config import PeftConfig
+from ..errors import ConfigError, UnsupportedLayerError
+from ..tuner import register_tuner
+
+
+@dataclass
+class RoadConfig(PeftConfig, method="ROAD"):
+    """Fields of RoAd. `group_size` is even and divides the number of outputs of every adapted layer."""
+
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: int = 64  # outputs are paired within groups of this size
+    init_weights: bool = True  # R = I; otherwise t normal with std 0.5, and a too, around 1
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.group_size <= 0 or self.group_size % 2:
+            raise ConfigError(f"`group_size` must be an even number above 0, but is {self.group_size}.")
+
+
+class RoAd(Activation, config=RoadConfig):
+    prefix = "road_"
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        if base.out % config.group_size:
+            raise UnsupportedLayerError(
+                f"`group_size` must divide the {base.out} output features of '{path}', but is {config.group_size}."
+            )
+
+    def build(self) -> None:
+        c = self.config
+        self.variant, self.group_size = c.variant, c.group_size
+        size = {"road_1": self.base.out // 2, "road_2": self.base.out, "road_4": 2 * self.base.out}[c.variant]
+        std = 0.0 if c.init_weights else 0.5
+        t, a = torch.zeros(size), torch.ones(size)
+        if std:
+            t, a = t.normal_(0.0, std), a.normal_(1.0, std)
+        self.road_theta, self.road_alpha = nn.Parameter(t), nn.Parameter(a)
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """a cos t and a sin t, each (groups, 2, group_size / 2), or with 1 in place of 2."""
+        rows = {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant]
+        t, a = (v.view(-1, rows, self.group_size // 2) for v in (self.road_theta, self.road_alpha))
+        cos, sin = a * t.cos(), a * t.sin()
+        return (cos[:, :2], sin[:, 2:]) if rows == 4 else (cos, sin)
+
+    def post(self, y: Tensor) -> Tensor:
+        cos, sin = self.parts()
+        h = self.cast(y, cos).unflatten(-1, (-1, 2, self.group_size // 2))
+        turned = torch.stack([-h[..., 1, :], h[..., 0, :]], -2)
+        return (h * cos + turned * sin).flatten(-3)  # (..., out)
+
+
+RoadModel = register_tuner("RoadModel", "ROAD")
