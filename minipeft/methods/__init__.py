@@ -8,6 +8,7 @@ from . import dora as dora
 from . import glora as glora
 from . import gralora as gralora
 from . import hira as hira
+from . import hra as hra
 from . import ia3 as ia3
 from . import ln_tuning as ln_tuning
 from . import loha as loha
