@@ -39,6 +39,7 @@ from .methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderR
 from .methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from .methods.road import RoadConfig, RoadModel
+from .methods.shira import ShiraConfig, ShiraModel
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .methods.vera import VeraConfig, VeraModel
 from .factory import get_peft_model, inject_adapter_in_model

@@ -21,5 +21,6 @@ from . import p_tuning as p_tuning
 from . import prefix_tuning as prefix_tuning
 from . import prompt_tuning as prompt_tuning
 from . import road as road
+from . import shira as shira
 from . import trainable_tokens as trainable_tokens
 from . import vera as vera

@@ -1,0 +1,96 @@
+"""SHiRA - Sparse High Rank Adapters. Bhardwaj et al., 2024, https://arxiv.org/abs/2406.13175, section 3.
+
+    W' = W + s D                 D: (out, in), 0 but for r (in + out) trained entries, where a mask (out, in) is 1
+
+The entries' places are drawn at random, or given by a function f(layer, r, **kwargs) -> mask: set `config.mask_fn = f`
+before the adapter is made.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Delta
+from ..base import Base, base_of
+from ..config import PeftConfig
+from ..errors import ConfigError, PeftWarning, UnsupportedLayerError
+from ..sparse import dense
+from ..tuner import register_tuner
+
+
+def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
+    """A mask (out, in) with r (in + out) entries True, chosen by `random_seed`; None stands for one fixed seed, too."""
+    base = base_of(base_layer)
+    generator = torch.Generator("cpu")
+    if random_seed is not None:
+        generator.manual_seed(random_seed)
+    order = torch.randperm(base.out * base.inp, generator=generator, device="cpu")
+    mask = torch.zeros(base.out * base.inp, dtype=torch.bool, device="cpu")
+    mask[order[: r * (base.inp + base.out)]] = True
+    return mask.view(base.out, base.inp)
+
+
+@dataclass
+class ShiraConfig(PeftConfig, method="SHIRA"):
+    """Fields of SHiRA. Attribute `mask_fn`: `random_mask`, or a function of your own; it is not saved."""
+
+    r: int = 32  # as many trained entries as LoRA of this rank
+    mask_type: str = "random"  # anything else: `mask_fn` has to be set
+    random_seed: int | None = None
+    target_modules: list[str] | str | None = None
+    fan_in_fan_out: bool = False
+    init_weights: bool = True  # zeros; otherwise standard normal
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("r")
+        self.mask_fn = random_mask if self.mask_type == "random" else None
+        if self.mask_fn is None and not self.inference_mode:
+            warnings.warn(f"mask_type {self.mask_type!r} is not built in; set `config.mask_fn`.", PeftWarning)
+
+
+class SHiRA(Delta, config=ShiraConfig):
+    prefix = "shira_"
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        n, size = config.r * (base.inp + base.out), base.inp * base.out
+        if n > size:
+            raise UnsupportedLayerError(f"r={config.r} trains {n} entries, more than the {size} of '{path}'; lower it.")
+
+    def build(self) -> None:
+        c, n = self.config, self.config.r * (self.base.inp + self.base.out)
+        self.r, self.scaling = c.r, 1.0
+        self.shira_weight = nn.Parameter(torch.zeros(n) if c.init_weights else torch.randn(n))
+        indices = torch.zeros(2, n, dtype=torch.int) if self.blank else self.positions(n)
+        self.layer.put("shira_indices", self.name, indices)  # PEFT: in the checkpoint, but not in the state dict
+
+    def positions(self, n: int) -> Tensor:
+        """Rows and columns (2, n) of the mask's entries."""
+        c = self.config
+        if c.mask_fn is None:
+            raise ConfigError(f"mask_type is {c.mask_type!r}: set `config.mask_fn` to f(layer, r, **kwargs).")
+        kwargs = {"random_seed": c.random_seed} if c.mask_type == "random" else {}
+        mask, shape = c.mask_fn(self.base.leaf, c.r, **kwargs), (self.base.out, self.base.inp)
+        ones = int((mask == 1).sum())
+        if mask.shape != shape or ones != n:
+            raise ConfigError(
+                f"For '{self.path}' `mask_fn` must give a mask of shape {shape} with {n} ones, "
+                f"but gave one of shape {tuple(mask.shape)} with {ones}."
+            )
+        return torch.stack(torch.where(mask == 1)).to(torch.int)
+
+    def initial_scaling(self) -> float:
+        return 1.0
+
+    def delta(self) -> Tensor:
+        return dense(self.shira_weight * self.scaling, self.shira_indices, self.base.out, self.base.inp)  # (out, in)
+
+
+ShiraModel = register_tuner("ShiraModel", "SHIRA")
