@@ -21,6 +21,7 @@ from .methods.cartridge import (
     prompt_embeddings_from_past_key_values,
 )
 from .methods.cpt import CPTConfig, CPTEmbedding
+from .methods.fourierft import FourierFTConfig, FourierFTModel
 from .methods.hra import HRAConfig, HRAModel
 from .methods.ia3 import IA3Config, IA3Model
 from .methods.delora import DeloraConfig, DeloraModel

@@ -5,6 +5,7 @@ from . import cartridge as cartridge
 from . import cpt as cpt
 from . import delora as delora
 from . import dora as dora
+from . import fourierft as fourierft
 from . import glora as glora
 from . import gralora as gralora
 from . import hira as hira

@@ -1,0 +1,70 @@
+"""FourierFT - Parameter-Efficient Fine-Tuning with Discrete Fourier Transform.
+Gao et al., 2024, https://arxiv.org/abs/2405.03003, eq. 2 to 4.
+
+    W' = W + s Re(F^-1(S))       S: (out, in), 0 but for n entries c: (n,), at places that the seed gives
+                                 F^-1: inverse discrete Fourier transform in two dimensions, with its 1 / (out in)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Delta
+from ..config import PeftConfig
+from ..errors import ConfigError
+from ..sparse import dense, random_positions
+from ..targets import pattern_value
+from ..tuner import register_tuner
+
+
+@dataclass
+class FourierFTConfig(PeftConfig, method="FOURIERFT"):
+    """Fields of FourierFT."""
+
+    n_frequency: int = 1000  # entries of the spectrum, for each layer
+    scaling: float = 150.0
+    random_loc_seed: int | None = 777  # where they stand; not saved with the tensors, so it is needed to load them
+    fan_in_fan_out: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    bias: str = "none"  # "all" or "fourier_only": which of the model's own biases are trained
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    n_frequency_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> n_frequency
+    init_weights: bool = False  # True: zeros; otherwise standard normal
+
+    _bias_only: ClassVar[str] = "fourier_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("n_frequency")
+        self.require_listed_targets()
+        if self.random_loc_seed is None:
+            raise ConfigError("`random_loc_seed` must be a number: without it a saved adapter cannot be loaded.")
+
+
+class FourierFT(Delta, config=FourierFTConfig):
+    prefix = "fourierft_"
+    patterns = ("n_frequency_pattern",)
+
+    def build(self) -> None:
+        c = self.config
+        n = self.fourierft_n_frequency = pattern_value(c.n_frequency_pattern, self.path, c.n_frequency)
+        self.fourierft_scaling, self.fourierft_random_loc_seed = c.scaling, c.random_loc_seed
+        self.indices = random_positions(self.base, n, c.random_loc_seed)
+        values = torch.randn(n)
+        self.fourierft_spectrum = nn.Parameter(torch.zeros_like(values) if c.init_weights else values)
+
+    def delta(self) -> Tensor:
+        c = self.fourierft_spectrum
+        c = c.to(torch.promote_types(c.dtype, torch.float32))  # PEFT: always float32
+        S = dense(c, self.indices, self.base.out, self.base.inp)
+        return self.fourierft_scaling * torch.fft.ifft2(S).real.to(self.fourierft_spectrum.dtype)  # (out, in)
+
+
+FourierFTModel = register_tuner("FourierFTModel", "FOURIERFT")
