@@ -1,0 +1,82 @@
+"""C3A - Circular Convolution Adaptation. Chen et al., 2024, https://arxiv.org/abs/2407.19342, section 3.
+
+    W' = W + C / in              C: (out / b, in / b) blocks, C_ij (b, b) circulant with first row k_ij
+                                 k: (out / b, in / b, b)
+    (C x)_i = sum over j of F^-1(F(x_j) * conj(F(k_ij)))        F: discrete Fourier transform of length b
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Delta
+from ..base import Base
+from ..config import PeftConfig
+from ..errors import UnsupportedLayerError
+from ..targets import pattern_value
+from ..tuner import register_tuner
+
+
+@dataclass
+class C3AConfig(PeftConfig, method="C3A"):
+    """Fields of C3A. `block_size` divides the inputs and the outputs of every adapted layer."""
+
+    block_size: int = 256  # b
+    target_modules: list[str] | str | None = None
+    bias: str = "none"  # "all" or "c3a_only": which of the model's own biases are trained
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    block_size_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> block_size
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"  # True: zeros
+
+    _bias_only: ClassVar[str] = "c3a_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("block_size")
+        self.require_listed_targets()
+
+
+class C3A(Delta, config=C3AConfig):
+    prefix = "c3a_"
+    patterns = ("block_size_pattern",)
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        b = pattern_value(config.block_size_pattern, path, config.block_size)
+        if b <= 0 or base.inp % b or base.out % b:
+            raise UnsupportedLayerError(
+                f"The block size must divide both features of '{path}', in {base.inp} and out {base.out}, but is {b}."
+            )
+
+    def build(self) -> None:
+        c = self.config
+        b = self.block_size = pattern_value(c.block_size_pattern, self.path, c.block_size)
+        n, m = self.base.inp, self.base.out
+        k = torch.zeros(m // b, n // b, b, dtype=torch.float32)
+        if c.init_weights == "gaussian":
+            k.normal_()
+        elif c.init_weights is not True:
+            a = math.sqrt(1 / n) if c.init_weights == "kaiming_uniform" else math.sqrt(3) * math.sqrt(2 / (n + m))
+            k.uniform_(-a, a)
+        self.c3a_kernel = nn.Parameter(k)
+
+    def delta(self) -> Tensor:
+        k, b = self.c3a_kernel, torch.arange(self.block_size, device=self.c3a_kernel.device)
+        C = k[:, :, (b - b[:, None]) % self.block_size]  # (out / b, in / b, b, b)
+        return C.transpose(1, 2).reshape(self.base.out, self.base.inp) / self.base.inp
+
+    def branch(self, x: Tensor) -> Tensor:
+        k = self.c3a_kernel.to(torch.promote_types(self.c3a_kernel.dtype, torch.float32))
+        X = torch.fft.rfft(x.to(k.dtype).unflatten(-1, (-1, self.block_size)))  # (..., in / b, b / 2 + 1)
+        y = torch.einsum("...nf,mnf->...mf", X, torch.fft.rfft(k).conj())
+        return torch.fft.irfft(y, self.block_size).flatten(-2) / self.base.inp  # (..., out)
+
+
+C3AModel = register_tuner("C3AModel", "C3A")
