@@ -44,6 +44,7 @@ from .methods.road import RoadConfig, RoadModel
 from .methods.shira import ShiraConfig, ShiraModel
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .methods.vera import VeraConfig, VeraModel
+from .methods.waveft import WaveFTConfig, WaveFTModel
 from .factory import get_peft_model, inject_adapter_in_model
 from .model import PeftModel
 from .tasks import (

@@ -26,3 +26,4 @@ from . import road as road
 from . import shira as shira
 from . import trainable_tokens as trainable_tokens
 from . import vera as vera
+from . import waveft as waveft

@@ -1,0 +1,100 @@
+"""WaveFT - Wavelet Fine-Tuning. Bilican et al., 2025, https://arxiv.org/abs/2505.12532, section 3.
+
+    W' = W + s D(S)              S: (out, in), 0 but for n entries c: (n,), at places that the seed gives
+                                 D: one level of the inverse wavelet transform in two dimensions (wavelets.py);
+                                 S has a margin of zeros, the taps of the filter less 2, that the transform uses up
+    W' = W + s S                 without `use_idwt`
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Delta
+from ..base import Base
+from ..config import PeftConfig
+from ..errors import ConfigError
+from ..sparse import dense, random_positions
+from ..targets import pattern_value
+from ..tuner import register_tuner
+from ..wavelets import COIFLETS, inverse_transform, taps
+
+
+@dataclass
+class WaveFTConfig(PeftConfig, method="WAVEFT"):
+    """Fields of WaveFT. Families: db1 to db38, sym2 to sym20, coif1 to coif5 (to coif17 without `use_idwt`)."""
+
+    n_frequency: int = 2592  # entries of S, for each layer
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: int = 777  # where the entries stand; not saved with the tensors, so it is needed to load them
+    fan_in_fan_out: bool = False
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    bias: str = "none"  # "all" or "waveft_only": which of the model's own biases are trained
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    n_frequency_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> n_frequency
+    proportional_parameters: bool = False  # n_frequency is the mean: larger layers get more, by the size of W
+    init_weights: bool = True  # zeros; otherwise normal, std 0.01
+
+    _bias_only: ClassVar[str] = "waveft_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("n_frequency")
+        self.require_listed_targets()
+        try:
+            length = taps(self.wavelet_family)
+        except ValueError as error:
+            raise ConfigError(f"`wavelet_family`: {error}") from None
+        if self.use_idwt and self.wavelet_family.startswith("coif") and length // 6 not in COIFLETS:
+            raise ConfigError(f"`wavelet_family` is {self.wavelet_family!r}, but `use_idwt` knows only coif1 to coif5.")
+
+
+class WaveFT(Delta, config=WaveFTConfig):
+    prefix = "waveft_"
+    patterns = ("n_frequency_pattern",)
+
+    @classmethod
+    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
+        if not config.proportional_parameters:
+            return {}
+        return {"adapted_weights": torch.tensor([sum(base.inp * base.out for base in bases), len(bases)])}
+
+    def build(self) -> None:
+        c = self.config
+        n = pattern_value(c.n_frequency_pattern, self.path, c.n_frequency)
+        if c.proportional_parameters:
+            entries, layers = self.adapted_weights.tolist()
+            n = max(1, round(self.base.inp * self.base.out / entries * (c.n_frequency * layers)))
+        self.waveft_n_frequency, self.waveft_scaling, self.waveft_random_loc_seed = n, c.scaling, c.random_loc_seed
+        self.waveft_wavelet_family, self.waveft_use_idwt = c.wavelet_family, c.use_idwt
+        self.waveft_indices = random_positions(self.base, n, c.random_loc_seed)
+        self.waveft_spectrum = nn.Parameter(torch.zeros(n) if c.init_weights else torch.randn(n) * 0.01)
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        return slot == "waveft_spectrum"
+
+    def delta(self) -> Tensor:
+        return self.waveft_scaling * self.spatial()  # (out, in)
+
+    def spatial(self) -> Tensor:
+        """D(S), or S itself."""
+        c, m, n = self.waveft_spectrum, self.base.out, self.base.inp
+        if not self.waveft_use_idwt:
+            return dense(c, self.waveft_indices, m, n)
+        margin = taps(self.waveft_wavelet_family) - 2
+        rows, columns = m + margin + m % 2, n + margin + n % 2
+        S = dense(c, self.waveft_indices + margin // 2, rows, columns)
+        return inverse_transform(S, self.waveft_wavelet_family)[:m, :n]
+
+
+WaveFTModel = register_tuner("WaveFTModel", "WAVEFT")
