@@ -42,6 +42,7 @@ from .methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
 from .methods.road import RoadConfig, RoadModel
 from .methods.shira import ShiraConfig, ShiraModel
+from .methods.supertuning import SupertuningConfig, SupertuningModel
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .methods.vera import VeraConfig, VeraModel
 from .methods.waveft import WaveFTConfig, WaveFTModel

@@ -24,6 +24,7 @@ from . import prefix_tuning as prefix_tuning
 from . import prompt_tuning as prompt_tuning
 from . import road as road
 from . import shira as shira
+from . import supertuning as supertuning
 from . import trainable_tokens as trainable_tokens
 from . import vera as vera
 from . import waveft as waveft

@@ -1,0 +1,121 @@
+"""Super-Tuning - training the entries of W that are largest, or smallest. https://arxiv.org/abs/2607.09287.
+
+    W' = W + D + (alpha / r) B A        D: (out, in), 0 but for (1 - sparsity) out in entries v, where |W| is largest
+                                        A: (r, in), B: (out, r), B = 0 at the start; only with `r` ("Supra")
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Delta
+from ..base import Base
+from ..config import PeftConfig
+from ..errors import ConfigError, PeftWarning, UnsupportedLayerError
+from ..sparse import dense
+from ..tuner import register_tuner
+
+
+@dataclass
+class SupertuningConfig(PeftConfig, method="SUPERTUNING"):
+    """Fields of Super-Tuning. All adapters of a model have the same `save_precomputed_indices`."""
+
+    target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    sparsity: float = 0.99  # share of the entries that stay frozen
+    select_top: bool = True  # train the largest |W|; otherwise the smallest
+    r: int | None = None  # rank of B A; None: no such term
+    lora_alpha: float | None = None  # None: 2 r
+    lora_dropout: float = 0.0  # on the input of A, while training
+    init_weights: bool = True  # v = 0, B = 0; otherwise random
+    save_precomputed_indices: bool = True  # save where the entries stand; otherwise W has to bring them back
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.sparsity < 1:
+            raise ConfigError(f"`sparsity` must be at least 0 and below 1, got {self.sparsity}.")
+        if self.r is not None:
+            self.require_positive("r")
+            self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
+        elif self.lora_alpha is not None:
+            raise ConfigError("`lora_alpha` scales the low-rank term, which needs `r`: set both or none.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
+        if not self.save_precomputed_indices:
+            warnings.warn(
+                "With save_precomputed_indices=False the trained entries are found again from the base weights, "
+                "which must be exactly those of the training.",
+                PeftWarning,
+            )
+
+
+class SuperTuning(Delta, config=SupertuningConfig):
+    prefix = "supertuning_"
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        return slot.startswith(cls.prefix) and (slot != "supertuning_indices" or config.save_precomputed_indices)
+
+    @classmethod
+    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        for name, other in others.items():
+            if other.save_precomputed_indices != config.save_precomputed_indices:
+                raise ConfigError(
+                    "`save_precomputed_indices` must be the same for all adapters, but adapter "
+                    f"'{name}' has {other.save_precomputed_indices}."
+                )
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        if not entries(config, base):
+            raise UnsupportedLayerError(
+                f"sparsity={config.sparsity} trains none of the {base.inp * base.out} entries of '{path}'; lower it."
+            )
+
+    def build(self) -> None:
+        c, n = self.config, entries(self.config, self.base)
+        size = self.base.read()[0].detach().abs().flatten()
+        self.supertuning_indices = torch.topk(size, n, largest=c.select_top)[1].to(torch.int32)
+        self.supertuning_values = nn.Parameter(torch.zeros(n) if c.init_weights else torch.randn(n))
+        self.supertuning_rank, self.supertuning_lora_alpha = c.r or 0, float(c.lora_alpha or 0)
+        if c.r is None:
+            return
+        self.supertuning_lora_A, self.supertuning_lora_B = self.base.down(c.r), self.base.up(c.r)
+        nn.init.kaiming_uniform_(self.supertuning_lora_A.weight, a=math.sqrt(5))
+        if c.init_weights:
+            nn.init.zeros_(self.supertuning_lora_B.weight)
+        else:
+            nn.init.kaiming_uniform_(self.supertuning_lora_B.weight, a=math.sqrt(5))
+        self.supertuning_lora_dropout = nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity()
+
+    def sparse(self) -> Tensor:
+        flat, n = self.supertuning_indices, self.base.inp
+        return dense(self.supertuning_values, torch.stack([flat // n, flat % n]), self.base.out, n)  # (out, in)
+
+    def delta(self) -> Tensor:
+        if not self.supertuning_rank:
+            return self.sparse()
+        scale = self.supertuning_lora_alpha / self.supertuning_rank
+        return self.sparse() + self.base.product(self.supertuning_lora_A, self.supertuning_lora_B, scale)
+
+    def branch(self, x: Tensor) -> Tensor:
+        y = self.base.apply(x, self.sparse())  # (..., out)
+        if not self.supertuning_rank:
+            return y
+        A, B = self.supertuning_lora_A, self.supertuning_lora_B
+        x = self.cast(self.supertuning_lora_dropout(x), A.weight)
+        return self.base.add_through(y, x, A, B, self.supertuning_lora_alpha / self.supertuning_rank)
+
+
+def entries(config: SupertuningConfig, base: Base) -> int:
+    """How many entries of a layer's weight are trained."""
+    return int(base.inp * base.out * (1 - config.sparsity))
+
+
+SupertuningModel = register_tuner("SupertuningModel", "SUPERTUNING")
