@@ -12,6 +12,7 @@ from .auto import (
     AutoPeftModelForTokenClassification,
 )
 from .methods.beft import BeftConfig, BeftModel
+from .methods.boft import BOFTConfig, BOFTModel
 from .methods.c3a import C3AConfig, C3AModel
 from .methods.cartridge import (
     CartridgeConfig,

@@ -1,6 +1,7 @@
 """The adapter methods: one file each, one line each."""
 
 from . import beft as beft
+from . import boft as boft
 from . import c3a as c3a
 from . import cartridge as cartridge
 from . import cpt as cpt

@@ -1,0 +1,121 @@
+"""BOFT - Orthogonal Fine-Tuning via Butterfly Factorization.
+Liu et al., 2023, https://arxiv.org/abs/2311.06243, eq. 3 to 5.
+
+    W' = diag(s) W F_1^T ... F_m^T      s: (out,), 1 at the start; F_k = P_k R_k P_k^T: (in, in)
+    R_k = diag(R_k1, ..., R_kd)         R_ki = (I - Q)(I + Q)^-1: (b, b), Q = (A_ki - A_ki^T) / 2, d b = in
+                                        A: (m, d, b, b), 0 at the start
+    P_1 = I; P_k: in each run of 2^(k-1) b inputs, cut into pieces of b / 2, all odd pieces come before all even ones
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Transform
+from ..base import Base
+from ..config import PeftConfig
+from ..errors import ConfigError, UnsupportedLayerError
+from ..tuner import register_tuner
+
+
+@dataclass
+class BOFTConfig(PeftConfig, method="BOFT"):
+    """Fields of BOFT. Of `boft_block_size` and `boft_block_num` exactly one is above 0; the other follows."""
+
+    boft_block_size: int = 4  # b
+    boft_block_num: int = 0  # d
+    boft_n_butterfly_factor: int = 1  # m
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    boft_dropout: float = 0.0  # share of the blocks of one factor that do nothing, while training
+    fan_in_fan_out: bool = False
+    bias: str = "none"  # "all" or "boft_only": which of the model's own biases are trained
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True  # otherwise A and s are moved by normal noise, std 0.1
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    _bias_only: ClassVar[str] = "boft_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if min(self.boft_block_size, self.boft_block_num) != 0 or max(self.boft_block_size, self.boft_block_num) <= 0:
+            raise ConfigError(
+                "Either `boft_block_size` or `boft_block_num` must be positive and the other 0, but got "
+                f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}."
+            )
+        self.require_positive("boft_n_butterfly_factor")
+        if not 0 <= self.boft_dropout <= 1:
+            raise ConfigError(f"`boft_dropout` must lie between 0 and 1, got {self.boft_dropout}.")
+
+
+class BlocksDropout(nn.Module):
+    """While training, a share p of the blocks (m, d, b, b) of one factor, all chosen at random, becomes I."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, R: Tensor) -> Tensor:
+        if not self.training:
+            return R
+        m, d, b, _ = R.shape
+        factor = torch.randint(0, m, (1,)).item()
+        chosen = torch.zeros(m, d, 1, 1, dtype=torch.bool, device=R.device)
+        chosen[factor, :, 0, 0] = (torch.randperm(d) < int(self.p * d)).to(R.device)
+        return torch.where(chosen, torch.eye(b, dtype=R.dtype, device=R.device), R)
+
+
+class BOFT(Transform, config=BOFTConfig):
+    prefix = "boft_"
+    bases = ("Linear", "Conv1D", "Conv")
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        n, m = base.patch, config.boft_n_butterfly_factor
+        field = "boft_block_size" if config.boft_block_size else "boft_block_num"
+        size = getattr(config, field)
+        if n % size:
+            raise UnsupportedLayerError(f"`{field}` ({size}) must divide the {n} inputs of '{path}'.")
+        b, d = (size, n // size) if field == "boft_block_size" else (n // size, size)
+        if m > 1 and (b % 2 or d % 2 ** (m - 1)):
+            raise UnsupportedLayerError(
+                f"With boft_n_butterfly_factor={m} the blocks must be of even size, and their number a multiple of "
+                f"{2 ** (m - 1)}, but '{path}' would have {d} blocks of size {b}."
+            )
+
+    def build(self) -> None:
+        c, n = self.config, self.base.patch
+        b = self.boft_block_size = c.boft_block_size or n // c.boft_block_num
+        d = self.boft_block_num = n // b
+        self.boft_dropout = BlocksDropout(c.boft_dropout) if c.boft_dropout else nn.Identity()
+        A = torch.zeros(c.boft_n_butterfly_factor, d, b, b)
+        s = torch.ones(self.base.gain_shape(self.base.out, False)[:2])  # (out, 1), on convolutions (1, out)
+        if not c.init_weights:
+            A, s = A.normal_(0.0, 0.1), s.normal_(1.0, 0.1)
+        self.boft_R, self.boft_s = nn.Parameter(A), nn.Parameter(s)
+
+    def rotations(self) -> Tensor:
+        """The blocks R (m, d, b, b)."""
+        A = self.boft_R.to(torch.promote_types(self.boft_R.dtype, torch.float32))
+        Q = (A - A.mT) / 2
+        I = torch.eye(self.boft_block_size, dtype=Q.dtype, device=Q.device)
+        return self.boft_dropout(torch.linalg.solve(I + Q, I - Q, left=False))
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        R, half = self.rotations(), self.boft_block_size // 2
+        rows = self.base.rows(W).to(R.dtype)  # (out, in)
+        for k, blocks in enumerate(R):
+            if k:
+                rows = rows.unflatten(1, (-1, 2, 2**k, half)).transpose(2, 3).flatten(1)
+            rows = torch.einsum("onc,nbc->onb", rows.unflatten(1, (-1, self.boft_block_size)), blocks).flatten(1)
+            if k:
+                rows = rows.unflatten(1, (-1, 2**k, 2, half)).transpose(2, 3).flatten(1)
+        return (self.boft_s.view(-1, 1) * rows).view(len(W), -1, *W.shape[2:]), b
+
+
+BOFTModel = register_tuner("BOFTModel", "BOFT")
