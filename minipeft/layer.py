@@ -65,7 +65,7 @@ class Context:
 
     def __init__(self) -> None:
         self.adapter_names: Sequence[str] | None = None  # one name for each sample of the batch
-        self.task_ids: Tensor | None = None  # (batch,)
+        self.task_ids: Any = None  # (batch,)
 
     def groups(self, size: int, names: Sequence[str] | None) -> dict[str, list[int]] | None:
         """Rows of a batch of `size` by adapter name, or None when the batch is not mixed.
@@ -83,6 +83,28 @@ class Context:
         for row in range(size):
             rows.setdefault(names[row * len(names) // size], []).append(row)
         return rows
+
+    def tasks(self, size: int) -> Tensor:
+        """The task of each row of a batch of `size`; as in `groups`, each id may stand for several rows."""
+        if self.task_ids is None:
+            raise BatchError("This adapter differs by task: `task_ids` must be given, one number for each sample.")
+        ids = torch.as_tensor(self.task_ids)
+        if ids.dim() != 1 or ids.is_floating_point() or not len(ids) or size % len(ids):
+            raise BatchError(
+                f"`task_ids` must hold one whole number for each of {size} samples, got {ids.dtype} of shape {tuple(ids.shape)}."
+            )
+        return ids.repeat_interleave(size // len(ids))
+
+    @contextmanager
+    def only(self, rows: list[int], size: int) -> Iterator[None]:
+        """While it is open, the samples are those of some rows of the batch of `size`."""
+        ids = self.task_ids
+        if ids is not None:
+            self.task_ids = self.tasks(size)[rows]
+        try:
+            yield
+        finally:
+            self.task_ids = ids
 
 
 def run_groups(x: Tensor, groups: dict[str, list[int]], run: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -255,7 +277,8 @@ class Layer(Slots):
 
         def run(name: str, part: Tensor) -> Any:
             nested = {"adapter_names": [name] * len(part)} if isinstance(self.base_layer, Layer) else {}
-            return self._run([] if name == BASE else [name], part, *args, **nested, **kwargs)
+            with self.context.only(groups[name], len(x)):
+                return self._run([] if name == BASE else [name], part, *args, **nested, **kwargs)
 
         return run_groups(x, groups, run)
 

@@ -196,20 +196,30 @@ class BaseTuner(Slots):
 
     # -------------------------------------------------------------------------------------------------------- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; `task_ids` (batch,) goes to methods that route by task."""
-        if "task_ids" in kwargs and self.takes_task_ids:
-            self.context.task_ids = kwargs.pop("task_ids")
-        return self.model(*args, **kwargs)
+        """The model's forward; `task_ids` (batch,) go to methods that route by task, `adapter_names` as in PeftModel."""
+        with self._enable_peft_forward_hooks(*args, **kwargs), self._for_tasks(kwargs):
+            kwargs.pop("adapter_names", None)
+            return self.model(*args, **kwargs)
 
     @property
     def takes_task_ids(self) -> bool:
         return any(getattr(cls, "by_task", False) for c in self.peft_config.values() for cls in ADAPTERS[c.peft_type])
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own generate."""
-        if "task_ids" in kwargs and self.takes_task_ids:
-            self.context.task_ids = kwargs.pop("task_ids")
-        return self.model.generate(*args, **kwargs)
+        """The model's own generate; takes `task_ids` as `forward` does."""
+        with self._for_tasks(kwargs):
+            return self.model.generate(*args, **kwargs)
+
+    @contextmanager
+    def _for_tasks(self, kwargs: dict[str, Any]) -> Iterator[None]:
+        """Take `task_ids` out of a call's arguments. Gradient checkpointing needs them until the backward pass."""
+        if self.takes_task_ids:
+            self.context.task_ids = kwargs.pop("task_ids", None)
+        try:
+            yield
+        finally:
+            if not torch.is_grad_enabled():
+                self.context.task_ids = None
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
