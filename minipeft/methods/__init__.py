@@ -21,6 +21,7 @@ from . import miss as miss
 from . import multitask_prompt_tuning as multitask_prompt_tuning
 from . import oft as oft
 from . import p_tuning as p_tuning
+from . import poly as poly
 from . import prefix_tuning as prefix_tuning
 from . import prompt_tuning as prompt_tuning
 from . import road as road

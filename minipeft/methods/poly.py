@@ -1,0 +1,104 @@
+"""Polytropon (Poly). Ponti et al., 2022, https://arxiv.org/abs/2202.13914, eq. 2; with n_splits > 1
+Multi-Head Routing, Caccia et al., 2022, https://arxiv.org/abs/2211.03831, eq. 4.
+
+    y = W x + b + B_t A_t x / r  A_t = sum_s a_ts A_s: (r, in), B_t = sum_s a_ts B_s: (out, r), for a sample of task t
+    a_t = z_t / sum(z_t)         z_t = sigmoid(Z_t), while training a relaxed Bernoulli draw with logits Z_t: (skills,)
+
+The n_splits parts of the input and of the output each have skills and logits of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import RelaxedBernoulli
+
+from ..adapter import Routed
+from ..base import Base
+from ..config import PeftConfig
+from ..errors import BatchError, ConfigError
+from ..tuner import register_tuner
+
+
+@dataclass
+class PolyConfig(PeftConfig, method="POLY"):
+    """Fields of Poly. A model with it is run with `task_ids` (batch,), whole numbers from 0 to n_tasks - 1."""
+
+    r: int = 8  # rank
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True  # B = 0; otherwise uniform, as A is
+    poly_type: Literal["poly"] = "poly"
+    n_tasks: int = 1
+    n_skills: int = 4
+    n_splits: int = 1  # must divide the numbers of input and of output features
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("r", "n_tasks", "n_skills", "n_splits")
+
+
+class Router(nn.Module):
+    """The logits Z (tasks, splits * skills), and the mixing weights that they give."""
+
+    def __init__(self, config: PolyConfig):
+        super().__init__()
+        self.shape = (config.n_splits, config.n_skills)
+        self.module_logits = nn.Parameter(torch.empty(config.n_tasks, math.prod(self.shape)))
+
+    def forward(self, tasks: Tensor) -> Tensor:
+        """Mixing weights (batch, splits, skills) of the samples' tasks (batch,)."""
+        Z = self.module_logits[tasks].unflatten(1, self.shape)
+        z = RelaxedBernoulli(1.0, logits=Z).rsample() if self.training else torch.sigmoid(Z)
+        return z / (z.sum(-1, keepdim=True) + 1e-12)
+
+
+class Poly(Routed, config=PolyConfig):
+    prefix = "poly_"
+    by_task = True
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        if base.inp % config.n_splits or base.out % config.n_splits:
+            raise ConfigError(
+                f"n_splits={config.n_splits} must divide the {base.inp} input and {base.out} output features of '{path}'."
+            )
+
+    def build(self) -> None:
+        c = self.config
+        self.r, self.n_tasks, self.n_skills, self.n_splits = c.r, c.n_tasks, c.n_skills, c.n_splits
+        self.poly_type = c.poly_type
+        A = uniform(c.n_skills, c.n_splits, c.r, self.base.inp // c.n_splits)
+        shape = c.n_skills, c.n_splits, self.base.out // c.n_splits, c.r
+        B = torch.zeros(shape) if c.init_weights else uniform(*shape)
+        self.poly_lora_A = nn.Parameter(A.permute(1, 0, 3, 2).contiguous())  # (splits, skills, in / splits, r)
+        self.poly_lora_B = nn.Parameter(B.permute(1, 0, 3, 2).contiguous())  # (splits, skills, r, out / splits)
+        self.poly_router = Router(c)
+        nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)  # (batch, ..., out)
+        tasks = self.layer.context.tasks(len(x)).to(x.device)
+        if tasks.min() < 0 or tasks.max() >= self.n_tasks:
+            raise BatchError(f"`task_ids` must lie between 0 and {self.n_tasks - 1}, got {tasks.tolist()}.")
+        a = self.poly_router(tasks)  # (batch, splits, skills)
+        A = torch.einsum("bqs,qsdr->bqdr", a, self.poly_lora_A).flatten(1, 2)  # (batch, in, r)
+        B = torch.einsum("bqs,qsrd->brqd", a, self.poly_lora_B).flatten(2)  # (batch, r, out)
+        h = self.cast(x, A).reshape(len(x), -1, x.shape[-1])  # (batch, positions, in)
+        return (y + (h.bmm(A).bmm(B) / self.r).view(y.shape)).to(y.dtype)
+
+
+def uniform(skills: int, splits: int, n_out: int, n_in: int) -> Tensor:
+    """(skills, splits, n_out, n_in) matrices, each initialised as nn.Linear initialises its weight."""
+    W = torch.empty(skills, splits, n_out, n_in)
+    for matrix in W.flatten(0, 1):
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+    return W
+
+
+PolyModel = register_tuner("PolyModel", "POLY")
