@@ -30,10 +30,10 @@ p { max-width: 78ch; } .soft { color: var(--soft); }
 .tally b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; line-height: 1.2; }
 .wide { overflow-x: auto; }
 table { border-collapse: separate; border-spacing: 3px; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-weight: 600; font-size: 13px; padding: 4px 6px; white-space: nowrap; }
-th.eq { font-weight: 400; color: var(--soft); font: 12px ui-monospace, Menlo, Consolas, monospace; min-width: 260px;
+th { text-align: left; font-weight: 600; font-size: 13px; padding: 4px 5px; white-space: nowrap; }
+th.eq { font-weight: 400; color: var(--soft); font: 12px ui-monospace, Menlo, Consolas, monospace; min-width: 210px;
   white-space: normal; }
-td { padding: 0; text-align: center; font-size: 13px; border-radius: 5px; min-width: 68px; }
+td { padding: 0; text-align: center; font-size: 13px; border-radius: 5px; min-width: 60px; }
 td a, td span { display: block; padding: 5px 8px; color: inherit; text-decoration: none; }
 td a:hover, td a:focus { outline: 2px solid var(--ink); border-radius: 5px; }
 .pass { background: var(--pass); color: var(--pass-ink); }
