@@ -52,6 +52,7 @@ class Adapter:
     method: ClassVar[PeftType]
     exclusive: ClassVar[bool] = False  # True: at most one adapter of this method may be active
     shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
+    ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
     autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
@@ -133,6 +134,17 @@ class Adapter:
     def build(self) -> None:
         """Create and initialise the parameters, as slots."""
         raise NotImplementedError
+
+    def follow(self, source: Adapter, fresh: bool = False) -> None:
+        """Share the tensors of `source`, the same adapter on the embedding whose weight this layer uses too.
+
+        `fresh`: both were just initialised. Called again before each run, so it must be cheap when nothing has changed.
+        """
+        raise UnsupportedFeatureError(f"{type(self).__name__} cannot be tied; leave '{self.path}' out of its targets.")
+
+    def agrees(self, source: Adapter) -> bool:
+        """Whether the values are those that `follow` would give."""
+        return all(map(torch.equal, self.parameters(), source.parameters()))
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the adapted operator for input `x`; `inner` is the operator inside."""

@@ -37,6 +37,8 @@ class Base:
     label = ""  # the class name that PEFT shows for such a layer
     weight_name, bias_name = "weight", "bias"
     original: tuple[Tensor, Tensor | None] | None = None  # the stored tensors from before a merge
+    apart = False  # True: other modules use the weight too, so `write` must leave that tensor to them
+    lent: Tensor | None = None  # that tensor, while the layer has one of its own
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         self.module = module
@@ -61,6 +63,9 @@ class Base:
                 f"The adapter gives the {type(self.leaf).__name__} a bias, but the layer has none to write it to. "
                 "Make the layer with bias=True, or keep the adapter unmerged."
             )
+        if self.home.apart and self.home.lent is None:
+            self.home.lent, weight = weight, nn.Parameter(weight.data, weight.requires_grad)
+            setattr(self.leaf, self.weight_name, weight)
         if self.home.original is None:
             self.home.original = weight.data, None if bias is None else bias.data
         weight.data = self.canonical(W).to(weight.dtype).contiguous()
@@ -73,11 +78,14 @@ class Base:
             for tensor, old in zip(self.stored(), self.home.original):
                 if tensor is not None:
                     tensor.data = old
-            self.home.original = None
+            if self.home.lent is not None:
+                setattr(self.leaf, self.weight_name, self.home.lent)
+            self.home.original = self.home.lent = None
 
     def forget(self) -> None:
         """Make what was written permanent."""
-        self.home.original = None
+        self.home.original = self.home.lent = None
+        self.home.apart = False
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer for input `x`, had it the weights (W, b)."""

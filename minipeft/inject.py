@@ -23,6 +23,7 @@ from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
 from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
 from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
+from .tying import Ties
 
 if TYPE_CHECKING:
     from .tuner import BaseTuner
@@ -93,6 +94,7 @@ class Plan:
             self.shared = self.cls.share(config, [base for *_, base in found], tuner.shared)
             for path, live, module, base in found:
                 self.build(path, live, module, base)
+            self.ties.follow(self)
             self.copy_modules()
             self.train_tokens()
         except BaseException:
@@ -117,8 +119,10 @@ class Plan:
         if isinstance(getattr(config, "target_modules", None), str) and config.target_modules.lower() == ALL_LINEAR:
             bases = [(path, base_of(module)) for path, (_, module) in outer.items() if path]
             config.target_modules = all_linear(self.model, config.task_type, bases)
+        self.ties = Ties(config, self.model, cls.ties)
         targets = Targets(config)
         self.modules = [path for path in outer if path in targets] if keys is None else _paths_in(keys, cls.prefix, outer)
+        self.modules = self.ties.order(self.modules)
         found: list[tuple[str, str, nn.Module, Any]] = []
         for path in self.modules:
             live, module = outer[path]
@@ -212,6 +216,7 @@ class Plan:
                 ModulesToSaveWrapper.check(original)
                 copied = copy.deepcopy(original)
                 self.copies.append((live, module, copied))
+        self.ties.copy(self)
 
     def train_tokens(self) -> None:
         """Build the rows of `trainable_token_indices`, each on the embedding that it names."""
@@ -301,6 +306,7 @@ class Plan:
                 module = ModulesToSaveWrapper(module, tuner.context)
                 self._set(live, module)
             module.modules_to_save[name] = copied
+        self.ties.commit()
 
     def finish(self) -> None:
         """Write what a checkpoint holds for the model's own tensors: biases, and whole embedding layers."""

@@ -315,7 +315,9 @@ class Layer(Slots):
         if not names:
             return
         home = self._home
-        self._fold(home.folded + [(self, name) for name in names], safe_merge)
+        own = [n for n in names if home.base.apart or "follows" not in vars(self.adapters[n])]  # others: merged elsewhere
+        if own:
+            self._fold(home.folded + [(self, name) for name in own], safe_merge)
         self.merged_adapters.extend(names)
 
     @torch.no_grad()

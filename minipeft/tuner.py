@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from . import tying
 from .adapter import ADAPTERS, adapter_class
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
@@ -337,6 +338,7 @@ class BaseTuner(Slots):
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
             raise MergeError("Cannot merge layers that are replicated: they share one weight but have adapters of their own.")
+        tying.part(self, todo, names)
         done: list[tuple[Layer, list[str]]] = []
         try:
             for layer in _progress(list(reversed(todo)), "Merging adapters", progress):
@@ -363,7 +365,9 @@ class BaseTuner(Slots):
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._merge(layers(self.model), safe_merge, adapter_names, progressbar)
-        return self._unload(names)
+        model = self._unload(names)
+        tying.note_untied(model)
+        return model
 
     def unload(self) -> nn.Module:
         """The base model without any adapter, its weights as they were."""

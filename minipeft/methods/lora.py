@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
@@ -162,6 +163,30 @@ class LoRA(LowRank, config=LoraConfig):
     @classmethod
     def chosen_by(cls, config: Any) -> bool:
         return not config.use_dora
+
+    def follow(self, source: Any, fresh: bool = False) -> None:
+        A, B = source.lora_A, source.lora_B  # (r, tokens), (dim, r)
+        if not self.base.reads_vectors:
+            self.lora_A.data, self.lora_B.data = A.data, B.data
+            return
+        a, b = self.lora_A.weight, self.lora_B.weight  # a head: (s B A)^T = s A^T B^T
+        if fresh:
+            if isinstance(self.config.init_lora_weights, str) and self.config.init_lora_weights != "gaussian":
+                raise ConfigError(f"init_lora_weights={self.config.init_lora_weights!r} is not for tied embeddings.")
+            if self.config.init_lora_weights:  # PEFT: those of the head, in the order in which memory holds them
+                if a.shape == B.shape[::-1]:
+                    B.data = a.data.reshape(B.shape).clone()
+                nn.init.zeros_(A)
+        self.r, self.lora_alpha, self.scaling = source.r, source.lora_alpha, source.scaling
+        for mine, theirs in ((a, B), (b, A)):
+            if mine.data_ptr() != theirs.data_ptr() or mine.shape != theirs.shape[::-1]:
+                mine.data = theirs.data.t()
+
+    def agrees(self, source: Any) -> bool:
+        if not self.base.reads_vectors:
+            return super().agrees(source)
+        a, b = self.lora_A.weight, self.lora_B.weight
+        return torch.equal(a, source.lora_B.t()) and torch.equal(b, source.lora_A.t())
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)

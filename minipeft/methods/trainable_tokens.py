@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Transform
-from ..base import Embedding, base_of
+from ..base import Embedding, Linear, base_of
 from ..config import PeftConfig
 from ..errors import ConfigError, NoMatchingPeftModuleError, nearest
 from ..layer import Layer, TrainableTokensWrapper, walk
@@ -35,6 +35,7 @@ class TrainableTokensConfig(PeftConfig, method="TRAINABLE_TOKENS"):
 
 class TrainableTokens(Transform, config=TrainableTokensConfig):
     prefix = "trainable_tokens_"
+    ties = True
     bases = ("Embedding", "Linear")  # a linear layer's rows, for heads tied to the embedding
 
     @classmethod
@@ -52,6 +53,11 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
         start = original.clone() if self.config.init_weights else torch.randn(original.shape)
         self.trainable_tokens_delta = nn.Parameter(torch.empty(original.shape) if self.blank else start)
         self.trainable_tokens_original = original
+
+    def follow(self, source: Any, fresh: bool = False) -> None:
+        if self.trainable_tokens_delta is not source.trainable_tokens_delta:
+            self.trainable_tokens_delta = source.trainable_tokens_delta
+            self.trainable_tokens_original = source.trainable_tokens_original
 
     def rows(self, W: Tensor) -> Tensor:
         return W.T if not self.base.reads_vectors else W  # (tokens, dim), from the canonical layout
@@ -82,7 +88,7 @@ def plan_tokens(plan: Any) -> None:
     """Build, for a plan of another method, the rows of its `trainable_token_indices`."""
     indices = plan.config.trainable_token_indices
     paths = {path: (live, module) for path, live, module in reversed(list(walk(plan.model)))}
-    wanted = indices if isinstance(indices, dict) else {embedding_path(plan.model): indices}
+    wanted = plan.ties.tokens(indices if isinstance(indices, dict) else {embedding_path(plan.model): indices})
     for target, tokens in wanted.items():
         found = [path for path in paths if path and target in suffixes(path)]
         if not found:
@@ -95,10 +101,11 @@ def plan_tokens(plan: Any) -> None:
             joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
             inside = joins.base_layer if joins is not None else module
             base = joins.base if joins is not None else base_of(module)
-            if not isinstance(base, Embedding) or isinstance(module, Layer) or live in {at for at, *_ in plan.new}:
+            if not isinstance(base, (Embedding, Linear)) or isinstance(module, Layer) or live in {at for at, *_ in plan.new}:
                 raise ConfigError(f"trainable_token_indices needs an embedding that has no other adapter, but '{path}' is not one.")
             config = TrainableTokensConfig(token_indices=list(tokens))
             plan.tokens.append((live, plan.scratch(inside, base, path, TrainableTokens, config), joins))
+    plan.ties.follow_tokens(plan, TrainableTokens, lambda tokens: TrainableTokensConfig(token_indices=list(tokens)))
 
 
 def embedding_path(model: nn.Module) -> str:
