@@ -62,6 +62,7 @@ class Adapter:
     name: str
     config: Any
     path: str
+    found: dict[str, Any]  # slots looked up so far
 
     def __init_subclass__(cls, config: type[PeftConfig] | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -71,19 +72,30 @@ class Adapter:
             ADAPTERS.setdefault(cls.method, []).append(cls)
 
     def __init__(self, layer: Layer, name: str, config: PeftConfig, path: str):
-        vars(self).update(layer=layer, base=layer.base, name=name, config=config, path=path)
+        vars(self).update(layer=layer, base=layer.base, name=name, config=config, path=path, found={})
 
     def __setattr__(self, slot: str, value: Any) -> None:
-        if slot in ("layer", "base", "name", "config", "path"):
-            vars(self)[slot] = value
-        else:
-            slot = self.base.slot(slot)
-            self.layer.put(slot, self.name, value, persistent=self.keeps(slot, self.config))
+        slot = self.base.slot(slot)
+        self.layer.put(slot, self.name, value, persistent=self.keeps(slot, self.config))
 
     def __getattr__(self, slot: str) -> Any:
-        if slot.startswith("__") or "layer" not in vars(self):  # half built, by copy or pickle
+        own = self.__dict__
+        if slot.startswith("__") or "found" not in own:  # half built, by copy or pickle
             raise AttributeError(slot)
-        return self.layer.take(self.base.slot(slot), self.name)
+        contents = own["found"].get(slot)
+        if contents is None:
+            contents = self.layer.contents(self.base.slot(slot))
+            if contents is None or self.name not in contents:
+                raise AttributeError(f"{self!r} has no {slot!r}")
+            own["found"][slot] = contents
+        try:
+            return contents[self.name]
+        except KeyError:
+            raise AttributeError(f"{self!r} has no {slot!r}") from None
+
+    def move_to(self, layer: Layer) -> None:
+        """Stand on `layer` from now on, which has taken over the slots."""
+        vars(self).update(layer=layer, base=layer.base, found={})
 
     # ------------------------------------------------------------------------------------------ what a method gives
     @classmethod

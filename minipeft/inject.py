@@ -291,7 +291,8 @@ class Plan:
                 action()
             scratch.at_commit.clear()
             for slot in self.shared:
-                setattr(scratch, slot, tuner._modules[slot])
+                scratch._modules[slot] = tuner._modules[slot]
+            scratch.adapters[name].move_to(scratch)
             if joins is not None:
                 joins.adopt(scratch, name)
             else:

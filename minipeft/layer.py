@@ -129,38 +129,41 @@ class Slots(nn.Module):
 
     def put(self, slot: str, name: str, value: Any, persistent: bool = False) -> None:
         """Store `value` for adapter `name`; the first value of a slot decides what kind of container it is."""
+        contents = self.contents(slot)
+        if contents is None:
+            if isinstance(value, nn.Module):
+                self.register(slot, nn.ModuleDict(), trained=bool(value._parameters or value._modules))
+            elif isinstance(value, nn.Parameter):
+                self.register(slot, nn.ParameterDict(), trained=True)
+            elif isinstance(value, Tensor):
+                self.register(slot, BufferDict(persistent=persistent), trained=False)
+            else:
+                self.register(slot, {}, trained=False)
+            contents = self.contents(slot)
+        if isinstance(value, Tensor):  # let the container see to what it needs
+            self._modules[slot][name] = value
+        else:
+            contents[name] = value
+
+    def register(self, slot: str, box: Any, trained: bool) -> None:
+        """Add the container of a slot."""
+        own = self.__dict__
+        (own["_modules"] if isinstance(box, nn.Module) else own)[slot] = box
+        listing = "adapter_layer_names" if trained else "other_param_names"
+        own[listing] = getattr(self, listing) + (slot,)
+
+    def contents(self, slot: str) -> Any:
+        """What the container of a slot holds, as a plain dict by adapter name; None when there is no such slot."""
         box = self._modules.get(slot)
         if box is None:
-            box = self.__dict__.get(slot)
-        if box is None:
-            if isinstance(value, nn.Parameter):
-                box = nn.ParameterDict()
-            elif isinstance(value, nn.Module):
-                box = nn.ModuleDict()
-            elif isinstance(value, Tensor):
-                box = BufferDict(persistent=persistent)
-            else:
-                box = {}
-            setattr(self, slot, box)
-            if isinstance(box, (nn.ParameterDict, nn.ModuleDict)):
-                self.adapter_layer_names += (slot,)
-            else:
-                self.other_param_names += (slot,)
-        box[name] = value
+            return self.__dict__.get(slot)
+        kind = type(box)
+        return box._modules if kind is nn.ModuleDict else box._parameters if kind is nn.ParameterDict else box._buffers
 
     def take(self, slot: str, name: str) -> Any:
         """The value of adapter `name`. Raises `AttributeError` when there is none."""
-        box = self._modules.get(slot)
-        if box is None:
-            box = self.__dict__.get(slot)
-        elif type(box) is nn.ModuleDict:
-            box = box._modules
-        elif type(box) is nn.ParameterDict:
-            box = box._parameters
-        elif type(box) is BufferDict:
-            box = box._buffers
         try:
-            return box[name]
+            return self.contents(slot)[name]
         except (KeyError, TypeError):
             raise AttributeError(f"adapter {name!r} has no {slot!r}") from None
 
@@ -184,6 +187,10 @@ class Slots(nn.Module):
             if slot.startswith(prefix):
                 if isinstance(value, Tensor):
                     yield slot, value
+                elif not value._modules:
+                    for tensor in (*value._parameters.values(), *value._buffers.values()):
+                        if tensor is not None:
+                            yield slot, tensor
                 else:
                     yield from ((slot, p) for p in value.parameters())
                     yield from ((slot, b) for b in value.buffers())
@@ -196,24 +203,38 @@ class Layer(Slots):
     which they are listed there. Live parameter names are PEFT's: `base_layer.weight`, `lora_A.default.weight`.
     """
 
+    base_layer: nn.Module
+    base: Base
+    method: str
+    context: Context
+    adapters: dict[str, Adapter]
+    trained: set[str]
+    merged_adapters: list[str]
+    folded: list[tuple[Layer, str]]
+    at_commit: list[Callable[[], None]]
+    _active_adapter: list[str]
+
     def __init__(self, module: nn.Module, base: Base, method: str, context: Context | None = None):
         super().__init__()
-        self.base_layer = module
-        self.base = base
-        self.method = method
-        self.context = context or Context()
-        self.adapters: dict[str, Adapter] = {}
-        self.merged_adapters: list[str] = []
-        self.folded: list[tuple[Layer, str]] = []  # of the innermost layer: what its weights hold, in order
-        self.cast_input_dtype_enabled = True
-        self.read_through = False  # True: the parent takes `.weight` instead of calling the layer
-        self.tied = False  # True: its adapters are those of another layer, which also saves them
-        self.blank = False  # while being built: True when values are going to be loaded, and only shapes matter
-        self.autocast = False  # while being built: True when low-precision adapter tensors become float32
-        self.at_commit: list[Callable[[], None]] = []
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
-        self.train(module.training)
+        self._modules["base_layer"] = module
+        vars(self).update(  # plain values: nn.Module.__setattr__ would ask of each what it is
+            base=base,
+            method=method,
+            context=context or Context(),
+            adapters={},
+            trained=set(),  # names of the adapters that are trainable
+            merged_adapters=[],
+            folded=[],  # of the innermost layer: what its weights hold, in order
+            cast_input_dtype_enabled=True,
+            read_through=False,  # True: the parent takes `.weight` instead of calling the layer
+            tied=False,  # True: its adapters are those of another layer, which also saves them
+            blank=False,  # while being built: True when values are going to be loaded, and only shapes matter
+            autocast=False,  # while being built: True when low-precision adapter tensors become float32
+            at_commit=[],
+            training=module.training,
+            _active_adapter=[],
+            _disable_adapters=False,
+        )
 
     # ------------------------------------------------------------------------------------------------- being built
     def settle(self, tensor: Tensor) -> Tensor:
@@ -225,12 +246,17 @@ class Layer(Slots):
         return tensor
 
     def settle_all(self, name: str) -> None:
-        """Move all tensors of adapter `name` there, by way of the frozen layer's dtype."""
+        """Move all tensors of adapter `name` that have values there, by way of the frozen layer's dtype."""
+        dtype, device = self.base.dtype, self.base.device
+        final = torch.float32 if self.autocast and dtype in LOW_PRECISION else dtype
         for slot, tensor in self.tensors(name):
-            if tensor.is_floating_point() and self.base.dtype.is_floating_point:
-                tensor.data = tensor.data.to(self.base.dtype)
-            own = isinstance(tensor, nn.Parameter) or tensor is self.take(slot, name)  # PEFT: not buffers of its modules
-            tensor.data = self.settle(tensor.data) if own else tensor.data.to(self.base.device)
+            if tensor.is_meta or device.type == "meta":
+                continue
+            if not (tensor.is_floating_point() and dtype.is_floating_point):
+                tensor.data = tensor.data.to(device)
+            elif not (tensor.dtype == dtype == final and tensor.device == device):
+                own = isinstance(tensor, nn.Parameter) or tensor is self.take(slot, name)  # PEFT: not its modules' buffers
+                tensor.data = tensor.data.to(device, dtype).to(final if own else dtype)
 
     # ------------------------------------------------------------------------------------------------- the operator
     def operator(self, names: Sequence[str] | None = None) -> Any:
@@ -246,7 +272,8 @@ class Layer(Slots):
         """Names that take part in `forward`: active, not disabled, and not already in the weights."""
         if self._disable_adapters:
             return []
-        return [n for n in self._active_adapter if n in self.adapters and n not in self.merged_adapters]
+        merged = self.merged_adapters
+        return [n for n in self._active_adapter if n in self.adapters and n not in merged]
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Output of the adapted layer; `adapter_names` gives each sample of the batch its own adapter."""
@@ -371,36 +398,47 @@ class Layer(Slots):
         if self.merged_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning)
             self.unmerge()
-        for name, adapter in self.adapters.items():
-            _set_grad(self, adapter, name in names and not inference_mode)
+        self._train_only(() if inference_mode else names)
         self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters on, with the active ones trainable, or off, with all frozen."""
         self._disable_adapters = not enabled
-        for name, adapter in self.adapters.items():
-            _set_grad(self, adapter, enabled and name in self._active_adapter)
+        self._train_only(self._active_adapter if enabled else ())
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them, without activating them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.adapters:
-                _set_grad(self, self.adapters[name], requires_grad)
+                self._train(name, requires_grad)
+
+    def _train_only(self, names: Sequence[str]) -> None:
+        """Train the adapters in `names` and freeze the others; only those whose state changes are touched."""
+        for name in self.trained - set(names):
+            self._train(name, False)
+        for name in names:
+            if name in self.adapters:
+                self._train(name, True)
+
+    def _train(self, name: str, on: bool) -> None:
+        for slot in self.adapter_layer_names:
+            if slot.startswith(self.adapters[name].prefix) and (value := self.contents(slot).get(name)) is not None:
+                for p in (value,) if isinstance(value, Tensor) else value.parameters():
+                    if p.requires_grad is not on and p.is_leaf:
+                        p.requires_grad_(on)
+        (self.trained.add if on else self.trained.discard)(name)
 
     def adopt(self, scratch: Layer, name: str) -> None:
         """Take over adapter `name`, built on a scratch layer around the same module."""
         adapter = scratch.adapters[name]
         for slot in scratch.adapter_layer_names + scratch.other_param_names:
-            box = getattr(scratch, slot)
-            if name in box:
-                if slot in vars(self).get("_modules", {}) or slot in vars(self):
-                    if getattr(self, slot) is not box:
-                        self.put(slot, name, box[name])
-                else:
-                    setattr(self, slot, box)
-                    listing = "adapter_layer_names" if slot in scratch.adapter_layer_names else "other_param_names"
-                    setattr(self, listing, getattr(self, listing) + (slot,))
-        adapter.layer, adapter.base = self, self.base
+            theirs, mine = scratch.contents(slot), self.contents(slot)
+            if name in theirs and mine is None:
+                box = scratch._modules.get(slot, theirs)
+                self.register(slot, box, slot in scratch.adapter_layer_names)
+            elif name in theirs and mine is not theirs:
+                self.put(slot, name, theirs[name])
+        adapter.move_to(self)
         self.adapters[name] = adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -410,6 +448,7 @@ class Layer(Slots):
         if self.adapters.pop(adapter_name, None) is None:
             return
         self.drop(adapter_name)
+        self.trained.discard(adapter_name)
         if adapter_name in self._active_adapter:
             rest = [n for n in self._active_adapter if n != adapter_name]
             self.set_adapter(rest or sorted(self.adapters)[:1])
@@ -654,18 +693,6 @@ def _join(path: str, name: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
-def _set_grad(layer: Layer, adapter: Adapter, on: bool) -> None:
-    for slot in layer.adapter_layer_names:
-        if slot.startswith(adapter.prefix):
-            box = layer._modules[slot]
-            value = (box._parameters if type(box) is nn.ParameterDict else box._modules).get(adapter.name)
-            if value is None:
-                continue
-            for p in (value,) if isinstance(value, Tensor) else value.parameters():
-                if p.requires_grad is not on and p.is_leaf:
-                    p.requires_grad_(on)
-
-
 def _tensors(pair: Any) -> Iterator[Tensor]:
     for part in pair:
         if part is not None:

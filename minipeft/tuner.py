@@ -152,11 +152,11 @@ class BaseTuner(Slots):
         return self._modules.get(slot)
 
     def _freeze_base(self) -> None:
-        mine = {id(p) for _, _, layer in adapted(self.model) for p in _own_parameters(layer)}
-        mine |= {id(p) for slot in self.adapter_layer_names for p in self._modules[slot].parameters()}
-        for parameter in self.model.parameters():
-            if id(parameter) not in mine:
-                parameter.requires_grad = False
+        for _, _, module in walk(self.model):
+            if not isinstance(module, (Layer, ModulesToSaveWrapper)):
+                for parameter in module._parameters.values():
+                    if parameter is not None:
+                        parameter.requires_grad = False
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """float16, bfloat16 and float8 tensors of an adapter become float32, which training needs."""
@@ -392,7 +392,8 @@ class BaseTuner(Slots):
                 replacement = module.token_adapter
             else:
                 continue
-            self.model.set_submodule(live, replacement)
+            head, _, last = live.rpartition(".")
+            self.model.get_submodule(head)._modules[last] = replacement
         if "peft_config" in vars(self.model):
             del self.model.peft_config
         return self.model
@@ -416,11 +417,6 @@ class BaseTuner(Slots):
             if name == "model" or "_modules" not in self.__dict__ or "model" not in self._modules:
                 raise
             return getattr(self.model, name)
-
-
-def _own_parameters(layer: Any) -> Iterator[nn.Parameter]:
-    for slot in layer.adapter_layer_names:
-        yield from layer._modules[slot].parameters()
 
 
 def _progress(items: list[Any], title: str, show: bool) -> Iterator[Any]:

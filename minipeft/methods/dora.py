@@ -96,6 +96,5 @@ def square(W: Tensor) -> Tensor:
 def norm(W: Tensor, A: Tensor, B: Tensor, s: float, WW: Tensor) -> Tensor:
     """|W + s B A| of each row, (out,), from WW = |W|^2."""
     A, B = A.to(WW.dtype), B.to(WW.dtype)
-    cross = (W.flatten(1).to(WW.dtype) @ A.T) * B  # (out, r)
-    inner = (B @ (A @ A.T)) * B  # (out, r)
-    return (WW + (2 * s * cross + s * s * inner).sum(1)).clamp_min(0).sqrt()
+    C = torch.addmm(W.flatten(1).to(WW.dtype) @ A.T, B, A @ A.T, beta=2 * s, alpha=s * s)  # (out, r)
+    return (WW + torch.linalg.vecdot(C, B)).clamp_min(0).sqrt()

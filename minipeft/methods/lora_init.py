@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base import kaiming
 from ..errors import ConfigError, UnsupportedFeatureError
 
 LATER = ("eva", "corda", "loftq", "lora_ga", "mica")
@@ -37,7 +38,7 @@ def initialise(adapter: Any, how: bool | str) -> None:
             nn.init.normal_(B)
     elif how is True or how == "gaussian":
         if how is True:
-            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+            kaiming(A.weight) if A.weight.dim() == 2 else nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
         else:
             nn.init.normal_(A.weight, std=1 / adapter.r)
         for zero in (B.weight, B.bias):
