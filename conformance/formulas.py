@@ -92,7 +92,7 @@ def gradients(method, base, weights, tensors, config, inputs, cotangent, step=1e
     def loss():
         return float((output(method, base, weights, tensors, config, inputs, held, **faulty) * cotangent).sum())
 
-    moving = {k: v for k, v in tensors.items() if k not in method.frozen}
+    moving = {k: v for k, v in tensors.items() if not method.is_frozen(k)}
     if "x" in inputs and inputs["x"].dtype.kind == "f":
         inputs["x"] = inputs["x"].astype(np.float64)
         moving["input"] = inputs["x"]

@@ -92,6 +92,10 @@ class Method:
     fresh_identity: bool = False  # a new adapter does nothing because its tensors are taken from the base
     prompts: bool = False  # joined to the model's input; the output may be longer than the base model's
 
+    def is_frozen(self, key: str) -> bool:
+        """Is this saved tensor one that is not trained?"""
+        return any(key == f or key.endswith("." + f) for f in self.frozen)
+
 
 def slots(tensors: dict, path: str, config: dict | None = None) -> dict:
     """The tensors of the adapter on one weight: slot -> array. Shared tensors keep their whole key."""

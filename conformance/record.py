@@ -198,8 +198,8 @@ def record_trace(method, row, driver, base, config, parts, problems, case_id):
     weights, inputs = parts["base"], parts["input"]
     driver.build(base, weights, second, "float64", case=case_id)
     state = driver.state_dict()
-    other = draw_adapter(method, state, set(method.frozen), rng_of(case_id + " second"))
-    other.update({k: v for k, v in parts["adapter"].items() if k in method.frozen})
+    other = draw_adapter(method, state, {k for k in state if method.is_frozen(k)}, rng_of(case_id + " second"))
+    other.update({k: v for k, v in parts["adapter"].items() if method.is_frozen(k)})
     known = (method, base, weights, config, second, parts["adapter"], other, inputs, "float64")
     told = [list(lifecycle.steps(d, *known, case=name)) for d, name in ((driver, case_id), (Oracle(), case_id + "?"))]
     for (name, a), (_, b) in zip(*told):

@@ -196,7 +196,7 @@ def validate(config, method):
     if config.get("peft_type") != method.peft_type:
         raise Rejected(f"unknown peft_type {config.get('peft_type')!r}")
     for field in ("r", "init_r", "num_virtual_tokens"):
-        value = config.get(field, 1)
+        value = config[field] if config.get(field) is not None else 1
         if not isinstance(value, int) or value < 0 or (value == 0 and field != "r") \
                 or (value == 0 and method.name != "oft"):
             raise Rejected(f"{field} must be a positive integer, not {value!r}")

@@ -46,7 +46,7 @@ class Sample:
         found = {}
         for key, fresh in sorted(driver.state_dict(name).items()):
             fresh = np.asarray(fresh, np.float64)
-            if key in self.method.frozen:
+            if self.method.is_frozen(key):
                 found[key] = bf16(fresh)
             elif self.method.perturb:
                 found[key] = bf16(self.method.perturb(key, fresh, rng))
