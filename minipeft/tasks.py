@@ -45,6 +45,9 @@ class _Task(PeftModel):
             given["task_ids"] = task_ids
         return PeftModel.forward(self, **given, **kwargs)
 
+    def _inner(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
 
 class _Head(_Task):
     """A backbone with a classifying head, which is trained in full beside every adapter."""
