@@ -11,6 +11,7 @@ from .auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from .methods.adalora import AdaLoraConfig, AdaLoraModel
 from .methods.beft import BeftConfig, BeftModel
 from .methods.boft import BOFTConfig, BOFTModel
 from .methods.c3a import C3AConfig, C3AModel
