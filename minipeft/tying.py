@@ -101,8 +101,8 @@ class Ties:
                 config.target_modules = {name for name in targets if not self._is_tied(name)} | {self.embedding}
         elif getattr(config, "trainable_token_indices", None) is None:
             warnings.warn(
-                "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or "
-                "`target_modules`.",
+                "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` "
+                "or `target_modules`.",
                 PeftWarning,
                 stacklevel=2,
             )
@@ -122,6 +122,8 @@ class Ties:
         new = {scratch.adapters[plan.name].path: scratch.adapters[plan.name] for _, scratch, _ in plan.new}
         for path in self.targets:
             self._pair(new[path], new[self.embedding])
+        for adapter, source in self.pairs:  # a head may have set the initial values of all
+            adapter.follow(source)
 
     def _pair(self, adapter: Any, source: Any) -> None:
         adapter.follow(source, fresh=not adapter.blank)

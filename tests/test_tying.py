@@ -269,3 +269,28 @@ def test_tied_names():
     )
     parts = {name for name, m in model.named_modules() if getattr(m, "weight", None) is model.shared.weight}
     assert set(tied_names(model)) == parts - {"shared"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q", "shared"], "ensure_weight_tying": True},
+        {"target_modules": ["q"], "modules_to_save": ["shared"], "ensure_weight_tying": True},
+        {"target_modules": ["q"], "trainable_token_indices": [1, 4]},
+    ],
+)
+def test_several_tied_layers(fields):
+    """T5: two embeddings and the head are tied to one embedding."""
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=20, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    model = adapted(minipeft, "Lora", transformers.T5ForConditionalGeneration(config).eval(), **fields)
+    batch = {"input_ids": X, "decoder_input_ids": X + 2}
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = model(**batch).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(**batch).logits, want, rtol=0, atol=1e-5)
+    embeddings = [part.embed_tokens for part in (merged.encoder, merged.decoder)]
+    assert {m.weight for m in (merged.lm_head, *embeddings)} == {merged.shared.weight}
