@@ -42,7 +42,7 @@ class LycorisConfig(PeftConfig):
 
 
 class Lycoris(Delta):
-    """W' = W + (alpha / r) D. Gives `factors` (the parameters for rank r) and `product` (D, in any shape of W's size)."""
+    """W' = W + (alpha / r) D. Gives `factors` (the parameters) and `product` (D, in any shape of W's size)."""
 
     bases = ("Linear", "Conv1D", "Conv", "Embedding")
 
@@ -95,7 +95,7 @@ class Lycoris(Delta):
 
 
 def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """sum_ij t[i, j, ...] a[i, p] b[j, q]: a core t (r, r, *kernel) with factors a (r, p), b (r, q) -> (p, q, *kernel)."""
+    """sum_ij t[i, j, ...] a[i, p] b[j, q]: core t (r, r, *kernel), factors a (r, p), b (r, q) -> (p, q, *kernel)."""
     return torch.einsum("ij...,ip,jq->pq...", t, a, b)
 
 

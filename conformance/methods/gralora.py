@@ -15,8 +15,9 @@ def blocks(site, t, exchange=True):
     """The k x k blocks: block (j, i) is made of the j-th part of A_i and the i-th part of B_j."""
     A, B = t["gralora_A"], t["gralora_B"]
     k, size = len(A), A.shape[2] // len(A)
-    part = lambda i: slice(i * size, (i + 1) * size)  # noqa: E731
-    return np.block([[(A[i][:, part(j if exchange else i)] @ B[j][part(i if exchange else j)]).T for i in range(k)]
+    a = A.reshape(k, -1, k, size)  # (i, in / k, j, r / k)
+    b = B.reshape(k, k, size, -1)  # (j, i, r / k, out / k)
+    return np.block([[(a[i, :, j if exchange else i] @ b[j, i if exchange else j]).T for i in range(k)]
                      for j in range(k)])
 
 
@@ -48,7 +49,8 @@ ROWS = [
 
 FAULTS = (
     Fault("parts-not-exchanged", "each block takes the parts of A and B in their own order",
-          {"formula": lambda s, t, c: (s.W + scaling(c) * (blocks(s, t, False) + general(t)), s.b)}, spares=("linear/one",)),
+          {"formula": lambda s, t, c: (s.W + scaling(c) * (blocks(s, t, False) + general(t)), s.b)},
+          spares=("linear/one",)),
     Fault("hybrid-rank-not-counted", "the scale is alpha / r also beside a plain pair",
           {"formula": lambda s, t, c: (s.W + c["alpha"] / c["r"] * (blocks(s, t) + general(t)), s.b)},
           cases=("linear/hybrid",)),

@@ -50,10 +50,12 @@ def swapped(site, t, c):
 
 
 FAULTS = (
-    Fault("added", "the product is added to W as if it were LoRA's", {"formula": lambda s, t, c: (s.W + product(s, t), s.b)}),
+    Fault("added", "the product is added to W as if it were LoRA's",
+          {"formula": lambda s, t, c: (s.W + product(s, t), s.b)}),
     Fault("without-the-one", "W is replaced by its product with B A",
           {"formula": lambda s, t, c: (s.W * product(s, t), s.b)}),
-    Fault("scaled", "the product is divided by r", {"formula": lambda s, t, c: (s.W * (1 + product(s, t) / c["r"]), s.b)},
+    Fault("scaled", "the product is divided by r",
+          {"formula": lambda s, t, c: (s.W * (1 + product(s, t) / c["r"]), s.b)},
           spares=("linear/no-base-bias",)),
     Fault("transposed", "the product of a square layer is transposed", {"formula": swapped},
           cases=("linear/plain", "conv1d/plain", "conv2d/plain", "conv1d-hf/plain")),

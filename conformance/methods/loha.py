@@ -47,8 +47,8 @@ def loha(**more):
 
 
 C, P = ["c1", "c2"], ["q_proj", "v_proj"]
-WRONG = ("the reference's hand-written backward pass of the factors with a core contracts the gradient of one pair with "
-         "the other pair's core; outputs and merged weights agree")
+WRONG = ("with a core, the reference's hand-written backward pass gives a factor the gradient that belongs to the core "
+         "of the other pair; outputs and merged weights agree")
 ROWS = [
     Row("linear/plain", "mlp", loha(), "core", second=loha(r=2, alpha=3)),
     Row("linear/tokens", "mlp-tokens", loha(r=2, alpha=7), "core"),

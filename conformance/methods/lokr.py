@@ -29,7 +29,7 @@ def shapes(site, c):
 
 
 def factors(site, t):
-    """W1 (a, c) and W2 (b, d * taps); a whole W2 of a Conv1d keeps its three axes, which is the reference's convention."""
+    """W1 (a, c) and W2 (b, d * taps); a whole W2 of a Conv1d keeps its three axes: the reference's convention."""
     w1 = t["lokr_w1"] if "lokr_w1" in t else t["lokr_w1_a"] @ t["lokr_w1_b"]
     if "lokr_w2" in t:
         w2 = t["lokr_w2"]
@@ -63,23 +63,25 @@ ROWS = [
                                           alpha_pattern={"q_proj": 3})),
     Row("conv1d/flat", "conv1d", lokr(target_modules=C)),
     Row("conv1d/full", "conv1d", lokr(target_modules=C, r=4)),
-    Row("conv1d/effective", "conv1d", lokr(target_modules=C, use_effective_conv2d=True)),
+    Row("conv1d/effective", "conv1d", lokr(target_modules=C, r=2, decompose_factor=1, use_effective_conv2d=True),
+        note="at r=1 the reference fails in torch.kron"),
     Row("conv2d/flat", "conv2d", lokr(target_modules=C), "core"),
     Row("conv2d/full", "conv2d", lokr(target_modules=C, r=4)),
-    Row("conv2d/effective", "conv2d", lokr(target_modules=C, r=2, decompose_factor=1, use_effective_conv2d=True), "core"),
+    Row("conv2d/effective", "conv2d", lokr(target_modules=C, r=2, decompose_factor=1, use_effective_conv2d=True),
+        "core"),
     Row("conv2d/groups", "conv2d-groups", lokr(target_modules=C)),
 ]
 
 FAULTS = (
     Fault("factors-exchanged", "the Kronecker product is taken the other way round",
           {"formula": lambda s, t, c: (s.W + scaling(s, c) * np.kron(*factors(s, t)[::-1]).reshape(s.W.shape), s.b)},
-          spares=("conv2d/effective",)),
+          spares=("conv1d/effective", "conv2d/effective")),
     Fault("alpha-not-over-r", "the scale is alpha, not alpha / r",
           {"formula": lambda s, t, c: (s.W + rank(s, c) * (formula(s, t, c)[0] - s.W), s.b)},
           cases=("linear/full", "linear/no-base-bias", "conv1d/full", "conv2d/full", "conv2d/effective")),
     Fault("core-transposed", "the core's two rank axes are exchanged",
           {"formula": lambda s, t, c: formula(s, {k: v.swapaxes(0, 1) if "_t" in k else v for k, v in t.items()}, c)},
-          cases=("conv2d/effective",)),
+          cases=("conv1d/effective", "conv2d/effective")),
 )
 
 METHOD = Method(

@@ -1,4 +1,4 @@
-"""DeLoRA - Decoupled Low-Rank Adaptation. Bini et al., 2025, https://arxiv.org/abs/2503.18225, eq. 8.
+"""DeLoRA - Decoupled Low-Rank Adaptation. Bini et al., 2025, https://arxiv.org/abs/2503.18225.
 
     W' = W + (lambda / r) B diag(1 / |a_i| |b_i|) A diag(w)        A: (r, in), rows a_i; B: (out, r), columns b_i
                                                                    lambda: (1,), w: (in,), B = 0 at the start

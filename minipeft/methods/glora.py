@@ -1,4 +1,4 @@
-"""GLoRA - Generalized LoRA. Chavan et al., 2023, https://arxiv.org/abs/2306.07967, eq. 10.
+"""GLoRA - Generalized LoRA. Chavan et al., 2023, https://arxiv.org/abs/2306.07967.
 
     W' = W + W0 * A + B                A, B: (out, in)
     b' = b + b0 * D + E + W0 C         C: (in, 1), D, E: (out,); where the layer has a bias

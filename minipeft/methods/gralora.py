@@ -1,4 +1,4 @@
-"""GraLoRA - Granular Low-Rank Adaptation. Jung et al., 2025, https://arxiv.org/abs/2505.20355, section 3.
+"""GraLoRA - Granular Low-Rank Adaptation. Jung et al., 2025, https://arxiv.org/abs/2505.20355.
 
     W'_ji = W_ji + s B_ji A_ji           W_ji: the (out / k, in / k) blocks of W, i, j < k
                                          A_ji: (r / k, in / k), B_ji: (out / k, r / k), B = 0 at the start
@@ -48,7 +48,7 @@ class GraloraConfig(PeftConfig, method="GRALORA"):
         super().__post_init__()
         self.require_positive("r", "gralora_k")
         if self.hybrid_r < 0:
-            raise ConfigError(f"`hybrid_r` should be a non-negative integer value but the value passed is {self.hybrid_r}.")
+            raise ConfigError(f"`hybrid_r` should not be negative but the value passed is {self.hybrid_r}.")
         if self.r % self.gralora_k:
             raise ConfigError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}.")
         self.require_probability("gralora_dropout")
@@ -59,9 +59,10 @@ class GraLoRA(Delta, config=GraloraConfig):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        k = config.gralora_k
         for name, n in (("in_features", base.inp), ("out_features", base.out)):
-            if n % config.gralora_k:
-                raise ConfigError(f"{name} of '{path}' should be divisible by gralora_k, got {n} and {config.gralora_k}.")
+            if n % k:
+                raise ConfigError(f"{name} of '{path}' should be divisible by gralora_k, but got {n} and {k}.")
 
     def build(self) -> None:
         c, inp, out, k = self.config, self.base.inp, self.base.out, self.config.gralora_k

@@ -1,4 +1,4 @@
-"""HiRA - Hadamard High-Rank Adaptation. Huang et al., 2025, https://openreview.net/forum?id=TwJrTz9cRS, eq. 4.
+"""HiRA - Hadamard High-Rank Adaptation. Huang et al., 2025, https://openreview.net/forum?id=TwJrTz9cRS.
 
     W' = W + W0 * (B A)          A: (r, width), B: (out, r), B = 0 at the start, elementwise product;
                                  on an embedding A = 0 at the start
@@ -30,7 +30,7 @@ class HiraConfig(PeftConfig, method="HIRA"):
     hira_dropout: float = 0.0  # on the input of the adapter, while training
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
-    init_weights: bool | Literal["gaussian"] | None = True  # "gaussian": A normal, std 1 / r; False or None: both random
+    init_weights: bool | Literal["gaussian"] | None = True  # "gaussian": A normal, std 1 / r; False: B random, too
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> r

@@ -1,4 +1,4 @@
-"""LoKr - Low-Rank Kronecker Product. LyCORIS, Yeh et al., 2023, https://arxiv.org/abs/2309.14859, section 3.2 and eq. 10.
+"""LoKr - Low-Rank Kronecker Product. LyCORIS, Yeh et al., 2023, https://arxiv.org/abs/2309.14859.
 
     W' = W + (alpha / r) W1 (x) W2       W1: (a, c), W2: (b, d, *kernel), a b = out, c d = in, Kronecker product
     W1 = A1 B1                           A1: (a, r), B1: (r, c), with decompose_both

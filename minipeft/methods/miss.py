@@ -1,4 +1,4 @@
-"""MiSS - Matrix Shard Sharing. Kang and Yin, 2024, https://arxiv.org/abs/2409.15371, section 3.
+"""MiSS - Matrix Shard Sharing. Kang and Yin, 2024, https://arxiv.org/abs/2409.15371.
 
     W' = W + [D D ... D]                 D: (out, r), its transpose stored, D = 0 at the start; the last D is cut to fit
     W' = W + [D ... D], D = [E; ...; E]  E: (mini_r, r), its transpose stored; init_weights="mini"

@@ -34,5 +34,6 @@ REFUSED = [
             {"target_modules": ["wide"], "r": 3, "init_weights": "mini", "mini_r": 5}, B.MLP, "inject", "ValueError"),
     Refused("miss/refused/rank_above_inputs", "MissConfig", {"target_modules": ["wide"], "r": 9}, B.MLP, "inject",
             "ValueError"),
-    Refused("miss/refused/conv2d", "MissConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject", "TypeError"),
+    Refused("miss/refused/conv2d", "MissConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject",
+            "TypeError"),
 ]
