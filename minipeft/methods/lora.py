@@ -196,4 +196,5 @@ class LoRA(LowRank, config=LoraConfig):
         bias = getattr(self.lora_B, "bias", None)
         if bias is not None:
             b = self.scaling * bias + (0 if b is None else b)
-        return W + self.delta(), b
+        dW = self.delta()
+        return dW.add_(W) if dW.dtype == W.dtype else W + dW, b

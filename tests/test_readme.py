@@ -1,0 +1,26 @@
+"""What README.md says is true: its table of methods, its commands, and its ten lines."""
+
+import re
+import runpy
+
+from tests.methods_table import README, with_table
+
+TEXT = README.read_text(encoding="utf-8")
+
+
+def test_table_of_methods_is_up_to_date():
+    assert with_table(TEXT) == TEXT, "run `python tests/methods_table.py`"
+
+
+def test_example_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"```python\n(.*?)```", TEXT, re.S)[1]
+    (tmp_path / "example.py").write_text(code)
+    runpy.run_path(str(tmp_path / "example.py"))
+    assert "trainable params:" in capsys.readouterr().out
+
+
+def test_commands_name_sessions_that_exist():
+    sessions = set(re.findall(r"^def (\w+)\(session", (README.parent / "noxfile.py").read_text(), re.M))
+    named = set(re.findall(r"nox -s ([\w-]+)", TEXT))
+    assert {"tests", "conformance"} <= named and {name.replace("-", "_") for name in named} <= sessions
