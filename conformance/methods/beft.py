@@ -1,0 +1,36 @@
+"""BEFT: Huang et al., 2025, https://arxiv.org/abs/2509.15974, section 3."""
+
+from ..method import Fault, Method, Row
+
+
+def shapes(site, c):
+    return {"beft_bias": (1, site.out)}
+
+
+def formula(site, t, c):
+    return site.W, site.b + t["beft_bias"][0]
+
+
+def beft(**more):
+    return {"target_modules": ["up", "mid"], **more}
+
+
+ROWS = [
+    Row("linear/plain", "mlp", beft(), "core", second={}),
+    Row("linear/tokens", "mlp-tokens", beft(), "core"),
+    Row("linear/init-false", "mlp-even", beft(init_weights=False)),
+    Row("linear/modules-to-save", "mlp", beft(modules_to_save=["head"])),
+]
+
+FAULTS = (
+    Fault("replaced", "the vector takes the base bias's place", {"formula": lambda s, t, c: (s.W, t["beft_bias"][0])}),
+    Fault("subtracted", "the vector is subtracted", {"formula": lambda s, t, c: (s.W, s.b - t["beft_bias"][0])}),
+    Fault("scales-the-weight", "the vector scales the weight's rows, too",
+          {"formula": lambda s, t, c: (s.W * (1 + t["beft_bias"].T), s.b + t["beft_bias"][0])}),
+)
+
+METHOD = Method(
+    name="beft", peft_type="BEFT", title="BEFT", paper="https://arxiv.org/abs/2509.15974",
+    equation="y = W x + b + d", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS, neutral={"beft_bias": 0.0},
+    mixed_batch=True, draw={"target_modules": [["up", "mid"]]},
+)
