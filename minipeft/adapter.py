@@ -304,9 +304,8 @@ class Adapted:
         return self.adapter.fold(*self.inner.read())
 
 
-def unsupported(cls: type[Adapter], base: Base, path: str) -> UnsupportedLayerError:
+def unsupported(cls: type[Adapter], base: Base | None, module: nn.Module, path: str) -> UnsupportedLayerError:
     """The error for a layer whose kind `cls` cannot adapt."""
     kinds = ", ".join(cls.bases)
-    return UnsupportedLayerError(
-        f"{cls.method.value} cannot adapt '{path}', a {type(base.leaf).__name__}. It adapts layers of kind {kinds}."
-    )
+    kind = type(module if base is None else base.leaf).__name__
+    return UnsupportedLayerError(f"{cls.method.value} cannot adapt '{path}', a {kind}. It adapts layers of kind {kinds}.")
