@@ -13,7 +13,8 @@ def kinds(site, c):
 
 
 def shapes(site, c):
-    r, found = c.get("r", 8), {}
+    r = c.get("r", 8)
+    found: dict = {}
     for name, (kind, shape) in kinds(site, c).items():
         if kind == "lora":
             found |= {f"glora_{name}.Xd": (shape[0], r), f"glora_{name}.Xu": (r, shape[1])}

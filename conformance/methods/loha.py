@@ -24,7 +24,7 @@ def core(r, kernel):
 
 
 def shapes(site, c):
-    r, out, inp = rank(site, c), *site.W.shape[:2]
+    r, (out, inp) = rank(site, c), site.W.shape[:2]
     if with_core(site, c):
         return {f"hada_{n}": s for i in "12" for n, s in {f"w{i}_a": (r, out), f"w{i}_b": (r, inp),
                                                           f"t{i}": core(r, site.kernel)}.items()}

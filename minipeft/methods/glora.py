@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter
+from ..adapter import Delta
 from ..config import PeftConfig
 from ..draw import uniform
 from ..tuner import register_tuner
@@ -45,6 +45,8 @@ class GloraConfig(PeftConfig, method="GLORA"):
 class Path(nn.Module):
     """One of A to E, of the given shape: `path()` is a tensor that broadcasts to it."""
 
+    zeros: Tensor
+
     def __init__(self, kind: str, shape: tuple[int, ...], r: int, zero: bool):
         super().__init__()
         self.kind = kind
@@ -63,7 +65,7 @@ class Path(nn.Module):
         return self.Xd @ self.Xu if self.kind == "lora" else self.X if hasattr(self, "X") else self.zeros
 
 
-class GLoRA(Adapter, config=GloraConfig):
+class GLoRA(Delta, config=GloraConfig):
     prefix = "glora_"
 
     def build(self) -> None:
