@@ -46,6 +46,18 @@ CASES = [  # config, kinds
     (minipeft.DeloraConfig(r=2), LINEAR),
     (minipeft.GloraConfig(r=2), LINEAR),
     (minipeft.GloraConfig(config_A_B="vector", config_C="vector", config_D_E="vector"), LINEAR),
+    (minipeft.BeftConfig(), [*LINEAR, "Conv1d groups", "Conv2d groups", "Conv3d", "Conv2d reflect"]),
+    (minipeft.RoadConfig(variant="road_4", group_size=2), [*LINEAR, *GROUPS, *CONVS]),
+    (minipeft.HRAConfig(r=2), [*LINEAR, *CONVS]),
+    (minipeft.HRAConfig(r=3, apply_GS=True, init_weights=False), ["Conv1D", "Conv3d"]),
+    (minipeft.BOFTConfig(boft_block_size=2, boft_n_butterfly_factor=2), ["Conv3d one", "Conv2d reflect"]),
+    (minipeft.BOFTConfig(boft_block_size=2), [*LINEAR, *CONVS]),
+    (minipeft.ShiraConfig(r=1), LINEAR),
+    (minipeft.FourierFTConfig(n_frequency=7), LINEAR),
+    (minipeft.WaveFTConfig(n_frequency=24, wavelet_family="sym11", scaling=500.0), LINEAR),
+    (minipeft.WaveFTConfig(n_frequency=24, wavelet_family="coif5", scaling=500.0), LINEAR),
+    (minipeft.C3AConfig(block_size=2), LINEAR),
+    (minipeft.SupertuningConfig(sparsity=0.7, r=2), LINEAR),
 ]
 
 

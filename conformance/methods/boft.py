@@ -23,7 +23,7 @@ def shapes(site, c):
 def rotation(t, half=0.5):
     """diag(R_1 .. R_d), R_i = (I - Q_i)(I + Q_i)^-1."""
     d, b = t["boft_R"].shape[1:3]
-    R, I = np.zeros((d * b, d * b)), np.eye(b)  # noqa: E741
+    R, I = np.zeros((d * b, d * b)), np.eye(b)
     for i, A in enumerate(t["boft_R"][0]):
         Q = half * (A - A.T)
         R[i * b:(i + 1) * b, i * b:(i + 1) * b] = (I - Q) @ np.linalg.inv(I + Q)

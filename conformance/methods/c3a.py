@@ -19,7 +19,7 @@ def delta(site, t, c, sign=1):
     """Entry (k, l) of a block is entry l - k of its kernel, counted around."""
     b, D = block(site, c), np.empty(site.W.shape)
     for k in range(site.out):
-        for l in range(site.inp):  # noqa: E741
+        for l in range(site.inp):
             D[k, l] = t["c3a_kernel"][k // b, l // b, sign * (l - k) % b]
     return D
 

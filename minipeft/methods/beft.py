@@ -26,6 +26,7 @@ class BeftConfig(PeftConfig, method="BEFT"):
 
 class BEFT(Activation, config=BeftConfig):
     prefix = "beft_"
+    bases = ("Linear", "Conv1D", "Conv")
 
     def build(self) -> None:
         d = torch.randn(1, self.base.out)

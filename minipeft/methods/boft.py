@@ -64,7 +64,7 @@ class BlocksDropout(nn.Module):
         if not self.training:
             return R
         m, d, b, _ = R.shape
-        factor = torch.randint(0, m, (1,)).item()
+        factor = int(torch.randint(0, m, (1,)))
         chosen = torch.zeros(m, d, 1, 1, dtype=torch.bool, device=R.device)
         chosen[factor, :, 0, 0] = (torch.randperm(d) < int(self.p * d)).to(R.device)
         return torch.where(chosen, torch.eye(b, dtype=R.dtype, device=R.device), R)

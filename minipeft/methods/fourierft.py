@@ -62,9 +62,9 @@ class FourierFT(Delta, config=FourierFTConfig):
 
     def delta(self) -> Tensor:
         c = self.fourierft_spectrum
-        c = c.to(torch.promote_types(c.dtype, torch.float32))  # PEFT: always float32
-        S = dense(c, self.indices, self.base.out, self.base.inp)
-        return self.fourierft_scaling * torch.fft.ifft2(S).real.to(self.fourierft_spectrum.dtype)  # (out, in)
+        wide = c.to(torch.promote_types(c.dtype, torch.float32))  # PEFT: always float32
+        S = dense(wide, self.indices, self.base.out, self.base.inp)
+        return self.fourierft_scaling * torch.fft.ifft2(S).real.to(c.dtype)  # (out, in)
 
 
 FourierFTModel = register_tuner("FourierFTModel", "FOURIERFT")

@@ -41,6 +41,7 @@ class RoadConfig(PeftConfig, method="ROAD"):
 
 class RoAd(Activation, config=RoadConfig):
     prefix = "road_"
+    bases = ("Linear", "Conv1D", "Conv")
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:

@@ -26,6 +26,7 @@ from ..tuner import register_tuner
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
     """A mask (out, in) with r (in + out) entries True, chosen by `random_seed`; None stands for one fixed seed, too."""
     base = base_of(base_layer)
+    assert base is not None
     generator = torch.Generator("cpu")
     if random_seed is not None:
         generator.manual_seed(random_seed)
