@@ -3,12 +3,13 @@
     bitsandbytes.nn.Linear4bit      NF4 and FP4
     bitsandbytes.nn.Linear8bitLt    LLM.int8()
 
-Reading dequantises; writing quantises anew with the layer's own settings, and a merge is undone by putting the old
-quantised weight back, so no bit changes.
+Reading dequantises; writing quantises anew, from float32 and with the layer's own settings. A merge is undone by
+putting the old quantised weight back, so no bit changes. Adapter tensors on these layers are float32.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -34,11 +35,18 @@ def quantised(module: nn.Module) -> type[Base] | None:
 def backend_name(module: nn.Module) -> str | None:
     """The name that `get_layer_status` reports for a layer's quantisation."""
     kind = quantised(module)
-    return None if kind is None else {"Linear4bit": "bnb_4bit", "Linear8bitLt": "bnb_8bit"}[kind.__name__]
+    return None if kind is None else {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}[kind.__name__]
 
 
 class _Quantised(Linear):
     """A linear layer whose stored weight is not the matrix it stands for."""
+
+    leaf: Any
+
+    @property
+    def dtype(self) -> torch.dtype:
+        weight = self.leaf.weight  # not moved to a device yet, it is still in full precision
+        return weight.dtype if weight.dtype.is_floating_point else torch.float32
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.home.original or self.stored()
@@ -48,18 +56,31 @@ class _Quantised(Linear):
         weight, bias = self.stored()
         if b is not None and bias is None:
             raise MergeError("The adapter gives the quantised layer a bias, but it has none to write it to.")
+        self.detach(weight)
         if self.home.original is None:
             self.home.original = weight, None if bias is None else bias.data
-        self.leaf.weight = self.quantise(W, weight)
+        W = W.detach().contiguous()
+        if weight.dtype.is_floating_point:
+            self.attach(nn.Parameter(W.to(weight.dtype), requires_grad=False))
+        else:
+            self.attach(self.quantise(W, self.home.original[0]))
         if bias is not None and b is not None:
             bias.data = b.to(bias.dtype)
 
     def restore(self) -> None:
         if self.home.original is not None:
-            self.leaf.weight, bias = self.home.original
+            weight, bias = self.home.original
+            self.attach(weight)
             if bias is not None:
                 self.leaf.bias.data = bias
             self.home.original = None
+
+    def attach(self, weight: Any) -> None:
+        """Make `weight` the stored weight."""
+        self.leaf.weight = weight
+
+    def detach(self, weight: Any) -> None:
+        """Let the stored weight take along what the layer keeps for it."""
 
     def dequantise(self, weight: Any) -> Tensor:
         """The matrix (out, in) that a stored weight stands for."""
@@ -73,50 +94,49 @@ class _Quantised(Linear):
 class Linear4bit(_Quantised):
     """bitsandbytes' 4-bit layer."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.leaf.compute_dtype or torch.float32
-
     def dequantise(self, weight: Any) -> Tensor:
-        if weight.quant_state is None:  # not moved to a device yet, so still in full precision
+        state = getattr(weight, "quant_state", None)
+        if state is None:
             return weight.data
-        return sys.modules["bitsandbytes"].functional.dequantize_4bit(weight.data, weight.quant_state)
+        functional, data = sys.modules["bitsandbytes"].functional, weight.data
+        if getattr(state, "packing_format_for_cpu", False):  # running it on a CPU with AVX512-BF16 has repacked it
+            absmax = state.absmax.T.reshape(-1).float()
+            state = copy.copy(state)
+            state.original_nested = False  # `absmax` is not quantised in the packed form
+            data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+            state.absmax = absmax
+        return functional.dequantize_4bit(data, state)
 
     def quantise(self, W: Tensor, like: Any) -> Any:
-        state = like.quant_state
-        settings = dict(
-            requires_grad=False,
-            quant_type=like.quant_type,
-            compress_statistics=like.compress_statistics,
-            blocksize=like.blocksize,
-            quant_storage=like.quant_storage,
-            module=self.leaf,
-        )
-        W = W.detach().to(state.dtype if state is not None else like.dtype).cpu()
-        return type(like)(W.contiguous(), **settings).to(like.device)
+        settings = {
+            name: getattr(like, name) for name in ("quant_type", "compress_statistics", "blocksize", "quant_storage")
+        }
+        new = type(like)(W.float().cpu(), requires_grad=False, module=self.leaf, **settings).to(like.device)
+        new.quant_state.dtype = getattr(like.quant_state, "original_dtype", like.quant_state.dtype)
+        return new
+
+    def attach(self, weight: Any) -> None:
+        super().attach(weight)
+        self.leaf.quant_state = getattr(weight, "quant_state", None)
 
 
 class Linear8bitLt(_Quantised):
     """bitsandbytes' 8-bit layer."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        weight = self.leaf.weight
-        return weight.dtype if weight.dtype.is_floating_point else torch.float16 if weight.is_cuda else torch.float32
-
     def dequantise(self, weight: Any) -> Tensor:
         if weight.dtype.is_floating_point:
             return weight.data
-        scale = weight.SCB if weight.SCB is not None else self.leaf.state.SCB
+        scale = weight.SCB if weight.SCB is not None else self.leaf.state.SCB  # running moves it to the state
         return sys.modules["bitsandbytes"].functional.int8_vectorwise_dequant(weight.data, scale)
 
     def quantise(self, W: Tensor, like: Any) -> Any:
-        self.leaf.state.reset_grads()
-        self.leaf.state.CB = self.leaf.state.SCB = None
-        settings = dict(requires_grad=False, has_fp16_weights=like.has_fp16_weights)
-        return type(like)(W.detach().to(torch.float16).cpu().contiguous(), **settings).to(like.device)
+        settings = {"requires_grad": False, "has_fp16_weights": like.has_fp16_weights}
+        return type(like)(W.cpu(), **settings).to(like.device)
 
-    def restore(self) -> None:
-        if self.home.original is not None:
-            self.leaf.state.CB = self.leaf.state.SCB = None
-        super().restore()
+    def attach(self, weight: Any) -> None:
+        super().attach(weight)
+        self.leaf.state.reset_grads()  # so that running takes the scale from the weight
+
+    def detach(self, weight: Any) -> None:
+        if getattr(weight, "SCB", None) is None and self.leaf.state.SCB is not None:
+            weight.CB, weight.SCB = weight.data, self.leaf.state.SCB

@@ -98,7 +98,7 @@ class Ties:
                 end = rf"|^{re.escape(str(self.embedding))}$)"
                 config.target_modules = targets if targets.endswith(end) else f"(?:{targets}{end}"
             else:
-                config.target_modules = {name for name in targets if not self._is_tied(name)} | {self.embedding}
+                config.target_modules = {name for name in targets or () if not self._is_tied(name)} | {self.embedding}
         elif getattr(config, "trainable_token_indices", None) is None:
             warnings.warn(
                 "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` "
