@@ -124,6 +124,10 @@ def add_prompt(
     config_now = completed(config, base, words, cls, peft_model._joins.decoder)
     if cls.gives_cache and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
         raise ConfigError(f"{config.peft_type.value} does not work with gradient checkpointing: it lives in the cache.")
+    if cls.gives_cache and not _takes_cache(base, backbone if peft_model._joins.head else None):
+        raise UnsupportedFeatureError(
+            f"{type(base).__name__} does not take `past_key_values`, so a {config.peft_type.value} prompt cannot reach it."
+        )
     if cls.reads_words and words is None:
         raise ConfigError("The model has no word embedding; give it a method `get_input_embeddings`.")
     prompt = cls(config_now, words) if cls.reads_words else cls(config_now)
@@ -209,18 +213,21 @@ def completed(config: Any, base: nn.Module, words: Any, cls: type[Prompt], decod
     if not isinstance(known, dict):
         known = vars(known)
 
-    def fill(field: str, *names: str, needed: bool = True, fallback: int | None = None) -> None:
+    def fill(field: str, *names: str, needed: bool = True) -> None:
         if getattr(config, field) is None:
-            found = [getattr(own, names[0], None), *(known.get(name) for name in names), fallback]
+            found = [getattr(own, names[0], None), *(known.get(name) for name in names)]
             setattr(config, field, next((value for value in found if value is not None), None))
         if getattr(config, field) is None and needed:
             raise ConfigError(
                 f"Please specify `{field}` in `peft_config`: the model's config has none of {', '.join(names)}."
             )
 
-    width = getattr(words, "embedding_dim", None)
+    width = None if cls.gives_cache else getattr(words, "embedding_dim", None)
+    if width is not None and config.token_dim not in (None, width):
+        raise ConfigError(f"`token_dim` is {config.token_dim}, but the model's word embedding has {width} dimensions.")
+    config.token_dim = config.token_dim or width
     fill("num_layers", "num_hidden_layers", "num_layers", "n_layer", needed=cls.gives_cache)
-    fill("token_dim", "hidden_size", "n_embd", "d_model", fallback=width)
+    fill("token_dim", "hidden_size", "n_embd", "d_model")
     fill(
         "num_attention_heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads",
         needed=cls.gives_cache,
@@ -311,6 +318,14 @@ def of_transformers(module: nn.Module) -> bool:
 def takes(module: nn.Module, name: str) -> bool:
     """Whether a module's forward has an argument of that name."""
     return name in inspect.signature(module.forward).parameters
+
+
+def _takes_cache(base: nn.Module, backbone: str | None) -> bool:
+    if takes(base, "past_key_values"):
+        return True
+    if backbone is not None:
+        return takes(base.get_submodule(backbone), "past_key_values")
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
@@ -594,6 +609,8 @@ def prepare_generation(
     if mask is not None:
         inputs["attention_mask"] = pad_mask(mask, tokens)
     _positions(inputs, prompt, tokens, token_types=False, warn=False)
+    if inputs.get("position_ids") is not None and ids is not None:
+        inputs["position_ids"] = inputs["position_ids"][..., -ids.shape[1] :]
     steps = inputs.pop("cache_position", None)  # of transformers before 5; a model finds it itself
     if steps is not None and prompt.gives_cache:
         inputs["cache_position"] = steps if past else steps + tokens
@@ -605,6 +622,10 @@ def prepare_generation(
         else:
             inputs["inputs_embeds"] = in_front(virtual[:, :tokens], _embedded(peft_model, ids, embeds))
             inputs["input_ids"] = None
+            if getattr(inputs.get("past_key_values"), "is_compileable", False):  # of fixed size: no room for the prompt
+                from transformers import DynamicCache
+
+                inputs["past_key_values"] = DynamicCache(config=peft_model.base_model.config.get_text_config())
     return inputs
 
 

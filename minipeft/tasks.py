@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import prompt
 from .config import PeftConfig, TaskType
-from .errors import BatchError, UnsupportedFeatureError
+from .errors import BatchError
 from .model import PeftModel
 
 
@@ -55,7 +55,7 @@ class _Head(_Task):
     head_names: ClassVar[tuple[str, ...]] = ("classifier", "score")
     output_names: ClassVar[tuple[str, ...]] = ("logits",)
     output_class: ClassVar[str]  # of transformers
-    pooled: ClassVar[bool] = False  # the head reads the backbone's second output, if there is one
+    pooled: ClassVar[bool] = False  # the head reads the backbone's second output, if it is a tensor
 
     def _complete(self, config: Any) -> None:
         if hasattr(config, "modules_to_save"):
@@ -77,21 +77,19 @@ class _Head(_Task):
         base = self.base_model
         if prompt.takes(base, "past_key_values"):
             return base(**inputs)
-        backbone = base.get_submodule(getattr(self, "transformer_backbone_name", ""))
-        if not prompt.takes(backbone, "past_key_values"):
-            raise UnsupportedFeatureError(
-                f"{type(base).__name__} does not take `past_key_values`, and no child of it does; a prefix cannot reach it."
-            )
+        backbone = base.get_submodule(self.transformer_backbone_name)
         targets = [inputs.pop(name, None) for name in self.target_names]
         wanted = inputs.pop("return_dict", None)
         outputs = backbone(**inputs)
-        states = outputs if isinstance(outputs, (tuple, dict)) else (outputs,)
-        first = list(states.values()) if isinstance(states, dict) else states
-        hidden = first[1] if self.pooled and len(first) > 1 else first[0]
+        states = tuple(outputs.values()) if isinstance(outputs, dict) else outputs
+        states = states if isinstance(states, tuple) else (states,)
+        hidden = states[0]
+        if self.pooled and len(states) > 1 and isinstance(states[1], Tensor):
+            hidden = states[1]
         hidden = base.dropout(hidden) if "dropout" in base._modules else hidden
         results, loss = self._results(base.get_submodule(self.cls_layer_name)(hidden), *targets)
         if not (getattr(getattr(base, "config", None), "return_dict", True) if wanted is None else wanted):
-            return (() if loss is None else (loss,)) + results + tuple(first[2:])
+            return (() if loss is None else (loss,)) + results + states[2:]
         cls: Any = Output
         if prompt.of_transformers(base):
             from transformers import modeling_outputs
@@ -208,7 +206,10 @@ class PeftModelForTokenClassification(_Head):
 
 
 class PeftModelForQuestionAnswering(_Head):
-    """Where in the sequence an answer begins and where it ends."""
+    """Where in the sequence an answer begins and where it ends.
+
+    Unlike PEFT's, `forward` hands `token_type_ids` and `position_ids` on to the model, so that merging changes nothing.
+    """
 
     _joins = prompt.Joins(token_types=True, head=True)
     head_names = ("qa_outputs",)
