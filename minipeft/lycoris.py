@@ -89,8 +89,10 @@ class Lycoris(Delta):
         return self.base.apply(self.cast(x, dW) if self.base.reads_vectors else x, dW)
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if self.layer.training and torch.rand(1) <= self.module_dropout:
-            return inner(x, *args, **kwargs)
+        if self.layer.training:
+            chance = torch.rand(1)  # PEFT: drawn also without module_dropout
+            if self.module_dropout and chance <= self.module_dropout:
+                return inner(x, *args, **kwargs)
         return super().forward(x, inner, *args, **kwargs)
 
 
