@@ -86,6 +86,7 @@ def _transposed(tensors, name):
 
 def _entry(value):
     def change(tensors, name):
+        name = next(n for n in (name, *tensors) if tensors[n].is_floating_point())
         tensors[name].view(-1)[-1] = value
 
     return change
