@@ -1,7 +1,5 @@
 """minipeft: every adapter method of Hugging Face PEFT, on plain nn.Modules, from one small theory (adapter.py)."""
 
-from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType, get_peft_config
 from .auto import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -11,6 +9,29 @@ from .auto import (
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
 )
+from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType, get_peft_config
+from .errors import (
+    AdapterNameError,
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    ConfigTypeError,
+    MergeError,
+    NoMatchingPeftModuleError,
+    PeftError,
+    PeftWarning,
+    UnsupportedFeatureError,
+    UnsupportedLayerError,
+)
+from .factory import get_peft_model, inject_adapter_in_model
+from .mapping import (
+    PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING,
+)
+from .methods import dora as _dora
 from .methods.adalora import AdaLoraConfig, AdaLoraModel
 from .methods.beft import BeftConfig, BeftModel
 from .methods.boft import BOFTConfig, BOFTModel
@@ -24,33 +45,53 @@ from .methods.cartridge import (
     prompt_embeddings_from_past_key_values,
 )
 from .methods.cpt import CPTConfig, CPTEmbedding
-from .methods.fourierft import FourierFTConfig, FourierFTModel
-from .methods.hra import HRAConfig, HRAModel
-from .methods.ia3 import IA3Config, IA3Model
+from .methods.deft import DeftConfig, DeftModel
 from .methods.delora import DeloraConfig, DeloraModel
-from .methods import dora as _dora
+from .methods.fourierft import FourierFTConfig, FourierFTModel
 from .methods.glora import GloraConfig, GloraModel
 from .methods.gralora import GraloraConfig, GraloraModel
 from .methods.hira import HiraConfig, HiraModel
+from .methods.hra import HRAConfig, HRAModel
+from .methods.ia3 import IA3Config, IA3Model
 from .methods.ln_tuning import LNTuningConfig, LNTuningModel
 from .methods.loha import LoHaConfig, LoHaModel
 from .methods.lokr import LoKrConfig, LoKrModel
 from .methods.lora import LoraConfig, LoraModel
+from .methods.lora_configs import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    LoraRuntimeConfig,
+    MontecloraConfig,
+    VeloraConfig,
+)
 from .methods.miss import MissConfig, MissModel
 from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from .methods.oft import OFTConfig, OFTModel
 from .methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
+from .methods.peanut import PeanutConfig, PeanutModel
 from .methods.poly import PolyConfig, PolyModel
 from .methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
 from .methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
+from .methods.psoft import PsoftConfig, PsoftModel
+from .methods.pvera import PveraConfig, PveraModel
+from .methods.randlora import RandLoraConfig, RandLoraModel
 from .methods.road import RoadConfig, RoadModel
 from .methods.shira import ShiraConfig, ShiraModel
 from .methods.supertuning import SupertuningConfig, SupertuningModel
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
+from .methods.unilora import UniLoraConfig, UniLoraModel
+from .methods.vblora import VBLoRAConfig, VBLoRAModel
 from .methods.vera import VeraConfig, VeraModel
 from .methods.waveft import WaveFTConfig, WaveFTModel
-from .factory import get_peft_model, inject_adapter_in_model
+from .mixed import PeftMixedModel
 from .model import PeftModel
+from .prompt import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+from .status import get_layer_status, get_model_status
 from .tasks import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModelForCausalLM,
@@ -61,7 +102,6 @@ from .tasks import (
     PeftModelForTokenClassification,
 )
 from .utils import (
-    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
     bloom_model_postprocess_past_key_value,
     cast_mixed_precision_params,
     get_base_model_state_dict,
@@ -69,4 +109,6 @@ from .utils import (
     set_base_model_state_dict,
     shift_tokens_right,
 )
-from .status import get_layer_status, get_model_status
+
+__version__ = "0.1.0"
+__all__ = sorted(name for name in globals() if name[0] != "_" and not hasattr(globals()[name], "__spec__"))

@@ -116,6 +116,10 @@ class Adapter:
         return {}
 
     @classmethod
+    def complete(cls, config: Any, adapters: list[Adapter]) -> None:
+        """Give the adapters of all layers, just built, what depends on how many there are and in which order."""
+
+    @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
         """Refuse a configuration that cannot stand beside the ones already on the model, by adapter name."""
 
@@ -304,8 +308,9 @@ class Adapted:
         return self.adapter.fold(*self.inner.read())
 
 
-def unsupported(cls: type[Adapter], base: Base | None, module: nn.Module, path: str) -> UnsupportedLayerError:
+def unsupported(cls: type[Adapter], module: nn.Module, path: str) -> UnsupportedLayerError:
     """The error for a layer whose kind `cls` cannot adapt."""
-    kinds = ", ".join(cls.bases)
-    kind = type(module if base is None else base.leaf).__name__
-    return UnsupportedLayerError(f"{cls.method.value} cannot adapt '{path}', a {kind}. It adapts layers of kind {kinds}.")
+    kind = type(getattr(getattr(module, "base", None), "leaf", module)).__name__
+    return UnsupportedLayerError(
+        f"{cls.method.value} cannot adapt '{path}', a {kind}. It adapts layers of kind {', '.join(cls.bases)}."
+    )

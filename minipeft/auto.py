@@ -9,7 +9,7 @@ import importlib
 import os
 from typing import Any, ClassVar
 
-from .config import PeftConfig
+from .config import PeftConfig, TaskType
 from .errors import ConfigError
 from .model import PeftModel
 from .tasks import (
@@ -68,15 +68,15 @@ class AutoPeftModel:
     @classmethod
     def _base_class(cls, saved: PeftConfig, trusted: Any) -> Any:
         if saved.task_type is not None:
-            wanted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[saved.task_type]
+            task = TaskType(saved.task_type)
+            wanted = MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
             if cls._target_class is None:
                 raise ConfigError(
-                    f"The adapter is for the task {saved.task_type.value}; load it by Auto{wanted.__name__}, not {cls.__name__}."
+                    f"The adapter is for {task.value}: load it by Auto{wanted.__name__}, not {cls.__name__}."
                 )
             if cls._target_peft_class is not wanted:
-                raise ConfigError(
-                    f"Expected target PEFT class: {wanted.__name__}, but you have asked for {cls._target_peft_class.__name__}."
-                )
+                asked = cls._target_peft_class.__name__
+                raise ConfigError(f"Expected target PEFT class: {wanted.__name__}, but you have asked for {asked}.")
             return getattr(_import("transformers"), cls._target_class)
         mapping = saved.auto_mapping or {}
         library, name = mapping.get("parent_library"), mapping.get("base_model_class")
@@ -84,8 +84,8 @@ class AutoPeftModel:
             raise ConfigError("The adapter's configuration has neither a task_type nor the class of its base model.")
         if not any(library == package or library.startswith(f"{package}.") for package in trusted):
             raise ConfigError(
-                f"The adapter wants to import '{library}', which is not in the import allowlist. If you are sure that this "
-                f"is safe, pass `import_allowlist=['{library}']`."
+                f"The adapter wants to import '{library}', which is not in the import allowlist. If you are sure that "
+                f"this is safe, pass `import_allowlist=['{library}']`."
             )
         found = getattr(_import(library), name, None)
         if not hasattr(found, "from_pretrained"):
@@ -95,7 +95,8 @@ class AutoPeftModel:
     @staticmethod
     def _fit_vocabulary(model: Any, path: Any, revision: str | None, options: dict[str, Any]) -> None:
         """Enlarge the embeddings when tokens were added to the tokenizer that is saved beside the adapter."""
-        if not os.path.exists(os.path.join(path, "tokenizer_config.json")) or not hasattr(model, "get_input_embeddings"):
+        saved = os.path.exists(os.path.join(path, "tokenizer_config.json"))
+        if not saved or not hasattr(model, "get_input_embeddings"):
             return
         kept = {key: options[key] for key in ("token", "trust_remote_code") if key in options}
         tokenizer = _import("transformers").AutoTokenizer.from_pretrained(path, revision=revision, **kept)
@@ -107,7 +108,7 @@ def _import(library: str) -> Any:
     try:
         return importlib.import_module(library)
     except ImportError as error:
-        raise ConfigError(f"The base model is to be loaded by '{library}', which cannot be imported: {error}") from error
+        raise ConfigError(f"The base model needs '{library}', which cannot be imported: {error}") from error
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):

@@ -230,6 +230,8 @@ class Linear(Base):
             return super().add_through(y, x, A, B, scale, gain)
         up = B.weight if gain is None else gain[:, None] * B.weight  # (out, r)
         h = (A.weight * scale) @ x.reshape(-1, x.shape[-1]).t()  # (r, tokens): the faster way round
+        if up.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
+            h = h.to(up.dtype)
         if y.dtype != h.dtype:
             return y + (up @ h).t().view(y.shape)
         if not torch.is_grad_enabled() and y.dtype == up.dtype and self.gives_new_tensors and y.is_contiguous():

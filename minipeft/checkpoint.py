@@ -80,6 +80,15 @@ def entries_of_layer(layer: Layer, name: str, live: str, skip: Iterable[str] = (
                 yield Entry(f"{live}.{adapter.saved_key(slot, rest)}", entry.live, entry.box, entry.key, layer)
 
 
+def entries_of_shared(slot: str, name: str, value: Any, box: Any, key: str) -> Iterator[Entry]:
+    """An entry for a tensor that all layers look at, at `box[key]`, or for each tensor of such a module."""
+    saved, live = f"base_model.{slot}", f"base_model.{slot}.{name}"
+    if isinstance(value, Tensor):
+        yield Entry(saved, live, box, key)
+    else:
+        yield from entries_of_module(value, saved, live)
+
+
 def entries_of_model(model: nn.Module, name: str) -> Iterator[Entry]:
     """An entry for each saved tensor of adapter `name` on a model, with the keys of that model."""
     tuner = tuner_of(model)
@@ -93,7 +102,7 @@ def entries_of_model(model: nn.Module, name: str) -> Iterator[Entry]:
         box = tuner._modules[slot]
         if name in box and cls.keeps(slot, config):
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
-            yield Entry(f"base_model.{slot}", f"base_model.{slot}.{name}", inner, name)
+            yield from entries_of_shared(slot, name, box[name], inner, name)
     for _, live, module in adapted(root):
         if isinstance(module, Layer) and name in module.adapters:
             if not module.tied:
@@ -120,11 +129,18 @@ def strip(key: str) -> str:
     return key.removeprefix(PREFIX)
 
 
-def check(entries: list[Entry], weights: Mapping[str, Tensor], extra: Iterable[str] = (), strict: bool = True) -> LoadReport:
+def check(
+    entries: list[Entry],
+    weights: Mapping[str, Tensor],
+    extra: Iterable[str] = (),
+    strict: bool = True,
+    stored: Mapping[str, Tensor] | None = None,
+) -> LoadReport:
     """Compare a checkpoint with the tensors that it is to fill; nothing is changed.
 
     Raises `CheckpointError` naming missing, unexpected, misshapen and non-finite tensors. With `strict=False` missing
-    and unexpected ones are only warned about. `extra` are keys that may be there besides.
+    and unexpected ones are only warned about. `extra` are keys that may be there besides; `stored` is what the file holds
+    where a method made `weights` out of it.
     """
     wanted = {strip(entry.saved): entry for entry in entries}
     given = {strip(key): tensor for key, tensor in weights.items()}
@@ -135,7 +151,8 @@ def check(entries: list[Entry], weights: Mapping[str, Tensor], extra: Iterable[s
         for key, entry in wanted.items()
         if key in given and given[key].shape != entry.tensor.shape
     ]
-    broken = [key for key, tensor in given.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    stored = weights if stored is None else stored
+    broken = [strip(key) for key, t in stored.items() if t.is_floating_point() and not torch.isfinite(t).all()]
     faults = []
     for title, keys, known in (("missing", missing, given), ("unexpected", unexpected, wanted)):
         if keys:
@@ -375,7 +392,7 @@ def set_peft_model_state_dict(
             entries = [e for e in entries if strip(e.saved) not in {strip(k) for k in wrong}]
     have = {strip(e.saved) for e in entries}
     entries += [e for e in biases if strip(e.saved) not in have]
-    report = check(entries, weights, [e.saved for e in base], strict)
+    report = check(entries, weights, [e.saved for e in base], strict, peft_model_state_dict)
     given = {strip(key): tensor for key, tensor in weights.items()}
     for entry in entries + base:
         if strip(entry.saved) in given:

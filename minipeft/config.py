@@ -11,6 +11,7 @@ import functools
 import json
 import numbers
 import os
+import re
 import types
 import typing
 import warnings
@@ -131,6 +132,12 @@ class PeftConfig:
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             if isinstance(getattr(self, name, None), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            if isinstance(pattern := getattr(self, name, None), str):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ConfigError(f"`{name}` is not a regular expression: {pattern!r} ({error}).") from None
         bias = getattr(self, "bias", "none")
         allowed = ("none", "all") + tuple(b for b in (getattr(self, "_bias_only", None),) if b)
         if bias not in allowed:

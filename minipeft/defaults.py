@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from .errors import ConfigError
+from .tying import input_embedding
 
 Table = dict[str, list[str] | str]  # model type -> modules
 TEXT_OF_GEMMA4 = r".*language_model\..*\.(q_proj|v_proj)"
@@ -151,12 +152,9 @@ TARGETS: dict[str, Table] = {  # by peft_type
 FEEDFORWARD: dict[str, Table] = {"IA3": IA3_FEEDFORWARD}
 
 
-def embedding_path(model: nn.Module, default: str = "embed_tokens") -> str:
-    """Where a model's input embedding stands in it; `default` for models that do not tell."""
-    if not hasattr(model, "get_input_embeddings"):
-        return default
-    embedding = model.get_input_embeddings()
-    return next((path for path, module in model.named_modules() if module is embedding), default)
+def embedding_path(model: nn.Module) -> str:
+    """Where a model's input embedding stands in it; "embed_tokens" for models that do not tell."""
+    return input_embedding(model)[0] or "embed_tokens"
 
 
 OTHERWISE: dict[str, Callable[[nn.Module], str]] = {  # for model types that are in no table

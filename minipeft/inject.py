@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from .adapter import adapter_class, unsupported
 from .base import Attention, Conv1D, Linear, base_of
-from .checkpoint import PREFIX, Entry, LoadReport, base_entries, check, entries_of_layer, entries_of_module, strip
+from .checkpoint import (
+    PREFIX,
+    Entry,
+    LoadReport,
+    base_entries,
+    check,
+    entries_of_layer,
+    entries_of_module,
+    entries_of_shared,
+    strip,
+)
 from .config import PeftConfig
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
@@ -28,6 +38,7 @@ from .tying import Ties
 if TYPE_CHECKING:
     from .tuner import BaseTuner
 
+HEAD_NAMES = ("classifier", "score", "qa_outputs")  # asked for by the task classes, whichever of them is there
 NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
 RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
@@ -78,6 +89,7 @@ class Plan:
         self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
         self.cls = adapter_class(config)
         self.autocast = autocast and self.cls.autocasts
+        self.strict = not loading
         self.empty = empty
         self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it joins
         self.copies: list[tuple[str, nn.Module, nn.Module]] = []  # live path, module there now, its trained copy
@@ -94,6 +106,7 @@ class Plan:
             self.shared = self.cls.share(config, [base for *_, base in found], tuner.shared)
             for path, live, module, base in found:
                 self.build(path, live, module, base)
+            self.cls.complete(config, [scratch.adapters[name] for _, scratch, _ in self.new])
             self.ties.follow(self)
             self.copy_modules()
             self.train_tokens()
@@ -130,7 +143,7 @@ class Plan:
                 continue  # the out_proj of an attention module comes with it
             base = base_of(module, whole="Whole" in cls.bases)
             if base is None or not set(cls.bases) & {kind.__name__ for kind in type(base).__mro__}:
-                raise unsupported(cls, base, module, path)
+                raise unsupported(cls, module, path)
             cls.check_layer(config, path, base)
             found.append((path, live, module, base))
             if isinstance(base, Attention):
@@ -188,6 +201,8 @@ class Plan:
             for planned, scratch, _ in self.new:
                 if planned == live:  # a further parameter of the same module: around the layer for the one before
                     module, base = scratch, base_of(scratch, base.weight_name)
+        if isinstance(base, Attention) and joins is None:  # PEFT: the initial values of out_proj are drawn twice
+            self.scratch(base.leaf.out_proj, base_of(base.leaf.out_proj), path, self.cls, self.config)
         scratch = self.scratch(module, base, path, self.cls, self.config)
         self.new.append((live, scratch, joins))
 
@@ -209,13 +224,19 @@ class Plan:
         names = getattr(self.config, "modules_to_save", None)
         names = {names} if isinstance(names, str) else set(names or ())
         taken: list[str] = []
+        known: set[str] = set()
         for path, live, module in walk(self.model) if names else ():
+            known.update(suffixes(path))
             if path and named(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
                 taken.append(path)
                 original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
                 ModulesToSaveWrapper.check(original)
                 copied = copy.deepcopy(original)
                 self.copies.append((live, module, copied))
+        missing = sorted(names - known - set(HEAD_NAMES)) if self.strict else []
+        if missing:
+            hints = " ".join(f"{name!r} matches nothing.{nearest(name, known)}" for name in missing)
+            raise NoMatchingPeftModuleError(f"Not all of modules_to_save are in the model: {hints}")
         self.ties.copy(self)
 
     def train_tokens(self) -> None:
@@ -232,9 +253,9 @@ class Plan:
             around = sum(other == live and j is None for other, _, j in self.new[index + 1 :])  # nested later
             where = self.live_paths[id(joins)] if joins is not None else live + ".base_layer" * around
             yield from entries_of_layer(scratch, self.name, PREFIX + where, skip=self.shared)
-        for slot in self.shared:
+        for slot, value in self.shared.items():
             if self.cls.keeps(slot, self.config):
-                yield Entry(f"base_model.{slot}", f"base_model.{slot}.{self.name}", self.shared, slot)
+                yield from entries_of_shared(slot, self.name, value, self.shared, slot)
         for live, _, copied in self.copies:
             yield from entries_of_module(copied, PREFIX + live, f"{PREFIX}{live}.modules_to_save.{self.name}")
         for live, scratch, joins in self.tokens:
@@ -255,11 +276,11 @@ class Plan:
 
     def load(self, weights: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
         """Fill the adapter with a checkpoint's tensors. Raises `CheckpointError` when they do not fit."""
-        weights = self.cls.convert_for_load(self.config, dict(weights))
+        stored, weights = weights, self.cls.convert_for_load(self.config, dict(weights))
         entries = list(self.entries())
         have = {strip(entry.saved) for entry in entries}
         later = [e for e in self.bias_entries() if strip(e.saved) not in have] + base_entries(self.model, weights)
-        report = check(entries + [e for e in later if e.key == "bias"], weights, [e.saved for e in later], strict)
+        report = check(entries + [e for e in later if e.key == "bias"], weights, [e.saved for e in later], strict, stored)
         given = {strip(key): tensor for key, tensor in weights.items()}
         for entry in entries:
             if strip(entry.saved) in given:
@@ -325,7 +346,9 @@ class Plan:
 def own(tensor: Tensor, value: Tensor) -> Tensor:
     """`tensor` if it holds `value` already, otherwise a copy of `value` in its dtype and on its device."""
     value = value.to(tensor, copy=True)
-    return tensor if torch.equal(tensor, value) else value
+    if torch.equal(tensor, value):
+        return tensor
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def _paths_in(keys: Any, prefix: str, outer: dict[str, Any]) -> list[str]:

@@ -66,16 +66,17 @@ class Context:
     def __init__(self) -> None:
         self.adapter_names: Sequence[str] | None = None  # one name for each sample of the batch
         self.task_ids: Any = None  # (batch,)
+        self.beams = 1  # rows that `generate` makes of one sample
 
     def groups(self, size: int, names: Sequence[str] | None) -> dict[str, list[int]] | None:
         """Rows of a batch of `size` by adapter name, or None when the batch is not mixed.
 
-        `size` may be a multiple of the number of names: then each name stands for that many rows (beam search).
+        With beam search each name stands for as many rows as there are beams, except in an encoder.
         """
         names = self.adapter_names if names is None else names
         if names is None:
             return None
-        if not names or size % len(names):
+        if not names or size not in (len(names), len(names) * self.beams):
             raise BatchError(
                 f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {size} respectively."
             )

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
-from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
+from .errors import AdapterNameError, BatchError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .inject import check_adapter_name, model_config
 from .layer import BASE, Context, ModulesToSaveWrapper, adapted, walk
 from .targets import named
@@ -126,7 +126,7 @@ def add_prompt(
         raise ConfigError(f"{config.peft_type.value} does not work with gradient checkpointing: it lives in the cache.")
     if cls.gives_cache and not _takes_cache(base, backbone if peft_model._joins.head else None):
         raise UnsupportedFeatureError(
-            f"{type(base).__name__} does not take `past_key_values`, so a {config.peft_type.value} prompt cannot reach it."
+            f"{type(base).__name__} does not take `past_key_values`, so {config.peft_type.value} cannot reach it."
         )
     if cls.reads_words and words is None:
         raise ConfigError("The model has no word embedding; give it a method `get_input_embeddings`.")
@@ -149,7 +149,7 @@ def add_prompt(
         if id(parameter) not in trained:
             parameter.requires_grad = False
     for live, module, copied in copies:
-        wrapper = module
+        wrapper: Any = module
         if not isinstance(module, ModulesToSaveWrapper):
             wrapper = ModulesToSaveWrapper(module, peft_model.prompt_context)
             wrapper.train(module.training)
@@ -273,7 +273,7 @@ def word_embeddings(base: nn.Module, backbone: str | None = None) -> nn.Module |
         return base.get_submodule("embeddings.word_embeddings")
     except AttributeError:
         pass
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     size = config.get("vocab_size") if isinstance(config, dict) else getattr(config, "vocab_size", None)
     inside = getattr(base, backbone) if backbone else base
@@ -282,7 +282,8 @@ def word_embeddings(base: nn.Module, backbone: str | None = None) -> nn.Module |
             weight = module._parameters.get("weight")
             if weight is not None and size in (weight.shape[0], getattr(weight, "ds_shape", (None,))[0]):
                 return module
-    if hasattr(base, "get_input_embeddings") and (words := base.get_input_embeddings()) is not None:
+    ask: Any = getattr(base, "get_input_embeddings", lambda: None)
+    if (words := ask()) is not None:
         return words
     return next((module for module in base.modules() if isinstance(module, nn.Embedding)), None)
 
@@ -310,9 +311,8 @@ def _dtype(base: nn.Module) -> torch.dtype:
 
 def of_transformers(module: nn.Module) -> bool:
     """Whether a module is one of transformers' models; finding out does not import transformers."""
-    return any(
-        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
-    )
+    kinds = [(kind.__name__, kind.__module__.split(".")[0]) for kind in type(module).__mro__]
+    return ("PreTrainedModel", "transformers") in kinds
 
 
 def takes(module: nn.Module, name: str) -> bool:
@@ -329,6 +329,14 @@ def _takes_cache(base: nn.Module, backbone: str | None) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
+def check_embeddings(given: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise `ConfigError` unless a prompt of that shape can take over the tensor."""
+    if given.shape != shape:
+        raise ConfigError(f"Expected `prompt_embeddings` of shape {shape}, got {tuple(given.shape)}.")
+    if not torch.isfinite(given).all():
+        raise ConfigError("`prompt_embeddings` has NaN or infinite values.")
+
+
 def _rows(prompt: Prompt, tokens: Tensor, config: Any) -> Tensor:
     """The numbers of all tokens of a prompt, (1, tokens)."""
     tokens = tokens[: config.num_virtual_tokens] if prompt.gives_cache else tokens
@@ -351,7 +359,7 @@ def get_prompt_embedding_to_save(peft_model: Any, name: str) -> Tensor:
 
 
 def load_prompt_state(peft_model: Any, name: str, tensors: Mapping[str, Tensor], strict: bool) -> Any:
-    """Write a checkpoint's tensors into a prompt. Raises `CheckpointError`, with nothing written, if they do not fit."""
+    """Write a checkpoint's tensors into a prompt. Raises `CheckpointError`, and writes nothing, if they do not fit."""
     prompt = peft_model.prompt_encoder[name]
     boxes = [
         (live, wrapper.modules_to_save[name])
@@ -375,7 +383,8 @@ def _load(
     entries = [checkpoint.Entry(key, f"prompt_encoder.{name}", held, key) for key in held]
     beside: list[checkpoint.Entry] = []
     for live, module in copies:
-        beside += checkpoint.entries_of_module(module, f"base_model.{live}", f"base_model.{live}.modules_to_save.{name}")
+        live = f"base_model.{live}"
+        beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
     report = checkpoint.check(entries + beside, tensors, strict=strict)
     given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
     if all(key in given for key in held):
@@ -427,13 +436,15 @@ def _virtual_tokens(peft_model: Any, batch_size: int, task_ids: Tensor | None) -
 def as_cache(base: nn.Module, virtual: Tensor, config: Any) -> Any:
     """Keys and values in the form that a model takes, from virtual tokens (batch, tokens, 2 * layers * dim)."""
     layers, heads, step = config.num_layers, config.num_attention_heads, 2 * config.num_transformer_submodules
-    split = virtual.unflatten(2, (2 * layers, heads, -1)).permute(2, 0, 3, 1, 4)  # (2 layers, batch, heads, tokens, dim)
+    split = virtual.unflatten(2, (2 * layers, heads, -1))  # (batch, tokens, 2 * layers, heads, head dim)
+    split = split.permute(2, 0, 3, 1, 4)
     # PEFT counts keys and values of cross-attention too, then leaves them out: with two submodules only every other
     # pair is used, each by two layers.
     pairs = [(split[step * i % (2 * layers)], split[(step * i + 1) % (2 * layers)]) for i in range(layers)]
-    own = getattr(base, "config", None)
-    if (shape := TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING.get(getattr(own, "model_type", None))) is not None:
-        return shape([torch.stack(pair) for pair in pairs])
+    own: Any = getattr(base, "config", None)
+    reshape = TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING.get(getattr(own, "model_type", ""))
+    if reshape is not None:
+        return reshape([torch.stack(pair) for pair in pairs])
     if not of_transformers(base):
         return tuple(pairs)
     from transformers import DynamicCache, EncoderDecoderCache
@@ -461,9 +472,9 @@ def _uneven_cache(cache: Any, pairs: list[tuple[Tensor, Tensor]], text: Any) -> 
         else:
             cache.update(keys[:, :heads, :, :dim], values[:, :heads, :, :dim], i)
     if len(skipped) == len(pairs):
-        raise ConfigError("No layer's keys and values are as wide as the prefix; set `token_dim` and `num_attention_heads`.")
+        raise ConfigError("The prefix fits no layer's keys and values; set `token_dim` and `num_attention_heads`.")
     if skipped:
-        warnings.warn(f"The prefix skips layers {skipped}: they share keys and values, or have wider ones.", PeftWarning)
+        warnings.warn(f"The prefix skips layers {skipped}: they share their cache, or have a wider one.", PeftWarning)
     return cache
 
 
@@ -549,7 +560,7 @@ def pad_mask(mask: Tensor | None, tokens: int) -> Tensor | None:
     if mask is None:
         return None
     if mask.dim() != 2:
-        raise BatchError(f"`attention_mask` must be of shape (batch, length) to be joined to a prompt, got {tuple(mask.shape)}.")
+        raise BatchError(f"With a prompt, `attention_mask` must be of shape (batch, length), got {tuple(mask.shape)}.")
     return torch.cat([mask.new_ones(len(mask), tokens), mask], dim=1)
 
 
@@ -602,7 +613,8 @@ def prepare_generation(
     tokens = peft_model.active_peft_config.num_virtual_tokens
     prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
     past = cached_tokens(inputs.get("past_key_values"))
-    ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+    ids: Any = inputs.get("input_ids")
+    embeds: Any = inputs.get("inputs_embeds")
     if past and ids is not None and past >= ids.shape[1]:
         inputs["input_ids"] = ids = ids[:, -1:]
     mask = mask if mask is not None and mask.dim() == 2 else inputs.get("attention_mask")
@@ -634,7 +646,8 @@ def prepare_encoder(peft_model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     tokens = peft_model.active_peft_config.num_virtual_tokens
     prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
     kwargs = dict(kwargs)
-    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    ids: Any = kwargs.get("input_ids")
+    embeds: Any = kwargs.get("inputs_embeds")
     if ids is None and embeds is None:
         raise BatchError("`generate` with a prompt needs `input_ids` or `inputs_embeds`.")
     _positions(kwargs, prompt, tokens, token_types=False)

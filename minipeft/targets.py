@@ -99,7 +99,7 @@ class Targets:
             tails = {tail for path in paths for tail in suffixes(path)}
             hint = " ".join(f"{name!r} matches nothing.{nearest(name, tails)}" for name in missing[:5])
         shown = self.names if isinstance(self.names, str) else sorted(self.names)
-        if not found and self.names:
+        if not found:
             why = hint
             if self.excluded:
                 why += f" {len(self.excluded)} modules were left out by `exclude_modules` or `modules_to_save`."

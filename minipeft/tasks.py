@@ -73,11 +73,11 @@ class _Head(_Task):
         raise AttributeError("cls_layer_name")
 
     def _with_head(self, inputs: dict[str, Any]) -> Any:
-        """Run with a cache in `past_key_values`: the whole model if it takes one, else its backbone and then its head."""
-        base = self.base_model
+        """Run with a cache in `past_key_values`: the whole model if it takes one, else its backbone, then its head."""
+        base: Any = self.base_model
         if prompt.takes(base, "past_key_values"):
             return base(**inputs)
-        backbone = base.get_submodule(self.transformer_backbone_name)
+        backbone = base.get_submodule(str(self.transformer_backbone_name))
         targets = [inputs.pop(name, None) for name in self.target_names]
         wanted = inputs.pop("return_dict", None)
         outputs = backbone(**inputs)
@@ -144,11 +144,12 @@ class PeftModelForSequenceClassification(_Head):
         (labels,) = targets
         if labels is None:
             return (logits,), None
-        count, config = self._classes(logits), getattr(self.base_model, "config", None)
+        count = self._classes(logits)
+        config: Any = getattr(self.base_model, "config", None)
         problem = getattr(config, "problem_type", None)
         if problem is None:
-            whole = labels.dtype in (torch.long, torch.int)
-            problem = "regression" if count == 1 else "single_label_classification" if whole else "multi_label_classification"
+            of_classes = "single" if labels.dtype in (torch.long, torch.int) else "multi"
+            problem = "regression" if count == 1 else f"{of_classes}_label_classification"
             if hasattr(config, "problem_type"):
                 config.problem_type = problem
         if problem == "regression":
@@ -170,7 +171,11 @@ class PeftModelForTokenClassification(_Head):
     output_class = "TokenClassifierOutput"
 
     def __init__(
-        self, model: nn.Module, peft_config: PeftConfig = None, adapter_name: str = "default", **kwargs: Any
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig = None,  # type: ignore[assignment]
+        adapter_name: str = "default",
+        **kwargs: Any,
     ) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
@@ -254,10 +259,11 @@ class PeftModelForQuestionAnswering(_Head):
         if all(places is not None for places in targets):
             outside = logits.shape[1]  # positions beyond the input count as none
             losses = [
-                F.cross_entropy(side, (places.squeeze(-1) if places.dim() > 1 else places).clamp(0, outside), ignore_index=outside)
+                F.cross_entropy(side, places.view(-1).clamp(0, outside), ignore_index=outside)
                 for side, places in zip(sides, targets)
+                if places is not None
             ]
-            loss = sum(losses) / 2
+            loss = (losses[0] + losses[1]) / 2
         return sides, loss
 
 
@@ -301,7 +307,7 @@ class _Generating(_Task):
         return self._is_prompt_learning and self.has_active_enabled_adapter
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's `generate` with the active adapters; takes `adapter_names` and `task_ids` as `forward` does."""
+        """The base model's `generate` with the active adapters; `adapter_names` and `task_ids` are as in `forward`."""
         base = self.get_base_model()
         if "generation_config" in self.__dict__:  # was set on this model
             base.generation_config = self.generation_config
@@ -311,7 +317,7 @@ class _Generating(_Task):
         with prompt.mixed(self, names), self._in_place_of_base(base):
             return self._generate_with_prompt(base, *args, **kwargs)
 
-    def _generate_with_prompt(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _generate_with_prompt(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         return base.generate(*args, **kwargs)
 
     @contextmanager
@@ -363,7 +369,7 @@ class PeftModelForCausalLM(_Generating):
             return_dict=return_dict,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """What the base model is called with for the next token, the prompt included."""
         inputs = self._prepared(task_ids, args, kwargs)
         if not self._prompting:
@@ -411,10 +417,10 @@ class PeftModelForSeq2SeqLM(_Generating):
         """The base model's `generate` with the active adapters; prompts need `input_ids` or `inputs_embeds`."""
         return super().generate(**kwargs)
 
-    def _generate_with_prompt(self, base: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def _generate_with_prompt(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         return base.generate(**prompt.prepare_encoder(self, kwargs))
 
-    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """What the base model is called with for the next token; a prefix goes into the decoder's empty cache."""
         inputs = self._prepared(task_ids, args, kwargs)
         if not self._prompting:

@@ -185,7 +185,7 @@ class BaseTuner(Slots):
         if on != self.biases_on:
             for key, (parameter, other) in self.biases.items():
                 self.biases[key] = (parameter, parameter.data)
-                parameter.data = other
+                parameter.data = other.to(parameter)  # the model may have moved since
             self.biases_on = on
 
     def trained_bias(self, key: str) -> Tensor | None:
@@ -235,11 +235,11 @@ class BaseTuner(Slots):
             raise BatchError(f"`adapter_names` must be a list with one name for each sample, got {names!r}.")
         if unknown := sorted(set(names) - set(self.peft_config) - {BASE}):
             raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
-        self.context.adapter_names = list(names)
+        self.context.adapter_names, self.context.beams = list(names), kwargs.get("num_beams") or 1
         try:
             yield
         finally:
-            self.context.adapter_names = None
+            self.context.adapter_names, self.context.beams = None, 1
 
     # ----------------------------------------------------------------------------------------------- which adapter
     @property
@@ -319,7 +319,7 @@ class BaseTuner(Slots):
     def _restore_biases(self) -> None:
         for parameter, other in self.biases.values():
             if self.biases_on:
-                parameter.data = other
+                parameter.data = other.to(parameter)
             parameter.requires_grad = False
         self.biases, self.bias_owner, self.biases_on = {}, None, True
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from .checkpoint import LoadReport
 from .errors import BatchError, PeftWarning
-from .layer import Slots, walk
-from .prompt import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING  # noqa: E501
+from .layer import _INSIDE
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -90,25 +89,20 @@ def bloom_model_postprocess_past_key_value(past_key_values: tuple[Tensor, ...]) 
 def _base_keys(model: Any) -> dict[str, str]:
     """Live key by original key, of everything in the state dict that adapters did not bring."""
     base = model.get_base_model()
-    keys: dict[str, str] = {}
-    for path, live, module in walk(base):
-        own = set(module._parameters) | (set(module._buffers) - module._non_persistent_buffers_set)
-        if isinstance(module, Slots):
-            own = set()
-        for key in own:
-            if module._parameters.get(key, module._buffers.get(key)) is not None:
-                keys[f"{path}.{key}" if path else key] = f"{live}.{key}" if live else key
-    known = base.state_dict()
-    shared = {tensor.data_ptr(): key for key, live in keys.items() if (tensor := known.get(live)) is not None}
-    for live, tensor in known.items():  # modules that stand in two places are walked once
-        if live not in keys.values() and live not in keys and tensor.data_ptr() in shared and not _of_adapter(base, live):
-            keys[live] = live
-    return {key: live for key, live in keys.items() if live in known}
+    return {key: live for live in base.state_dict() if (key := _original(base, live)) is not None}
 
 
-def _of_adapter(base: nn.Module, live: str) -> bool:
-    parts = live.split(".")
-    return any(isinstance(base.get_submodule(".".join(parts[:i])), Slots) for i in range(1, len(parts)))
+def _original(module: Any, live: str) -> str | None:
+    """What a tensor was called before adapters came; None for a tensor of an adapter."""
+    path = []
+    for part in live.split("."):
+        inside = _INSIDE.get(type(module))
+        if inside is None:
+            path.append(part)
+        elif part != inside:
+            return None
+        module = module._modules.get(part)
+    return ".".join(path)
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:

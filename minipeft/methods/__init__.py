@@ -6,6 +6,7 @@ from . import boft as boft
 from . import c3a as c3a
 from . import cartridge as cartridge
 from . import cpt as cpt
+from . import deft as deft
 from . import delora as delora
 from . import dora as dora
 from . import fourierft as fourierft
@@ -22,12 +23,18 @@ from . import miss as miss
 from . import multitask_prompt_tuning as multitask_prompt_tuning
 from . import oft as oft
 from . import p_tuning as p_tuning
+from . import peanut as peanut
 from . import poly as poly
 from . import prefix_tuning as prefix_tuning
 from . import prompt_tuning as prompt_tuning
+from . import psoft as psoft
+from . import pvera as pvera
+from . import randlora as randlora
 from . import road as road
 from . import shira as shira
 from . import supertuning as supertuning
 from . import trainable_tokens as trainable_tokens
+from . import unilora as unilora
+from . import vblora as vblora
 from . import vera as vera
 from . import waveft as waveft

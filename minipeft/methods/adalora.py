@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ NOT_USED = ("use_rslora", "alpha_pattern", "lora_bias")
 
 @dataclass
 class AdaLoraConfig(LoraConfig, method="ADALORA"):
-    """Fields of AdaLoRA beside those of LoRA, of which `r` has no use here. Steps are calls of `update_and_allocate`."""
+    """Fields of AdaLoRA beside those of LoRA, whose `r` is not used. Steps are calls of `update_and_allocate`."""
 
     target_r: int = 8  # mean rank in the end
     init_r: int = 12  # rank of each layer at the start
@@ -50,7 +50,7 @@ class AdaLoraConfig(LoraConfig, method="ADALORA"):
             raise ConfigError(f"ADALORA does not support {'DoRA' if self.use_dora else 'LoftQ'}.")
         self.require_positive("init_r", "target_r", "deltaT")
         if self.total_step is None or self.total_step <= 0:
-            raise ConfigError(f"AdaLoRA needs `total_step`, the number of training steps, above 0; got {self.total_step}.")
+            raise ConfigError(f"AdaLoRA needs `total_step`, the number of training steps; got {self.total_step}.")
         if min(self.tinit, self.tfinal) < 0 or self.tinit >= self.total_step - self.tfinal:
             raise ConfigError(
                 "Between `tinit` and `total_step - tfinal` there must be steps to prune in, and none may be negative; "
@@ -74,12 +74,13 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:
         if config.target_parameters:
-            raise UnsupportedFeatureError("AdaLoRA adapts layers, not bare parameters: leave `target_parameters` unset.")
+            raise UnsupportedFeatureError("AdaLoRA adapts layers: leave `target_parameters` unset.")
         return LowRank.prepare(config, model)
 
     @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
-        trained = [name for name, other in others.items() if other.peft_type == config.peft_type and not other.inference_mode]
+        same = {name: other for name, other in others.items() if other.peft_type == config.peft_type}
+        trained = [name for name, other in same.items() if not other.inference_mode]
         if trained and not config.inference_mode:
             raise ConfigError(
                 f"AdaLoRA trains one adapter at a time, and '{trained[0]}' is being trained: "
@@ -119,7 +120,7 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
 
     @classmethod
     def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        config: Any = model.peft_config[name]
+        config = cast(Any, model).peft_config[name]
         if config.rank_pattern is None:
             return tensors
         config.rank_pattern = {key.removesuffix(f".{name}"): left for key, left in config.rank_pattern.items()}
@@ -163,7 +164,7 @@ class AdaLoraModel(BaseTuner, method="ADALORA"):
         adapters = [layer.adapters[name] for layer in layers(self.model) if name in layer.adapters]
         grams = [gram for a in adapters for gram in (a.lora_A @ a.lora_A.mT, a.lora_B.mT @ a.lora_B)]  # (r, r)
         norms = [torch.linalg.norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]
-        return self.peft_config[name].orth_reg_weight * sum(norms) / len(norms)
+        return cast(Any, self.peft_config[name]).orth_reg_weight * sum(norms) / len(norms)
 
     def update_and_allocate(self, global_step: int) -> None:
         """Note how much each entry of E matters, and prune when it is time.

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..errors import PeftError
 from ..layer import adapted
 
+Pattern = dict[str, list[bool]]  # which singular values are left, by the name of E
 SLOTS = ("lora_A", "lora_E", "lora_B")
-TOO_LATE = "Call `update_and_allocate` in every step from 0 on, after backward() and before the gradients are set to zero."
+TOO_LATE = "Call `update_and_allocate` in every step from 0 on, after backward() and before zero_grad()."
 
 
 class RankAllocator:
@@ -71,12 +72,13 @@ class RankAllocator:
             raise PeftError(f"There are no gradients. {TOO_LATE}")
         for key, w in found.items():
             I = torch.zeros_like(w) if w.grad is None else (w * w.grad).abs()
-            mean = beta1 * self.exp_avg_ipt.get(key, torch.zeros_like(w)) + (1 - beta1) * I
+            zero = torch.zeros_like(w)
+            mean = beta1 * self.exp_avg_ipt.get(key, zero) + (1 - beta1) * I
             self.exp_avg_ipt[key] = mean
-            self.exp_avg_unc[key] = beta2 * self.exp_avg_unc.get(key, torch.zeros_like(w)) + (1 - beta2) * (I - mean).abs()
+            self.exp_avg_unc[key] = beta2 * self.exp_avg_unc.get(key, zero) + (1 - beta2) * (I - mean).abs()
 
     @torch.no_grad()
-    def mask_to_budget(self, budget: int) -> dict[str, list[bool]]:
+    def mask_to_budget(self, budget: int) -> Pattern:
         """Set all but the `budget` most important singular values to 0. Returns which are left, by the name of E."""
         if not self.exp_avg_ipt:
             raise PeftError(f"Nothing is known about the importance of the singular values. {TOO_LATE}")
@@ -91,7 +93,7 @@ class RankAllocator:
         return pattern
 
     @torch.no_grad()
-    def mask_using_rank_pattern(self, rank_pattern: dict[str, list[bool]] | None) -> None:
+    def mask_using_rank_pattern(self, rank_pattern: Pattern | None) -> None:
         """Set the singular values that `rank_pattern` leaves out to 0."""
         if rank_pattern is None:
             raise PeftError(f"There is no rank_pattern. {TOO_LATE}")
@@ -101,7 +103,7 @@ class RankAllocator:
                 mask = torch.tensor(left, device=adapter.lora_E.device)
                 adapter.lora_E.masked_fill_(~mask[:, None], 0.0)
 
-    def update_and_allocate(self, global_step: int, force_mask: bool = False) -> tuple[int, dict[str, list[bool]] | None]:
+    def update_and_allocate(self, global_step: int, force_mask: bool = False) -> tuple[int, Pattern | None]:
         """One step. Returns the budget, and which singular values are left if it pruned."""
         if global_step < self.peft_config.total_step - self.peft_config.tfinal:
             self.update_ipt()

@@ -8,6 +8,7 @@ Eyuboglu et al., 2025, https://arxiv.org/abs/2506.06266, section 3.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..checkpoint import read_weights, serialiser
 from ..config import PeftConfig, PeftType, PromptLearningConfig
 from ..errors import AdapterNameError, CheckpointError, ConfigError
 from ..files import write_checkpoint
-from ..prompt import EMBEDDINGS, Prompt
+from ..prompt import EMBEDDINGS, Prompt, check_embeddings
 
 
 @dataclass
@@ -31,9 +32,9 @@ class CartridgeConfig(PromptLearningConfig, method="CARTRIDGE"):
 
     def __post_init__(self):
         super().__post_init__()
-        most = self.num_frozen_tokens if self.num_virtual_tokens is None else self.num_virtual_tokens
+        most = math.inf if self.num_virtual_tokens is None else self.num_virtual_tokens
         if not 0 <= self.num_frozen_tokens <= most:
-            raise ConfigError(f"`num_frozen_tokens` must be between 0 and num_virtual_tokens, got {self.num_frozen_tokens}.")
+            raise ConfigError(f"`num_frozen_tokens` must be between 0 and {most}, got {self.num_frozen_tokens}.")
 
 
 class CartridgeEncoder(Prompt, config=CartridgeConfig):
@@ -78,8 +79,7 @@ class CartridgeEncoder(Prompt, config=CartridgeConfig):
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         """Take over keys and values (tokens, layers * 2 * dim). Raises `ConfigError` when they do not fit."""
         wanted = (self.num_frozen_tokens + self.num_trainable_tokens, self.trainable_embedding.shape[1])
-        if prompt_embeddings.shape != wanted or not torch.isfinite(prompt_embeddings).all():
-            raise ConfigError(f"Expected `prompt_embeddings` of shape {wanted}, all finite, got {tuple(prompt_embeddings.shape)}.")
+        check_embeddings(prompt_embeddings, wanted)
         with torch.no_grad():
             if self.frozen_embedding is not None:
                 self.frozen_embedding.copy_(prompt_embeddings[: self.num_frozen_tokens])
@@ -93,7 +93,7 @@ class _Weight(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.cartridge.weight
+        return self.__dict__["cartridge"].weight
 
 
 def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_tokens: int) -> Tensor:
@@ -107,9 +107,10 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     try:
         tensors = [tensor for layer in past_key_values for tensor in layer[:2]]
     except TypeError:
-        raise TypeError(f"past_key_values must give pairs (keys, values), got a {type(past_key_values).__name__}.") from None
+        kind = type(past_key_values).__name__
+        raise TypeError(f"past_key_values must give pairs (keys, values), got a {kind}.") from None
     if not tensors or not all(isinstance(t, Tensor) and t.dim() == 4 and len(t) == 1 for t in tensors):
-        raise ConfigError("past_key_values must hold keys and values of shape (1, heads, length, head dim): a batch of one.")
+        raise ConfigError("past_key_values must hold keys and values of shape (1, heads, length, head dim).")
     if len({(t.shape[1], t.shape[3]) for t in tensors}) > 1:
         raise ConfigError("past_key_values has layers of different heads, which no prompt can hold.")
     if (length := min(t.shape[2] for t in tensors)) < num_virtual_tokens or num_virtual_tokens < 1:
@@ -124,7 +125,8 @@ def _prefix_config(model: Any, adapter_name: str | None) -> tuple[str, Any]:
         raise AdapterNameError(f"Adapter {name} not found; this model has {sorted(model.peft_config)}.")
     config = model.peft_config[name]
     if config.peft_type not in (PeftType.CARTRIDGE, PeftType.PREFIX_TUNING):
-        raise ConfigError(f"Adapter '{name}' must be a CARTRIDGE or PREFIX_TUNING adapter, not {config.peft_type.value}.")
+        kind = config.peft_type.value
+        raise ConfigError(f"Adapter '{name}' must be a CARTRIDGE or PREFIX_TUNING adapter, not {kind}.")
     if getattr(config, "prefix_projection", False):
         raise ConfigError("A prefix with `prefix_projection=True` cannot be initialised from a cache.")
     return name, config
@@ -173,7 +175,8 @@ def initialize_kv_prefix_from_text(
         except (TypeError, ValueError):  # the tokenizer has no template
             ids = None
     if ids is None:
-        ids = tokenizer(text, return_tensors="pt", truncation=max_length is not None, max_length=max_length)["input_ids"]
+        cut = max_length is not None
+        ids = tokenizer(text, return_tensors="pt", truncation=cut, max_length=max_length)["input_ids"]
     ids = ids[:, :max_length].to(next(model.parameters()).device)
     with model.disable_adapter():
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
@@ -198,12 +201,12 @@ def compose_cartridge_adapters(
             raise ConfigError(f"Adapter at '{path}' is not a CARTRIDGE adapter but {config.peft_type.value}.")
         for name in ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules"):
             if getattr(config, name) != getattr(configs[0], name):
-                raise ConfigError(f"Incompatible CARTRIDGE configs for attribute '{name}': '{path}' differs from the first.")
+                raise ConfigError(f"Incompatible CARTRIDGE configs: '{path}' differs from the first in '{name}'.")
     parts = []
     for path, config in zip(adapter_paths, configs):
         tensors = read_weights(path)
         if EMBEDDINGS not in tensors or len(tensors[EMBEDDINGS]) != config.num_virtual_tokens:
-            raise CheckpointError(f"'{path}' does not hold the {config.num_virtual_tokens} tokens of its configuration.")
+            raise CheckpointError(f"'{path}' does not hold the tokens that its configuration speaks of.")
         parts.append(tensors[EMBEDDINGS])
     if len({part.shape[1] for part in parts}) > 1:
         raise CheckpointError("The adapters' tokens differ in width.")

@@ -62,7 +62,7 @@ class CPTEmbedding(Prompt, config=CPTConfig):
     reads_words = True
     own_inputs = ("input_type_mask",)
 
-    def __init__(self, config: Any, word_embeddings: nn.Module):
+    def __init__(self, config: Any, word_embeddings: Any):
         super().__init__()
         self.config = copy.deepcopy(config)
         shape = (config.num_virtual_tokens, config.token_dim)

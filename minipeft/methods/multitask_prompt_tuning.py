@@ -63,7 +63,7 @@ class MultitaskPromptEmbedding(PromptEmbedding, config=MultitaskPromptTuningConf
     by_task = True
     before_decoder = True
 
-    def __init__(self, config: Any, word_embeddings: nn.Module):
+    def __init__(self, config: Any, word_embeddings: Any):
         super().__init__(config, word_embeddings)
         total = self.embedding.num_embeddings
         self.num_tasks, self.num_ranks, self.token_dim = config.num_tasks, config.num_ranks, config.token_dim
@@ -84,7 +84,7 @@ class MultitaskPromptEmbedding(PromptEmbedding, config=MultitaskPromptTuningConf
         start = {}
         for key, mine in wanted.items():
             if key not in source:
-                raise CheckpointError(f"'{path}' has no '{key}', so it is no multitask prompt; it has {sorted(source)}.")
+                raise CheckpointError(f"'{path}' is no multitask prompt: it has no '{key}' but {sorted(source)}.")
             value, task = source[key], config.prompt_tuning_init_task or 0
             if key != EMBEDDINGS and how == "EXACT_SOURCE_TASK":
                 if not 0 <= task < len(value):
@@ -93,7 +93,7 @@ class MultitaskPromptEmbedding(PromptEmbedding, config=MultitaskPromptTuningConf
             elif key != EMBEDDINGS:
                 value = value.mean(0, keepdim=True)
             if value.shape != mine.shape:
-                raise ConfigError(f"{key} of '{path}' gives shape {tuple(value.shape)}, the prompt needs {tuple(mine.shape)}.")
+                raise ConfigError(f"{key} of '{path}' is {tuple(value.shape)}, the prompt needs {tuple(mine.shape)}.")
             start[key] = value
         self._take(start)
 
@@ -104,8 +104,8 @@ class MultitaskPromptEmbedding(PromptEmbedding, config=MultitaskPromptTuningConf
             for key, value in tensors.items():
                 own[key].copy_(value)
 
-    def forward(self, indices: Tensor, task_ids: Tensor) -> Tensor:
-        """Virtual tokens (batch, tokens, dim) for `task_ids` (batch,). Raises `BatchError` for tasks that there are not."""
+    def forward(self, indices: Tensor, task_ids: Tensor) -> Tensor:  # type: ignore[override]
+        """Virtual tokens (batch, tokens, dim) for `task_ids` (batch,). Raises `BatchError` for unknown tasks."""
         if task_ids is None:
             raise BatchError("task_ids cannot be None")
         if task_ids.numel() and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < self.num_tasks:
@@ -118,4 +118,4 @@ class MultitaskPromptEmbedding(PromptEmbedding, config=MultitaskPromptTuningConf
         return {**tasks, EMBEDDINGS: self.embedding.weight}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self._take({key: tensors[key] for key in self.saved(None)})
+        self._take({key: tensors[key] for key in (EMBEDDINGS, "prefix_task_cols", "prefix_task_rows")})

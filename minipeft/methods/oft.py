@@ -58,13 +58,15 @@ class OFTConfig(PeftConfig, method="OFT"):
         self.require_positive("num_cayley_neumann_terms")
         if not 0 <= self.module_dropout <= 1:
             raise ConfigError(f"`module_dropout` must lie between 0 and 1, got {self.module_dropout}.")
-        if self.eps < 0:
-            raise ConfigError(f"`eps` must not be negative, got {self.eps}.")
+        if self.coft and self.eps <= 0:
+            raise ConfigError(f"`eps` must be above 0, got {self.eps}.")
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         if "oft_block_size" not in kwargs:
-            raise ConfigError("This OFT adapter has no `oft_block_size`: it is of peft < 0.14 and means another R. Train it again.")
+            raise ConfigError(
+                "An OFT adapter without `oft_block_size` is of peft < 0.14, which means another R. Train it again."
+            )
         version = [int(n) for n in re.findall(r"\d+", kwargs.get("peft_version") or "0")[:2]]
         if kwargs.get("use_cayley_neumann") and version < [0, 18]:
             warnings.warn("This OFT adapter is of peft < 0.18, whose Cayley-Neumann series was another.", PeftWarning)
@@ -73,6 +75,9 @@ class OFTConfig(PeftConfig, method="OFT"):
 
 class Rotation(nn.Module):
     """The stored triangles of r blocks; `blocks()` are the orthogonal matrices that they stand for."""
+
+    rows: Tensor
+    cols: Tensor
 
     def __init__(self, r: int, size: int, config: OFTConfig, device: torch.device):
         super().__init__()
@@ -84,7 +89,7 @@ class Rotation(nn.Module):
             nn.init.normal_(self.weight, std=0.1)
 
     def blocks(self) -> Tensor:
-        q = self.weight  # (r, b (b - 1) / 2)
+        q: Tensor = self.weight  # (r, b (b - 1) / 2)
         if self.config.coft:
             q = q + (self.near(q) - q).detach()  # the gradient passes, as if the stored values were the near ones
         Q = q.new_zeros(len(q), self.size, self.size)
@@ -92,7 +97,9 @@ class Rotation(nn.Module):
         Q = Q - Q.mT  # (r, b, b)
         I = torch.eye(self.size, dtype=q.dtype, device=q.device)
         if not self.config.use_cayley_neumann:
-            return torch.linalg.solve(I + Q, I - Q, left=False)
+            wide = torch.promote_types(q.dtype, torch.float32)  # there is no solver for bfloat16
+            I, Q = I.to(wide), Q.to(wide)
+            return torch.linalg.solve(I + Q, I - Q, left=False).to(q.dtype)
         terms = self.config.num_cayley_neumann_terms
         if terms < 3:
             return I + 2 * (terms - 1) * Q
@@ -131,7 +138,9 @@ class OFT(Activation, config=OFTConfig):
         wanted = getattr(c, field)
         value = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
         if value != wanted:
-            warnings.warn(f"Invalid `{field}` ({wanted})! Adjusted `{field}` to ({value}) on '{self.path}'.", PeftWarning)
+            warnings.warn(
+                f"`{field}` must divide {n} on '{self.path}'. Adjusted from {wanted} to {value}.", PeftWarning
+            )
         self.r, self.oft_block_size = (value, n // value) if c.r else (n // value, value)
         self.oft_dropout = BlockDropout(c.module_dropout) if c.module_dropout else nn.Identity()  # PEFT: never applied
         self.oft_R = Rotation(1 if c.block_share else self.r, self.oft_block_size, c, self.base.device)
@@ -150,7 +159,7 @@ class OFT(Activation, config=OFTConfig):
     @classmethod
     def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if any(".oft_r." in key for key in tensors):
-            raise CheckpointError("These OFT tensors (`oft_r`) are of peft <= 0.15 and mean another R. Train the adapter again.")
+            raise CheckpointError("OFT tensors named `oft_r` are of peft <= 0.15 and mean another R. Train it again.")
         return tensors
 
 

@@ -60,13 +60,12 @@ class PromptEncoder(Prompt, config=PromptEncoderConfig):
         if not self.trained:
             return
         if self.encoder_type == "LSTM":
-            self.lstm_head = nn.LSTM(
-                dim, hidden, config.encoder_num_layers, dropout=config.encoder_dropout, bidirectional=True, batch_first=True
-            )
+            layers, dropout = config.encoder_num_layers, config.encoder_dropout
+            self.lstm_head = nn.LSTM(dim, hidden, layers, dropout=dropout, bidirectional=True, batch_first=True)
             self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, dim))
         else:
             if config.encoder_num_layers != 2:
-                warnings.warn("`encoder_num_layers` is that of the LSTM; the MLP always has 2 hidden layers.", PeftWarning)
+                warnings.warn("`encoder_num_layers` is for the LSTM; the MLP always has 2 hidden layers.", PeftWarning)
             self.mlp_head = nn.Sequential(
                 nn.Linear(dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, dim)
             )

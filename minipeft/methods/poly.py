@@ -54,7 +54,7 @@ class Router(nn.Module):
     def forward(self, tasks: Tensor) -> Tensor:
         """Mixing weights (batch, splits, skills) of the samples' tasks (batch,)."""
         Z = self.module_logits[tasks].unflatten(1, self.shape)
-        z = RelaxedBernoulli(1.0, logits=Z).rsample() if self.training else torch.sigmoid(Z)
+        z = RelaxedBernoulli(Z.new_tensor(1.0), logits=Z).rsample() if self.training else torch.sigmoid(Z)
         return z / (z.sum(-1, keepdim=True) + 1e-12)
 
 
@@ -66,7 +66,7 @@ class Poly(Routed, config=PolyConfig):
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         if base.inp % config.n_splits or base.out % config.n_splits:
             raise ConfigError(
-                f"n_splits={config.n_splits} must divide the {base.inp} input and {base.out} output features of '{path}'."
+                f"n_splits={config.n_splits} must divide the {base.inp} inputs and {base.out} outputs of '{path}'."
             )
 
     def build(self) -> None:

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..config import PromptLearningConfig
 from ..errors import CheckpointError, ConfigError
-from ..prompt import EMBEDDINGS, Prompt
+from ..prompt import EMBEDDINGS, Prompt, check_embeddings
 
 
 @dataclass
@@ -58,8 +57,8 @@ class PrefixEncoder(Prompt, config=PrefixTuningConfig):
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         if self.projected:
             raise CheckpointError(
-                "A prefix is saved without its projection, so it cannot be loaded into one that is being trained; nothing "
-                "was loaded. Load it with inference_mode=True."
+                "A prefix is saved without its projection, so it cannot be loaded into one that is being trained; "
+                "nothing was loaded. Load it with inference_mode=True."
             )
         super().load(tensors)
 
@@ -67,7 +66,5 @@ class PrefixEncoder(Prompt, config=PrefixTuningConfig):
         """Take over keys and values (tokens, layers * 2 * dim). Raises `ConfigError` when they do not fit."""
         if self.prefix_projection:
             raise ConfigError("Cannot load flattened prompt embeddings when `prefix_projection=True`.")
-        wanted = tuple(self.embedding.weight.shape)
-        if prompt_embeddings.shape != wanted or not torch.isfinite(prompt_embeddings).all():
-            raise ConfigError(f"Expected `prompt_embeddings` of shape {wanted}, all finite, got {tuple(prompt_embeddings.shape)}.")
+        check_embeddings(prompt_embeddings, tuple(self.embedding.weight.shape))
         self.load({EMBEDDINGS: prompt_embeddings})

@@ -56,7 +56,7 @@ class PromptEmbedding(Prompt, config=PromptTuningConfig):
 
     reads_words = True
 
-    def __init__(self, config: Any, word_embeddings: nn.Module):
+    def __init__(self, config: Any, word_embeddings: Any):
         super().__init__()
         total = config.num_virtual_tokens * config.num_transformer_submodules
         self.embedding = nn.Embedding(total, config.token_dim)  # (tokens, dim)
@@ -68,7 +68,7 @@ class PromptEmbedding(Prompt, config=PromptTuningConfig):
             ids = tokenized(config)
             self._start_at(word_embeddings, torch.tensor(list(islice(cycle(ids), total))))
 
-    def _start_at(self, words: nn.Module, ids: Tensor) -> None:
+    def _start_at(self, words: Any, ids: Tensor) -> None:
         vectors = words(ids.to(words.weight.device)).detach().clone().float()
         if vectors.shape != self.embedding.weight.shape:
             raise ConfigError(
@@ -87,7 +87,8 @@ def tokenized(config: Any) -> list[int]:
     except ImportError as error:
         raise ConfigError("prompt_tuning_init='TEXT' needs transformers, to read the tokenizer.") from error
     options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-    ids = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)(config.prompt_tuning_init_text)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
+    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     if not ids:
         raise ConfigError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens.")
     return ids

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..adapter import Transform
 from ..base import Embedding, Linear, base_of
 from ..config import PeftConfig
+from ..defaults import embedding_path
 from ..errors import ConfigError, NoMatchingPeftModuleError, nearest
 from ..layer import Layer, TrainableTokensWrapper, walk
 from ..targets import named, suffixes
@@ -106,13 +107,3 @@ def plan_tokens(plan: Any) -> None:
             config = TrainableTokensConfig(token_indices=list(tokens))
             plan.tokens.append((live, plan.scratch(inside, base, path, TrainableTokens, config), joins))
     plan.ties.follow_tokens(plan, TrainableTokens, lambda tokens: TrainableTokensConfig(token_indices=list(tokens)))
-
-
-def embedding_path(model: nn.Module) -> str:
-    """The path of a model's input embedding; "embed_tokens" when it does not say."""
-    if hasattr(model, "get_input_embeddings"):
-        embedding = model.get_input_embeddings()
-        for path, _, module in walk(model):
-            if module is embedding:
-                return path
-    return "embed_tokens"

@@ -8,8 +8,6 @@ The shared matrices have the sizes of the largest layer; a smaller one uses thei
 
 from __future__ import annotations
 
-import math
-import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,10 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Delta
-from ..base import Base
 from ..config import PeftConfig
-from ..errors import ConfigError, PeftWarning
+from ..projections import Projected, warn_unless_saved
 from ..tuner import register_tuner
 
 
@@ -47,57 +43,16 @@ class VeraConfig(PeftConfig, method="VERA"):
         super().__post_init__()
         self.require_positive("r")
         self.require_probability("vera_dropout")
-        if not self.save_projection:
-            warnings.warn(
-                "With save_projection=False, vera_A and vera_B are not saved but drawn again from projection_prng_key, "
-                "which may give other values on another system.",
-                PeftWarning,
-            )
+        warn_unless_saved(self, "vera_A", "vera_B")
 
 
-class VeRA(Delta, config=VeraConfig):
+class VeRA(Projected, config=VeraConfig):
     prefix = "vera_lambda_"
-    shares = True
+    pair = ("vera_A", "vera_B")
 
     @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
-        return slot.startswith(cls.prefix) or (config.save_projection and slot in ("vera_A", "vera_B"))
-
-    @classmethod
-    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
-        for field in ("projection_prng_key", "save_projection"):
-            for name, other in others.items():
-                if getattr(other, field) != getattr(config, field):
-                    raise ConfigError(
-                        f"`{field}` must be the same for all VeRA adapters: they share vera_A and vera_B. "
-                        f"Got {getattr(config, field)}, but adapter '{name}' has {getattr(other, field)}."
-                    )
-
-    @classmethod
-    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
-        inp, out = max(base.inp for base in bases), max(base.out for base in bases)
-        if existing("vera_A"):
-            A, B = (next(iter(existing(slot).values())) for slot in ("vera_A", "vera_B"))
-            for name, has, needs in (("vera_A", A.shape, (config.r, inp)), ("vera_B", B.shape, (out, config.r))):
-                if has[0] < needs[0] or has[1] < needs[1]:
-                    raise ConfigError(
-                        f"{name} has a size of {tuple(has)} but {needs} or greater is required, and the adapters of a model "
-                        "share it. Add the adapter with the larger rank or layers first."
-                    )
-            if len(A) > config.r:
-                A, B = A[: config.r].clone(), B[:, : config.r].clone()
-            return {"vera_A": A, "vera_B": B}
-        generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-        shapes = {"vera_A": (config.r, inp), "vera_B": (out, config.r)}
-        return {name: uniform(shape, generator) for name, shape in shapes.items()}
-
-    @classmethod
-    def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = {key: t for key, t in tensors.items() if not key.startswith(("base_model.vera_A", "base_model.vera_B"))}
-        if config.save_projection or len(own) == len(tensors):
-            return tensors
-        warnings.warn("save_projection is False: the checkpoint's vera_A and vera_B are not used.", PeftWarning)
-        return own
+    def shapes(cls, config: Any, inp: int, out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return (config.r, inp), (out, config.r)
 
     def build(self) -> None:
         c = self.config
@@ -121,12 +76,6 @@ class VeRA(Delta, config=VeraConfig):
         A, B = self.projections
         x = self.vera_dropout(self.cast(x, A))
         return self.vera_lambda_b * F.linear(self.vera_lambda_d * F.linear(x, A), B)  # (..., out)
-
-
-def uniform(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Kaiming's uniform distribution for a ReLU: variance 2 / columns."""
-    bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
 VeraModel = register_tuner("VeraModel", "VERA")

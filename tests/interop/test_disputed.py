@@ -78,10 +78,14 @@ def reload(ref, case):
     return any(".base_layer." in name and not torch.equal(one[name], two[name]) for name in one)
 
 
+def wrong_output(ref, case):
+    return merged_is_not_running(ref, case) or gradients(ref, case)
+
+
 EVIDENCE = {
     "fresh": fresh,
-    "outputs": merged_is_not_running,
-    "merge": merged_is_not_running,
+    "outputs": wrong_output,
+    "merge": wrong_output,
     "several": lambda ref, case: merged_is_not_running(ref, case, second=True),
     "disabled": disabled,
     "restore": restore,

@@ -130,14 +130,14 @@ def test_unload(case, lib, ref, is_ref):
     skip_reference(is_ref, case, "restore")
     theirs, ours = H.pair(ref, lib, case)
     got = ours.unload().state_dict()
-    if "restore" in case.disputed:
-        H.identical(got, theirs_without_adapter(case))
-    else:
+    if str(case.kwargs.get("init_lora_weights")).startswith(("pissa", "olora")):  # they change the base model for good
         H.identical(got, theirs.unload().state_dict())
+    else:
+        H.identical(got, theirs_without_adapter(case))
 
 
 def theirs_without_adapter(case):
-    """The base model; copies that were trained in place of a module stay, as unload() means them to."""
+    """The base model. (peft's unload() keeps what was trained in full in place of a module: neither one nor the other.)"""
     return case.base.build().state_dict()
 
 

@@ -20,7 +20,7 @@ def lora(id, base, targets=None, **given):
 IN_PLACE = "attention merges into in_proj_weight and subtracts again on every run, which leaves rounding behind"
 HALF_GRADIENT = ("out_proj gets its delta twice, in running and in merging (W + 2 s B A), "
                  "and the gradients are those of one of the two")
-ATTENTION = {"running writes": IN_PLACE, "gradients": HALF_GRADIENT}
+ATTENTION = {"running writes": IN_PLACE, **dict.fromkeys(("gradients", "outputs", "merge"), HALF_GRADIENT)}
 UNUSED = "torch's attention reads out_proj.weight and never runs the module, so the adapter acts only once merged"
 SHARED = "two adapted layers look at one weight, so merging both adds each delta to both"
 
@@ -104,8 +104,6 @@ CASES = [
     lora("hf_conv1d/pissa", B.HF_CONV1D, LINEARS, fan_in_fan_out=True, init_lora_weights="pissa", exact_init=False),
     # nn.MultiheadAttention; no mixed batches here and on parameters, whose weight is one for all samples
     lora("attention/plain", B.ATTENTION, ["attn"], mixed=None, disputed=ATTENTION),
-    lora("attention/with_out_proj", B.ATTENTION, ["attn", "out_proj"], mixed=None,
-         disputed={**ATTENTION, "merge": "out_proj is merged once more than it runs"}),
     lora("attention/out_proj", B.ATTENTION, ["out_proj"], mixed=None, disputed={"outputs": UNUSED}),
     lora("attention/no_bias", B.ATTENTION_NO_BIAS, ["attn"], mixed=None, disputed=ATTENTION),
     lora("attention/sequence_first", B.ATTENTION_SEQ_FIRST, ["attn"], mixed=None, disputed=ATTENTION),

@@ -14,8 +14,8 @@ projected = rows("prefix_tuning", "PrefixTuningConfig", num_virtual_tokens=3, pr
 
 ptuning = rows("p_tuning", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=10, fresh=False,
                merges=False, stacks=False)
-multitask = rows("multitask_prompt_tuning", "MultitaskPromptTuningConfig", num_virtual_tokens=3, num_tasks=3, num_ranks=2,
-                 fresh=False, merges=False, stacks=False, scale=0.3,
+multitask = rows("multitask_prompt_tuning", "MultitaskPromptTuningConfig", num_virtual_tokens=3, num_tasks=3,
+                 num_ranks=2, fresh=False, merges=False, stacks=False, scale=0.3,
                  inputs={"task_ids": torch.tensor([2, 0, 1, 2])})
 cpt = rows("cpt", "CPTConfig", task_type="CAUSAL_LM", cpt_token_ids=[5, 9, 6, 11, 4, 8], cpt_mask=[1] * 6,
            cpt_tokens_type_mask=[1, 2, 3, 4, 5, 8], opt_projection_epsilon=2.0, opt_projection_format_epsilon=1.0,

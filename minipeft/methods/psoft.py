@@ -1,0 +1,157 @@
+"""PSOFT - orthogonal fine-tuning in the principal subspace. Wu et al., 2025, https://arxiv.org/abs/2505.11235.
+
+    W' = W + s B (R - I) A               s B A: W cut to its r largest singular values; A: (r, in), B: (out, r), frozen
+    R = diag(b) C diag(a)                b, a: (r,), at first 1; C: (r, r), orthogonal, at first I
+    C = (I + Q) (I - Q)^-1               Cayley; Q: (r, r) skew-symmetric, r (r - 1) / 2 numbers
+    C = I + 2 Q + ... + 2 Q^t-2 + Q^t-1  Cayley-Neumann, with t terms
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import Delta
+from ..base import Base
+from ..config import PeftConfig
+from ..errors import ConfigError, PeftWarning
+from ..tuner import register_tuner
+
+
+@dataclass
+class PsoftConfig(PeftConfig, method="PSOFT"):
+    """Fields of PSOFT."""
+
+    r: int = 32  # at most the smaller side of W
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    psoft_alpha: int = 32  # s = alpha / r
+    psoft_dropout: float = 0.0  # on the input of A, while training
+    fan_in_fan_out: bool = False  # weights stored (in, out); found out by itself
+    ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"  # singular values in B, or half in each
+    psoft_svd: Literal["full", "lowrank"] = "full"
+    psoft_svd_lowrank_niter: int = 10
+    random_seed: int = 0  # of the "lowrank" decomposition
+    psoft_orth: bool = True  # False: C is any matrix
+    psoft_mag_b: bool = True  # False: no b
+    psoft_mag_a: bool = True
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: int = 5  # t
+    cayley_neumann_eps: float | None = None  # the largest Frobenius norm of Q
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True  # False: C random
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("r", *["num_cayley_neumann_terms"] * self.use_cayley_neumann)
+        self.require_probability("psoft_dropout")
+        self.require_listed_targets()
+        eps = self.cayley_neumann_eps
+        if self.use_cayley_neumann and eps is not None and not 0 < eps < 1:
+            raise ConfigError(f"`cayley_neumann_eps` must lie between 0 and 1, got {eps}.")
+        idle = ["psoft_svd_lowrank_niter"] * (self.psoft_svd != "lowrank" and self.psoft_svd_lowrank_niter != 10)
+        if not self.use_cayley_neumann:
+            idle += ["num_cayley_neumann_terms"] * (self.num_cayley_neumann_terms != 5)
+            idle += ["cayley_neumann_eps"] * (eps is not None)
+        if idle:
+            warnings.warn(f"PSOFT does not use {idle} with these settings: ignored.", PeftWarning)
+
+
+class Rotation(nn.Module):
+    """R. Its parameters: `weight`, the numbers above Q's diagonal or all of C; `vector_b` and `vector_a`."""
+
+    def __init__(self, config: PsoftConfig):
+        super().__init__()
+        self.config, r = config, config.r
+        C = torch.zeros(r * (r - 1) // 2) if config.psoft_orth else torch.eye(r)
+        if not config.init_weights:
+            C = C + 0.1 * torch.randn_like(C)
+        self.weight = nn.Parameter(C)
+        self.vector_b = nn.Parameter(torch.ones(r)) if config.psoft_mag_b else None
+        self.vector_a = nn.Parameter(torch.ones(r)) if config.psoft_mag_a else None
+
+    def matrix(self) -> Tensor:
+        """R (r, r)."""
+        R = self.orthogonal() if self.config.psoft_orth else self.weight
+        R = R if self.vector_b is None else self.vector_b[:, None] * R
+        return R if self.vector_a is None else R * self.vector_a
+
+    def orthogonal(self) -> Tensor:
+        """C (r, r) out of Q."""
+        c, r, q = self.config, self.config.r, self.weight
+        above = torch.triu_indices(r, r, 1, device=q.device)
+        Q = q.new_zeros(r, r).index_put((*above,), q)
+        Q, I = Q - Q.t(), torch.eye(r, dtype=q.dtype, device=q.device)
+        if not c.use_cayley_neumann:
+            return torch.linalg.solve(I - Q, I + Q, left=False)
+        norm = Q.norm()
+        if c.cayley_neumann_eps is not None and norm > c.cayley_neumann_eps:
+            Q = Q * (c.cayley_neumann_eps / (norm + 1e-12))
+        C, power, last = I, I, c.num_cayley_neumann_terms - 1
+        for k in range(1, last + 1):
+            power = power @ Q
+            C = C + (1 if k == last and k > 1 else 2) * power  # PEFT: with two terms, I + 2 Q
+        return C
+
+
+class PSOFT(Delta, config=PsoftConfig):
+    prefix = "psoft_"
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        if config.r > min(base.inp, base.out):
+            raise ConfigError(f"`r` ({config.r}) must be at most {min(base.inp, base.out)}, the smaller side of '{path}'.")
+
+    def build(self) -> None:
+        c = self.config
+        self.r, self.psoft_alpha, self.scaling = c.r, c.psoft_alpha, self.initial_scaling()
+        self.psoft_dropout = nn.Dropout(c.psoft_dropout) if c.psoft_dropout else nn.Identity()
+        self.psoft_R = Rotation(c)
+        A, B = self.decompose()
+
+        def keep() -> None:
+            self._psoft_A_cache, self._psoft_B_cache = A, B
+
+        self.at_commit(keep)  # not before: they stay in float32, whatever the model's dtype
+
+    def initial_scaling(self) -> float:
+        return self.config.psoft_alpha / self.config.r
+
+    @torch.no_grad()
+    def decompose(self) -> tuple[Tensor, Tensor]:
+        """(A, B) of the frozen weight."""
+        c, (W, _) = self.config, self.base.read()
+        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        if c.psoft_svd == "full":
+            U, S, Vt = torch.linalg.svd(W, full_matrices=False)
+        else:
+            with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
+                torch.manual_seed(c.random_seed)
+                U, S, V = torch.svd_lowrank(W, q=c.r, niter=c.psoft_svd_lowrank_niter)
+            Vt = V.t()
+        U, S, Vt = U[:, : c.r], S[: c.r] / self.scaling, Vt[: c.r]
+        if c.ab_svd_init == "psoft_init":
+            return Vt.contiguous(), U * S
+        return S.sqrt()[:, None] * Vt, U * S.sqrt()
+
+    def turn(self) -> Tensor:
+        """R - I (r, r)."""
+        R = self.psoft_R.matrix().to(self._psoft_A_cache)
+        return R - torch.eye(len(R)).to(R)
+
+    def delta(self) -> Tensor:
+        return self.scaling * self._psoft_B_cache @ self.turn() @ self._psoft_A_cache  # (out, in)
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.psoft_dropout(self.cast(x, self._psoft_A_cache))
+        return self.scaling * F.linear(F.linear(F.linear(x, self._psoft_A_cache), self.turn()), self._psoft_B_cache)
+
+
+PsoftModel = register_tuner("PsoftModel", "PSOFT")

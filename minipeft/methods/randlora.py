@@ -1,0 +1,115 @@
+"""RandLoRA - full-rank adaptation with random bases. Albert et al., 2025, https://arxiv.org/abs/2502.00987, eq. 4.
+
+    W' = W + alpha / r * sum_j B_j diag(l_j) A diag(g_j)        j = 1 .. n = ceil(min(in, out) / r)
+
+    A: (r, 1, min), B: (max, n, r), random, frozen and shared by all layers; l: (r, n), g: (n, min), l = 0 at the start
+
+min and max are the smaller and the larger of `in` and `out`; where `in` is the larger, the sum is transposed. The shared
+bases have the sizes of the largest layer; a smaller one uses their first entries. See `factors` for how PEFT pairs them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import PeftConfig
+from ..projections import Projected, uniform, warn_unless_saved
+from ..tuner import register_tuner
+
+
+@dataclass
+class RandLoraConfig(PeftConfig, method="RANDLORA"):
+    """Fields of RandLoRA. All adapters of a model have the same bases: `r`, `sparse` and all that says `projection`."""
+
+    r: int = 32  # rank of one base; the smaller, the more bases there are
+    target_modules: list[str] | str | None = None
+    projection_prng_key: int = 0  # seed of A and B
+    save_projection: bool = True  # keep A and B in the checkpoint; otherwise the seed has to bring them back
+    sparse: bool = False  # entries of A and B are -1, 0, 1 with probabilities 1/6, 2/3, 1/6
+    very_sparse: bool = False  # the same with 1 / (2 sqrt(min)) in place of 1/6
+    randlora_dropout: float = 0.0  # on the input, while training
+    fan_in_fan_out: bool = False
+    randlora_alpha: int = 640
+    bias: str = "none"  # "all" or "randlora_only": which of the model's own biases are trained
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True  # False: l normal
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: str | None = None
+
+    _bias_only: ClassVar[str] = "randlora_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("r")
+        self.require_probability("randlora_dropout")
+        warn_unless_saved(self, "randlora_A", "randlora_B")
+
+
+class RandLoRA(Projected, config=RandLoraConfig):
+    prefix = "randlora_"
+    pair = ("randlora_A", "randlora_B")
+    alike = ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse")
+
+    @classmethod
+    def shapes(cls, config: Any, inp: int, out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        small, large = sorted((inp, out))
+        return (config.r, 1, small), (large, math.ceil(small / config.r), config.r)
+
+    @classmethod
+    def draw(cls, config: Any, A: tuple[int, ...], B: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        if config.sparse or config.very_sparse:
+            part = 1 / (2 * (math.sqrt(A[2]) if config.very_sparse else 3))
+            a, b = (torch.rand(shape, generator=generator) for shape in (A, B))
+            a, b = ((t > 1 - part).float() - (t < part).float() for t in (a, b))
+        else:
+            draw = lambda *shape: uniform(shape, generator, math.sqrt(5), torch.bfloat16)  # noqa: E731
+            a = draw(*A)
+            b = torch.cat([draw(B[0], 1, B[2]) for _ in range(B[1])], dim=1)
+        return a / a.std(), b / b.std()
+
+    @classmethod
+    def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        # PEFT: each layer's view of the bases is saved, too
+        layers = [key.rpartition(".")[0] for key in tensors if key.endswith(".randlora_lambda")]
+        shared = {slot: tensors[f"base_model.{slot}"] for slot in cls.pair if f"base_model.{slot}" in tensors}
+        return tensors | {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared}
+
+    def build(self) -> None:
+        c = self.config
+        small, large = sorted((self.base.inp, self.base.out))
+        n = math.ceil(small / c.r)
+        self.r, self.scaling = c.r, self.initial_scaling()
+        self.randlora_dropout = nn.Dropout(c.randlora_dropout) if c.randlora_dropout else nn.Identity()
+        free = torch.randn(c.r, n)
+        self.randlora_lambda = nn.Parameter(torch.zeros_like(free) if c.init_weights else free)
+        self.randlora_gamma = nn.Parameter(torch.full((n, small), 1 / (max(n, small) if c.init_weights else large)))
+
+    def initial_scaling(self) -> float:
+        return self.config.randlora_alpha / self.config.r
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The sum as a product (out, k) (k, in), with k = n r."""
+        l, g = self.randlora_lambda, self.randlora_gamma
+        n, small = g.shape
+        B = self.randlora_B[: max(self.base.inp, self.base.out), :n].to(l).flatten(1)  # (max, n r)
+        # PEFT: these are counted along n first, and B's columns along r first, so the pairs are not those of the paper
+        A = (self.randlora_A[..., :small].to(l) * l[..., None] * g).flatten(0, 1)  # (r n, min)
+        return (B, A) if self.base.inp == small else (A.t(), B.t())
+
+    def delta(self) -> Tensor:
+        up, down = self.factors
+        return self.scaling * (up @ down)  # (out, in)
+
+    def branch(self, x: Tensor) -> Tensor:
+        up, down = self.factors
+        return self.scaling * F.linear(F.linear(self.randlora_dropout(self.cast(x, up)), down), up)  # (..., out)
+
+
+RandLoraModel = register_tuner("RandLoraModel", "RANDLORA")

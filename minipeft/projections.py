@@ -1,0 +1,95 @@
+"""Methods that multiply with a pair of random matrices, drawn from a seed and shared by all layers."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .adapter import Delta
+from .base import Base
+from .errors import ConfigError, PeftWarning
+
+
+class Projected(Delta):
+    """A delta made with the matrices A and B of the slots `pair`: as large as the largest layer needs, never trained.
+
+    Their configurations have `r`, `projection_prng_key` (the seed) and `save_projection` (whether A and B are saved).
+    """
+
+    shares = True
+    pair: ClassVar[tuple[str, str]]
+    alike: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")  # fields equal for all adapters
+
+    @classmethod
+    def shapes(cls, config: Any, inp: int, out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shapes of A (rank first) and B (rank last) for layers of up to `inp` inputs and `out` outputs."""
+        raise NotImplementedError
+
+    @classmethod
+    def draw(cls, config: Any, A: tuple[int, ...], B: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A and B, of these shapes."""
+        return uniform(A, generator), uniform(B, generator)
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        return config.save_projection if slot in cls.pair else slot.startswith(cls.prefix)
+
+    @classmethod
+    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        for field in cls.alike:
+            for name, other in others.items():
+                if getattr(other, field) != getattr(config, field):
+                    raise ConfigError(
+                        f"`{field}` must be the same for all {cls.__name__} adapters: they share {' and '.join(cls.pair)}. "
+                        f"Got {getattr(config, field)}, but adapter '{name}' has {getattr(other, field)}."
+                    )
+
+    @classmethod
+    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
+        shapes = cls.shapes(config, max(base.inp for base in bases), max(base.out for base in bases))
+        if not existing(cls.pair[0]):
+            generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
+            return dict(zip(cls.pair, cls.draw(config, *shapes, generator)))
+        found = [next(iter(existing(slot).values())) for slot in cls.pair]
+        for slot, tensor, needs in zip(cls.pair, found, shapes):
+            if any(has < need for has, need in zip(tensor.shape, needs)):
+                raise ConfigError(
+                    f"{slot} has a size of {tuple(tensor.shape)} but {needs} or greater is required, and the adapters of a "
+                    "model share it. Add the adapter with the larger rank or layers first."
+                )
+        A, B = found
+        rows, columns = shapes[0][0], shapes[1][-1]
+        if (len(A), B.shape[-1]) != (rows, columns):
+            A, B = A[:rows].clone(), B[..., :columns].clone()
+        return dict(zip(cls.pair, (A, B)))
+
+    @classmethod
+    def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        named = {key for key in tensors if key.rpartition(".")[2] in cls.pair}
+        views = {key for key in named if key.startswith("base_model.model.")}  # a layer's, of the one that is shared
+        tensors = {key: t for key, t in tensors.items() if key not in views}
+        own = {key: t for key, t in tensors.items() if key not in named}
+        if config.save_projection or len(own) == len(tensors):
+            return tensors
+        warnings.warn(f"save_projection is False: the checkpoint's {' and '.join(cls.pair)} are not used.", PeftWarning)
+        return own
+
+
+def warn_unless_saved(config: Any, A: str, B: str) -> None:
+    """Say what it means not to save the projections."""
+    if not config.save_projection:
+        warnings.warn(
+            f"With save_projection=False, {A} and {B} are not saved but drawn again from projection_prng_key, "
+            "which may give other values on another system.",
+            PeftWarning,
+        )
+
+
+def uniform(shape: tuple[int, ...], generator: torch.Generator, slope: float = 0.0, dtype: Any = None) -> Tensor:
+    """Kaiming's uniform distribution for a leaky ReLU: variance 2 / (1 + slope^2) / entries of a row."""
+    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + slope**2)) / math.sqrt(math.prod(shape[1:])))
+    return torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
