@@ -15,7 +15,13 @@ from torch.nn import functional as F
 
 import minipeft
 from minipeft.errors import (
-    AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, PeftWarning, UnsupportedFeatureError,
+    AdapterNameError,
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    PeftError,
+    PeftWarning,
+    UnsupportedFeatureError,
 )
 from minipeft.methods.multitask_prompt_tuning import MultitaskPromptEmbedding
 
@@ -31,7 +37,7 @@ class Attention(nn.Module):
         self.causal = causal
 
     def forward(self, x, past=None, mask=None, source=None):
-        split = lambda t: t.unflatten(-1, (HEADS, -1)).transpose(1, 2)  # noqa: E731
+        split = lambda t: t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
         source = x if source is None else source
         q, k, v = split(self.q(x)), split(self.k(source)), split(self.v(source))
         if past is not None:
@@ -648,14 +654,14 @@ def test_base_weights_under_their_own_names():
         got = minipeft.get_base_model_state_dict(model)
         if config.is_prompt_learning:
             assert any("modules_to_save" in k for k in model.base_model.state_dict())
-        assert list(sorted(got)) == sorted(want) and all(torch.equal(got[k], want[k]) for k in want)
+        assert sorted(got) == sorted(want) and all(torch.equal(got[k], want[k]) for k in want)
         other = {k: v + 1 for k, v in want.items()}
         report = minipeft.set_base_model_state_dict(model, other)
         assert not report.missing_keys and not report.unexpected_keys
         got = minipeft.get_base_model_state_dict(model)
         assert all(torch.equal(got[k], other[k]) for k in want)
         short = {k: v for k, v in want.items() if k != "classifier.bias"} | {"strange": torch.ones(1)}
-        with pytest.raises(RuntimeError, match="classifier.bias"):
+        with pytest.raises(RuntimeError, match=r"classifier\.bias"):
             minipeft.set_base_model_state_dict(model, short)
         report = minipeft.set_base_model_state_dict(model, short, strict=False)
         assert (report.missing_keys, report.unexpected_keys) == (["classifier.bias"], ["strange"])
