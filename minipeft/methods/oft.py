@@ -58,7 +58,7 @@ class OFTConfig(PeftConfig, method="OFT"):
         self.require_positive("num_cayley_neumann_terms")
         if not 0 <= self.module_dropout <= 1:
             raise ConfigError(f"`module_dropout` must lie between 0 and 1, got {self.module_dropout}.")
-        if self.coft and self.eps <= 0:
+        if self.eps <= 0:
             raise ConfigError(f"`eps` must be above 0, got {self.eps}.")
 
     @classmethod
