@@ -160,7 +160,7 @@ def add_prompt(
     if words is not None:
         peft_model.word_embeddings = words
     peft_model.prompt_tokens[name] = tokens
-    peft_model.prompt_encoder[name] = prompt.train(peft_model.training)
+    peft_model.prompt_encoder[name] = prompt.train(base.training)
     peft_model.peft_config[name] = config
     first = len(peft_model.peft_config) == 1
     for _, _, wrapper in adapted(base):

@@ -364,6 +364,9 @@ def test_each_sample_has_its_own_prompt(method):
 
 
 def test_adapters_come_and_go():
+    for training in (True, False):
+        begun = minipeft.get_peft_model(fresh(Decoder).train(training), CONFIGS["lstm"](task_type="CAUSAL_LM"))
+        assert {module.training for module in begun.modules()} == {training}
     model, x = adapted("prompt"), ids(2, 5)
     first = model(input_ids=x).logits
     model.add_adapter("other", CONFIGS["prompt"](task_type="CAUSAL_LM"))
