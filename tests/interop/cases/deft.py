@@ -24,7 +24,7 @@ CASES = [
     deft("linear/bias_deft_only", B.MLP, LINEARS, bias="deft_only", **trained_bias()),
     deft("hf_conv1d/qr", B.HF_CONV1D, LINEARS, decomposition_method="qr", fan_in_fan_out=True),
     deft("targets/modules_to_save", B.STACK, ["q", "up"], modules_to_save=["head"], stacks=False),
-    deft("gpt2/plain", B.GPT2, None, task_type="CAUSAL_LM"),
+    deft("gpt2/plain", B.GPT2, None, fan_in_fan_out=True, task_type="CAUSAL_LM"),
 ]
 
 REFUSED = [
