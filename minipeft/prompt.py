@@ -141,7 +141,7 @@ def add_prompt(
     # from here on nothing can fail
     vars(config).update(vars(config_now))
     if "prompt_encoder" not in peft_model._modules:
-        peft_model.prompt_encoder = nn.ModuleDict()
+        peft_model.prompt_encoder = nn.ModuleDict().train(base.training)
         peft_model.prompt_tokens = {}
         peft_model.prompt_context = Context()
     trained = {id(p) for _, _, wrapper in adapted(base) for p in wrapper.modules_to_save.parameters()}
