@@ -85,7 +85,14 @@ def make_folder(folder: str | os.PathLike) -> Path:
 
 def write_text(folder: str | os.PathLike, name: str, text: str) -> None:
     """Put `text` into `folder/name` in one step: a reader sees the old file or the new one."""
-    _publish(_staged(make_folder(folder), name, text.encode()), Path(folder, name))
+    folder = make_folder(folder)
+    staged = _staged(folder, name, text.encode())
+    try:
+        _publish(staged, folder / name)
+    finally:
+        staged.unlink(missing_ok=True)
+        for stale in folder.glob(f".{name}.*.tmp"):  # of saves that were killed
+            stale.unlink(missing_ok=True)
 
 
 def write_checkpoint(folder: str | os.PathLike, config: str, weights: Any, safe: bool = True) -> None:
@@ -110,13 +117,15 @@ def write_checkpoint(folder: str | os.PathLike, config: str, weights: Any, safe:
         os.replace(staged[1], pending)
         staged[1] = pending
         _publish(staged[0], folder / weights_name)  # from here on it is the new checkpoint
-        staged.clear()
         _publish(pending, folder / CONFIG_NAME)
-    finally:
-        for path in staged:  # never published
-            path.unlink(missing_ok=True)
-    for stale in folder.glob(f".{CONFIG_NAME}.*"):
-        stale.unlink(missing_ok=True)
+    except BaseException:
+        if staged and staged[0].exists():  # not published
+            for path in staged:
+                path.unlink(missing_ok=True)
+        raise
+    for name in (CONFIG_NAME, weights_name):  # of saves that were killed
+        for stale in folder.glob(f".{name}.*"):
+            stale.unlink(missing_ok=True)
 
 
 def _staged(folder: Path, name: str, data: bytes) -> Path:
@@ -141,7 +150,7 @@ def _publish(staged: Path, path: Path) -> None:
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(folder)  # the rename itself
         finally:
             os.close(folder)
 

@@ -465,7 +465,7 @@ class Layer(Slots):
     @property
     def weight(self) -> Tensor:
         if self.read_through and self.running:
-            return self.operator().read()[0]
+            return self.operator().read()[0].to(self.base.leaf.weight.dtype)
         return self.base.leaf.weight
 
     @property

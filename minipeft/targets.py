@@ -8,13 +8,14 @@ of the model before any adapter came.
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from .config import TaskType
-from .errors import NoMatchingPeftModuleError, nearest
+from .errors import NoMatchingPeftModuleError, PeftWarning, nearest
 
 ALL_LINEAR = "all-linear"
 DUMMY_TARGETS = "dummy-target-modules"  # an adapter without any layer, to be filled in later
@@ -110,6 +111,8 @@ class Targets:
             )
         if missing and partly:
             raise NoMatchingPeftModuleError(f"Not all of the target modules {shown} are in the model: {hint}")
+        if missing:  # a checkpoint's own tensors say whether it fits
+            warnings.warn(f"Not all of the checkpoint's target modules {shown} are in the model: {hint}", PeftWarning)
 
 
 def all_linear(model: nn.Module, task_type: Any, paths: Iterable[tuple[str, Any]]) -> set[str]:

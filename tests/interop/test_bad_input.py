@@ -95,7 +95,7 @@ def _entry(value):
 TENSOR_FAULTS = {
     "missing": lambda t, n: t.pop(n),
     "all missing": lambda t, n: t.clear(),
-    "extra": lambda t, n: t.update({n.replace(n.split(".")[-2], "stranger") + "x": torch.zeros(2)}),
+    "extra": lambda t, n: t.update({f"stranger.{n}x": torch.zeros(2)}),
     "misspelt": lambda t, n: t.update({n + "_": t.pop(n)}),
     "misshapen": _misshapen,
     "transposed": _transposed,
@@ -199,7 +199,11 @@ def good(lib, case, path):
     return path
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+# a checkpoint of peft may name modules that its model did not have: its tensors say whether it fits
+WHEN_LOADING = [fault for fault in FAULTS if fault not in ("targets match partly", "modules_to_save match nothing")]
+
+
+@pytest.mark.parametrize("fault", WHEN_LOADING)
 def test_from_pretrained(fault, lib, tmp_path):
     path = good(lib, LORA, tmp_path)
     FAULTS[fault](path)
@@ -208,7 +212,7 @@ def test_from_pretrained(fault, lib, tmp_path):
         lib.PeftModel.from_pretrained(base, str(path))
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", WHEN_LOADING)
 def test_load_adapter(fault, lib, tmp_path):
     path = good(lib, LORA, tmp_path)
     FAULTS[fault](path)

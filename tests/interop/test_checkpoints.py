@@ -26,7 +26,7 @@ def test_from_pretrained(case, direction, lib, ref, tmp_path):
     H.seed(0)  # PiSSA and OLoRA are made again while loading, from the same draw
     loaded = reader.PeftModel.from_pretrained(case.base.build(), str(tmp_path / "a")).eval()
     assert type(loaded).__name__ == type(model).__name__
-    if "reload" not in case.disputed:
+    if not {"reload", "outputs"} & set(case.disputed):
         H.close(H.run(loaded, batch), want, H.TOLERANCE[torch.float32])
     by_peft = ref.PeftModel.from_pretrained(case.base.build(), str(tmp_path / "a"))
     trains = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (loaded, by_peft)]
@@ -87,7 +87,7 @@ def test_state_dict_travels(case, direction, lib, ref):
 
 @each_case(lambda c: c.id.endswith("/plain"))
 def test_low_cpu_mem_usage(case, lib, ref, tmp_path):
-    model = written(case, ref, lib, tmp_path)
+    model = written(case, lib if "outputs" in case.disputed else ref, lib, tmp_path)
     loaded = lib.PeftModel.from_pretrained(case.base.build(), str(tmp_path), low_cpu_mem_usage=True).eval()
     assert not [n for n, t in loaded.state_dict().items() if t.is_meta]
     batch = H.without_labels(H.inputs(case)) if case.own_loss else H.inputs(case)

@@ -68,9 +68,9 @@ CASES = [
     lora("targets/token_indices_dict", B.STACK, ["q"], trainable_token_indices={"emb": [0, 7]}, stacks=False),
     lora("targets/token_indices_tied", B.LLAMA_TIED, ["q_proj"], trainable_token_indices=[1, 5, 9], stacks=False),
     lora("targets/tying_modules_to_save", B.LLAMA_TIED, ["q_proj"], modules_to_save=["embed_tokens"],
-         ensure_weight_tying=True, mixed=False, stacks=False),
+         ensure_weight_tying=True, mixed=False, stacks=False, second=None),  # peft does not tie a second adapter
     lora("targets/tying_embedding", B.LLAMA_TIED, ["q_proj", "embed_tokens"], ensure_weight_tying=True,
-         disputed={"merge": SHARED}),
+         second=None, disputed={"merge": SHARED}),
     lora("targets/tying_tokens", B.LLAMA_TIED, ["q_proj"], trainable_token_indices=[2, 3], ensure_weight_tying=True,
          stacks=False),
     lora("targets/layer_replication", B.LLAMA, ["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 2]],

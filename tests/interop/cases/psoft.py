@@ -1,4 +1,4 @@
-"""PSOFT: a rotation inside the weight's principal subspace."""
+"""PSOFT: a rotation inside the weight's principal subspace. No id ends in /plain: peft refuses float64 models."""
 
 from .. import bases as B
 from .case import Refused, rows
@@ -12,7 +12,7 @@ def psoft(id, base, targets, **given):
 
 
 CASES = [
-    psoft("linear/plain", B.MLP, LINEARS, second={"r": 2}),
+    psoft("linear/default", B.MLP, LINEARS, second={"r": 2}),
     psoft("linear/2d", B.MLP_2D, LINEARS, psoft_alpha=3, r=3),
     psoft("linear/pissa", B.MLP, LINEARS, ab_svd_init="pissa_init", psoft_alpha=8),
     psoft("linear/lowrank", B.MLP, LINEARS, psoft_svd="lowrank", psoft_svd_lowrank_niter=3, random_seed=5),
@@ -27,7 +27,7 @@ CASES = [
     psoft("linear/free_init_false", B.MLP, LINEARS, init_weights=False, psoft_orth=False, fresh=False),
     psoft("linear/dropout", B.MLP, LINEARS, psoft_dropout=0.4, train=True),
     psoft("targets/modules_to_save", B.STACK, ["q", "up"], modules_to_save=["head"], stacks=False),
-    psoft("llama/plain", B.LLAMA, None, r=5, task_type="CAUSAL_LM"),
+    psoft("llama/default", B.LLAMA, None, r=5, task_type="CAUSAL_LM"),
 ]
 
 REFUSED = [
