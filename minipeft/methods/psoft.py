@@ -72,7 +72,7 @@ class Rotation(nn.Module):
         self.config, r = config, config.r
         C = torch.zeros(r * (r - 1) // 2) if config.psoft_orth else torch.eye(r)
         if not config.init_weights:
-            C = C + 0.1 * torch.randn_like(C)
+            C = nn.init.normal_(C, std=0.1) if config.psoft_orth else C + 0.1 * torch.randn_like(C)
         self.weight = nn.Parameter(C)
         self.vector_b = nn.Parameter(torch.ones(r)) if config.psoft_mag_b else None
         self.vector_a = nn.Parameter(torch.ones(r)) if config.psoft_mag_a else None
@@ -85,7 +85,8 @@ class Rotation(nn.Module):
 
     def orthogonal(self) -> Tensor:
         """C (r, r) out of Q."""
-        c, r, q = self.config, self.config.r, self.weight
+        c, r = self.config, self.config.r
+        q = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))  # for the solver
         above = torch.triu_indices(r, r, 1, device=q.device)
         Q = q.new_zeros(r, r).index_put((*above,), q)
         Q, I = Q - Q.t(), torch.eye(r, dtype=q.dtype, device=q.device)
@@ -128,7 +129,7 @@ class PSOFT(Delta, config=PsoftConfig):
     def decompose(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the frozen weight."""
         c, (W, _) = self.config, self.base.read()
-        W = W.to(torch.promote_types(W.dtype, torch.float32))
+        W = W.detach().to(torch.float32)  # PEFT: always, which also settles the signs of the singular vectors
         if c.psoft_svd == "full":
             U, S, Vt = torch.linalg.svd(W, full_matrices=False)
         else:
