@@ -22,6 +22,7 @@ from . import lora as lora
 from . import miss as miss
 from . import multitask_prompt_tuning as multitask_prompt_tuning
 from . import oft as oft
+from . import osf as osf
 from . import p_tuning as p_tuning
 from . import peanut as peanut
 from . import poly as poly
