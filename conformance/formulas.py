@@ -53,7 +53,7 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
         if not t:
             continue
         if method.shared:
-            t = {**t, **{k: v for k, v in shared.items() if k.removeprefix("base_model.").count(".") == 0}}
+            t = {**t, **{k: v for k, v in shared.items() if not k.startswith(KEY)}}
         if (new := token_rows(site, t, config)) is None:
             if method.run and (method.formula is None or site.args.get("groups", 1) > 1):
                 routed[path] = t

@@ -84,6 +84,7 @@ from .methods.randlora import RandLoraConfig, RandLoraModel
 from .methods.road import RoadConfig, RoadModel
 from .methods.shira import ShiraConfig, ShiraModel
 from .methods.supertuning import SupertuningConfig, SupertuningModel
+from .methods.tinylora import TinyLoraConfig, TinyLoraModel
 from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
 from .methods.unilora import UniLoraConfig, UniLoraModel
 from .methods.vblora import VBLoRAConfig, VBLoRAModel

@@ -53,6 +53,7 @@ class Adapter:
     exclusive: ClassVar[bool] = False  # True: at most one adapter of this method may be active
     shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
     ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
+    renames: ClassVar[bool] = True  # False: its matrices have the same names on an embedding as elsewhere
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
     autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
@@ -75,7 +76,7 @@ class Adapter:
         vars(self).update(layer=layer, base=layer.base, name=name, config=config, path=path, found={})
 
     def __setattr__(self, slot: str, value: Any) -> None:
-        slot = self.base.slot(slot)
+        slot = self.base.slot(slot) if self.renames else slot
         self.layer.put(slot, self.name, value, persistent=self.keeps(slot, self.config))
 
     def __getattr__(self, slot: str) -> Any:
@@ -84,7 +85,7 @@ class Adapter:
             raise AttributeError(slot)
         contents = own["found"].get(slot)
         if contents is None:
-            contents = self.layer.contents(self.base.slot(slot))
+            contents = self.layer.contents(self.base.slot(slot) if self.renames else slot)
             if contents is None or self.name not in contents:
                 raise AttributeError(f"{self!r} has no {slot!r}")
             own["found"][slot] = contents

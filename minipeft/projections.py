@@ -30,7 +30,9 @@ class Projected(Delta):
         raise NotImplementedError
 
     @classmethod
-    def draw(cls, config: Any, A: tuple[int, ...], B: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(
+        cls, config: Any, A: tuple[int, ...], B: tuple[int, ...], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """A and B, of these shapes."""
         return uniform(A, generator), uniform(B, generator)
 
@@ -44,7 +46,8 @@ class Projected(Delta):
             for name, other in others.items():
                 if getattr(other, field) != getattr(config, field):
                     raise ConfigError(
-                        f"`{field}` must be the same for all {cls.__name__} adapters: they share {' and '.join(cls.pair)}. "
+                        f"`{field}` must be the same for all {cls.__name__} adapters: "
+                        f"they share {' and '.join(cls.pair)}. "
                         f"Got {getattr(config, field)}, but adapter '{name}' has {getattr(other, field)}."
                     )
 
@@ -58,8 +61,8 @@ class Projected(Delta):
         for slot, tensor, needs in zip(cls.pair, found, shapes):
             if any(has < need for has, need in zip(tensor.shape, needs)):
                 raise ConfigError(
-                    f"{slot} has a size of {tuple(tensor.shape)} but {needs} or greater is required, and the adapters of a "
-                    "model share it. Add the adapter with the larger rank or layers first."
+                    f"{slot} has a size of {tuple(tensor.shape)} but {needs} or greater is required, "
+                    "and the adapters of a model share it. Add the adapter with the larger rank or layers first."
                 )
         A, B = found
         rows, columns = shapes[0][0], shapes[1][-1]
@@ -79,11 +82,12 @@ class Projected(Delta):
         return own
 
 
-def warn_unless_saved(config: Any, A: str, B: str) -> None:
-    """Say what it means not to save the projections."""
+def warn_unless_saved(config: Any, *slots: str, seed: str = "projection_prng_key") -> None:
+    """Say what it means not to save the random tensors of these slots."""
     if not config.save_projection:
         warnings.warn(
-            f"With save_projection=False, {A} and {B} are not saved but drawn again from projection_prng_key, "
+            f"With save_projection=False, the checkpoint will lack {' and '.join(slots)}; "
+            f"they are drawn again from {seed}, "
             "which may give other values on another system.",
             PeftWarning,
         )

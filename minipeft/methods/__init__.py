@@ -34,6 +34,7 @@ from . import randlora as randlora
 from . import road as road
 from . import shira as shira
 from . import supertuning as supertuning
+from . import tinylora as tinylora
 from . import trainable_tokens as trainable_tokens
 from . import unilora as unilora
 from . import vblora as vblora

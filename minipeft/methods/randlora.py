@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import PeftConfig
+from ..errors import CheckpointError
 from ..projections import Projected, uniform, warn_unless_saved
 from ..tuner import register_tuner
 
@@ -68,7 +69,7 @@ class RandLoRA(Projected, config=RandLoraConfig):
             a, b = (torch.rand(shape, generator=generator) for shape in (A, B))
             a, b = ((t > 1 - part).float() - (t < part).float() for t in (a, b))
         else:
-            draw = lambda *shape: uniform(shape, generator, math.sqrt(5), torch.bfloat16)  # noqa: E731
+            draw = lambda *shape: uniform(shape, generator, math.sqrt(5), torch.bfloat16)
             a = draw(*A)
             b = torch.cat([draw(B[0], 1, B[2]) for _ in range(B[1])], dim=1)
         return a / a.std(), b / b.std()
@@ -79,6 +80,16 @@ class RandLoRA(Projected, config=RandLoraConfig):
         layers = [key.rpartition(".")[0] for key in tensors if key.endswith(".randlora_lambda")]
         shared = {slot: tensors[f"base_model.{slot}"] for slot in cls.pair if f"base_model.{slot}" in tensors}
         return tensors | {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared}
+
+    @classmethod
+    def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        layers = [key.rpartition(".")[0] for key in tensors if key.endswith(".randlora_lambda")]
+        for slot in cls.pair if config.save_projection else ():
+            whole = tensors.get(f"base_model.{slot}")
+            for view in (f"{layer}.{slot}" for layer in layers if whole is not None):
+                if view not in tensors or not torch.equal(tensors[view], whole):
+                    raise CheckpointError(f"'{view}' must be in the checkpoint and equal to 'base_model.{slot}', but is not.")
+        return super().convert_for_load(config, tensors)
 
     def build(self) -> None:
         c = self.config

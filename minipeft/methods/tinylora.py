@@ -1,0 +1,133 @@
+"""TinyLoRA - Learning to Reason in 13 Parameters. Morris et al., 2026, https://arxiv.org/abs/2602.04118, eq. 4.
+
+    W' = W + B R A        R = sum_i v_i P_i        B A: the best approximation of W of rank r
+
+    A = sqrt(S) V^T: (r, in) and B = U sqrt(S): (out, r) from the singular value decomposition of W, frozen
+    P: (u, r, r), random and frozen; v: (u,), the only trained tensor, shared by neighbouring layers (`weight_tying`)
+
+An embedding is decomposed as it is stored, (tokens, dim): there B is (tokens, r), A is (r, dim), and dW = (B R A)^T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Delta
+from ..base import Base
+from ..config import PeftConfig
+from ..errors import ConfigError
+from ..projections import warn_unless_saved
+from ..tuner import register_tuner
+
+
+@dataclass
+class TinyLoraConfig(PeftConfig, method="TINYLORA"):
+    """Fields of TinyLoRA. All adapters of a model have the same `save_projection`."""
+
+    r: int = 2  # rank, at most that of the layer
+    u: int = 64  # length of v
+    weight_tying: float = 0.0  # 0: each layer has its own v; 1: all have the same
+    projection_seed: int = 42  # of P
+    save_projection: bool = True  # keep P in the checkpoint; otherwise the seed has to bring it back
+    init_v_bound: float = 0.02  # with init_weights="uniform", v is drawn from [-bound, bound]
+    target_modules: list[str] | str | None = None
+    tinylora_dropout: float = 0.0  # on the input of A (for embeddings: on what B looks up), while training
+    fan_in_fan_out: bool = False
+    bias: str = "none"  # "all" or "tinylora_only": which of the model's own biases are trained
+    modules_to_save: list[str] | None = None
+    init_weights: bool | str = True  # v = 0; "uniform": see init_v_bound; False: PEFT leaves v unset, here it is 0, too
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    _bias_only: ClassVar[str] = "tinylora_only"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("r", "u"):
+            self.require_positive(field)
+        self.require_probability("tinylora_dropout")
+        if not 0 <= self.weight_tying <= 1:
+            raise ConfigError(f"`weight_tying` should be between 0.0 and 1.0, got {self.weight_tying}.")
+        if self.init_weights not in (True, False, "uniform"):
+            raise ConfigError(f"`init_weights` should be True, False or 'uniform', got {self.init_weights!r}.")
+        warn_unless_saved(self, "tinylora_P", seed="projection_seed")
+
+    def group(self, index: int, layers: int) -> int:
+        """Which v the layer `index` of `layers` has: 0, 1, ..."""
+        groups = max(1, round(layers * (1.0 - self.weight_tying)))
+        return min(index // max(1, layers // groups), groups - 1)
+
+
+class TinyLoRA(Delta, config=TinyLoraConfig):
+    prefix = "tinylora_"
+    bases = ("Linear", "Conv1D", "Embedding")
+    shares = True
+    renames = False
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        return slot.startswith(cls.prefix) and (slot != "tinylora_P" or config.save_projection)
+
+    @classmethod
+    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        for name, other in others.items():
+            if other.save_projection != config.save_projection:
+                raise ConfigError(f"`save_projection` must be the same for all adapters, but '{name}' has another.")
+
+    @classmethod
+    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
+        v = nn.ParameterDict()
+        for index, base in enumerate(bases):
+            if (key := str(config.group(index, len(bases)))) not in v:
+                v[key] = nn.Parameter(torch.zeros(config.u, dtype=base.dtype))
+                if config.init_weights == "uniform":
+                    nn.init.uniform_(v[key], -config.init_v_bound, config.init_v_bound)
+        return {"tinylora_v": v}
+
+    def build(self) -> None:
+        c = self.config
+        self.tinylora_dropout = nn.Dropout(c.tinylora_dropout) if c.tinylora_dropout else nn.Identity()
+        W = self.base.read()[0]
+        W = W if self.base.reads_vectors else W.t()
+        r = min(c.r, *W.shape)
+        self.u, self.r = c.u, r
+        if self.blank:
+            self.tinylora_A, self.tinylora_B = torch.empty(r, W.shape[1]), torch.empty(W.shape[0], r)
+            return
+        U, S, V = (t.to(W.dtype) for t in torch.linalg.svd(W.detach().float(), full_matrices=False))
+        root = S[:r].sqrt()
+        self.tinylora_A = (root[:, None] * V[:r]).contiguous()
+        self.tinylora_B = (U[:, :r] * root).contiguous()
+
+    @classmethod
+    def complete(cls, config: Any, adapters: list[Adapter]) -> None:
+        for index, adapter in enumerate(adapters):
+            generator = torch.Generator("cpu").manual_seed(config.projection_seed + index)
+            P = torch.normal(0.0, adapter.r**-0.5, (config.u, adapter.r, adapter.r), generator=generator)
+            adapter.tinylora_P = adapter.layer.settle(P)
+            adapter.tinylora_group = str(config.group(index, len(adapters)))
+
+    @property
+    def R(self) -> Tensor:
+        v = self.tinylora_v[self.tinylora_group]
+        return torch.einsum("i,ijk->jk", v, self.tinylora_P.to(v))  # (r, r)
+
+    def delta(self) -> Tensor:
+        R = self.R
+        D = self.tinylora_B.to(R) @ R @ self.tinylora_A.to(R)
+        return D if self.base.reads_vectors else D.t()  # (out, in)
+
+    def branch(self, x: Tensor) -> Tensor:
+        R = self.R
+        A, B = self.tinylora_A.to(R), self.tinylora_B.to(R)
+        if not self.base.reads_vectors:
+            return self.tinylora_dropout(self.base.apply(x, B.t())) @ R @ A  # (..., dim)
+        return F.linear(F.linear(F.linear(self.tinylora_dropout(self.cast(x, R)), A), R), B)  # (..., out)
+
+
+TinyLoraModel = register_tuner("TinyLoraModel", "TINYLORA")
