@@ -301,7 +301,7 @@ class Conv(Base):
         m = self.leaf
         if W.shape[1] == m.weight.shape[1]:
             return W
-        parts = W.unflatten(0, (m.groups, -1)).unflatten(2, (m.groups, -1)).movedim(2, 1)  # (g, g, out / g, in / g, ...)
+        parts = W.unflatten(0, (m.groups, -1)).unflatten(2, (m.groups, -1)).movedim(2, 1)  # (g, g, out / g, in / g, *)
         own = torch.eye(m.groups, dtype=torch.bool, device=W.device)
         if parts[~own].any():
             raise MergeError(
@@ -322,7 +322,8 @@ class Conv(Base):
 
     def down(self, r: int) -> Any:
         m = self.leaf
-        return type(m)(m.in_channels, r, m.kernel_size, m.stride, m.padding, m.dilation, bias=False, padding_mode=m.padding_mode)
+        window = (m.kernel_size, m.stride, m.padding, m.dilation)
+        return type(m)(m.in_channels, r, *window, bias=False, padding_mode=m.padding_mode)
 
     def up(self, r: int, bias: bool = False) -> Any:
         return type(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
@@ -443,7 +444,7 @@ class Attention(Linear):
 
 
 class Param(Base):
-    """A bare nn.Parameter of a module: a matrix (out, in), or expert weights (experts, out, in) or (experts, in, out)."""
+    """A bare nn.Parameter of a module: a matrix (out, in), or experts (experts, out, in) or (experts, in, out)."""
 
     opaque, pointwise = True, False
     label = "ParamWrapper"

@@ -27,7 +27,8 @@ def model_card(model: Any, path: Path) -> str:
     front["library_name"] = "peft"
     if tags:
         front["tags"] = sorted(tags)
-    if "pipeline_tag" not in front and any(getattr(c, "task_type", None) == "CAUSAL_LM" for c in model.peft_config.values()):
+    causal = any(getattr(c, "task_type", None) == "CAUSAL_LM" for c in model.peft_config.values())
+    if "pipeline_tag" not in front and causal:
         front["pipeline_tag"] = "text-generation"
     version = f"- PEFT {PEFT_VERSION}"
     if not body.strip():
@@ -62,5 +63,6 @@ def _split(text: str) -> tuple[dict[str, Any], str]:
 def _dump(front: dict[str, Any]) -> str:
     lines = []
     for key, value in sorted(front.items()):
-        lines += [f"{key}:", *(f"- {item}" for item in value)] if isinstance(value, list) else [f"{key}: {value}".rstrip()]
+        listed = isinstance(value, list)
+        lines += [f"{key}:", *(f"- {item}" for item in value)] if listed else [f"{key}: {value}".rstrip()]
     return "\n".join(lines) + "\n"

@@ -92,7 +92,8 @@ def entries_of_shared(slot: str, name: str, value: Any, box: Any, key: str) -> I
 def entries_of_model(model: nn.Module, name: str) -> Iterator[Entry]:
     """An entry for each saved tensor of adapter `name` on a model, with the keys of that model."""
     tuner = tuner_of(model)
-    root, prefix = (tuner.model, PREFIX) if tuner is not None and tuner is not model else (getattr(tuner, "model", model), "")
+    inside = tuner is not None and tuner is not model
+    root, prefix = (tuner.model, PREFIX) if inside else (getattr(tuner, "model", model), "")
     if tuner is model:  # a bare tuner: its keys lack the first segment only
         prefix = "model."
     config = model.peft_config[name]
@@ -139,7 +140,7 @@ def check(
     """Compare a checkpoint with the tensors that it is to fill; nothing is changed.
 
     Raises `CheckpointError` naming missing, unexpected, misshapen and non-finite tensors. With `strict=False` missing
-    and unexpected ones are only warned about. `extra` are keys that may be there besides; `stored` is what the file holds
+    and unexpected ones are only warned about. `extra` are keys that may be there besides; `stored` is what the file has
     where a method made `weights` out of it.
     """
     wanted = {strip(entry.saved): entry for entry in entries}
@@ -220,7 +221,10 @@ def serialiser(tensors: Mapping[str, Tensor], safe: bool = True) -> Any:
 
 
 def load_peft_weights(
-    model_id: Any, device: str | None = None, key_mapping: Mapping[str, str] | None = None, **hf_hub_download_kwargs: Any
+    model_id: Any,
+    device: str | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hf_hub_download_kwargs: Any,
 ) -> dict[str, Tensor]:
     """The tensors of a saved adapter, by saved key.
 
@@ -327,10 +331,12 @@ def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, T
     if save == "auto":
         save = targeted and not tokens
         if save:
-            warnings.warn("Setting `save_embedding_layers` to `True` as embedding layers found in `target_modules`.", PeftWarning)
+            why = "embedding layers found in `target_modules`"
+            warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", PeftWarning)
         elif resized(root, config):
             save = True
-            warnings.warn("Setting `save_embedding_layers` to `True` as the embedding layer has been resized.", PeftWarning)
+            why = "the embedding layer has been resized"
+            warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", PeftWarning)
     if not save:
         return {}
     if not hasattr(root, "get_input_embeddings"):

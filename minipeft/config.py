@@ -119,13 +119,15 @@ class PeftConfig:
             value, kind = getattr(self, field.name), _types(type(self))[field.name]
             if not _fits(value, kind):
                 raise ConfigTypeError(
-                    f"{type(self).__name__}.{field.name} must be {_spell(kind)}, got {value!r} ({type(value).__name__})."
+                    f"{type(self).__name__}.{field.name} must be {_spell(kind)}, "
+                    f"got {value!r} ({type(value).__name__})."
                 )
         if self.task_type is not None:
             self.task_type = _member(TaskType, self.task_type, "task_type")
         given = None if self.peft_type is None else _member(PeftType, self.peft_type, "peft_type")
         if given is not None and self._method is not None and given is not self._method:
-            raise ConfigError(f"{type(self).__name__} is the configuration of {self._method.value}, not of {given.value}.")
+            of = self._method.value
+            raise ConfigError(f"{type(self).__name__} is the configuration of {of}, not of {given.value}.")
         self.peft_type = self._method or given
         if self.peft_version is None:
             self.peft_version = PEFT_VERSION
@@ -139,9 +141,10 @@ class PeftConfig:
                 except re.error as error:
                     raise ConfigError(f"`{name}` is not a regular expression: {pattern!r} ({error}).") from None
         bias = getattr(self, "bias", "none")
-        allowed = ("none", "all") + tuple(b for b in (getattr(self, "_bias_only", None),) if b)
+        allowed = ("none", "all", *(b for b in (getattr(self, "_bias_only", None),) if b))
         if bias not in allowed:
-            raise ConfigError(f"{type(self).__name__}.bias must be one of {', '.join(map(repr, allowed))}, got {bias!r}.")
+            one_of = ", ".join(map(repr, allowed))
+            raise ConfigError(f"{type(self).__name__}.bias must be one of {one_of}, got {bias!r}.")
         if getattr(self, "layers_pattern", None) and getattr(self, "layers_to_transform", None) is None:
             raise ConfigError("`layers_pattern` says where the layer number stands; set `layers_to_transform` as well.")
 
@@ -149,12 +152,15 @@ class PeftConfig:
         """Raise `ConfigError` unless each field of `names` is a whole number above 0."""
         for name in names:
             if getattr(self, name) <= 0:
-                raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {getattr(self, name)}.")
+                value = getattr(self, name)
+                raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {value}.")
 
     def require_listed_targets(self) -> None:
         """Raise `ConfigError` when layers are chosen by their number and `target_modules` is a regular expression."""
-        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
-            raise ConfigError("`layers_to_transform` and `layers_pattern` cannot be used when `target_modules` is a str.")
+        by_layer = self.layers_to_transform is not None or self.layers_pattern is not None
+        if isinstance(self.target_modules, str) and by_layer:
+            names = "`layers_to_transform` and `layers_pattern`"
+            raise ConfigError(f"{names} cannot be used when `target_modules` is a str.")
 
     def require_probability(self, *names: str) -> None:
         """Raise `ConfigError` unless each field of `names` is at least 0 and below 1."""
@@ -183,7 +189,9 @@ class PeftConfig:
         write_text(save_directory, CONFIG_NAME, self.to_json(kwargs.get("auto_mapping_dict")))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None, **kwargs: Any
+    ):
         """Read the configuration of a saved adapter: a folder, or a hub id when huggingface_hub is installed.
 
         `kwargs` are download options for the hub, and default values for fields that the file does not hold.
@@ -204,12 +212,12 @@ class PeftConfig:
         if not isinstance(fields, dict):
             raise CheckpointError(f"{path_json_file} must hold one JSON object, but holds a {type(fields).__name__}.")
         if fields.pop("runtime_config", None) is not None:
-            warnings.warn(f"`runtime_config` in {path_json_file} is ignored: it only means something while running.", PeftWarning)
+            warnings.warn(f"`runtime_config` in {path_json_file} is ignored: it is for running only.", PeftWarning)
         return fields
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
-        """The configuration that `kwargs["peft_type"]` names, made from `kwargs`; unknown keys are dropped with a warning."""
+        """The configuration that `kwargs["peft_type"]` names, made from `kwargs`; unknown keys: a warning."""
         if "peft_type" in kwargs:
             cls = CONFIGS.get(_member(PeftType, kwargs["peft_type"], "peft_type"))
             if cls is None:
@@ -272,7 +280,7 @@ def _member(kind: type[enum.Enum], value: Any, field: str) -> Any:
         raise ConfigError(f"Invalid {field} {value!r}.{hint} It must be one of {', '.join(names)}.") from None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
@@ -304,4 +312,6 @@ def _fits(value: Any, kind: Any) -> bool:
 def _spell(kind: Any) -> str:
     if typing.get_origin(kind) in (Union, types.UnionType):
         return " or ".join(_spell(arg) for arg in typing.get_args(kind))
-    return "None" if kind is type(None) else getattr(kind, "__name__", str(kind)) if not typing.get_args(kind) else str(kind)
+    if kind is type(None):
+        return "None"
+    return str(kind) if typing.get_args(kind) else getattr(kind, "__name__", str(kind))

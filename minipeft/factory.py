@@ -41,11 +41,13 @@ def get_peft_model(
         warnings.warn(f"The configuration names the base model {before!r}, but this one is {now!r}.", PeftWarning)
     if any(isinstance(module, Layer) for module in model.modules()):
         warnings.warn(
-            "This model has adapters already. To begin anew with another configuration, call `.unload()` first.", PeftWarning
+            "This model has adapters already. To begin anew with another configuration, call `.unload()` first.",
+            PeftWarning,
         )
     if revision is not None:
         if peft_config.revision not in (None, revision):
-            warnings.warn(f"revision {peft_config.revision!r} of the configuration is replaced by {revision!r}.", PeftWarning)
+            old = peft_config.revision
+            warnings.warn(f"revision {old!r} of the configuration is replaced by {revision!r}.", PeftWarning)
         peft_config.revision = revision
     if mixed:
         return PeftMixedModel(model, peft_config, adapter_name=adapter_name)

@@ -51,7 +51,8 @@ def find_weights(
         raise CheckpointError(f"'{path}' is a directory, not a file.")
     if use_safetensors is not False and (folder / WEIGHTS_NAME).is_file():
         raise CheckpointError(
-            f"'{folder}' holds only {WEIGHTS_NAME}, a pickle. If you trust where it comes from, pass use_safetensors=False."
+            f"'{folder}' holds only {WEIGHTS_NAME}, a pickle. If you trust where it comes from, "
+            "pass use_safetensors=False."
         )
     raise CheckpointError(f"Can't find '{wanted}' at '{folder}'.")
 
@@ -64,13 +65,15 @@ def _from_hub(model_id: str | os.PathLike, filename: str, subfolder: str | None,
         from huggingface_hub import hf_hub_download
     except ImportError as error:
         raise CheckpointError(
-            f"Can't find '{filename}' at '{text}': there is no such folder, and to take it for a hub id needs huggingface_hub."
+            f"Can't find '{filename}' at '{text}': there is no such folder, "
+            "and to take it for a hub id needs huggingface_hub."
         ) from error
     options = {key: value for key, value in options.items() if key in HUB_OPTIONS}
     try:
         return Path(hf_hub_download(text, filename, subfolder=subfolder, **options))
     except Exception as error:
-        raise CheckpointError(f"Can't find '{filename}' at '{text}', neither as a folder nor on the hub: {error}") from error
+        where = f"'{text}', neither as a folder nor on the hub"
+        raise CheckpointError(f"Can't find '{filename}' at {where}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- writing

@@ -65,8 +65,8 @@ def check_adapter_name(name: Any, model: nn.Module | None = None) -> None:
         for path, _, _ in walk(model):
             if name in path.split("."):
                 raise AdapterNameError(
-                    f"{name!r} cannot be an adapter name: the model has a module of that name ('{path}'), and code that "
-                    "looks for adapters in its keys would confuse the two. Choose another name."
+                    f"{name!r} cannot be an adapter name: the model has a module of that name ('{path}'), and code "
+                    "that looks for adapters in its keys would confuse the two. Choose another name."
                 )
 
 
@@ -134,12 +134,15 @@ class Plan:
             config.target_modules = all_linear(self.model, config.task_type, bases)
         self.ties = Ties(config, self.model, cls.ties)
         targets = Targets(config)
-        self.modules = [path for path in outer if path in targets] if keys is None else _paths_in(keys, cls.prefix, outer)
+        self.modules = [path for path in outer if path in targets]
+        if keys is not None:
+            self.modules = _paths_in(keys, cls.prefix, outer)
         self.modules = self.ties.order(self.modules)
         found: list[tuple[str, str, nn.Module, Any]] = []
         for path in self.modules:
             live, module = outer[path]
-            if path.rpartition(".")[0] in self.modules and isinstance(base_of(outer[path.rpartition(".")[0]][1]), Attention):
+            parent = path.rpartition(".")[0]
+            if parent in self.modules and isinstance(base_of(outer[parent][1]), Attention):
                 continue  # the out_proj of an attention module comes with it
             base = base_of(module, whole="Whole" in cls.bases)
             if base is None or not set(cls.bases) & {kind.__name__ for kind in type(base).__mro__}:
@@ -152,7 +155,8 @@ class Plan:
         for *_, base in found if hasattr(config, "fan_in_fan_out") else ():
             if isinstance(base, Linear) and config.fan_in_fan_out != isinstance(base, Conv1D):
                 config.fan_in_fan_out = isinstance(base, Conv1D)
-                warnings.warn(f"fan_in_fan_out set to {config.fan_in_fan_out}, as the layers are {base.label}.", PeftWarning)
+                value = config.fan_in_fan_out
+                warnings.warn(f"fan_in_fan_out set to {value}, as the layers are {base.label}.", PeftWarning)
         parameters = self.find_parameters(outer)
         self.parameters = [path for path, *_ in parameters]
         targets.check(self.modules + self.parameters, list(outer), partly=strict and keys is None)
@@ -179,7 +183,8 @@ class Plan:
                 if not (hits := wanted & set(suffixes(names[-1]))):
                     continue
                 if not path:
-                    raise NoMatchingPeftModuleError(f"'{name}' is a parameter of the outermost module; it cannot be adapted.")
+                    why = "is a parameter of the outermost module; it cannot be adapted"
+                    raise NoMatchingPeftModuleError(f"'{name}' {why}.")
                 met |= hits
                 found.append((names[-1], live, module, base_of(module, name)))
         if missing := sorted(wanted - met):
@@ -280,7 +285,8 @@ class Plan:
         entries = list(self.entries())
         have = {strip(entry.saved) for entry in entries}
         later = [e for e in self.bias_entries() if strip(e.saved) not in have] + base_entries(self.model, weights)
-        report = check(entries + [e for e in later if e.key == "bias"], weights, [e.saved for e in later], strict, stored)
+        expected = entries + [e for e in later if e.key == "bias"]
+        report = check(expected, weights, [e.saved for e in later], strict, stored)
         given = {strip(key): tensor for key, tensor in weights.items()}
         for entry in entries:
             if strip(entry.saved) in given:

@@ -17,7 +17,7 @@ from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
 BASE = "__base__"  # in a mixed batch: a sample for the bare model
 LOW_PRECISION = tuple(
     getattr(torch, name)
-    for name in ("float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+    for name in "float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
     if hasattr(torch, name)
 )
 
@@ -78,7 +78,8 @@ class Context:
             return None
         if not names or size not in (len(names), len(names) * self.beams):
             raise BatchError(
-                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {size} respectively."
+                "Length of `adapter_names` should be the same as the number of inputs, "
+                f"but got {len(names)} and {size} respectively."
             )
         rows: dict[str, list[int]] = {}
         for row in range(size):
@@ -92,7 +93,8 @@ class Context:
         ids = torch.as_tensor(self.task_ids)
         if ids.dim() != 1 or ids.is_floating_point() or not len(ids) or size % len(ids):
             raise BatchError(
-                f"`task_ids` must hold one whole number for each of {size} samples, got {ids.dtype} of shape {tuple(ids.shape)}."
+                f"`task_ids` must hold one whole number for each of {size} samples, "
+                f"got {ids.dtype} of shape {tuple(ids.shape)}."
             )
         return ids.repeat_interleave(size // len(ids))
 
@@ -151,7 +153,7 @@ class Slots(nn.Module):
         own = self.__dict__
         (own["_modules"] if isinstance(box, nn.Module) else own)[slot] = box
         listing = "adapter_layer_names" if trained else "other_param_names"
-        own[listing] = getattr(self, listing) + (slot,)
+        own[listing] = (*getattr(self, listing), slot)
 
     def contents(self, slot: str) -> Any:
         """What the container of a slot holds, as a plain dict by adapter name; None when there is no such slot."""
@@ -256,7 +258,8 @@ class Layer(Slots):
             if not (tensor.is_floating_point() and dtype.is_floating_point):
                 tensor.data = tensor.data.to(device)
             elif not (tensor.dtype == dtype == final and tensor.device == device):
-                own = isinstance(tensor, nn.Parameter) or tensor is self.take(slot, name)  # PEFT: not its modules' buffers
+                # PEFT: not the buffers of its modules
+                own = isinstance(tensor, nn.Parameter) or tensor is self.take(slot, name)
                 tensor.data = tensor.data.to(device, dtype).to(final if own else dtype)
 
     # ------------------------------------------------------------------------------------------------- the operator
@@ -337,13 +340,15 @@ class Layer(Slots):
             names = [n for n in names if n not in self.merged_adapters]
             already = ", ".join(self.merged_adapters)
             warnings.warn(
-                f"Already merged: {already}. " + (f"Now also merging {', '.join(names)}." if names else "Nothing to do."),
+                f"Already merged: {already}. "
+                + (f"Now also merging {', '.join(names)}." if names else "Nothing to do."),
                 PeftWarning,
             )
         if not names:
             return
         home = self._home
-        own = [n for n in names if home.base.apart or "follows" not in vars(self.adapters[n])]  # others: merged elsewhere
+        # what follows another layer is merged there
+        own = [n for n in names if home.base.apart or "follows" not in vars(self.adapters[n])]
         if own:
             self._fold(home.folded + [(self, name) for name in own], safe_merge)
         self.merged_adapters.extend(names)
@@ -538,7 +543,8 @@ class ModulesToSaveWrapper(nn.Module):
     def check(module: nn.Module) -> None:
         """Raise `UnsupportedLayerError` for modules that are never called, or adapted already."""
         if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, Layer)):
-            raise UnsupportedLayerError(f"modules_to_save cannot be applied to modules of type {type(module).__name__}.")
+            kind = type(module).__name__
+            raise UnsupportedLayerError(f"modules_to_save cannot be applied to modules of type {kind}.")
 
     @property
     def adapters(self) -> Any:
@@ -557,7 +563,7 @@ class ModulesToSaveWrapper(nn.Module):
             return self.original_module(*args, **kwargs)
         groups = self.context.groups(len(x), adapter_names) if isinstance(x, Tensor) else None
         if groups is not None:
-            pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module  # noqa: E731
+            pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module
             return run_groups(x, groups, lambda name, part: pick(name)(part, *args[1:], **kwargs))
         return self.current(*args, **kwargs)
 
@@ -620,7 +626,7 @@ class ModulesToSaveWrapper(nn.Module):
 
 
 class TrainableTokensWrapper(nn.Module):
-    """An embedding with some rows trained beside another method (`trainable_token_indices`): a Layer, one level down."""
+    """An embedding, some rows trained beside another method (`trainable_token_indices`): a Layer, one level down."""
 
     merged_adapters: list[str] = []
 
@@ -702,13 +708,13 @@ def _tensors(pair: Any) -> Iterator[Tensor]:
 
 def _wide(pair: Any) -> Any:
     """(W, b) in at least float32."""
-    widen = lambda t: t if t is None or not t.is_floating_point() else t.to(torch.promote_types(t.dtype, torch.float32))  # noqa: E731
+    widen = lambda t: t if t is None or not t.is_floating_point() else t.to(torch.promote_types(t.dtype, torch.float32))
     return tuple({k: widen(t) for k, t in p.items()} if isinstance(p, dict) else widen(p) for p in pair)
 
 
 @contextmanager
 def widened(adapter: Adapter) -> Iterator[None]:
-    """The adapter as it is merged: no dropout, and low-precision tensors as float32, so that a merge rounds only once."""
+    """The adapter as it is merged: no dropout, and low-precision tensors as float32, so a merge rounds only once."""
     training = [m for _, _, m in adapter.layer.boxes(adapter.name) if isinstance(m, nn.Module) and m.training]
     narrow = [(t, t.data) for _, t in adapter.layer.tensors(adapter.name) if t.dtype in (torch.float16, torch.bfloat16)]
     for tensor, data in narrow:

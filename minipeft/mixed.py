@@ -100,7 +100,11 @@ class PeftMixedModel(nn.Module):
 
     # -------------------------------------------------------------------------------------------------------- adapters
     def add_adapter(
-        self, adapter_name: str, peft_config: PeftConfig, low_cpu_mem_usage: bool = False, autocast_adapter_dtype: bool = True
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add a further, untrained adapter of any compatible method. It does not become active."""
         _check_compatible(peft_config)
@@ -148,7 +152,7 @@ class PeftMixedModel(nn.Module):
         config: PeftConfig | None = None,
         **kwargs: Any,
     ) -> PeftMixedModel:
-        """`model` with a saved adapter, as PeftModel.from_pretrained, to which adapters of other methods may be added."""
+        """`model` with a saved adapter, like PeftModel.from_pretrained; adapters of other methods may be added."""
         config = configuration(model_id, config, kwargs.pop("ephemeral_gpu_offload", False), **kwargs)
         _check_compatible(config)
         config.inference_mode = not is_trainable
@@ -156,7 +160,8 @@ class PeftMixedModel(nn.Module):
         mixed = cls.__new__(cls)
         nn.Module.__init__(mixed)
         options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
-        mixed._setup(model, config, adapter_name, weights=weights, autocast=kwargs.get("autocast_adapter_dtype", True), **options)
+        autocast = kwargs.get("autocast_adapter_dtype", True)
+        mixed._setup(model, config, adapter_name, weights=weights, autocast=autocast, **options)
         return mixed if is_trainable else mixed.eval()
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
@@ -171,7 +176,7 @@ class PeftMixedModel(nn.Module):
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Not possible, as in PEFT: save each adapter from a PeftModel of its own."""
-        raise UnsupportedFeatureError("A PeftMixedModel cannot be saved; save each adapter from a PeftModel of its own.")
+        raise UnsupportedFeatureError("A PeftMixedModel cannot be saved; save each adapter from its own PeftModel.")
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Not possible, as in PEFT."""

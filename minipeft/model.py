@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from . import card, checkpoint, prompt, status
-from .adapter import ADAPTERS, adapter_class
-from .config import CONFIGS, PeftConfig, PeftType, TaskType
+from .adapter import adapter_class
+from .config import PeftConfig
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .files import make_folder, write_checkpoint, write_text
-from .inject import check_adapter_name
-from .layer import Layer, ModulesToSaveWrapper, adapted
-from .targets import DUMMY_TARGETS
-from .tuner import TUNERS, BaseTuner
+from .layer import Layer
+from .tuner import TUNERS
 
 FORWARD_ONLY = {"adapter_names", "alora_offsets"}  # arguments of PeftModel.forward that the model never sees
 
@@ -224,7 +222,7 @@ class PeftModel(nn.Module):
             return
         enabled = self.get_model_status().enabled
         if enabled == "irregular":
-            warnings.warn("Some adapter layers are enabled and others are not; after the context all will be.", PeftWarning)
+            warnings.warn("Some adapter layers are enabled and others not; after the context all will be.", PeftWarning)
         self.base_model.disable_adapter_layers()
         self._adapters_disabled = True
         try:
@@ -278,7 +276,8 @@ class PeftModel(nn.Module):
 
     def _prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let gradients begin at the embeddings' output, as reentrant checkpointing needs."""
-        quantised = any(getattr(model, flag, False) for flag in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized"))
+        flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        quantised = any(getattr(model, flag, False) for flag in flags)
         if not quantised and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         elif not quantised and hasattr(model, "get_input_embeddings"):
@@ -342,7 +341,7 @@ class PeftModel(nn.Module):
         one step: a crash leaves the old checkpoint or the new one. `save_embedding_layers`: whole embedding layers too
         ("auto": when they are targeted or resized). Nothing is written unless `is_main_process`.
         `path_initial_model_for_weight_conversion`: a checkpoint of the untrained PiSSA or OLoRA adapter; what is saved
-        then is a plain LoRA of twice the rank, for the unchanged base model. `state_dict=` takes the tensors from there.
+        then is a plain LoRA of twice the rank, for the unchanged base model. `state_dict=` gives the tensors to save.
 
         Raises `CheckpointError` when `save_directory` is a file and `OSError` when the disk refuses.
         """
@@ -361,18 +360,22 @@ class PeftModel(nn.Module):
             config = copy.deepcopy(self.peft_config[name])
             config.inference_mode = True
             if config.base_model_name_or_path is None:
-                config.base_model_name_or_path = getattr(self.get_base_model(), "__dict__", {}).get("name_or_path") or None
+                of_base = getattr(self.get_base_model(), "__dict__", {})
+                config.base_model_name_or_path = of_base.get("name_or_path") or None
                 self.peft_config[name].base_model_name_or_path = config.base_model_name_or_path
             if path_initial_model_for_weight_conversion is not None:
                 if config.is_prompt_learning:
-                    raise UnsupportedFeatureError("path_initial_model_for_weight_conversion is for PiSSA and OLoRA, not prompts.")
+                    why = "is for PiSSA and OLoRA, not prompts"
+                    raise UnsupportedFeatureError(f"path_initial_model_for_weight_conversion {why}.")
                 config, tensors = adapter_class(config).convert_to_plain(
                     config, tensors, path_initial_model_for_weight_conversion
                 )
             kind = type(self.get_base_model())
-            mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__} if config.task_type is None else None
+            mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            mapping = mapping if config.task_type is None else None
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            write_checkpoint(folder, config.to_json(mapping), checkpoint.serialiser(tensors, safe_serialization), safe_serialization)
+            data = checkpoint.serialiser(tensors, safe_serialization)
+            write_checkpoint(folder, config.to_json(mapping), data, safe_serialization)
         self.create_or_update_model_card(save_directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
@@ -409,7 +412,8 @@ class PeftModel(nn.Module):
 
         if key_mapping is None and not config.is_prompt_learning:
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-        weights = checkpoint.load_peft_weights(model_id, kwargs.pop("torch_device", None) or "cpu", key_mapping, **kwargs)
+        device = kwargs.pop("torch_device", None) or "cpu"
+        weights = checkpoint.load_peft_weights(model_id, device, key_mapping, **kwargs)
         peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)._loaded(
             model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, weights, kwargs.get("strict", True)
         )
@@ -465,8 +469,9 @@ class PeftModel(nn.Module):
         for other in [config, *self.peft_config.values()]:
             if len(self.peft_config) and not other.is_prompt_learning and adapter_class(other).changes_base(other):
                 warnings.warn(
-                    f"init_lora_weights={other.init_lora_weights!r} changes the base weights, so it should not be used beside "
-                    "other adapters. Save it with path_initial_model_for_weight_conversion to make a plain LoRA of it.",
+                    f"init_lora_weights={other.init_lora_weights!r} changes the base weights, so it should not be used "
+                    "beside other adapters. Save it with path_initial_model_for_weight_conversion to make a plain LoRA "
+                    "of it.",
                     PeftWarning,
                 )
                 return
@@ -474,7 +479,8 @@ class PeftModel(nn.Module):
 
 def configuration(model_id: Any, config: PeftConfig | None, offload: bool, **kwargs: Any) -> Any:
     if config is None:
-        options = {k: v for k, v in kwargs.items() if k not in ("torch_device", "strict", "ignore_mismatched_sizes", "use_safetensors")}
+        own = ("torch_device", "strict", "ignore_mismatched_sizes", "use_safetensors")
+        options = {k: v for k, v in kwargs.items() if k not in own}
         config = PeftConfig.from_pretrained(model_id, **options)
     elif not isinstance(config, PeftConfig):
         raise ConfigError(f"The input config must be a PeftConfig, got {type(config).__name__}.")

@@ -26,7 +26,8 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Ca
         return lambda: None  # done for an adapter before this one
     for start, end in layer_map:
         if not 0 <= start < end <= len(layers):
-            raise ConfigError(f"layer_replication has the range [{start}, {end}], but the model has {len(layers)} layers.")
+            have = len(layers)
+            raise ConfigError(f"layer_replication has the range [{start}, {end}], but the model has {have} layers.")
     replicated = nn.ModuleList()
     replicated.replication = list(map(list, layer_map))
     for start, end in layer_map:

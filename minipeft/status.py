@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper
+from .layer import Layer, ModulesToSaveWrapper
 from .quant import backend_name
 
 Irregular = Literal["irregular"]  # the layers differ, which is hardly what anyone wants
@@ -46,7 +46,7 @@ class TunerModelStatus:
     requires_grad: dict[str, bool | Irregular]
     available_adapters: list[str]
     devices: dict[str, list[str]]
-    quantization_backend: str | None | Irregular
+    quantization_backend: str | Irregular | None
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -86,7 +86,9 @@ def _layer_status(name: str, module: Any) -> TunerLayerStatus:
                 continue
             tensors = [box[adapter]] if not isinstance(box[adapter], nn.Module) else list(box[adapter].parameters())
             devices[adapter] |= {t.device.type for t in tensors}
-            if slot in module.adapter_layer_names and (not isinstance(module, Layer) or slot.startswith(module.adapters[adapter].prefix)):
+            if slot not in module.adapter_layer_names:
+                continue
+            if not isinstance(module, Layer) or slot.startswith(module.adapters[adapter].prefix):
                 grads[adapter] += [t.requires_grad for t in tensors]
     return TunerLayerStatus(
         name=name,
@@ -118,7 +120,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     partly = any((set(row.available_adapters) - set(row.merged_adapters)) & merged for row in rows)
     trainable, total = count_parameters(model)
     if is_peft:
-        base_type, peft_types = type(model.get_base_model()).__name__, {n: c.peft_type.value for n, c in root.peft_config.items()}
+        base_type = type(model.get_base_model()).__name__
+        peft_types = {n: c.peft_type.value for n, c in root.peft_config.items()}
     else:
         base_type, peft_types = (type(model).__name__ if hasattr(model, "config") else "other"), {}
     return TunerModelStatus(

@@ -107,7 +107,8 @@ class Targets:
             if self.indexes:
                 why += f" `layers_to_transform` was {sorted(self.indexes)}, `layers_pattern` {self.layers}."
             raise NoMatchingPeftModuleError(
-                f"Target modules {shown} not found in the base model. No modules were targeted for adaptation. {why}".rstrip()
+                f"Target modules {shown} not found in the base model. "
+                f"No modules were targeted for adaptation. {why}".rstrip()
             )
         if missing and partly:
             raise NoMatchingPeftModuleError(f"Not all of the target modules {shown} are in the model: {hint}")

@@ -98,7 +98,8 @@ class BaseTuner(Slots):
         plan.commit()
         self.peft_config[name] = config
         self.model.peft_config = self.peft_config
-        for into, paths in ((self.targeted_module_names, plan.modules), (self.targeted_parameter_names, plan.parameters)):
+        both = (self.targeted_module_names, plan.modules), (self.targeted_parameter_names, plan.parameters)
+        for into, paths in both:
             into.extend(path for path in paths if path not in into)
         if plan.undo is not None:
             self.on_unload.append(plan.undo)
@@ -119,7 +120,7 @@ class BaseTuner(Slots):
         return report
 
     def _plan_loaded(self, name: str, config: Any, autocast: bool, weights: Any, strict: bool) -> tuple[Plan, Any]:
-        """A plan filled with a checkpoint. What is about to be loaded is not initialised, unless it turns out to be lacking."""
+        """A plan filled with a checkpoint. What is to be loaded is not initialised, unless it is lacking."""
         empty = not adapter_class(config).changes_base(config)
         plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
         try:
@@ -168,7 +169,7 @@ class BaseTuner(Slots):
 
     # ----------------------------------------------------------------------------------------------- trained biases
     def _own_biases(self, name: str, config: Any) -> None:
-        """With `bias="all"` or `"..._only"`, train the biases, and keep their old values for when the adapter is off."""
+        """With `bias="all"` or `"..._only"`, train the biases; keep their old values for when the adapter is off."""
         bias = getattr(config, "bias", "none")
         if bias == "none":
             return
@@ -197,7 +198,7 @@ class BaseTuner(Slots):
 
     # -------------------------------------------------------------------------------------------------------- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; `task_ids` (batch,) go to methods that route by task, `adapter_names` as in PeftModel."""
+        """The model's forward; `task_ids` (batch,) for methods that route by task, `adapter_names` as in PeftModel."""
         with self._enable_peft_forward_hooks(*args, **kwargs), self._for_tasks(kwargs):
             kwargs.pop("adapter_names", None)
             return self.model(*args, **kwargs)
@@ -254,11 +255,12 @@ class BaseTuner(Slots):
         if len(names) > 1:
             for name in names:
                 if next(iter(ADAPTERS[self.peft_config[name].peft_type])).exclusive:
-                    raise AdapterNameError(f"{self.peft_config[name].peft_type.value} allows one active adapter, got {names}.")
+                    method = self.peft_config[name].peft_type.value
+                    raise AdapterNameError(f"{method} allows one active adapter, got {names}.")
         found = [layer for _, _, layer in adapted(self.model)]
         for layer in found:
             if isinstance(layer, ModulesToSaveWrapper) and len([n for n in names if n in layer.modules_to_save]) > 1:
-                raise AdapterNameError(f"Only one of {names} can be active: they train the same module (modules_to_save).")
+                raise AdapterNameError(f"Only one of {names} can be active: all train one module (modules_to_save).")
         for layer in found:
             layer.set_adapter(names, inference_mode)
         self.active_adapter = adapter_name
@@ -297,13 +299,15 @@ class BaseTuner(Slots):
         if adapter_name not in self.peft_config:
             raise AdapterNameError(f"Adapter {adapter_name} does not exist; this model has {sorted(self.peft_config)}.")
         if any(adapter_name in layer.merged_adapters for layer in layers(self.model)):
-            raise MergeError(f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first.")
+            what = f"adapter(s) ['{adapter_name}']"
+            raise MergeError(f"Cannot delete {what} while they are merged. Please unmerge them first.")
         active = [n for n in self.active_adapters if n != adapter_name]
         rest = [n for n in self.peft_config if n != adapter_name]
         if not active and rest:
             active = sorted(rest)[:1]
             warnings.warn(
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.", PeftWarning
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {active[0]}.",
+                PeftWarning,
             )
         if self.bias_owner == adapter_name:
             self._restore_biases()
@@ -337,7 +341,7 @@ class BaseTuner(Slots):
         if unknown := [n for n in names or () if n not in self.peft_config]:
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
-            raise MergeError("Cannot merge layers that are replicated: they share one weight but have adapters of their own.")
+            raise MergeError("Cannot merge layers that are replicated: their adapters differ, their weight is one.")
         tying.part(self, todo, names)
         done: list[tuple[Layer, list[str]]] = []
         try:
@@ -423,7 +427,8 @@ def _progress(items: list[Any], title: str, show: bool) -> Iterator[Any]:
     for count, item in enumerate(items, 1):
         yield item
         if show:
-            print(f"\r{title}: {count}/{len(items)}", end="\n" if count == len(items) else "", file=sys.stderr, flush=True)
+            end = "\n" if count == len(items) else ""
+            print(f"\r{title}: {count}/{len(items)}", end=end, file=sys.stderr, flush=True)
 
 
 def register_tuner(name: str, method: str) -> type[BaseTuner]:

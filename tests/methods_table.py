@@ -1,13 +1,11 @@
 """The table of methods in README.md, generated from the method files: `python tests/methods_table.py` writes it."""
 
-import inspect
 import re
 import sys
 from pathlib import Path
 
 from minipeft import adapter, methods  # noqa: F401  (importing the methods registers them)
 from minipeft.config import CONFIGS, PeftType
-from minipeft.prompt import Prompt
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
@@ -25,10 +23,12 @@ def rows():
             doc = sys.modules[cls.__module__].__doc__
             name, link = re.split(r" [-–] ", doc.splitlines()[0])[0], re.search(r"https?://[^\s,;]*[^\s,;.)]", doc)
             kind = next((k.__name__.lower() for k in KINDS if issubclass(cls, k)), "prompt")
-            formula = next((re.split(r"\s{3,}", line.strip())[0] for line in doc.splitlines()[1:] if line.startswith("    ")), "")
+            indented = (line.strip() for line in doc.splitlines()[1:] if line.startswith("    "))
+            formula = re.split(r"\s{3,}", next(indented, ""))[0].replace("|", "\\|")
             layers = ", ".join(getattr(cls, "bases", ())) if kind != "prompt" else "the model's input"
             merges = "no" if kind in ("prompt", "routed") else "yes"
-            found.append((name, peft_type.value, kind, f"`{formula}`".replace("|", "\\|"), layers, merges, f"[paper]({link[0]})" if link else ""))
+            paper = f"[paper]({link[0]})" if link else ""
+            found.append((name, peft_type.value, kind, f"`{formula}`", layers, merges, paper))
     return sorted(found, key=lambda row: row[0].lower())
 
 

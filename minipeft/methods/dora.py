@@ -36,7 +36,8 @@ class DoRA(LowRank, config=LoraConfig):
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
         if base.opaque or getattr(base.leaf, "groups", 1) > 1:
-            raise UnsupportedLayerError(f"DoRA cannot adapt '{path}': attention and grouped convolutions have no row norms.")
+            why = "attention and grouped convolutions have no row norms"
+            raise UnsupportedLayerError(f"DoRA cannot adapt '{path}': {why}.")
 
     def build(self) -> None:
         super().build()
@@ -66,7 +67,7 @@ class DoRA(LowRank, config=LoraConfig):
         y = inner(x, *args, **kwargs)  # (..., out)
         b, gain = self.base.read()[1], self.base.outward(self.gain())
         x, dropped = x, self.dropped(x)
-        if self.layer.training and isinstance(self.lora_dropout, nn.Dropout):  # PEFT: the gain acts on W x, x dropped out
+        if self.layer.training and isinstance(self.lora_dropout, nn.Dropout):  # PEFT: the gain acts on W dropout(x)
             W = self.base.read()[0]
             start = y + (gain - 1) * self.base.apply(dropped, W)
         else:

@@ -89,8 +89,10 @@ class LoraConfig(PeftConfig, method="LORA"):
                 raise ConfigError(f"Every value of `rank_pattern` should be a positive integer, got {value!r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
-        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern is not None):
-            raise ConfigError("`layers_to_transform` and `layers_pattern` cannot be used when `target_modules` is a str.")
+        by_layer = self.layers_to_transform is not None or self.layers_pattern is not None
+        if isinstance(self.target_modules, str) and by_layer:
+            names = "`layers_to_transform` and `layers_pattern`"
+            raise ConfigError(f"{names} cannot be used when `target_modules` is a str.")
         if isinstance(self.init_lora_weights, str) and not INITS.fullmatch(self.init_lora_weights):
             raise ConfigError(f"Unknown initialization init_lora_weights={self.init_lora_weights!r}.")
         if self.init_lora_weights == "loftq" and not self.loftq_config:
@@ -116,17 +118,18 @@ class LowRank(Delta):
         later += ["use_bdlora", "arrow_config", "kasa_config"]
         for name in later:
             if getattr(config, name):
-                raise UnsupportedFeatureError(f"minipeft does not do LoRA with `{name}` yet; leave it unset, or use peft.")
+                raise UnsupportedFeatureError(f"minipeft does not do LoRA with `{name}` yet; leave it, or use peft.")
         return replicate_layers(model, config.layer_replication) if config.layer_replication else None
 
     @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
         for name, other in others.items():
             if config.layer_replication and config.layer_replication != getattr(other, "layer_replication", None):
-                raise ConfigError(f"layer_replication rebuilds the model, so it cannot be used beside adapter '{name}'.")
+                raise ConfigError(f"layer_replication rebuilds the model; it cannot be used beside adapter '{name}'.")
             mine, theirs = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
             if mine and theirs and mine != theirs:
-                raise ConfigError(f"All adapters must target the same parameters, but '{name}' has {sorted(theirs)}, not {sorted(mine)}.")
+                has = f"'{name}' has {sorted(theirs)}, not {sorted(mine)}"
+                raise ConfigError(f"All adapters must target the same parameters, but {has}.")
 
     @classmethod
     def convert_to_plain(cls, config: Any, tensors: dict[str, Tensor], initial: Any) -> tuple[Any, dict[str, Tensor]]:

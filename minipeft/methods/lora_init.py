@@ -30,7 +30,7 @@ INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|{'|'.join(
 def initialise(adapter: Any, how: bool | str) -> None:
     """Set A and B of a freshly built LoRA or DoRA adapter; torch's own initial values are in them."""
     if how in LATER:
-        raise UnsupportedFeatureError(f"minipeft does not do init_lora_weights={how!r} yet; choose another, or use peft.")
+        raise UnsupportedFeatureError(f"minipeft does not do init_lora_weights={how!r} yet: use another, or peft.")
     A, B, base = adapter.lora_A, adapter.lora_B, adapter.base
     if not base.reads_vectors:  # PEFT: on an embedding A is zero and B normal, whatever the name says
         if how is not False:
@@ -94,7 +94,7 @@ def to_plain(config: Any, tensors: dict[str, Tensor], initial: dict[str, Tensor]
     `initial` are the tensors of the untrained adapter, under the same keys. Returns its configuration and tensors.
     """
     if config.use_dora or (config.use_rslora and (config.rank_pattern or config.alpha_pattern)):
-        raise ConfigError("A PiSSA or OLoRA adapter with DoRA, or with rsLoRA and patterns, cannot be made a plain LoRA.")
+        raise ConfigError("A PiSSA or OLoRA adapter with DoRA, or rsLoRA and patterns, cannot be made a plain LoRA.")
     if tensors.keys() != initial.keys():
         raise ConfigError(f"The initial adapter has other tensors: {sorted(tensors.keys() ^ initial.keys())[:5]}.")
     plain = {}

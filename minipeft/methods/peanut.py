@@ -29,7 +29,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def xielu(x: Tensor) -> Tensor:
     """xIELU, https://arxiv.org/abs/2411.13010, with its constants as bfloat16 holds them."""
-    low = lambda value: torch.tensor([value], dtype=torch.bfloat16, device=x.device)  # noqa: E731
+    low = lambda value: torch.tensor([value], dtype=torch.bfloat16, device=x.device)
     beta, up, down = low(0.5), *(F.softplus(low(value).expm1().log()) for value in (0.8, 0.8 - 0.5))
     down = beta + down
     return torch.where(x > 0, up * x * x + beta * x, (torch.expm1(torch.min(x, low(-1e-6).to(x))) - x) * down + beta * x)

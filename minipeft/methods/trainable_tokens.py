@@ -49,7 +49,8 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
             raise ConfigError(f"Token indices must be given, each once, got {self.token_indices}.")
         rows = self.rows(self.base.read()[0].detach())
         if not 0 <= min(self.token_indices) <= max(self.token_indices) < len(rows):
-            raise ConfigError(f"Token indices must be from 0 to {len(rows) - 1} for '{self.path}', got {self.token_indices}.")
+            bounds = f"from 0 to {len(rows) - 1} for '{self.path}'"
+            raise ConfigError(f"Token indices must be {bounds}, got {self.token_indices}.")
         original = rows[self.index(rows)].clone()  # (n, dim)
         start = original.clone() if self.config.init_weights else torch.randn(original.shape)
         self.trainable_tokens_delta = nn.Parameter(torch.empty(original.shape) if self.blank else start)
@@ -78,7 +79,8 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
         for name in together if self.name in together else ():
             indices = self.layer.take("token_indices", name)
             if taken & set(indices):
-                raise ConfigError(f"Adapter {name} trains tokens that another active adapter trains as well: {sorted(taken & set(indices))}.")
+                both = sorted(taken & set(indices))
+                raise ConfigError(f"Adapter {name} trains tokens that another active adapter trains as well: {both}.")
             taken |= set(indices)
 
 
@@ -94,16 +96,19 @@ def plan_tokens(plan: Any) -> None:
         found = [path for path in paths if path and target in suffixes(path)]
         if not found:
             known = {tail for path in paths for tail in suffixes(path)}
-            raise NoMatchingPeftModuleError(f"trainable_token_indices names {target!r}, which is not in the model.{nearest(target, known)}")
+            hint = nearest(target, known)
+            raise NoMatchingPeftModuleError(f"trainable_token_indices names {target!r}, not in the model.{hint}")
         for path in found:
             if named(path, set(plan.config.modules_to_save or ())):
-                raise ConfigError(f"'{path}' is in modules_to_save and trained in full; leave it out of trainable_token_indices.")
+                raise ConfigError(f"'{path}' is trained in full (modules_to_save): no trainable_token_indices for it.")
             live, module = paths[path]
             joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
             inside = joins.base_layer if joins is not None else module
             base = joins.base if joins is not None else base_of(module)
-            if not isinstance(base, (Embedding, Linear)) or isinstance(module, Layer) or live in {at for at, *_ in plan.new}:
-                raise ConfigError(f"trainable_token_indices needs an embedding that has no other adapter, but '{path}' is not one.")
+            taken = isinstance(module, Layer) or live in {at for at, *_ in plan.new}
+            if taken or not isinstance(base, (Embedding, Linear)):
+                needs = "an embedding that has no other adapter"
+                raise ConfigError(f"trainable_token_indices needs {needs}, but '{path}' is not one.")
             config = TrainableTokensConfig(token_indices=list(tokens))
             plan.tokens.append((live, plan.scratch(inside, base, path, TrainableTokens, config), joins))
     plan.ties.follow_tokens(plan, TrainableTokens, lambda tokens: TrainableTokensConfig(token_indices=list(tokens)))
