@@ -82,6 +82,7 @@ class Method:
     draw_bases: tuple = ("mlp-tokens",)
     # one adapter name per sample in a batch; several active adapters; a strength that scales the delta linearly
     mixed_batch: bool = False
+    whole_batch: bool = False  # a sample's output depends on the other samples
     stacks: bool = True
     scales: bool = False
     merges: bool = True

@@ -53,6 +53,7 @@ from .methods.gralora import GraloraConfig, GraloraModel
 from .methods.hira import HiraConfig, HiraModel
 from .methods.hra import HRAConfig, HRAModel
 from .methods.ia3 import IA3Config, IA3Model
+from .methods.lily import LilyConfig, LilyModel
 from .methods.ln_tuning import LNTuningConfig, LNTuningModel
 from .methods.loha import LoHaConfig, LoHaModel
 from .methods.lokr import LoKrConfig, LoKrModel

@@ -15,6 +15,7 @@ from . import gralora as gralora
 from . import hira as hira
 from . import hra as hra
 from . import ia3 as ia3
+from . import lily as lily
 from . import ln_tuning as ln_tuning
 from . import loha as loha
 from . import lokr as lokr

@@ -1,0 +1,86 @@
+"""Lily - Low-rank Interconnected adaptation across Layers. Zhong et al., 2024, https://arxiv.org/abs/2407.09946, eq. 3-5.
+
+    y = W x + s sum_e p_e B_e A x         A: (r, in), shared by `stride_A` layers after each other; B_e: (out, r)
+    p = mean softmax(G A x)               G: (num_B, r), a layer's own; the mean over all vectors of the batch
+    The B_e are shared by all layers that one entry of `target_modules` names and that have one shape.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Routed
+from ..base import linear
+from ..config import PeftConfig
+from ..errors import ConfigError
+from ..tuner import register_tuner
+
+
+@dataclass
+class LilyConfig(PeftConfig, method="LILY"):
+    """Fields of Lily."""
+
+    r: int = 32  # rank
+    stride_A: int = 1  # number of layers that share an A
+    num_B: int = 2  # number of B_e
+    scaling: float = 1.0  # s
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    init_weights: bool = True  # False: B random
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_positive("r", "stride_A")
+        if self.num_B < 2:
+            raise ConfigError(f"`num_B` must be at least 2, or there is nothing to choose from; got {self.num_B}.")
+
+
+class Lily(Routed, config=LilyConfig):
+    prefix = "lily_"
+
+    def build(self) -> None:
+        c = self.config
+        self.r, self.scaling, self.stride_A, self.num_B = c.r, c.scaling, c.stride_A, c.num_B
+        self.lily_A = linear(self.base.inp, c.r)
+        self.lily_B = linear(self.base.out, c.num_B * c.r)  # the transposed B_e below each other: (num_B r, out)
+        self.lily_router = linear(c.r, c.num_B)
+        for layer in (self.lily_A, self.lily_router):  # PEFT: draws them twice
+            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+        if c.init_weights:
+            nn.init.zeros_(self.lily_B.weight)
+        else:
+            nn.init.kaiming_uniform_(self.lily_B.weight, a=math.sqrt(5))
+
+    def initial_scaling(self) -> float:
+        return self.config.scaling
+
+    @classmethod
+    def complete(cls, config: Any, adapters: list[Adapter]) -> None:
+        groups: dict[Any, list[Any]] = {}  # PEFT: adapters added to a model later share nothing
+        names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
+        for adapter in adapters:
+            named = max((name for name in names if adapter.path.endswith(name)), key=len, default=str(config.target_modules))
+            groups.setdefault((named, adapter.base.shape), []).append(adapter)
+        for group in groups.values():
+            for i, adapter in enumerate(group):
+                adapter.lily_A = group[i - i % config.stride_A].lily_A
+                adapter.lily_B = group[0].lily_B
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)
+        h = F.linear(self.cast(x, self.lily_A.weight), self.lily_A.weight)  # (..., r)
+        p = torch.softmax(self.lily_router(h), -1).flatten(0, -2).mean(0)  # (num_B,)
+        B = torch.einsum("e,ero->ro", p, self.lily_B.weight.unflatten(0, (len(p), -1)))  # (r, out)
+        return y + (self.scaling * h @ B).to(y.dtype)
+
+
+LilyModel = register_tuner("LilyModel", "LILY")
