@@ -140,7 +140,6 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
         if merged_out is not None:
             agreement_of(merged_out, y, "the merged model and the running one", problems)
     counted = formulas.gradients(method, base, weights, adapter, config, inputs, cotangent)
-    counted = formulas.gradients(method, base, weights, adapter, config, inputs, cotangent)
     for k in sorted(grad):
         if k not in counted or distance(grad[k], counted[k], "float32", floor=1) > 1:
             problems.append(f"gradient of {k}: reference and finite differences of the formula differ")

@@ -18,7 +18,7 @@ def shapes(site, c):
 def delta(site, t, over_r=True, width=None):
     A, B, w = t["delora_A"], t["delora_B"], t["delora_w_norm"] if width is None else width
     lengths = np.sqrt((A**2).sum(1)) * np.sqrt((B**2).sum(0))
-    D = sum(np.outer(B[:, i], A[i]) / lengths[i] for i in range(len(A)))
+    D = sum(np.outer(B[:, i], A[i]) / (lengths[i] or 1) for i in range(len(A)))  # a pair of length 0 adds nothing
     return t["delora_lambda"] / (len(A) if over_r else 1) * D * w
 
 
@@ -60,7 +60,7 @@ FAULTS = (
 METHOD = Method(
     name="delora", peft_type="DELORA", title="DeLoRA", paper="https://arxiv.org/abs/2503.18225",
     equation="W' = W + (lambda / r) B diag(1 / |a_i| |b_i|) A diag(|W_j|)", rows=ROWS, shapes=shapes, formula=formula,
-    faults=FAULTS, neutral={"delora_B": 0.0}, mixed_batch=True,
+    faults=FAULTS, frozen=("delora_w_norm",), neutral={"delora_B": 0.0}, mixed_batch=True,
     fresh=lambda site, t, c: {"delora_w_norm": np.sqrt((site.W**2).sum(0))},
     draw={"r": [1, 2, 5], "delora_lambda": [1, 3], "target_modules": [["up", "mid"]]},
 )

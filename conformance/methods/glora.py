@@ -81,7 +81,7 @@ FAULTS = (
 METHOD = Method(
     name="glora", peft_type="GLORA", title="GLoRA", paper="https://arxiv.org/abs/2306.07967",
     equation="W' = W + W * A + B, b' = b + b * D + E + W C", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"Xd": 0.0, "X": 0.0}, mixed_batch=True, stacks=False,
+    frozen=("zeros",), neutral={"Xd": 0.0, "X": 0.0}, mixed_batch=True, stacks=False,
     draw={"r": [1, 3], "config_A_B": ["lora", "vector", "constant"], "config_C": ["lora", "vector"],
           "config_D_E": ["vector", "constant"], "target_modules": [["up", "mid"]]},
 )

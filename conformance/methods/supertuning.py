@@ -72,7 +72,7 @@ FAULTS = (
 METHOD = Method(
     name="supertuning", peft_type="SUPERTUNING", title="Super-Tuning", paper="https://arxiv.org/abs/2607.09287",
     equation="W' = W + D + (alpha / r) B A, D where |W| is largest", rows=ROWS, shapes=shapes, formula=formula,
-    faults=FAULTS, perturb=perturb, fresh=fresh, mixed_batch=True,
+    faults=FAULTS, perturb=perturb, fresh=fresh, frozen=("supertuning_indices",), mixed_batch=True,
     neutral={"supertuning_values": 0.0, "supertuning_lora_B.weight": 0.0},
     draw={"sparsity": [0.5, 0.9], "r": [None, 2], "target_modules": [["up", "mid"]]},
 )
