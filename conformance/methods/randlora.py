@@ -26,7 +26,8 @@ def shared(c, sites):
     """One frozen pair for all layers; the reference saves it again under the name of each layer."""
     small, large = sorted((max(s.inp for s in sites), max(s.out for s in sites)))
     pair = {"randlora_A": (c["r"], 1, small), "randlora_B": (large, ceil(small / c["r"]), c["r"])}
-    return {f"{at}.{slot}": shape for at in ("base_model", *(KEY + s.path for s in sites)) for slot, shape in pair.items()}
+    places = ("base_model", *(KEY + s.path for s in sites))
+    return {f"{place}.{slot}": shape for place in places for slot, shape in pair.items()}
 
 
 def delta(site, t, c, pairing="reference", scale=None):

@@ -74,7 +74,9 @@ class PVeRA(Projected, config=PveraConfig):
 
     def delta(self) -> Tensor:
         if self.sample_at_inference:  # PEFT: merges the mean, which is not what runs
-            raise MergeError("PVeRA with sample_at_inference=True is random, so no weight does the same. Set it to False.")
+            raise MergeError(
+                "PVeRA with sample_at_inference=True is random, so no weight does the same. Set it to False."
+            )
         l_b, l_d, r = self.pvera_lambda_b, self.pvera_lambda_d, self.r
         A, B = self.pvera_A[:r, : self.base.inp].to(l_d), self.pvera_B[: self.base.out].to(l_d)
         return l_b[:, None] * (B @ (l_d[:r, None] * A))  # (out, in)

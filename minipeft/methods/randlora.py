@@ -4,8 +4,8 @@
 
     A: (r, 1, min), B: (max, n, r), random, frozen and shared by all layers; l: (r, n), g: (n, min), l = 0 at the start
 
-min and max are the smaller and the larger of `in` and `out`; where `in` is the larger, the sum is transposed. The shared
-bases have the sizes of the largest layer; a smaller one uses their first entries. See `factors` for how PEFT pairs them.
+min and max are the smaller and the larger of `in` and `out`; where `in` is the larger, the sum is transposed. The
+shared bases have the sizes of the largest layer; a smaller one uses their first entries. `factors` pairs them as PEFT.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class RandLoRA(Projected, config=RandLoraConfig):
         return (config.r, 1, small), (large, math.ceil(small / config.r), config.r)
 
     @classmethod
-    def draw(cls, config: Any, A: tuple[int, ...], B: tuple[int, ...], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def draw(
+        cls, config: Any, A: tuple[int, ...], B: tuple[int, ...], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         if config.sparse or config.very_sparse:
             part = 1 / (2 * (math.sqrt(A[2]) if config.very_sparse else 3))
             a, b = (torch.rand(shape, generator=generator) for shape in (A, B))
@@ -85,10 +87,13 @@ class RandLoRA(Projected, config=RandLoraConfig):
     def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         layers = [key.rpartition(".")[0] for key in tensors if key.endswith(".randlora_lambda")]
         for slot in cls.pair if config.save_projection else ():
-            whole = tensors.get(f"base_model.{slot}")
-            for view in (f"{layer}.{slot}" for layer in layers if whole is not None):
+            if (whole := tensors.get(f"base_model.{slot}")) is None:
+                continue
+            for view in (f"{layer}.{slot}" for layer in layers):
                 if view not in tensors or not torch.equal(tensors[view], whole):
-                    raise CheckpointError(f"'{view}' must be in the checkpoint and equal to 'base_model.{slot}', but is not.")
+                    raise CheckpointError(
+                        f"'{view}' must be in the checkpoint and equal to 'base_model.{slot}', but is not."
+                    )
         return super().convert_for_load(config, tensors)
 
     def build(self) -> None:

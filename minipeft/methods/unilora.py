@@ -93,7 +93,8 @@ class UniLoRA(Delta, config=UniLoraConfig):
     def factors(self) -> tuple[Tensor, Tensor]:
         """B (out, r) and A (r, in)."""
         theta = self.unilora_theta_d
-        return theta[self.unilora_indices_B] * self.unilora_scales_B, theta[self.unilora_indices_A] * self.unilora_scales_A
+        A = theta[self.unilora_indices_A] * self.unilora_scales_A
+        return theta[self.unilora_indices_B] * self.unilora_scales_B, A
 
     def delta(self) -> Tensor:
         B, A = self.factors
@@ -110,7 +111,8 @@ class UniLoraModel(BaseTuner, method="UNILORA"):
         """Random indices (lora_param_count,) into theta, in which no entry occurs more than once more than another."""
         if lora_param_count < 0 or theta_d_length <= 0:
             raise ConfigError(
-                f"`lora_param_count` must be 0 or more and `theta_d_length` above 0, got {lora_param_count}, {theta_d_length}."
+                "`lora_param_count` must be 0 or more and `theta_d_length` above 0, "
+                f"got {lora_param_count} and {theta_d_length}."
             )
         rng = np.random.default_rng(proj_seed)
         times, rest = divmod(lora_param_count, theta_d_length)

@@ -79,7 +79,7 @@ class VBLoRA(Delta, config=VBLoRAConfig):
 
     @classmethod
     def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        config = model.peft_config[name]
+        config: Any = model.peft_config[name]
         if not config.save_only_topk_weights:
             return tensors
         saved = {}
@@ -137,7 +137,8 @@ class VBLoRA(Delta, config=VBLoRAConfig):
 class VBLoRAModel(BaseTuner, method="VBLORA"):
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """(VB-LoRA's, other) numbers in a checkpoint of `adapter`, counted in units of four bytes."""
-        config, logits, bank, other = self.peft_config[adapter], 0, 0, 0
+        config: Any = self.peft_config[adapter]
+        logits = bank = other = 0
         for name, p in self.named_parameters():
             logits += p.numel() * (LOGITS in name)
             bank += p.numel() * (BANK in name)
@@ -150,4 +151,7 @@ class VBLoRAModel(BaseTuner, method="VBLORA"):
     def print_savable_parameters(self) -> None:
         """Print these numbers of the default adapter."""
         own, other = self.get_nb_savable_parameters()
-        print(f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + other:,d}")
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} "
+            f"|| total params to-be-saved: {own + other:,d}"
+        )
