@@ -1,4 +1,4 @@
-"""DEFT: Kumar et al., 2025, https://arxiv.org/abs/2509.22793; without R it is PaRa: https://arxiv.org/abs/2405.17357."""
+"""DEFT: Kumar et al., 2025, https://arxiv.org/abs/2509.22793; without R it is PaRa: https://arxiv.org/abs/2406.05641."""
 
 import numpy as np
 

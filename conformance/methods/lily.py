@@ -1,4 +1,4 @@
-"""Lily: Zhong et al., 2024, https://arxiv.org/abs/2407.09946, eq. 3-5: a mixture of B, one for the whole batch.
+"""Lily: Zhong et al., 2024, https://arxiv.org/abs/2407.09946: a mixture of B, one for the whole batch.
 
 No two layers of these rows share a tensor of their own: each has another name or shape.
 """

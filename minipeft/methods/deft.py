@@ -3,7 +3,7 @@
     W' = (I - Q P'^T) W + s Q R          Q, P': (out, r), R: (r, in); R = P'^T W / s at the start, so that W' = W
                                          relu: Q = P, P' = relu(P); qr: Q = P' = the orthonormal columns of P
                                          s = alpha / r, or 1 without alpha
-    W' = (I - Q P'^T) W                  para: PaRa, Chen et al., 2024, https://arxiv.org/abs/2405.17357
+    W' = (I - Q P'^T) W                  para: PaRa, Chen et al., 2024, https://arxiv.org/abs/2406.05641
 """
 
 from __future__ import annotations
