@@ -9,7 +9,7 @@ The norm comes from the factors, so that no (out, in) product is formed; |W|^2 i
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Magnitude(nn.Module):
 
 
 class DoRA(LowRank, config=LoraConfig):
-    bases = ("Linear", "Conv1D", "Conv", "Embedding")
+    bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding")
 
     @classmethod
     def chosen_by(cls, config: Any) -> bool:
@@ -65,8 +65,7 @@ class DoRA(LowRank, config=LoraConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
-        b, gain = self.base.read()[1], self.base.outward(self.gain())
-        x, dropped = x, self.dropped(x)
+        b, gain, dropped = self.base.stored()[1], self.base.outward(self.gain()), self.dropped(x)
         if self.layer.training and isinstance(self.lora_dropout, nn.Dropout):  # PEFT: the gain acts on W dropout(x)
             W = self.base.read()[0]
             start = y + (gain - 1) * self.base.apply(dropped, W)
@@ -96,6 +95,6 @@ def square(W: Tensor) -> Tensor:
 
 def norm(W: Tensor, A: Tensor, B: Tensor, s: float, WW: Tensor) -> Tensor:
     """|W + s B A| of each row, (out,), from WW = |W|^2."""
-    A, B = A.to(WW.dtype), B.to(WW.dtype)
-    C = torch.addmm(W.flatten(1).to(WW.dtype) @ A.T, B, A @ A.T, beta=2 * s, alpha=s * s)  # (out, r)
-    return (WW + torch.linalg.vecdot(C, B)).clamp_min(0).sqrt()
+    A, B = A.to(WW.dtype), B.t().to(WW.dtype)  # (r, in), (r, out)
+    C = torch.addmm(A @ W.flatten(1).t().to(WW.dtype), A @ A.t(), B, beta=2 * s, alpha=s * s)  # (r, out)
+    return (WW + (C * B).sum(0)).clamp_min_(0).sqrt_()

@@ -106,13 +106,16 @@ COMBINATIONS = {
     "magnitude_prune": {"density": 0.5}, "magnitude_prune_svd": {"density": 0.5}, "dare_linear": {"density": 0.5},
     "dare_ties": {"density": 0.5}, "dare_linear_svd": {"density": 0.5}, "dare_ties_svd": {"density": 0.5},
 }
-WEIGHTED = ("lora/linear/plain", "lora/linear/rslora", "lora/conv2d/plain", "lora/embedding/plain",
+# peft is wrong for rsLoRA (too large by sqrt(r)) and draws DARE's masks otherwise with rank_pattern: tests/test_weighted.py
+WEIGHTED = ("lora/linear/plain", "lora/conv2d/plain", "lora/embedding/plain",
             "lora/hf_conv1d/plain", "lora/bert_seq/plain", "lora/linear/rank_pattern")
 
 
 @pytest.mark.parametrize("kind", COMBINATIONS)
 @each_case(lambda c: c.id in WEIGHTED)
 def test_add_weighted_adapter(case, kind, lib, ref):
+    if "rank_pattern" in case.kwargs and kind in ("dare_linear", "dare_ties"):
+        pytest.skip("other masks are drawn at equal seed")
     same_rank = not (kind == "cat" or kind.endswith("svd"))
     models = []
     for module in (ref, lib):
