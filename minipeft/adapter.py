@@ -28,7 +28,7 @@ from .config import PeftConfig, PeftType
 from .errors import MergeError, UnsupportedFeatureError, UnsupportedLayerError
 
 if TYPE_CHECKING:
-    from .base import Base
+    from .base import Base, Whole
     from .layer import Layer
 
 ADAPTERS: dict[PeftType, list[type[Adapter]]] = {}  # more than one class where a field of the configuration chooses
@@ -36,7 +36,7 @@ ADAPTERS: dict[PeftType, list[type[Adapter]]] = {}  # more than one class where 
 
 def adapter_class(config: PeftConfig) -> type[Adapter]:
     """The class that a configuration asks for, for example DoRA for a LoRA configuration with `use_dora`."""
-    return next(cls for cls in ADAPTERS[config.peft_type] if cls.chosen_by(config))
+    return next(cls for cls in ADAPTERS[config.method] if cls.chosen_by(config))
 
 
 class Adapter:
@@ -113,7 +113,7 @@ class Adapter:
 
     @classmethod
     def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
-        """Tensors that all layers look at, by slot. `existing(slot)` gives those of earlier adapters, by name, or None."""
+        """Tensors all layers look at, by slot. `existing(slot)` gives those of earlier adapters, by name, or None."""
         return {}
 
     @classmethod
@@ -135,7 +135,7 @@ class Adapter:
 
     @classmethod
     def convert_to_plain(cls, config: Any, tensors: dict[str, Tensor], initial: Any) -> tuple[Any, dict[str, Tensor]]:
-        """(configuration, tensors) of a LoRA for the unchanged base model, from the checkpoint of the untrained adapter."""
+        """(configuration, tensors) of a LoRA for the unchanged base model; `initial`: the untrained one."""
         raise UnsupportedFeatureError(f"path_initial_model_for_weight_conversion is not for {cls.method.value}.")
 
     @classmethod
@@ -259,7 +259,7 @@ class Activation(Adapter):
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if type(self).pre is not Activation.pre:
             rows = self.base.rows(W) if self.mixes else W.flatten(1)
-            _, adjoint = torch.func.vjp(self.pre, torch.zeros_like(rows))
+            adjoint = torch.func.vjp(self.pre, torch.zeros_like(rows))[1]
             W = adjoint(rows)[0].view(W.shape[0], -1, *W.shape[2:])
         if type(self).post is not Activation.post:
             zero = self.post(W.new_zeros(W.shape[0]))
@@ -272,7 +272,7 @@ class Routed(Adapter):
     """Depends on the input, so no fixed weight does the same: merging is refused."""
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        raise MergeError(f"{self.method.value} depends on its input and cannot be merged into the weights ({self.path}).")
+        raise MergeError(f"{self.method.value} depends on its input and cannot be merged into weights ({self.path}).")
 
 
 class Replacement(Adapter):
@@ -280,8 +280,8 @@ class Replacement(Adapter):
 
     bases = ("Whole",)
     exclusive = True
-
     autocasts = False
+    base: Whole
 
     @property
     def replacement(self) -> nn.Module:

@@ -36,14 +36,14 @@ class Base:
     reads_vectors = True  # False: the input is indices, not feature vectors
     label = ""  # the class name that PEFT shows for such a layer
     weight_name, bias_name = "weight", "bias"
-    original: tuple[Tensor, Tensor | None] | None = None  # the stored tensors from before a merge
+    original: Any = None  # the stored tensors from before a merge: (weight, bias), of a Whole by name
     apart = False  # True: other modules use the weight too, so `write` must leave that tensor to them
     lent: Tensor | None = None  # that tensor, while the layer has one of its own
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         self.module = module
-        self.home = inside.home if inside is not None else self  # the one Base that keeps `original`
-        self.leaf: nn.Module = self.home.leaf if inside is not None else module
+        self.home: Base = inside.home if inside is not None else self  # the one Base that keeps `original`
+        self.leaf: Any = self.home.leaf if inside is not None else module
         self.label = self.label or type(self).__name__
 
     # -------------------------------------------------------------------------------------------------- the operator
@@ -523,14 +523,14 @@ class Whole(Base):
         return functional_call(self.module, W, (x, *args), kwargs)
 
 
-def _depth(module: nn.Module) -> int:
+def _depth(module: Any) -> int:
     depth = 0
     while hasattr(module, "base_layer"):
         module, depth = module.base_layer, depth + 1
     return depth
 
 
-def base_of(module: nn.Module, parameter: str | None = None, whole: bool = False) -> Base | None:
+def base_of(module: Any, parameter: str | None = None, whole: bool = False) -> Base | None:
     """The operator for a module (or for its parameter of that name), or None when its kind is unknown."""
     inside = getattr(module, "base", None) if hasattr(module, "base_layer") else None
     leaf = module

@@ -89,7 +89,7 @@ def entries_of_shared(slot: str, name: str, value: Any, box: Any, key: str) -> I
         yield from entries_of_module(value, saved, live)
 
 
-def entries_of_model(model: nn.Module, name: str) -> Iterator[Entry]:
+def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
     """An entry for each saved tensor of adapter `name` on a model, with the keys of that model."""
     tuner = tuner_of(model)
     inside = tuner is not None and tuner is not model
@@ -321,7 +321,7 @@ def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, T
     from .targets import EMBEDDINGS, named
 
     root = getattr(tuner_of(model), "model", model)
-    targets = getattr(config, "target_modules", None)
+    targets: Any = getattr(config, "target_modules", None)
     targeted = bool(targets) and (
         any(name in targets for name in EMBEDDINGS)
         if not isinstance(targets, str)
@@ -344,7 +344,7 @@ def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, T
         return {}
     prefix = "" if root is model else PREFIX
     names = {id(m): n for n, m in root.named_modules()}
-    found = {}
+    found: dict[str, Tensor] = {}
     for layer in (root.get_input_embeddings(), root.get_output_embeddings()):
         if isinstance(layer, Layer) or (layer is not None and not targeted):
             leaf = layer.get_base_layer() if isinstance(layer, Layer) else layer

@@ -115,8 +115,10 @@ class PeftConfig:
             CONFIGS[cls._method] = cls
 
     def __post_init__(self):
+        cls: Any = type(self)
+        kinds = _types(cls)
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), _types(type(self))[field.name]
+            value, kind = getattr(self, field.name), kinds[field.name]
             if not _fits(value, kind):
                 raise ConfigTypeError(
                     f"{type(self).__name__}.{field.name} must be {_spell(kind)}, "
@@ -157,8 +159,8 @@ class PeftConfig:
 
     def require_listed_targets(self) -> None:
         """Raise `ConfigError` when layers are chosen by their number and `target_modules` is a regular expression."""
-        by_layer = self.layers_to_transform is not None or self.layers_pattern is not None
-        if isinstance(self.target_modules, str) and by_layer:
+        by_layer = any(getattr(self, name) is not None for name in ("layers_to_transform", "layers_pattern"))
+        if by_layer and isinstance(getattr(self, "target_modules", None), str):
             names = "`layers_to_transform` and `layers_pattern`"
             raise ConfigError(f"{names} cannot be used when `target_modules` is a str.")
 
@@ -219,9 +221,10 @@ class PeftConfig:
     def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
         """The configuration that `kwargs["peft_type"]` names, made from `kwargs`; unknown keys: a warning."""
         if "peft_type" in kwargs:
-            cls = CONFIGS.get(_member(PeftType, kwargs["peft_type"], "peft_type"))
-            if cls is None:
+            method = _member(PeftType, kwargs["peft_type"], "peft_type")
+            if method not in CONFIGS:
                 raise ConfigError(f"peft_type {kwargs['peft_type']!r} is not in this release of minipeft.")
+            cls = CONFIGS[method]
         elif cls._method is None:
             raise ConfigError("The configuration has no `peft_type`; it should name the method, for example 'LORA'.")
         known = {field.name for field in dataclasses.fields(cls) if field.init}
@@ -234,13 +237,18 @@ class PeftConfig:
         cls.check_kwargs(**kwargs)
         return cls(**kwargs)
 
+    @property
+    def method(self) -> PeftType:
+        """The method, by its `peft_type`; raises ValueError for a configuration of no method."""
+        return PeftType(self.peft_type)
+
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         """A place for a method to refuse files of old releases, before anything is built. Returns `kwargs`."""
         return kwargs
 
     @classmethod
-    def _get_peft_type(cls, model_id: str | os.PathLike, **kwargs: Any) -> str:
+    def _get_peft_type(cls, model_id: str | os.PathLike, **kwargs: Any) -> str | None:
         return cls.from_json_file(find_config(model_id, **kwargs)).get("peft_type")
 
 
@@ -281,7 +289,7 @@ def _member(kind: type[enum.Enum], value: Any, field: str) -> Any:
 
 
 @functools.cache
-def _types(cls: type) -> dict[str, Any]:
+def _types(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

@@ -51,7 +51,7 @@ def get_peft_model(
         peft_config.revision = revision
     if mixed:
         return PeftMixedModel(model, peft_config, adapter_name=adapter_name)
-    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    cls = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type or "", PeftModel)
     return cls(
         model,
         peft_config,
@@ -79,9 +79,9 @@ def inject_adapter_in_model(
         raise UnsupportedFeatureError(f"peft_type {peft_config.peft_type!r} is not in this release of minipeft.")
     if adapter_class(peft_config).shares:
         raise UnsupportedFeatureError(
-            f"{peft_config.peft_type.value} keeps tensors that all layers share beside the model; use get_peft_model."
+            f"{peft_config.method.value} keeps tensors that all layers share beside the model; use get_peft_model."
         )
-    tuner_cls = TUNERS[peft_config.peft_type]
+    tuner_cls = TUNERS[peft_config.method]
     tuner = tuner_cls.__new__(tuner_cls)
     nn.Module.__init__(tuner)
     tuner._begin(model)

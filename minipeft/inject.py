@@ -123,7 +123,8 @@ class Plan:
     # ------------------------------------------------------------------------------------------------------- finding
     def find(self, strict: bool, keys: Any) -> list[tuple[str, str, nn.Module, Any]]:
         """(path, live path, module, base) of every layer to adapt."""
-        config, cls = self.config, self.cls
+        config: Any = self.config
+        cls = self.cls
         outer: dict[str, tuple[str, nn.Module]] = {}
         for path, live, module in walk(self.model):
             outer.setdefault(path, (live, module))

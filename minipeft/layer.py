@@ -25,6 +25,8 @@ LOW_PRECISION = tuple(
 class BufferDict(nn.Module):
     """A dict of tensors that move with the module; in its state dict only when `persistent`."""
 
+    _buffers: dict[str, Tensor]  # type: ignore[assignment]  # none is None
+
     def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
         super().__init__()
         self.persistent = persistent
@@ -143,8 +145,9 @@ class Slots(nn.Module):
             else:
                 self.register(slot, {}, trained=False)
             contents = self.contents(slot)
+        box: Any = self._modules.get(slot)
         if isinstance(value, Tensor):  # let the container see to what it needs
-            self._modules[slot][name] = value
+            box[name] = value
         else:
             contents[name] = value
 
@@ -180,7 +183,7 @@ class Slots(nn.Module):
     def boxes(self, name: str) -> Iterator[tuple[str, Any, Any]]:
         """(slot, container, value) of every module slot that adapter `name` has."""
         for slot in self.adapter_layer_names + self.other_param_names:
-            box = self._modules.get(slot)
+            box: Any = self._modules.get(slot)
             if box is not None and name in box:
                 yield slot, box, box[name]
 
@@ -214,6 +217,9 @@ class Layer(Slots):
     trained: set[str]
     merged_adapters: list[str]
     folded: list[tuple[Layer, str]]
+    read_through: bool
+    blank: bool
+    autocast: bool
     at_commit: list[Callable[[], None]]
     _active_adapter: list[str]
 
@@ -646,7 +652,7 @@ class TrainableTokensWrapper(nn.Module):
     def weight(self) -> Tensor:
         """The weight that is in use; a head tied to the embedding reads it."""
         layer = self.token_adapter
-        return layer.base.canonical(layer.operator().read()[0]) if layer.running else layer.base_layer.weight
+        return layer.base.canonical(layer.operator().read()[0]) if layer.running else layer.base.leaf.weight
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -671,7 +677,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
         seen.add(id(module))
         yield path, live, module
         if (inside := _INSIDE.get(type(module))) is not None:
-            yield from visit(module._modules[inside], path, _join(live, inside))
+            yield from visit(getattr(module, inside), path, _join(live, inside))
             return
         for name, child in module._modules.items():
             if child is not None:

@@ -66,7 +66,9 @@ class PeftMixedModel(nn.Module):
         """(trainable, all) numbers of parameters."""
         return status.count_parameters(self)
 
-    print_trainable_parameters = PeftModel.print_trainable_parameters
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers and the percentage."""
+        status.print_parameters(self)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import card, checkpoint, prompt, status
 from .adapter import adapter_class
-from .config import PeftConfig
+from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .files import make_folder, write_checkpoint, write_text
 from .layer import Layer
@@ -36,6 +36,7 @@ class PeftModel(nn.Module):
     """
 
     _joins = prompt.Joins()  # how prompts are joined to the input
+    base_model: Any
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class PeftModel(nn.Module):
 
     def _setup(
         self,
-        model: nn.Module,
+        model: Any,
         config: PeftConfig,
         name: str,
         autocast: bool = True,
@@ -73,7 +74,7 @@ class PeftModel(nn.Module):
         else:
             if config.peft_type not in TUNERS:
                 raise UnsupportedFeatureError(f"peft_type {config.peft_type!r} is not in this release of minipeft.")
-            tuner = TUNERS[config.peft_type].__new__(TUNERS[config.peft_type])
+            tuner = TUNERS[config.method].__new__(TUNERS[config.method])
             nn.Module.__init__(tuner)
             tuner._begin(model)
             tuner.train(model.training)
@@ -191,7 +192,8 @@ class PeftModel(nn.Module):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them, without activating them."""
         if self._is_prompt_learning:
-            raise TypeError(f"Setting `requires_grad` is not supported for prompt learning ({self.peft_type.value}).")
+            method = PeftType(self.peft_type).value
+            raise TypeError(f"Setting `requires_grad` is not supported for prompt learning ({method}).")
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -264,7 +266,8 @@ class PeftModel(nn.Module):
             kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
             if not self._is_prompt_learning and self.base_model.takes_task_ids:
                 return self.base_model.generate(*args, **kwargs)
-            return self.get_base_model().generate(*args, **kwargs)
+            base: Any = self.get_base_model()
+            return base.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -274,7 +277,7 @@ class PeftModel(nn.Module):
                 raise
             return getattr(self.base_model, name)
 
-    def _prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+    def _prepare_model_for_gradient_checkpointing(self, model: Any) -> nn.Module:
         """Let gradients begin at the embeddings' output, as reentrant checkpointing needs."""
         flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
         quantised = any(getattr(model, flag, False) for flag in flags)
@@ -295,9 +298,7 @@ class PeftModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print both numbers and the percentage."""
-        trainable, total = self.get_nb_trainable_parameters()
-        share = 100 * trainable / total if total else 0.0
-        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+        status.print_parameters(self)
 
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
         """One record for each adapted layer; see `minipeft.get_layer_status`."""
@@ -371,8 +372,9 @@ class PeftModel(nn.Module):
                     config, tensors, path_initial_model_for_weight_conversion
                 )
             kind = type(self.get_base_model())
-            mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
-            mapping = mapping if config.task_type is None else None
+            mapping = None
+            if config.task_type is None:
+                mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
             data = checkpoint.serialiser(tensors, safe_serialization)
             write_checkpoint(folder, config.to_json(mapping), data, safe_serialization)
@@ -414,7 +416,7 @@ class PeftModel(nn.Module):
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         device = kwargs.pop("torch_device", None) or "cpu"
         weights = checkpoint.load_peft_weights(model_id, device, key_mapping, **kwargs)
-        peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, cls)._loaded(
+        peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)._loaded(
             model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, weights, kwargs.get("strict", True)
         )
         if not is_trainable:
@@ -466,6 +468,7 @@ class PeftModel(nn.Module):
         return report
 
     def _check_new_adapter_config(self, config: PeftConfig, is_trainable: bool = False) -> None:
+        other: Any
         for other in [config, *self.peft_config.values()]:
             if len(self.peft_config) and not other.is_prompt_learning and adapter_class(other).changes_base(other):
                 warnings.warn(

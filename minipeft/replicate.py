@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -28,7 +29,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Ca
         if not 0 <= start < end <= len(layers):
             have = len(layers)
             raise ConfigError(f"layer_replication has the range [{start}, {end}], but the model has {have} layers.")
-    replicated = nn.ModuleList()
+    replicated: Any = nn.ModuleList()
     replicated.replication = list(map(list, layer_map))
     for start, end in layer_map:
         for index in range(start, end):
@@ -38,7 +39,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Ca
                 if hasattr(module, "layer_idx"):
                     module.layer_idx = len(replicated)
             replicated.append(layer)
-    config = getattr(parent, "config", None) or getattr(model, "config", None)
+    config: Any = getattr(parent, "config", None) or getattr(model, "config", None)
     count = getattr(config, "num_hidden_layers", None)
     setattr(parent, name, replicated)
     if count is not None:
@@ -52,7 +53,7 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Ca
     return undo
 
 
-def _find(model: nn.Module) -> tuple[nn.Module, str]:
+def _find(model: Any) -> tuple[nn.Module, str]:
     while hasattr(model, "model"):
         model = model.model
     model = getattr(model, "bert", model)

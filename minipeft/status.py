@@ -61,6 +61,13 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
+def print_parameters(model: Any) -> None:
+    """Print how many parameters `model.get_nb_trainable_parameters()` says train, of how many."""
+    trainable, total = model.get_nb_trainable_parameters()
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """One record for each adapted layer of a PeftModel, or of a model with injected adapters.
 
@@ -103,7 +110,7 @@ def _layer_status(name: str, module: Any) -> TunerLayerStatus:
     )
 
 
-def get_model_status(model: nn.Module) -> TunerModelStatus:
+def get_model_status(model: Any) -> TunerModelStatus:
     """One record for a whole PeftModel, or a model with injected adapters. Raises as `get_layer_status` does."""
     from .model import PeftModel
 
@@ -114,8 +121,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     for row in rows:
         for adapter, value in row.requires_grad.items():
             grads[adapter].append(value)
-        for adapter, value in row.devices.items():
-            devices[adapter] |= set(value)
+        for adapter, kinds in row.devices.items():
+            devices[adapter] |= set(kinds)
     merged = {name for row in rows for name in row.merged_adapters}
     partly = any((set(row.available_adapters) - set(row.merged_adapters)) & merged for row in rows)
     trainable, total = count_parameters(model)
@@ -141,7 +148,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     )
 
 
-def _root(model: nn.Module) -> nn.Module:
+def _root(model: Any) -> Any:
     from .model import PeftModel
     from .tuner import BaseTuner
 

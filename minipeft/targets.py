@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
 
 from .config import TaskType
 from .errors import NoMatchingPeftModuleError, PeftWarning, nearest
@@ -116,7 +115,7 @@ class Targets:
             warnings.warn(f"Not all of the checkpoint's target modules {shown} are in the model: {hint}", PeftWarning)
 
 
-def all_linear(model: nn.Module, task_type: Any, paths: Iterable[tuple[str, Any]]) -> set[str]:
+def all_linear(model: Any, task_type: Any, paths: Iterable[tuple[str, Any]]) -> set[str]:
     """What "all-linear" means: every linear layer but the output layer. `paths`: (path, base or None)."""
     from .base import Linear
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -39,6 +39,7 @@ class BaseTuner(Slots):
     """
 
     method: ClassVar[PeftType | None] = None
+    model: Any  # whatever nn.Module it is
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -59,11 +60,11 @@ class BaseTuner(Slots):
         configs = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
         self.add(adapter_name, configs[adapter_name], low_cpu_mem_usage=low_cpu_mem_usage, keys=state_dict)
 
-    def _begin(self, model: nn.Module) -> None:
+    def _begin(self, model: Any) -> None:
         self.model = model
         self.context = Context()
         self.peft_config: dict[str, PeftConfig] = {}
-        self.active_adapter: str | list[str] = []
+        self.active_adapter: str | Sequence[str] = []
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         self.biases: dict[str, tuple[nn.Parameter, Tensor]] = {}  # name -> (parameter, the values not in use)
@@ -78,7 +79,7 @@ class BaseTuner(Slots):
         config: Any,
         low_cpu_mem_usage: bool = False,
         autocast: bool = False,
-        weights: dict[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None = None,
         strict: bool = True,
         keys: Any = None,
     ) -> Any:
@@ -205,7 +206,7 @@ class BaseTuner(Slots):
 
     @property
     def takes_task_ids(self) -> bool:
-        return any(getattr(cls, "by_task", False) for c in self.peft_config.values() for cls in ADAPTERS[c.peft_type])
+        return any(getattr(cls, "by_task", False) for c in self.peft_config.values() for cls in ADAPTERS[c.method])
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; takes `task_ids` as `forward` does."""
@@ -247,15 +248,15 @@ class BaseTuner(Slots):
     def active_adapters(self) -> list[str]:
         return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one or several adapters active, and trainable unless `inference_mode`; freeze the others."""
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if unknown := [n for n in names if n not in self.peft_config]:
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         if len(names) > 1:
             for name in names:
-                if next(iter(ADAPTERS[self.peft_config[name].peft_type])).exclusive:
-                    method = self.peft_config[name].peft_type.value
+                if next(iter(ADAPTERS[self.peft_config[name].method])).exclusive:
+                    method = self.peft_config[name].method.value
                     raise AdapterNameError(f"{method} allows one active adapter, got {names}.")
         found = [layer for _, _, layer in adapted(self.model)]
         for layer in found:
@@ -265,7 +266,7 @@ class BaseTuner(Slots):
             layer.set_adapter(names, inference_mode)
         self.active_adapter = adapter_name
         for slot in self.adapter_layer_names:
-            for name, value in self._modules[slot].items():
+            for name, value in getattr(self, slot).items():
                 value.requires_grad_(name in names and not inference_mode)
         self._use_biases()
         for parameter, _ in self.biases.values():
@@ -433,4 +434,4 @@ def _progress(items: list[Any], title: str, show: bool) -> Iterator[Any]:
 
 def register_tuner(name: str, method: str) -> type[BaseTuner]:
     """A plain tuner class of that name, for a method whose models have no abilities of their own."""
-    return type(name, (BaseTuner,), {"__doc__": BaseTuner.__doc__, "__module__": __name__}, method=method)  # type: ignore
+    return type(name, (BaseTuner,), {"__doc__": BaseTuner.__doc__, "__module__": __name__}, method=method)

@@ -36,8 +36,8 @@ class IA3Config(PeftConfig, method="IA3"):
 
     def __post_init__(self):
         super().__post_init__()
-        both = (self.feedforward_modules, self.target_modules)
-        if all(isinstance(names, set) for names in both) and not both[0] <= both[1]:
+        part, whole = self.feedforward_modules, self.target_modules
+        if isinstance(part, set) and isinstance(whole, set) and not part <= whole:
             raise ConfigError("`feedforward_modules` should be a subset of `target_modules`")
 
 

@@ -110,7 +110,7 @@ class LowRank(Delta):
     """What LoRA and DoRA share: the factors A and B."""
 
     prefix = "lora_"
-    bases = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
+    bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
 
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:

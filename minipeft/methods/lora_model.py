@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import merging
 from ..errors import ConfigError, PeftWarning, UnsupportedFeatureError
@@ -210,4 +210,4 @@ def truncate(D: Tensor, r: int, clamp: float | None, full_matrices: bool, driver
 
 
 def _values(factor: Any) -> Tensor:
-    return (factor.weight if isinstance(factor, nn.Module) else factor).data
+    return getattr(factor, "weight", factor).data

@@ -1,6 +1,6 @@
 """OSF - Orthogonal Subspace Fine-tuning. Nayak et al., 2025, https://arxiv.org/abs/2504.07097.
 
-    W = U_high S_high V_high + U_0 S_0 V_0      singular value decomposition; high: the k largest singular values, frozen
+    W = U_high S_high V_high + U_0 S_0 V_0      singular value decomposition; high: the k largest values, frozen
     W' = W + U S V - U_0 S_0 V_0                U: (out, m), S: (m,), V: (m, in), m = min(out, in) - k
                                                 at the start U, S, V = U_0, S_0, V_0
     The gradients of U and V lose what lies in the frozen directions: g - U_high U_high^T g, g - g V_high^T V_high.
@@ -77,7 +77,7 @@ class OSF(Delta, config=OSFConfig):
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         if cls.rank(config, path, base) == 0:
-            raise ConfigError(f"`effective_rank` must leave at least one singular value of '{path}' frozen, but gives 0.")
+            raise ConfigError(f"`effective_rank` must leave at least one singular value of '{path}' frozen; it gives 0.")
 
     def build(self) -> None:
         self.effective_rank = k = self.rank(self.config, self.path, self.base)

@@ -32,7 +32,8 @@ def xielu(x: Tensor) -> Tensor:
     low = lambda value: torch.tensor([value], dtype=torch.bfloat16, device=x.device)
     beta, up, down = low(0.5), *(F.softplus(low(value).expm1().log()) for value in (0.8, 0.8 - 0.5))
     down = beta + down
-    return torch.where(x > 0, up * x * x + beta * x, (torch.expm1(torch.min(x, low(-1e-6).to(x))) - x) * down + beta * x)
+    negative = (torch.expm1(torch.min(x, low(-1e-6).to(x))) - x) * down + beta * x
+    return torch.where(x > 0, up * x * x + beta * x, negative)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by the names that transformers gives them
@@ -85,7 +86,8 @@ class PeanutConfig(PeftConfig, method="PEANUT"):
             raise ConfigError(f"`depth` can only be a non-negative integer, got {self.depth}.")
         if self.act_fn not in ACTIVATIONS:
             hint = nearest(self.act_fn, ACTIVATIONS)
-            raise ConfigError(f"Unsupported `act_fn` {self.act_fn!r}.{hint} It must be one of {', '.join(ACTIVATIONS)}.")
+            names = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"Unsupported `act_fn` {self.act_fn!r}.{hint} It must be one of {names}.")
 
 
 class PEANuT(Delta, config=PeanutConfig):
@@ -101,7 +103,7 @@ class PEANuT(Delta, config=PeanutConfig):
             self.peanut_decoders = nn.ModuleList(linear(r, r) for _ in range(c.depth))
         self.peanut_B = linear(r, out)
         for layer in (self.peanut_A, *self.layers):  # PEFT: draws them twice
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(layer.get_parameter("weight"), a=math.sqrt(5))
         if c.init_weights:
             nn.init.zeros_(self.peanut_B.weight)
         else:

@@ -108,7 +108,8 @@ class PSOFT(Delta, config=PsoftConfig):
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         if config.r > min(base.inp, base.out):
-            raise ConfigError(f"`r` ({config.r}) must be at most {min(base.inp, base.out)}, the smaller side of '{path}'.")
+            most = min(base.inp, base.out)
+            raise ConfigError(f"`r` ({config.r}) must be at most {most}, the smaller side of '{path}'.")
 
     def build(self) -> None:
         c = self.config

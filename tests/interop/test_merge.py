@@ -137,7 +137,7 @@ def test_unload(case, lib, ref, is_ref):
 
 
 def theirs_without_adapter(case):
-    """The base model. (peft's unload() keeps what was trained in full in place of a module: neither one nor the other.)"""
+    """The base model. (peft's unload() leaves what was trained in a module's place: neither one nor the other.)"""
     return case.base.build().state_dict()
 
 

@@ -27,9 +27,10 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused("peanut/refused/activation", "PeanutConfig", {"target_modules": ["wide"], "act_fn": "sine"}, B.MLP, "inject",
+    Refused("peanut/refused/activation", "PeanutConfig", {"target_modules": ["wide"], "act_fn": "sine"}, B.MLP,
+            "inject", "ValueError"),
+    Refused("peanut/refused/depth", "PeanutConfig", {"target_modules": ["wide"], "depth": -1}, B.MLP, "inject",
             "ValueError"),
-    Refused("peanut/refused/depth", "PeanutConfig", {"target_modules": ["wide"], "depth": -1}, B.MLP, "inject", "ValueError"),
     Refused("peanut/refused/hf_conv1d", "PeanutConfig", {"target_modules": ["wide"], "r": 4}, B.HF_CONV1D, "inject",
             "NotImplementedError"),
     Refused("peanut/refused/conv2d", "PeanutConfig", {"target_modules": ["first"], "r": 4}, B.CONV2D, "inject",

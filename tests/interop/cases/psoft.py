@@ -33,9 +33,10 @@ CASES = [
 REFUSED = [
     Refused("psoft/refused/rank", "PsoftConfig", {"target_modules": ["thin"], "r": 5}, B.MLP, "inject", "ValueError"),
     Refused("psoft/refused/eps", "PsoftConfig",
-            {"target_modules": ["wide"], "r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 1.0}, B.MLP, "inject",
+            {"target_modules": ["wide"], "r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 1.0}, B.MLP,
+            "inject", "ValueError"),
+    Refused("psoft/refused/conv2d", "PsoftConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject",
             "ValueError"),
-    Refused("psoft/refused/conv2d", "PsoftConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject", "ValueError"),
     Refused("psoft/refused/hf_conv1d", "PsoftConfig", {"target_modules": ["wide"], "r": 4}, B.HF_CONV1D, "inject",
             "ValueError"),
 ]
