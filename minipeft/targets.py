@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-
 from .config import TaskType
 from .errors import NoMatchingPeftModuleError, PeftWarning, nearest
 

@@ -1,5 +1,7 @@
 """C3A: Chen et al., 2024, https://arxiv.org/abs/2407.19342, section 3, entry by entry."""
 
+from typing import Any
+
 import numpy as np
 
 from ..method import Fault, Method, Row
@@ -37,8 +39,9 @@ def perturb(key, fresh, rng):
 
 
 # The reference computes in float32 whatever the dtype, and its backward pass transposes the blocks by mistake.
-FORMULA = {"golden": "formula", "dtypes": ("float32", "bfloat16"), "note": "the reference's gradient by the input is "
-           "that of the transposed blocks, which is no derivative of its output; the formula's derivative wins"}
+FORMULA: dict[str, Any] = {
+    "golden": "formula", "dtypes": ("float32", "bfloat16"), "note": "the reference's gradient by the input is that of "
+    "the transposed blocks, which is no derivative of its output; the formula's derivative wins"}
 ROWS = [
     Row("linear/plain", "mlp-even", c3a(), "core", **FORMULA),
     Row("linear/tokens", "mlp-even-tokens", c3a(init_weights="gaussian"), "core", **FORMULA),

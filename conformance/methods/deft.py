@@ -56,7 +56,8 @@ ROWS = [
 ]
 
 FAULTS = (
-    Fault("relu-forgotten", "the projection is P P^T", {"formula": lambda s, t, c: formula(s, t, c, side=0)}, spares=QR),
+    Fault("relu-forgotten", "the projection is P P^T", {"formula": lambda s, t, c: formula(s, t, c, side=0)},
+          spares=QR),
     Fault("not-orthonormal", "qr has no effect", {"formula": raw_columns}, cases=("linear/qr", "linear/para-qr")),
     Fault("alpha-ignored", "R is not scaled by alpha / r", {"formula": lambda s, t, c: formula(s, t, c, scaled=False)},
           cases=("linear/alpha",)),
@@ -64,10 +65,17 @@ FAULTS = (
           {"formula": lambda s, t, c: (s.W if c.get("para") else s.W + pair(t, c)[0] @ t["deft_R"], s.b)}),
 )
 
+
+def fresh(site, t, c):
+    """R such that nothing changes."""
+    unscaled = rank(site, c) / c["alpha"] if c.get("alpha") else 1
+    return {**t, "deft_R": pair(t, c)[1].T @ site.W * unscaled}
+
+
 METHOD = Method(
     name="deft", peft_type="DEFT", title="DEFT", paper="https://arxiv.org/abs/2509.22793",
     equation="W' = (I - Q P'^T) W + s Q R", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
     fresh_identity=True, stacks=False,
-    fresh=lambda site, t, c: {**t, "deft_R": pair(t, c)[1].T @ site.W * (rank(site, c) / c["alpha"] if c.get("alpha") else 1)},
+    fresh=fresh,
     draw={"r": [1, 3], "decomposition_method": ["relu", "qr"], "alpha": [None, 4], "target_modules": [["up", "mid"]]},
 )

@@ -1,13 +1,15 @@
 """OSF: Nayak et al., 2025, https://arxiv.org/abs/2504.07097: only the small singular values are trained."""
 
 import re
+from typing import Any
 
 import numpy as np
 
 from ..method import Fault, Method, Row
 
 U, S, V = (f"osf_svd_params.{name}_low" for name in "USV")
-SINGLE = {"dtypes": ("float32", "bfloat16"), "note": "the reference decomposes in float32 whatever the model's dtype"}
+SINGLE: dict[str, Any] = {
+    "dtypes": ("float32", "bfloat16"), "note": "the reference decomposes in float32 whatever the model's dtype"}
 
 
 def frozen_rank(site, c):

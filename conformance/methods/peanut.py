@@ -1,10 +1,12 @@
 """PEANuT: Zhong et al., 2024, https://arxiv.org/abs/2410.01870: a network whose input is the frozen weight."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from ..method import Fault, Method, Row
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable] = {
     "relu": lambda a: np.maximum(a, 0),
     "tanh": np.tanh,
     "linear": lambda a: a,

@@ -40,7 +40,7 @@ def delta(site, t, c, pairing="reference", scale=None):
     order = [(i, j) for i in range(r) for j in range(n)] if pairing == "reference" else \
         [(i, j) for j in range(n) for i in range(r)]
     rows = [l[i, j] * t[A][i, 0, :small] * g[j] for i, j in order]
-    D = sum(np.outer(b, a) for b, a in zip(columns, rows))
+    D = np.sum([np.outer(b, a) for b, a in zip(columns, rows)], 0)
     D = D if site.inp == small else D.T
     return D * (c["randlora_alpha"] / r if scale is None else scale(c))
 

@@ -10,7 +10,7 @@ def count(site, c):
 
 
 def shapes(site, c):
-    found = {"supertuning_values": (count(site, c),), "supertuning_indices": (count(site, c),)}
+    found: dict[str, tuple] = {"supertuning_values": (count(site, c),), "supertuning_indices": (count(site, c),)}
     if c.get("r"):
         found.update({"supertuning_lora_A.weight": (c["r"], site.inp), "supertuning_lora_B.weight": (site.out, c["r"])})
     return found

@@ -68,7 +68,8 @@ class Lily(Routed, config=LilyConfig):
         groups: dict[Any, list[Any]] = {}  # PEFT: adapters added to a model later share nothing
         names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
         for adapter in adapters:
-            named = max((name for name in names if adapter.path.endswith(name)), key=len, default=str(config.target_modules))
+            ends = (name for name in names if adapter.path.endswith(name))
+            named = max(ends, key=len, default=str(config.target_modules))
             groups.setdefault((named, adapter.base.shape), []).append(adapter)
         for group in groups.values():
             for i, adapter in enumerate(group):

@@ -77,7 +77,7 @@ class OSF(Delta, config=OSFConfig):
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         if cls.rank(config, path, base) == 0:
-            raise ConfigError(f"`effective_rank` must leave at least one singular value of '{path}' frozen; it gives 0.")
+            raise ConfigError(f"`effective_rank` freezes no singular value of '{path}'; it must freeze at least one.")
 
     def build(self) -> None:
         self.effective_rank = k = self.rank(self.config, self.path, self.base)

@@ -78,8 +78,8 @@ class VBLoRA(Delta, config=VBLoRAConfig):
         return {BANK: nn.Parameter(torch.zeros(config.num_vectors, config.vector_length))}
 
     @classmethod
-    def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        config: Any = model.peft_config[name]
+    def convert_for_save(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        config = model.peft_config[name]
         if not config.save_only_topk_weights:
             return tensors
         saved = {}

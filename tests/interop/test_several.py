@@ -106,7 +106,8 @@ COMBINATIONS = {
     "magnitude_prune": {"density": 0.5}, "magnitude_prune_svd": {"density": 0.5}, "dare_linear": {"density": 0.5},
     "dare_ties": {"density": 0.5}, "dare_linear_svd": {"density": 0.5}, "dare_ties_svd": {"density": 0.5},
 }
-# peft is wrong for rsLoRA (too large by sqrt(r)) and draws DARE's masks otherwise with rank_pattern: tests/test_weighted.py
+# peft is wrong for rsLoRA (too large by sqrt(r)) and draws DARE's masks otherwise with rank_pattern:
+# tests/test_weighted.py
 WEIGHTED = ("lora/linear/plain", "lora/conv2d/plain", "lora/embedding/plain",
             "lora/hf_conv1d/plain", "lora/bert_seq/plain", "lora/linear/rank_pattern")
 

@@ -26,9 +26,12 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused("lily/refused/one_b", "LilyConfig", {"target_modules": ["wide"], "num_B": 1}, B.MLP, "inject", "ValueError"),
-    Refused("lily/refused/stride", "LilyConfig", {"target_modules": ["wide"], "stride_A": 0}, B.MLP, "inject", "ValueError"),
-    Refused("lily/refused/merge", "LilyConfig", {"target_modules": ["wide"], "r": 3}, B.MLP, "merge", "NotImplementedError"),
+    Refused("lily/refused/one_b", "LilyConfig", {"target_modules": ["wide"], "num_B": 1}, B.MLP, "inject",
+            "ValueError"),
+    Refused("lily/refused/stride", "LilyConfig", {"target_modules": ["wide"], "stride_A": 0}, B.MLP, "inject",
+            "ValueError"),
+    Refused("lily/refused/merge", "LilyConfig", {"target_modules": ["wide"], "r": 3}, B.MLP, "merge",
+            "NotImplementedError"),
     Refused("lily/refused/conv2d", "LilyConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject",
             "NotImplementedError"),
 ]
