@@ -21,10 +21,12 @@ def rows():
         classes = adapter.ADAPTERS.get(peft_type) or [CONFIGS[peft_type]]
         for cls in classes:
             doc = sys.modules[cls.__module__].__doc__
-            name, link = re.split(r" [-–] ", doc.splitlines()[0])[0], re.search(r"https?://[^\s,;]*[^\s,;.)]", doc)
+            name = re.split(r" [-–] ", doc.splitlines()[0])[0]
+            name += f" ({cls.__name__.lower()})" if peft_type == PeftType.MISS and cls is not classes[0] else ""
+            link = re.search(r"https?://[^\s,;]*[^\s,;.)]", doc)
             kind = next((k.__name__.lower() for k in KINDS if issubclass(cls, k)), "prompt")
             indented = (line.strip() for line in doc.splitlines()[1:] if line.startswith("    "))
-            formula = re.split(r"\s{3,}", next(indented, ""))[0].replace("|", "\\|")
+            formula = re.split(r"\s{2,}", next(indented, ""))[0].replace("|", "\\|")
             layers = ", ".join(getattr(cls, "bases", ())) if kind != "prompt" else "the model's input"
             merges = "no" if kind in ("prompt", "routed") else "yes"
             paper = f"[paper]({link[0]})" if link else ""
