@@ -112,30 +112,42 @@ def _import(library: str) -> Any:
 
 
 class AutoPeftModelForCausalLM(AutoPeftModel):
+    """`from_pretrained` loads an adapter together with its base model, a causal language model."""
+
     _target_class = "AutoModelForCausalLM"
     _target_peft_class = PeftModelForCausalLM
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
+    """`from_pretrained` loads an adapter together with its base model, an encoder-decoder language model."""
+
     _target_class = "AutoModelForSeq2SeqLM"
     _target_peft_class = PeftModelForSeq2SeqLM
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
+    """`from_pretrained` loads an adapter together with its base model, a classifier of sequences."""
+
     _target_class = "AutoModelForSequenceClassification"
     _target_peft_class = PeftModelForSequenceClassification
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
+    """`from_pretrained` loads an adapter together with its base model, a classifier of tokens."""
+
     _target_class = "AutoModelForTokenClassification"
     _target_peft_class = PeftModelForTokenClassification
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
+    """`from_pretrained` loads an adapter together with its base model, a model that answers questions from a text."""
+
     _target_class = "AutoModelForQuestionAnswering"
     _target_peft_class = PeftModelForQuestionAnswering
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
+    """`from_pretrained` loads an adapter together with its base model, a model without a head."""
+
     _target_class = "AutoModel"
     _target_peft_class = PeftModelForFeatureExtraction

@@ -206,6 +206,7 @@ class BaseTuner(Slots):
 
     @property
     def takes_task_ids(self) -> bool:
+        """Whether `forward` needs `task_ids`, because a method routes by task."""
         return any(getattr(cls, "by_task", False) for c in self.peft_config.values() for cls in ADAPTERS[c.method])
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -246,6 +247,7 @@ class BaseTuner(Slots):
     # ----------------------------------------------------------------------------------------------- which adapter
     @property
     def active_adapters(self) -> list[str]:
+        """Names of the adapters that take part in `forward`."""
         return [self.active_adapter] if isinstance(self.active_adapter, str) else list(self.active_adapter)
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

@@ -106,6 +106,8 @@ class UniLoRA(Delta, config=UniLoraConfig):
 
 
 class UniLoraModel(BaseTuner, method="UNILORA"):
+    """A model with Uni-LoRA adapters."""
+
     @staticmethod
     def generate_index(lora_param_count: int, theta_d_length: int, proj_seed: int) -> Tensor:
         """Random indices (lora_param_count,) into theta, in which no entry occurs more than once more than another."""

@@ -135,6 +135,8 @@ class VBLoRA(Delta, config=VBLoRAConfig):
 
 
 class VBLoRAModel(BaseTuner, method="VBLORA"):
+    """A model with VB-LoRA adapters."""
+
     def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
         """(VB-LoRA's, other) numbers in a checkpoint of `adapter`, counted in units of four bytes."""
         config: Any = self.peft_config[adapter]
