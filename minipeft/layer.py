@@ -721,7 +721,8 @@ def _wide(pair: Any) -> Any:
 @contextmanager
 def widened(adapter: Adapter) -> Iterator[None]:
     """The adapter as it is merged: no dropout, and low-precision tensors as float32, so a merge rounds only once."""
-    training = [m for _, _, m in adapter.layer.boxes(adapter.name) if isinstance(m, nn.Module) and m.training]
+    kept = [m for _, _, m in adapter.layer.boxes(adapter.name) if isinstance(m, nn.Module)]
+    training = [m for m in kept if m.training and type(m) not in (nn.Linear, nn.Identity)]
     narrow = [(t, t.data) for _, t in adapter.layer.tensors(adapter.name) if t.dtype in (torch.float16, torch.bfloat16)]
     for tensor, data in narrow:
         tensor.data = data.float()

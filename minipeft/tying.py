@@ -227,7 +227,7 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
             stacklevel=2,
         )
     users: dict[int, set[nn.Module]] = {}
-    for module in tuner.model.modules():
+    for _, _, module in walk(tuner.model):
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), set()).add(module)
