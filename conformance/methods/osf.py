@@ -38,6 +38,13 @@ def formula(site, t, c, held=None, free=False, smallest=False):
     return (left[:, kept] * s[kept]) @ right[kept] + (t[U] * t[S]) @ t[V], site.b
 
 
+def fresh(site, t, c):
+    """The singular triples behind the frozen ones."""
+    left, s, right = np.linalg.svd(site.W, full_matrices=False)
+    k = frozen_rank(site, c)
+    return {U: left[:, k:], S: s[k:], V: right[k:]}
+
+
 def added(site, t, c):
     return site.W + (t[U] * t[S]) @ t[V], site.b
 
@@ -66,6 +73,6 @@ FAULTS = (
 METHOD = Method(
     name="osf", peft_type="OSF", title="OSF", paper="https://arxiv.org/abs/2504.07097",
     equation="W' = U_high S_high V_high + U S V", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    fresh_identity=True, stacks=False,
+    fresh=fresh, fresh_identity=True, stacks=False,
     draw={"effective_rank": [1, 3, 0.5], "target_modules": [["up", "mid"]]},
 )
