@@ -29,7 +29,8 @@ from tqdm import tqdm
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LINEAR = ["hidden1", "hidden2", "head"]
+HIDDEN = ["hidden1", "hidden2"]
+LINEAR = [*HIDDEN, "head"]
 LAYERS = ["conv", *LINEAR]
 ROWS = {"task_type": "FEATURE_EXTRACTION", "token_dim": 8, "num_layers": 2, "num_attention_heads": 4}
 STEPS = 300
@@ -89,14 +90,17 @@ class RowReader(nn.Module):
     def __init__(self, width=32, depth=2):
         super().__init__()
         self.row = nn.Linear(8, width)
-        self.place = nn.Embedding(8, width)
+        self.place = nn.Parameter(torch.randn(8, width))
         self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
-        self.answer = nn.Embedding(1, width)
+        self.answer = nn.Parameter(torch.randn(1, width))
         self.head = nn.Linear(width, 5)
+
+    def get_input_embeddings(self):
+        return self.row
 
     def forward(self, inputs_embeds, past_key_values=None, **unused):  # (batch, virtual rows + 8, 8)
         x = self.row(inputs_embeds / 16)  # (batch, time, width)
-        x = torch.cat([x[:, :-8], x[:, -8:] + self.place.weight, self.answer.weight.expand(len(x), 1, -1)], 1)
+        x = torch.cat([x[:, :-8], x[:, -8:] + self.place, self.answer.expand(len(x), 1, -1)], 1)
         for block, past in zip(self.blocks, past_key_values or [None] * len(self.blocks)):
             x = block(x, past)
         return self.head(x[:, -1])  # (batch, 5)
@@ -129,9 +133,41 @@ METHODS = [
     Method("LN tuning", "LNTuningConfig", {"target_modules": ["norm"]}, lr=0.3),
     Method("trainable tokens", "TrainableTokensConfig", {"target_modules": ["ink"], "token_indices": [*range(17)]},
            lr=0.2),
+    Method("BEFT", "BeftConfig", {"target_modules": LAYERS}, lr=1.0),
+    Method("BOFT", "BOFTConfig", {"boft_block_size": 4, "boft_n_butterfly_factor": 2, "target_modules": HIDDEN},
+           lr=5e-2),
+    Method("C3A", "C3AConfig", {"block_size": 32, "target_modules": HIDDEN}, lr=3.0),
+    Method("DEFT", "DeftConfig", {"r": 4, "target_modules": LINEAR}),
+    Method("DeLoRA", "DeloraConfig", {"r": 4, "delora_lambda": 15, "target_modules": LINEAR}, lr=3e-2),
+    Method("FourierFT", "FourierFTConfig", {"n_frequency": 300, "scaling": 50.0, "target_modules": HIDDEN}, lr=0.3),
+    Method("GLoRA", "GloraConfig", {"r": 4, "target_modules": LINEAR}),
+    Method("GraLoRA", "GraloraConfig", {"r": 4, "gralora_k": 2, "target_modules": HIDDEN}),
+    Method("HiRA", "HiraConfig", {"r": 4, "target_modules": LAYERS}, lr=5e-2),
+    Method("HRA", "HRAConfig", {"r": 4, "target_modules": LAYERS}, lr=5e-2),
+    Method("LoHa", "LoHaConfig", {"r": 4, "target_modules": LAYERS}, lr=3e-2),
+    Method("LoKr", "LoKrConfig", {"r": 4, "target_modules": LAYERS}, lr=3e-2),
+    Method("MiSS", "MissConfig", {"r": 16, "target_modules": HIDDEN}),
+    Method("OSF", "OSFConfig", {"effective_rank": 32, "target_modules": HIDDEN}, lr=3e-3),
+    Method("PEANuT", "PeanutConfig", {"r": 4, "target_modules": LINEAR}),
+    Method("PSOFT", "PsoftConfig", {"r": 16, "target_modules": HIDDEN}, lr=0.1),
+    Method("PVeRA", "PveraConfig", {"r": 64, "target_modules": LINEAR}, lr=0.2),
+    Method("RandLoRA", "RandLoraConfig", {"r": 16, "target_modules": LINEAR}, lr=2e-2),
+    Method("RoAd", "RoadConfig", {"group_size": 2, "target_modules": LAYERS[:-1]}, lr=0.1),
+    Method("SHiRA", "ShiraConfig", {"r": 4, "target_modules": LINEAR}),
+    Method("Super-Tuning", "SupertuningConfig", {"target_modules": LINEAR}, lr=1.0),
+    Method("TinyLoRA", "TinyLoraConfig", {"target_modules": LINEAR}, lr=0.1),
+    Method("Uni-LoRA", "UniLoraConfig", {"r": 4, "theta_d_length": 200, "target_modules": LINEAR}, lr=0.3),
+    Method("VB-LoRA", "VBLoRAConfig", {"r": 4, "num_vectors": 30, "vector_length": 32, "target_modules": HIDDEN},
+           lr=5e-2),
+    Method("WaveFT", "WaveFTConfig", {"n_frequency": 300, "scaling": 25.0, "target_modules": HIDDEN}, lr=3e-2),
+    Method("Lily", "LilyConfig", {"r": 4, "num_B": 2, "target_modules": HIDDEN}, merges=False),
     Method("Poly", "PolyConfig", {"r": 4, "n_tasks": 1, "n_skills": 2, "target_modules": ["hidden1"]}, lr=3e-2,
            merges=False, inputs={"task_ids": 0}),
     Method("prompt tuning", "PromptTuningConfig", ROWS | {"num_virtual_tokens": 8}, lr=1.0,
+           merges=False, network=RowReader),
+    Method("P-tuning", "PromptEncoderConfig", ROWS | {"num_virtual_tokens": 8, "encoder_hidden_size": 32},
+           merges=False, network=RowReader),
+    Method("cartridge", "CartridgeConfig", ROWS | {"num_virtual_tokens": 8, "token_dim": 32}, lr=1.0,
            merges=False, network=RowReader),
     Method("prefix tuning", "PrefixTuningConfig", ROWS | {"num_virtual_tokens": 8, "token_dim": 32}, lr=0.3,
            merges=False, network=RowReader),
