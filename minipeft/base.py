@@ -57,12 +57,8 @@ class Base:
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Store (W, b), in the layer's own layout and dtype, keeping what was there before to `restore` it."""
+        self.check_bias(b)
         weight, bias = self.stored()
-        if b is not None and bias is None:
-            raise MergeError(
-                f"The adapter gives the {type(self.leaf).__name__} a bias, but the layer has none to write it to. "
-                "Make the layer with bias=True, or keep the adapter unmerged."
-            )
         if self.home.apart and self.home.lent is None:
             self.home.lent, weight = weight, nn.Parameter(weight.data, weight.requires_grad)
             setattr(self.leaf, self.weight_name, weight)
@@ -71,6 +67,14 @@ class Base:
         weight.data = self.canonical(W).to(weight.dtype).contiguous()
         if bias is not None and b is not None:
             bias.data = b.to(bias.dtype).contiguous()
+
+    def check_bias(self, b: Tensor | None) -> None:
+        """Raise `MergeError` when there is a bias to write and the layer has none."""
+        if b is not None and self.stored()[1] is None:
+            raise MergeError(
+                f"The adapter gives the {type(self.leaf).__name__} a bias, but the layer has none to write it to. "
+                "Make the layer with bias=True, or keep the adapter unmerged."
+            )
 
     def restore(self) -> None:
         """Put back, bit for bit, what `write` replaced."""

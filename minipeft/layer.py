@@ -333,10 +333,13 @@ class Layer(Slots):
         return layer
 
     @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, try_only: bool = False
+    ) -> None:
         """Write adapters into the frozen weights: computed in float32 from the original weights, rounded once.
 
-        `safe_merge` raises `MergeError` instead of storing numbers that are not finite. `adapter_names` defaults to
+        `safe_merge` raises `MergeError` instead of storing numbers that are not finite; `try_only` stores nothing and
+        raises what storing would raise. `adapter_names` defaults to
         the active adapters; names that are merged already are skipped with a warning.
         """
         if isinstance(adapter_names, str):
@@ -369,7 +372,7 @@ class Layer(Slots):
         self._fold([(layer, n) for layer, n in self._home.folded if layer is not self or n not in names], False)
         self.merged_adapters = [n for n in self.merged_adapters if n not in names]
 
-    def _fold(self, folded: list[tuple[Layer, str]], safe: bool) -> None:
+    def _fold(self, folded: list[tuple[Layer, str]], safe: bool, try_only: bool = False) -> None:
         home = self._home
         if not folded:
             home.base.restore()
@@ -382,6 +385,8 @@ class Layer(Slots):
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {folded[-1][1]} seems to be broken (safe_merge)."
                 )
+            if try_only:
+                return home.base.check_bias(b)
             home.base.write(W, b)
         home.folded = folded
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from .base import Base, Linear
-from .errors import MergeError
 
 
 def quantised(module: nn.Module) -> type[Base] | None:
@@ -54,8 +53,7 @@ class _Quantised(Linear):
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
         weight, bias = self.stored()
-        if b is not None and bias is None:
-            raise MergeError("The adapter gives the quantised layer a bias, but it has none to write it to.")
+        self.check_bias(b)
         self.detach(weight)
         if self.home.original is None:
             self.home.original = weight, None if bias is None else bias.data

@@ -338,7 +338,9 @@ class BaseTuner(Slots):
         """
         self._merge(layers(self.model), safe_merge, adapter_names)
 
-    def _merge(self, todo: list[Layer], safe: bool, names: list[str] | None, progress: bool = False) -> None:
+    def _merge(
+        self, todo: list[Layer], safe: bool, names: list[str] | None, progress: bool = False, for_good: bool = False
+    ) -> None:
         if isinstance(names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
         if unknown := [n for n in names or () if n not in self.peft_config]:
@@ -347,14 +349,20 @@ class BaseTuner(Slots):
             raise MergeError("Cannot merge layers that are replicated: their adapters differ, their weight is one.")
         tying.part(self, todo, names)
         done: list[tuple[Layer, list[str]]] = []
+        todo = list(reversed(todo))
+        if for_good:  # the old weights are let go one by one, so find out before what can be known before
+            for layer in {layer.likeness(names): layer for layer in todo}.values():
+                layer.merge(adapter_names=names, try_only=True)
         try:
-            for layer in _progress(list(reversed(todo)), "Merging adapters", progress):
+            for layer, following in zip(_progress(todo, "Merging adapters", progress), [*todo[1:], None]):
                 before = list(layer.merged_adapters)
                 layer.merge(safe_merge=safe, adapter_names=names)
                 done.append((layer, [n for n in layer.merged_adapters if n not in before]))
+                if for_good and (following is None or following.base.home is not layer.base.home):
+                    layer.base.home.forget()
         except Exception:
             for layer, merged in reversed(done):
-                if merged:
+                if merged and not for_good:
                     layer.unmerge(merged)
             raise
 
