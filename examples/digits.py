@@ -257,7 +257,7 @@ def show(rows):
 
 def plot(rows, full, path):
     """Accuracy after adaptation against trainable parameters; `full` is (parameters, accuracy) with all trained."""
-    figure, axes = plt.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(12, 8), layout="constrained")
     rows = sorted(rows, key=lambda row: row[3])
     axes.scatter([r[1] for r in rows], [r[3] for r in rows], zorder=3)
     axes.scatter(*full, color="black", marker="s", zorder=3)
@@ -268,7 +268,7 @@ def plot(rows, full, path):
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     axes.grid(alpha=0.3)
     axes.margins(0.08)
-    labels = [axes.text(r[1], r[3], r[0]) for r in rows] + [axes.text(full[0], full[1], "all weights")]
+    labels = [axes.text(r[1], r[3], r[0], fontsize=8) for r in rows] + [axes.text(full[0], full[1], "all weights", fontsize=8)]
     adjust_text(labels, ax=axes, arrowprops={"arrowstyle": "-", "color": "grey"}, expand=(1.3, 1.6))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
