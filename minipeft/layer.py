@@ -202,7 +202,29 @@ class Slots(nn.Module):
                     yield from ((slot, b) for b in value.buffers())
 
 
-class Layer(Slots):
+class Switch:
+    """What other code reads off a layer about which of its adapters are on."""
+
+    _active_adapter: list[str]
+    _disable_adapters: bool
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self._active_adapter
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same, under PEFT's other name for it."""
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether all adapters are switched off."""
+        return self._disable_adapters
+
+
+class Layer(Switch, Slots):
     """A frozen layer with adapters around it.
 
     Every adapter ever added stands in `adapters`; those in `active_adapters` take part in `forward`, in the order in
@@ -397,18 +419,6 @@ class Layer(Slots):
             return self.base.canonical(self.adapters[adapter].fold(W, b)[0]) - self.base.canonical(W)
 
     # -------------------------------------------------------------------------------------------- which adapters run
-    @property
-    def active_adapters(self) -> list[str]:
-        return self._active_adapter
-
-    @property
-    def active_adapter(self) -> list[str]:
-        return self._active_adapter
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
-
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make `adapter_names` active and (unless `inference_mode`) trainable, and freeze all others."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
@@ -534,7 +544,7 @@ class Layer(Slots):
         return f"{self.method.lower()}.{self.base.label}"
 
 
-class ModulesToSaveWrapper(nn.Module):
+class ModulesToSaveWrapper(Switch, nn.Module):
     """A module trained in full: the frozen original, and a copy of it for each adapter (`modules_to_save`)."""
 
     adapter_layer_names = ("modules_to_save",)
@@ -591,18 +601,6 @@ class ModulesToSaveWrapper(nn.Module):
             if "_modules" not in self.__dict__ or "original_module" not in self._modules:
                 raise
             return getattr(self.current, name)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        return self._active_adapter
-
-    @property
-    def active_adapter(self) -> list[str]:
-        return self._active_adapter
-
-    @property
-    def disable_adapters(self) -> bool:
-        return self._disable_adapters
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Use the copy of the one adapter of `adapter_names` that has one here."""
