@@ -268,7 +268,8 @@ def plot(rows, full, path):
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     axes.grid(alpha=0.3)
     axes.margins(0.08)
-    labels = [axes.text(r[1], r[3], r[0], fontsize=8) for r in rows] + [axes.text(full[0], full[1], "all weights", fontsize=8)]
+    named = [(r[1], r[3], r[0]) for r in rows] + [(*full, "all weights")]
+    labels = [axes.text(*at, name, fontsize=8) for *at, name in named]
     adjust_text(labels, ax=axes, arrowprops={"arrowstyle": "-", "color": "grey"}, expand=(1.3, 1.6))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
