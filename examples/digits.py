@@ -269,7 +269,7 @@ def plot(rows, full, path):
     axes.grid(alpha=0.3)
     axes.margins(0.08)
     named = [(r[1], r[3], r[0]) for r in rows] + [(*full, "all weights")]
-    labels = [axes.text(*at, name, fontsize=8) for *at, name in named]
+    labels = [axes.text(x, y, name, fontsize=8) for x, y, name in named]
     adjust_text(labels, ax=axes, arrowprops={"arrowstyle": "-", "color": "grey"}, expand=(1.3, 1.6))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
