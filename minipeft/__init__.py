@@ -1,4 +1,4 @@
-"""minipeft: every adapter method of Hugging Face PEFT, on plain nn.Modules, from one small theory (adapter.py)."""
+"""minipeft: the adapter methods of Hugging Face PEFT, on plain nn.Modules, from one small theory (adapter.py)."""
 
 from .auto import (
     AutoPeftModel,
