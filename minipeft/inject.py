@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,7 @@ class Plan:
         self.strict = not loading
         self.empty = empty
         self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it joins
+        self.latest: dict[str, Layer] = {}  # of `new`, the last scratch layer at each live path
         self.copies: list[tuple[str, nn.Module, nn.Module]] = []  # live path, module there now, its trained copy
         self.tokens: list[tuple[str, Layer, Layer | None]] = []  # the same as `new`, to be put into a wrapper
         self.after: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
@@ -140,10 +142,11 @@ class Plan:
             self.modules = _paths_in(keys, cls.prefix, outer)
         self.modules = self.ties.order(self.modules)
         found: list[tuple[str, str, nn.Module, Any]] = []
+        wanted = set(self.modules)
         for path in self.modules:
             live, module = outer[path]
             parent = path.rpartition(".")[0]
-            if parent in self.modules and isinstance(base_of(outer[parent][1]), Attention):
+            if parent in wanted and isinstance(base_of(outer[parent][1]), Attention):
                 continue  # the out_proj of an attention module comes with it
             base = base_of(module, whole="Whole" in cls.bases)
             if base is None or not set(cls.bases) & {kind.__name__ for kind in type(base).__mro__}:
@@ -204,13 +207,13 @@ class Plan:
             module, base = joins.base_layer, joins.base
         else:
             joins = None
-            for planned, scratch, _ in self.new:
-                if planned == live:  # a further parameter of the same module: around the layer for the one before
-                    module, base = scratch, base_of(scratch, base.weight_name)
+            if live in self.latest:  # a further parameter of the same module: around the layer for the one before
+                module, base = self.latest[live], base_of(self.latest[live], base.weight_name)
         if isinstance(base, Attention) and joins is None:  # PEFT: the initial values of out_proj are drawn twice
             self.scratch(base.leaf.out_proj, base_of(base.leaf.out_proj), path, self.cls, self.config)
         scratch = self.scratch(module, base, path, self.cls, self.config)
         self.new.append((live, scratch, joins))
+        self.latest[live] = scratch
 
     def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         """A layer around `module` with the one new adapter, not yet part of the model."""
@@ -255,9 +258,13 @@ class Plan:
     # ------------------------------------------------------------------------------------------------------- loading
     def entries(self) -> Iterator[Entry]:
         """The tensors that a checkpoint of this adapter holds, where they are now, under the keys they will have."""
-        for index, (live, scratch, joins) in enumerate(self.new):
-            around = sum(other == live and j is None for other, _, j in self.new[index + 1 :])  # nested later
-            where = self.live_paths[id(joins)] if joins is not None else live + ".base_layer" * around
+        around = Counter(live for live, _, joins in self.new if joins is None)  # layers that come to stand there
+        for live, scratch, joins in self.new:
+            if joins is not None:
+                where = self.live_paths[id(joins)]
+            else:
+                around[live] -= 1
+                where = live + ".base_layer" * around[live]
             yield from entries_of_layer(scratch, self.name, PREFIX + where, skip=self.shared)
         for slot, value in self.shared.items():
             if self.cls.keeps(slot, self.config):

@@ -101,7 +101,7 @@ class BaseTuner(Slots):
         self.model.peft_config = self.peft_config
         both = (self.targeted_module_names, plan.modules), (self.targeted_parameter_names, plan.parameters)
         for into, paths in both:
-            into.extend(path for path in paths if path not in into)
+            into[:] = dict.fromkeys([*into, *paths])
         if plan.undo is not None:
             self.on_unload.append(plan.undo)
         if first:
