@@ -148,6 +148,13 @@ class Adapter:
         """The tensors that the layers hold, from those of a checkpoint."""
         return tensors
 
+    @classmethod
+    def resize(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> Any:
+        """Before a checkpoint is loaded into an adapter that is there: take its sizes, where a method lets them vary.
+
+        Returns a function that undoes that, or None.
+        """
+
     def build(self) -> None:
         """Create and initialise the parameters, as slots."""
         raise NotImplementedError

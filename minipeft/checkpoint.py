@@ -385,20 +385,25 @@ def set_peft_model_state_dict(
         from .prompt import load_prompt_state
 
         return load_prompt_state(model, adapter_name, peft_model_state_dict, strict)
-    entries = list(entries_of_model(model, adapter_name))
     weights = adapter_class(config).convert_for_load(config, dict(peft_model_state_dict))
-    base = base_entries(model, weights)
-    biases = _bias_entries(model, adapter_name)
-    if ignore_mismatched_sizes:
-        shapes = {strip(e.saved): e.tensor.shape for e in entries}
-        wrong = [k for k, t in weights.items() if shapes.get(strip(k), t.shape) != t.shape]
-        if wrong:
-            warnings.warn(f"Left out, because of another shape (ignore_mismatched_sizes): {wrong}.", PeftWarning)
-            weights = {k: t for k, t in weights.items() if k not in wrong}
-            entries = [e for e in entries if strip(e.saved) not in {strip(k) for k in wrong}]
-    have = {strip(e.saved) for e in entries}
-    entries += [e for e in biases if strip(e.saved) not in have]
-    report = check(entries, weights, [e.saved for e in base], strict, peft_model_state_dict)
+    undo = adapter_class(config).resize(model, adapter_name, weights)
+    try:
+        entries = list(entries_of_model(model, adapter_name))
+        base = base_entries(model, weights)
+        if ignore_mismatched_sizes:
+            shapes = {strip(e.saved): e.tensor.shape for e in entries}
+            wrong = [k for k, t in weights.items() if shapes.get(strip(k), t.shape) != t.shape]
+            if wrong:
+                warnings.warn(f"Left out, because of another shape (ignore_mismatched_sizes): {wrong}.", PeftWarning)
+                weights = {k: t for k, t in weights.items() if k not in wrong}
+                entries = [e for e in entries if strip(e.saved) not in {strip(k) for k in wrong}]
+        have = {strip(e.saved) for e in entries}
+        entries += [e for e in _bias_entries(model, adapter_name) if strip(e.saved) not in have]
+        report = check(entries, weights, [e.saved for e in base], strict, peft_model_state_dict)
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
     given = {strip(key): tensor for key, tensor in weights.items()}
     for entry in entries + base:
         if strip(entry.saved) in given:

@@ -86,8 +86,9 @@ class RankAllocator:
         for key in self.adapters():
             A, E, B = (self.exp_avg_ipt[key, slot] * self.exp_avg_unc[key, slot] for slot in SLOTS)
             scores[key] = (E.flatten() + (A.mean(1) + B.mean(0))).cpu()  # (r,)
-        surplus = self.init_bgt - budget
-        threshold = torch.kthvalue(torch.cat(list(scores.values())), surplus)[0] if surplus > 0 else -1
+        together = torch.cat(list(scores.values()))
+        surplus = len(together) - budget
+        threshold = torch.kthvalue(together, surplus)[0] if surplus > 0 else -1
         pattern = {key: (score > threshold).tolist() for key, score in scores.items()}
         self.mask_using_rank_pattern(pattern)
         return pattern
