@@ -10,33 +10,74 @@ from minipeft.config import CONFIGS, PeftType
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 KINDS = (adapter.Delta, adapter.Transform, adapter.Activation, adapter.Routed, adapter.Replacement)
+COUNTS = {  # of methods whose docstring has no line `parameters` yet
+    PeftType.CARTRIDGE: "2 (num_virtual_tokens - num_frozen_tokens) num_layers token_dim",
+    PeftType.CPT: "num_virtual_tokens token_dim",
+    PeftType.MULTITASK_PROMPT_TUNING: "num_virtual_tokens num_transformer_submodules (token_dim + num_tasks num_ranks)"
+    " + num_tasks num_ranks token_dim",
+    PeftType.PREFIX_TUNING: "2 num_virtual_tokens num_layers token_dim",
+    PeftType.PROMPT_TUNING: "num_virtual_tokens num_transformer_submodules token_dim",
+}
+
+
+def described():
+    """Each method in each of its forms: (peft_type, class, the first class of that type, docstring of its file)."""
+    for peft_type in PeftType:
+        classes = adapter.ADAPTERS.get(peft_type) or [CONFIGS[peft_type]] if peft_type in CONFIGS else []
+        for cls in classes:
+            yield peft_type, cls, classes[0], sys.modules[cls.__module__].__doc__
+
+
+def count(peft_type, doc):
+    """What a docstring's line `parameters` says, for example `r (in + out), or r out with para=True`, or None."""
+    lines = re.search(r"^    parameters  +(.+(?:\n     +.+)*)", doc, re.M)
+    return " ".join(lines[1].split()) if lines else COUNTS.get(peft_type)
+
+
+def forms(stated):
+    """The parts of a count: for each form of the method the terms (expression, whether once in all), and its fields.
+
+    "r in, and r out in all, or r with a=b" gives [([("r in", False), ("r out", True)], {}), ([("r", False)],
+    {"a": "b"})].
+    """
+    found = []
+    for form in stated.split(", or "):
+        form, _, fields = form.partition(" with ")
+        terms = [(term.removesuffix(" in all"), term.endswith(" in all")) for term in form.split(", and ")]
+        found.append((terms, dict(field.split("=", 1) for field in fields.split(", ") if field)))
+    return found
+
+
+def cell(stated):
+    """A count as the table shows it."""
+    shown = []
+    for terms, fields in forms(stated):
+        parts = ", and ".join(f"`{term}`{' in all' * once}" for term, once in terms)
+        shown.append(parts + " with " * bool(fields) + ", ".join(f"`{name}={value}`" for name, value in fields.items()))
+    return ", or ".join(shown)
 
 
 def rows():
-    """One row for each method file: name, kind, formula, layers, merges, paper."""
+    """One row for each method file: name, kind, formula, parameters, layers, merges, paper."""
     found = []
-    for peft_type in PeftType:
-        if peft_type not in CONFIGS:
-            continue
-        classes = adapter.ADAPTERS.get(peft_type) or [CONFIGS[peft_type]]
-        for cls in classes:
-            doc = sys.modules[cls.__module__].__doc__
-            name = re.split(r" [-–] ", doc.splitlines()[0])[0]
-            name += f" ({cls.__name__.lower()})" if peft_type == PeftType.MISS and cls is not classes[0] else ""
-            link = re.search(r"https?://[^\s,;]*[^\s,;.)]", doc)
-            kind = next((k.__name__.lower() for k in KINDS if issubclass(cls, k)), "prompt")
-            indented = (line.strip() for line in doc.splitlines()[1:] if line.startswith("    "))
-            formula = re.split(r"\s{2,}", next(indented, ""))[0].replace("|", "\\|")
-            layers = ", ".join(getattr(cls, "bases", ())) if kind != "prompt" else "the model's input"
-            merges = "no" if kind in ("prompt", "routed") else "yes"
-            paper = f"[paper]({link[0]})" if link else ""
-            found.append((name, peft_type.value, kind, f"`{formula}`", layers, merges, paper))
+    for peft_type, cls, first, doc in described():
+        name = re.split(r" [-–] ", doc.splitlines()[0])[0]
+        name += f" ({cls.__name__.lower()})" if peft_type == PeftType.MISS and cls is not first else ""
+        link = re.search(r"https?://[^\s,;]*[^\s,;.)]", doc)
+        kind = next((k.__name__.lower() for k in KINDS if issubclass(cls, k)), "prompt")
+        indented = (line.strip() for line in doc.splitlines()[1:] if line.startswith("    "))
+        formula = re.split(r"\s{2,}", next(indented, ""))[0].replace("|", "\\|")
+        layers = ", ".join(getattr(cls, "bases", ())) if kind != "prompt" else "the model's input"
+        merges = "no" if kind in ("prompt", "routed") else "yes"
+        paper = f"[paper]({link[0]})" if link else ""
+        trained = cell(count(peft_type, doc) or "?")
+        found.append((name, peft_type.value, kind, f"`{formula}`", trained, layers, merges, paper))
     return sorted(found, key=lambda row: row[0].lower())
 
 
 def table():
     """The table as Markdown."""
-    head = ("method", "`peft_type`", "kind", "formula", "adapts", "merges", "paper")
+    head = ("method", "`peft_type`", "kind", "formula", "parameters", "adapts", "merges", "paper")
     lines = [head, ["---"] * len(head), *rows()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -3,6 +3,7 @@
     W' = W + s B diag(E) A       A: (r, in), B: (out, r), E: (r, 1), E = 0 at the start
                                  s = alpha / r_0, r_0 the rank at the start
     loss + c mean(|A A^T - I|, |B^T B - I|)        over all A and B, in the Frobenius norm
+    parameters                   init_r (in + out + 1)
 
 While it trains, entries of E that matter little are set to 0 (adalora_budget.py); saved is what is left.
 """

@@ -5,6 +5,7 @@ Liu et al., 2023, https://arxiv.org/abs/2311.06243, eq. 3 to 5.
     R_k = diag(R_k1, ..., R_kd)         R_ki = (I - Q)(I + Q)^-1: (b, b), Q = (A_ki - A_ki^T) / 2, d b = in
                                         A: (m, d, b, b), 0 at the start
     P_1 = I; P_k: in each run of 2^(k-1) b inputs, cut into pieces of b / 2, all odd pieces come before all even ones
+    parameters                          boft_n_butterfly_factor in boft_block_size + out
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
                                          relu: Q = P, P' = relu(P); qr: Q = P' = the orthonormal columns of P
                                          s = alpha / r, or 1 without alpha
     W' = (I - Q P'^T) W                  para: PaRa, Chen et al., 2024, https://arxiv.org/abs/2406.05641
+    parameters                           r (in + out), or r out with para=True
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     W' = W + (lambda / r) B diag(1 / |a_i| |b_i|) A diag(w)        A: (r, in), rows a_i; B: (out, r), columns b_i
                                                                    lambda: (1,), w: (in,), B = 0 at the start
+    parameters                                                     r (in + out) + 1
 
 w are the norms of the frozen weight's columns when the adapter was made; they are saved and not trained.
 """

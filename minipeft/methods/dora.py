@@ -1,6 +1,7 @@
 """DoRA - Weight-Decomposed Low-Rank Adaptation. Liu et al., 2024, https://arxiv.org/abs/2402.09353, eq. 5.
 
     W' = m * (W + s B A) / |W + s B A|        A: (r, in), B: (out, r), m: (out,), |.|: norm of each row, held constant
+    parameters                                r (in + out) + out
 
 The norm comes from the factors, so that no (out, in) product is formed; |W|^2 is computed once and kept:
 

@@ -3,6 +3,7 @@ Gao et al., 2024, https://arxiv.org/abs/2405.03003, eq. 2 to 4.
 
     W' = W + s Re(F^-1(S))       S: (out, in), 0 but for n entries c: (n,), at places that the seed gives
                                  F^-1: inverse discrete Fourier transform in two dimensions, with its 1 / (out in)
+    parameters                   n_frequency
 """
 
 from __future__ import annotations

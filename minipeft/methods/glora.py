@@ -3,6 +3,7 @@
     W' = W + W0 * A + B                A, B: (out, in)
     b' = b + b0 * D + E + W0 C         C: (in, 1), D, E: (out,); where the layer has a bias
                                        W0, b0: the frozen layer's own, also when other adapters are active
+    parameters                         2 r (in + out) + r (in + 1) + 2
 
 Each of the five is a product (m, r) (r, n), a vector, a number or zero, as the configuration says; zero at the start.
 """

@@ -4,6 +4,7 @@
                                          A_ji: (r / k, in / k), B_ji: (out / k, r / k), B = 0 at the start
                                          s = alpha / (r + hybrid_r)
     W' = W + s (GraLoRA + B' A')         A': (hybrid_r, in), B': (out, hybrid_r), with hybrid_r > 0
+    parameters                           (r + hybrid_r) (in + out)
 
 Stored: A (k, in / k, r), where A[i] holds A_0i^T, ..., A_(k-1)i^T side by side; B (k, r, out / k), where B[j] holds
 B_j0^T, ..., B_j(k-1)^T one below the other.

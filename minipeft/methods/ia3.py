@@ -3,6 +3,7 @@ Liu et al., 2022, https://arxiv.org/abs/2205.05638, section 3.3.
 
     y = l * (W x + b)            l: (out, 1)
     y = W (l * x) + b            l: (1, in), in feed-forward modules
+    parameters                   out, or in with feedforward_modules=target_modules
 
 Adapters combine as l = sum of w_i l_i; where a layer lacks one of them, its l_i is 1.
 """

@@ -4,6 +4,7 @@ and 3; LyCORIS, Yeh et al., 2023, https://arxiv.org/abs/2309.14859.
     W' = W + (alpha / r) (A1 B1) * (A2 B2)      A_i: (out, r), B_i: (r, width), elementwise product, B2 = 0 at the start
     W' = W + (alpha / r) D1 * D2                D_i = T_i x_1 A_i x_2 B_i, with use_effective_conv2d on a kernel
                                                 T_i: (r, r, *kernel), A_i: (r, out), B_i: (r, in / groups)
+    parameters                                  2 r (in + out)
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
     W1 = A1 B1                           A1: (a, r), B1: (r, c), with decompose_both
     W2 = A2 B2                           A2: (b, r), B2: (r, d * taps), where r is below half of the larger side
        = T x_1 A2 x_2 B2                 T: (r, r, *kernel), A2: (r, b), B2: (r, d), with use_effective_conv2d
+    parameters                           decompose_factor^2 + r (in + out) / decompose_factor
 
 W1 (or A1) is 0 at the start.
 """

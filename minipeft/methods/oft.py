@@ -6,6 +6,7 @@ Cayley-Neumann: OFTv2, Qiu et al., 2025, https://arxiv.org/abs/2506.19847, eq. 3
     R_i = (I - Q)(I + Q)^-1      Q_i: (b, b) skew-symmetric, its upper triangle stored: (b (b - 1) / 2)
         ~ I + 2 Q + ... + 2 Q^(p-1) + Q^p          Cayley-Neumann
     |Q_i| <= eps / sqrt(r)       CoFT
+    parameters                   in (oft_block_size - 1) / 2
 """
 
 from __future__ import annotations

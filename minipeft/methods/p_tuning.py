@@ -2,6 +2,8 @@
 Liu et al., 2021, https://arxiv.org/abs/2103.10385, section 3.2.
 
     model([P, e(x)])            P = MLP(E) or MLP(BiLSTM(E)) while training, E: (tokens, dim)
+    parameters                  num_virtual_tokens num_transformer_submodules token_dim
+                                + token_dim (2 encoder_hidden_size + 1) + encoder_hidden_size (encoder_hidden_size + 2)
 """
 
 from __future__ import annotations

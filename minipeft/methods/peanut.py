@@ -4,6 +4,7 @@
     H_0 = f(W^T A^T)                           f: `act_fn`, on every number; H: (in, r)
     H_i = f(H_i-1 E_i^T)                       i = 1 ... depth; E_i, D_i: (r, r)
     H <- f(H D_i^T) + H_depth-i                i = 1 ... depth; then W' = W + s (H B^T)^T
+    parameters                                 2 r (out + depth r)
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@ Multi-Head Routing, Caccia et al., 2022, https://arxiv.org/abs/2211.03831, eq. 4
 
     y = W x + b + B_t A_t x / r  A_t = sum_s a_ts A_s: (r, in), B_t = sum_s a_ts B_s: (out, r), for a sample of task t
     a_t = z_t / sum(z_t)         z_t = sigmoid(Z_t), while training a relaxed Bernoulli draw with logits Z_t: (skills,)
+    parameters    n_skills r (in + out) + n_tasks n_splits n_skills
 
 The n_splits parts of the input and of the output each have skills and logits of their own.
 """

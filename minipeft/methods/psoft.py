@@ -4,6 +4,7 @@
     R = diag(b) C diag(a)                b, a: (r,), at first 1; C: (r, r), orthogonal, at first I
     C = (I + Q) (I - Q)^-1               Cayley; Q: (r, r) skew-symmetric, r (r - 1) / 2 numbers
     C = I + 2 Q + ... + 2 Q^t-2 + Q^t-1  Cayley-Neumann, with t terms
+    parameters                           r (r + 3) / 2, or r (r + 2) with psoft_orth=False
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
     y = W x + l_b * (B z)        z ~ N(mu, diag(exp(v)))        (mu, v) = l_d * (A x)
     W' = W + diag(l_b) B diag(l_d[:r]) A[:r]                    with z = mu, the mean
+    parameters                   2 r + out
 
     A: (2 r, in), B: (out, r), random, frozen and shared by all layers; l_d: (2 r,), l_b: (out,), l_b = 0 at the start
 

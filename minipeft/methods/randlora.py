@@ -1,6 +1,7 @@
 """RandLoRA - full-rank adaptation with random bases. Albert et al., 2025, https://arxiv.org/abs/2502.00987, eq. 4.
 
     W' = W + alpha / r * sum_j B_j diag(l_j) A diag(g_j)        j = 1 .. n = ceil(min(in, out) / r)
+    parameters                                                  ceil(min(in, out) / r) (r + min(in, out))
 
     A: (r, 1, min), B: (max, n, r), random, frozen and shared by all layers; l: (r, n), g: (n, min), l = 0 at the start
 

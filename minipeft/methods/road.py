@@ -6,6 +6,7 @@
     |y_k| = |a_k sin t_k    a_k cos t_k|  |h_k|
 
     t, a: (out / 2,) road_1, a_j = a_k; (out,) road_2; (2 out,) road_4: one for the cosines and one for the sines
+    parameters                   out, or 2 out with variant=road_2, or 4 out with variant=road_4
 """
 
 from __future__ import annotations

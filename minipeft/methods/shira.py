@@ -1,6 +1,7 @@
 """SHiRA - Sparse High Rank Adapters. Bhardwaj et al., 2024, https://arxiv.org/abs/2406.13175, section 3.
 
     W' = W + s D                 D: (out, in), 0 but for r (in + out) trained entries, where a mask (out, in) is 1
+    parameters                   r (in + out)
 
 The entries' places are drawn at random, or given by a function f(layer, r, **kwargs) -> mask: set `config.mask_fn = f`
 before the adapter is made.

@@ -2,6 +2,7 @@
 
     W' = W + D + (alpha / r) B A        D: (out, in), 0 but for (1 - sparsity) out in entries v, where |W| is largest
                                         A: (r, in), B: (out, r), B = 0 at the start; only with `r` ("Supra")
+    parameters  floor((1 - sparsity) in out) + r (in + out), or floor((1 - sparsity) in out) with r=None
 """
 
 from __future__ import annotations

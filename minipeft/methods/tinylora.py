@@ -1,6 +1,7 @@
 """TinyLoRA - Learning to Reason in 13 Parameters. Morris et al., 2026, https://arxiv.org/abs/2602.04118, eq. 4.
 
     W' = W + B R A        R = sum_i v_i P_i        B A: the best approximation of W of rank r
+    parameters            u, or u in all with weight_tying=1.0
 
     A = sqrt(S) V^T: (r, in) and B = U sqrt(S): (out, r) from the singular value decomposition of W, frozen
     P: (u, r, r), random and frozen; v: (u,), the only trained tensor, shared by neighbouring layers (`weight_tying`)

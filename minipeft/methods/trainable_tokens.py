@@ -2,6 +2,7 @@
 https://nlp.stanford.edu/~johnhew/vocab-expansion.html.
 
     W'[:, t_i] = D[i]            W: (dim, tokens), t: the token indices, D: (number of indices, dim), at first W[:, t_i]
+    parameters                   len(token_indices) dim
 
 It is a method of its own (`TrainableTokensConfig`), and a part of others (`trainable_token_indices`), where the
 embedding sits one level deeper: `embed_tokens.token_adapter.trainable_tokens_delta.default`.

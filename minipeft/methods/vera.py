@@ -2,6 +2,7 @@
 
     W' = W + diag(l_b) B diag(l_d) A        A: (r, in), B: (out, r), random, frozen and shared by all layers
                                             l_d: (r,), l_b: (out,), l_b = 0 at the start
+    parameters                              r + out
 
 The shared matrices have the sizes of the largest layer; a smaller one uses their first columns and rows.
 """

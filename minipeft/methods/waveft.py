@@ -4,6 +4,7 @@
                                  D: one level of the inverse wavelet transform in two dimensions (wavelets.py);
                                  S has a margin of zeros, the taps of the filter less 2, that the transform uses up
     W' = W + s S                 without `use_idwt`
+    parameters                   n_frequency
 """
 
 from __future__ import annotations

@@ -1,0 +1,121 @@
+"""The count of trained parameters that each method file states is the real one."""
+
+import ast
+import math
+import re
+
+import pytest
+from torch import nn
+
+import minipeft
+from minipeft.config import CONFIGS
+from minipeft.prompt import PROMPTS
+from tests.methods_table import count, described, forms
+
+IN, OUT = 24, 60
+TARGETS = {"Linear": "q", "Whole": "norm", "Embedding": "words"}  # by the first kind of layer that a method adapts
+FUNCTIONS = {"min": min, "max": max, "len": len, "ceil": math.ceil, "floor": math.floor}
+VALUES = {  # of the fields that the counts name, none of them a default
+    "block_size": 4,
+    "boft_n_butterfly_factor": 2,
+    "cpt_mask": [1, 1, 1, 1, 1],
+    "cpt_token_ids": [4, 3, 2, 1, 0],
+    "cpt_tokens_type_mask": [1, 2, 2, 3, 4],
+    "decompose_factor": 4,
+    "depth": 2,
+    "effective_rank": 10,
+    "encoder_hidden_size": 7,
+    "encoder_num_layers": 2,
+    "feedforward_modules": [],
+    "group_size": 6,
+    "hybrid_r": 3,
+    "init_r": 3,
+    "mini_r": 5,
+    "n_frequency": 7,
+    "n_skills": 5,
+    "n_splits": 2,
+    "n_tasks": 3,
+    "num_attention_heads": 2,
+    "num_B": 3,
+    "num_frozen_tokens": 2,
+    "num_layers": 3,
+    "num_ranks": 2,
+    "num_tasks": 3,
+    "num_transformer_submodules": 2,
+    "num_vectors": 10,
+    "num_virtual_tokens": 5,
+    "oft_block_size": 4,
+    "r": 6,
+    "sparsity": 0.9,
+    "task_type": "CAUSAL_LM",
+    "theta_d_length": 50,
+    "token_dim": 6,
+    "token_indices": [1, 3, 4],
+    "total_step": 10,
+    "u": 5,
+    "vector_length": 4,
+}
+CHOOSE = {"DoRA": {"use_dora": True}, "Bat": {"init_weights": "bat"}, "OFT": {"r": 0}}  # by class
+CASES = [
+    pytest.param(peft_type, cls, form, id=f"{peft_type.value}-{cls.__name__}-{number}")
+    for peft_type, cls, _, doc in described()
+    for number, form in enumerate(forms(count(peft_type, doc) or "nothing"))
+]
+
+
+def model(depth):
+    """Layers of one size; the linear ones have a bias."""
+    block = lambda: nn.ModuleDict({"q": nn.Linear(IN, OUT), "norm": nn.LayerNorm(OUT), "words": nn.Embedding(IN, OUT)})
+    return nn.ModuleList(block() for _ in range(depth))
+
+
+def configuration(peft_type, cls, fields):
+    """Small sizes, and `fields` as the form of the count says, where a value may be the name of another field."""
+    config = CONFIGS[peft_type]
+    known = set(config.__dataclass_fields__)
+    given = {name: value for name, value in VALUES.items() if name in known}
+    target = TARGETS.get((getattr(cls, "bases", None) or ("none",))[0])
+    given |= {"target_modules": [target]} if "target_modules" in known else {}
+    given |= CHOOSE.get(cls.__name__, {})
+    for name, value in fields.items():
+        try:
+            given[name] = ast.literal_eval(value)
+        except ValueError:
+            given[name] = given.get(value, value)
+    return config(**given)
+
+
+def evaluated(expression, config):
+    """An expression's value: names standing side by side are multiplied, ^ is a power."""
+    tokens = re.findall(r"\d+\.?\d*|\w+|\S", expression)
+    code = []
+    for before, token in zip(["+", *tokens], tokens):
+        ends = re.fullmatch(r"[\w.]+|\)", before) and before not in FUNCTIONS
+        code += ["*"] * bool(ends and re.fullmatch(r"[\w.]+|\(", token))
+        code.append({"in": "IN", "^": "**"}.get(token, token))
+    return eval(" ".join(code), {**vars(config), **FUNCTIONS, "IN": IN, "out": OUT, "dim": OUT})
+
+
+def trained(peft_type, config, depth):
+    """The real number."""
+    if peft_type in PROMPTS:
+        config.token_dim = VALUES["token_dim"]  # CPT reads it off the model
+        words = nn.Embedding(12, config.token_dim)
+        prompt = PROMPTS[peft_type]
+        prompt = prompt(config, words) if prompt.reads_words else prompt(config)
+        return sum(p.numel() for p in prompt.parameters() if p.requires_grad)
+    return minipeft.get_peft_model(model(depth), config).get_nb_trainable_parameters()[0]
+
+
+@pytest.mark.parametrize(("peft_type", "cls", "form"), CASES)
+def test_stated_count_is_real(peft_type, cls, form):
+    terms, fields = form
+    if terms == [("nothing", False)]:
+        pytest.fail(
+            f"{cls.__module__}: its docstring lacks a line like `parameters  r (in + out)`; see CONTRIBUTING.md"
+        )
+    config = configuration(peft_type, cls, fields)
+    for depth in (1,) if peft_type in PROMPTS else (1, 2, 3):
+        real = trained(peft_type, config, depth)
+        stated = sum(evaluated(term, config) * (1 if once else depth) for term, once in terms)
+        assert stated == pytest.approx(real, abs=1e-6), f"{terms} gives {stated} for {depth} layers, not {real}"
