@@ -1,6 +1,7 @@
 """The adapter methods: one file each, one line each."""
 
 from . import adalora as adalora
+from . import adamss as adamss
 from . import beft as beft
 from . import boft as boft
 from . import c3a as c3a
