@@ -163,7 +163,7 @@ def create_riemannian_optimizer(
     if not pairs:
         raise UnsupportedFeatureError("The model has no trainable lora_A and lora_B to precondition.")
 
-    class Riemannian(optimizer_cls):  # type: ignore[valid-type, misc]
+    class Riemannian(optimizer_cls):
         @torch.no_grad()
         def step(self, closure: Any = None) -> Any:
             if closure is not None:

@@ -162,7 +162,7 @@ def test_refused(lib, hotswap, tmp_path):
 
 
 def test_preparing_refused(lib, hotswap):
-    with pytest.raises(ValueError, match="LoRA|adapter layers"):
+    with pytest.raises(ValueError, match=r"LoRA|adapter layers"):
         hotswap.prepare_model_for_compiled_hotswap(base(), target_rank=8)
     for rank in (2, 7):  # too small, and no multiple of the groups
         with pytest.raises(ValueError, match="rank"):
