@@ -34,6 +34,7 @@ from .mapping import (
 from .methods import dora as _dora
 from .methods.adalora import AdaLoraConfig, AdaLoraModel
 from .methods.adamss import AdamssConfig, AdamssModel
+from .methods.adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from .methods.beft import BeftConfig, BeftModel
 from .methods.boft import BOFTConfig, BOFTModel
 from .methods.c3a import C3AConfig, C3AModel

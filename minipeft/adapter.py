@@ -35,8 +35,11 @@ ADAPTERS: dict[PeftType, list[type[Adapter]]] = {}  # more than one class where 
 
 
 def adapter_class(config: PeftConfig) -> type[Adapter]:
-    """The class that a configuration asks for, for example DoRA for a LoRA configuration with `use_dora`."""
-    return next(cls for cls in ADAPTERS[config.method] if cls.chosen_by(config))
+    """The class that a configuration asks for, for example DoRA for a LoRA configuration with `use_dora`.
+
+    It is `Adapter` itself for a method that adapts whole modules in a way of its own.
+    """
+    return next((cls for cls in ADAPTERS.get(config.method, ()) if cls.chosen_by(config)), Adapter)
 
 
 class Adapter:

@@ -112,6 +112,8 @@ def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
             yield from entries_of_module(
                 module.modules_to_save[name], prefix + live, f"{prefix}{live}.modules_to_save.{name}"
             )
+    if tuner is not None:
+        yield from tuner.further_entries(name, prefix)
 
 
 def tuner_of(model: nn.Module) -> Any:

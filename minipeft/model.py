@@ -222,7 +222,7 @@ class PeftModel(nn.Module):
                 self._adapters_disabled = before
                 prompt.enable(self, not before)
             return
-        enabled = self.get_model_status().enabled
+        enabled = self.base_model.enabled
         if enabled == "irregular":
             warnings.warn("Some adapter layers are enabled and others not; after the context all will be.", PeftWarning)
         self.base_model.disable_adapter_layers()
@@ -314,7 +314,8 @@ class PeftModel(nn.Module):
 
         if self._is_prompt_learning:
             return False
-        return all(isinstance(a, Delta) for m in self.modules() if isinstance(m, Layer) for a in m.adapters.values())
+        found = [a for m in self.modules() if isinstance(m, Layer) for a in m.adapters.values()]
+        return bool(found) and all(isinstance(adapter, Delta) for adapter in found)
 
     # --------------------------------------------------------------------------------------------------------- prompts
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:

@@ -154,8 +154,8 @@ def _root(model: Any) -> Any:
 
     if not isinstance(model, PeftModel):
         return model
-    if not isinstance(model.base_model, BaseTuner):
-        raise TypeError("Prompt learning has no adapter layers, so there is no layer status.")
+    if not isinstance(model.base_model, BaseTuner) or model.active_peft_config.is_adaption_prompt:
+        raise TypeError("Prompt learning and adaption prompts have no adapter layers, so there is no layer status.")
     return model.base_model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import tying
 from .adapter import ADAPTERS, adapter_class
+from .checkpoint import Entry
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
 from .inject import Plan, model_config
@@ -149,6 +150,10 @@ class BaseTuner(Slots):
         config = self.peft_config.pop(adapter_name)
         self.add(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage, keys=state_dict)
 
+    def further_entries(self, name: str, prefix: str) -> Iterable[Entry]:
+        """What a checkpoint of adapter `name` holds beside the tensors of layers, with `prefix` before the keys."""
+        return ()
+
     def shared(self, slot: str) -> Any:
         """The container of a slot that all layers look at, or None."""
         return self._modules.get(slot)
@@ -207,7 +212,7 @@ class BaseTuner(Slots):
     @property
     def takes_task_ids(self) -> bool:
         """Whether `forward` needs `task_ids`, because a method routes by task."""
-        return any(getattr(cls, "by_task", False) for c in self.peft_config.values() for cls in ADAPTERS[c.method])
+        return any(adapter_class(config).by_task for config in self.peft_config.values())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; takes `task_ids` as `forward` does."""
@@ -282,6 +287,12 @@ class BaseTuner(Slots):
     @property
     def _disabled(self) -> bool:
         return self.__dict__.get("_off", False)
+
+    @property
+    def enabled(self) -> bool | str:
+        """Whether the adapters are switched on; "irregular" when they are on some layers only."""
+        states = {not layer.disable_adapters for _, _, layer in adapted(self.model)} or {not self._disabled}
+        return "irregular" if len(states) > 1 else states.pop()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         self._off = not enabled

@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 from minipeft import adapter, methods  # noqa: F401  (importing the methods registers them)
-from minipeft.config import CONFIGS, PeftType
+from minipeft.config import CONFIGS, PeftType, PromptLearningConfig
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 KINDS = (adapter.Delta, adapter.Transform, adapter.Activation, adapter.Routed, adapter.Replacement)
+OTHER = {"prompt": "the model's input", "whole module": "attention"}  # what methods of other kinds adapt
 COUNTS = {  # of methods whose docstring has no line `parameters` yet
     PeftType.CARTRIDGE: "2 (num_virtual_tokens - num_frozen_tokens) num_layers token_dim",
     PeftType.CPT: "num_virtual_tokens token_dim",
@@ -64,11 +65,12 @@ def rows():
         name = re.split(r" [-–] ", doc.splitlines()[0])[0]
         name += f" ({cls.__name__.lower()})" if peft_type == PeftType.MISS and cls is not first else ""
         link = re.search(r"https?://[^\s,;]*[^\s,;.)]", doc)
-        kind = next((k.__name__.lower() for k in KINDS if issubclass(cls, k)), "prompt")
+        other = "prompt" if issubclass(cls, PromptLearningConfig) else "whole module"
+        kind = next((k.__name__.lower() for k in KINDS if issubclass(cls, k)), other)
         indented = (line.strip() for line in doc.splitlines()[1:] if line.startswith("    "))
         formula = re.split(r"\s{2,}", next(indented, ""))[0].replace("|", "\\|")
-        layers = ", ".join(getattr(cls, "bases", ())) if kind != "prompt" else "the model's input"
-        merges = "no" if kind in ("prompt", "routed") else "yes"
+        layers = OTHER.get(kind) or ", ".join(cls.bases)
+        merges = "no" if kind in ("routed", *OTHER) else "yes"
         paper = f"[paper]({link[0]})" if link else ""
         trained = cell(count(peft_type, doc) or "?")
         found.append((name, peft_type.value, kind, f"`{formula}`", trained, layers, merges, paper))

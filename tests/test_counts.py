@@ -16,6 +16,8 @@ IN, OUT = 24, 60
 TARGETS = {"Linear": "q", "Whole": "norm", "Embedding": "words"}  # by the first kind of layer that a method adapts
 FUNCTIONS = {"min": min, "max": max, "len": len, "ceil": math.ceil, "floor": math.floor}
 VALUES = {  # of the fields that the counts name, none of them a default
+    "adapter_layers": 1,
+    "adapter_len": 5,
     "block_size": 4,
     "boft_n_butterfly_factor": 2,
     "cpt_mask": [1, 1, 1, 1, 1],
@@ -55,7 +57,12 @@ VALUES = {  # of the fields that the counts name, none of them a default
     "u": 5,
     "vector_length": 4,
 }
-CHOOSE = {"DoRA": {"use_dora": True}, "Bat": {"init_weights": "bat"}, "OFT": {"r": 0}}  # by class
+CHOOSE = {  # by class
+    "AdaptionPromptConfig": {"target_modules": "attention"},
+    "Bat": {"init_weights": "bat"},
+    "DoRA": {"use_dora": True},
+    "OFT": {"r": 0},
+}
 CASES = [
     pytest.param(peft_type, cls, form, id=f"{peft_type.value}-{cls.__name__}-{number}")
     for peft_type, cls, _, doc in described()
@@ -63,9 +70,18 @@ CASES = [
 ]
 
 
+def attention():
+    """The weights of an attention module."""
+    module = nn.ModuleDict({f"{name}_proj": nn.Linear(IN, IN) for name in "qkvo"})
+    module.head_dim = IN
+    return module
+
+
 def model(depth):
     """Layers of one size; the linear ones have a bias."""
-    block = lambda: nn.ModuleDict({"q": nn.Linear(IN, OUT), "norm": nn.LayerNorm(OUT), "words": nn.Embedding(IN, OUT)})
+    block = lambda: nn.ModuleDict({
+        "q": nn.Linear(IN, OUT), "norm": nn.LayerNorm(OUT), "words": nn.Embedding(IN, OUT), "attention": attention(),
+    })
     return nn.ModuleList(block() for _ in range(depth))
 
 

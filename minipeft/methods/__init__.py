@@ -2,6 +2,7 @@
 
 from . import adalora as adalora
 from . import adamss as adamss
+from . import adaption_prompt as adaption_prompt
 from . import beft as beft
 from . import boft as boft
 from . import c3a as c3a

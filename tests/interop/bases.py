@@ -281,3 +281,10 @@ T5 = _hf_base("t5", _hf("T5Config", "T5ForConditionalGeneration", **_T5),
 LLAMA = _hf_base("llama", _hf("LlamaConfig", "LlamaForCausalLM", **_LLAMA), _text(labels=_ids(BATCH, 5)))
 LLAMA_TIED = _hf_base("llama_tied", _hf("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True, **_LLAMA),
                       _text(labels=_ids(BATCH, 5)))
+_GROUPED = {**_LLAMA, "num_key_value_heads": 1}
+LLAMA_GROUPED = _hf_base("llama_grouped", _hf("LlamaConfig", "LlamaForCausalLM", **_GROUPED),
+                         _text(labels=_ids(BATCH, 5)))
+LLAMA_BARE = _hf_base("llama_bare", _hf("LlamaConfig", "LlamaModel", **_LLAMA), _text())
+LLAMA_SEQ = _hf_base("llama_seq", _hf("LlamaConfig", "LlamaForSequenceClassification", num_labels=3, **_LLAMA),
+                     _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
+MISTRAL = _hf_base("mistral", _hf("MistralConfig", "MistralForCausalLM", **_GROUPED), _text(labels=_ids(BATCH, 5)))

@@ -48,7 +48,7 @@ def disabled(ref, case):
 def restore(ref, case):
     try:
         H.identical(moved(ref, case).unload().state_dict(), case.base.build(DOUBLE).state_dict())
-    except AssertionError:
+    except (AssertionError, AttributeError):
         return True
     return False
 
@@ -82,6 +82,16 @@ def wrong_output(ref, case):
     return merged_is_not_running(ref, case) or gradients(ref, case)
 
 
+def moved_along(ref, case):
+    model = H.add(ref, H.adapt(ref, case), case, "other").double()
+    model.set_adapter("other")
+    try:
+        H.run(model, H.inputs(case, DOUBLE))
+    except RuntimeError:
+        return True
+    return False
+
+
 EVIDENCE = {
     "fresh": fresh,
     "outputs": wrong_output,
@@ -92,6 +102,7 @@ EVIDENCE = {
     "gradients": gradients,
     "running writes": running_writes,
     "reload": reload,
+    "moved": moved_along,
 }
 
 

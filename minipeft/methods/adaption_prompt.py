@@ -1,0 +1,291 @@
+"""Adaption prompt - LLaMA-Adapter: Efficient Fine-tuning of Language Models with Zero-init Attention.
+Zhang et al., 2023, https://arxiv.org/abs/2303.16199, section 3.2.
+
+    y = Attention(x) + g * softmax(Q K_P^T / sqrt(d)) V_P W_O        K_P = P W_K, V_P = P W_V
+
+    P: (1, tokens, hidden), g: (1,), 0 at the start
+    Q: (batch, heads, length, d), K_P and V_P: (1, heads, tokens, d), all by the frozen attention module's own weights
+    parameters      adapter_layers (adapter_len in + 1) in all
+
+It goes around whole attention modules, those of the last layers. Such a module is one of two kinds, known by its names:
+
+- as in Llama and Mistral: linear layers `q_proj`, `k_proj`, `v_proj`, `o_proj`, and `head_dim`; queries turn if the
+  module is called with `position_embeddings`, which are (cos, sin), each (batch, length, d)
+- as in GPT-2: one layer `c_attn` for queries, keys and values, each `split_size` wide, `c_proj`, and `head_dim`
+
+It is called with `hidden_states` (batch, length, hidden), and returns y or a tuple that begins with y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import PREFIX, Entry, check, strip
+from ..config import PeftConfig
+from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
+from ..inject import check_adapter_name, model_config
+from ..layer import _INSIDE, walk
+from ..targets import named
+from ..tuner import BaseTuner
+
+TARGETS = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # by model type
+
+
+@dataclass
+class AdaptionPromptConfig(PeftConfig, method="ADAPTION_PROMPT"):
+    """Fields of adaption prompts; `adapter_len` and `adapter_layers` must be given."""
+
+    target_modules: str | None = None  # name of the attention modules, if None that of the model type
+    adapter_len: int | None = None  # tokens
+    adapter_layers: int | None = None  # how many layers, counted from the last
+
+    is_adaption_prompt: ClassVar[bool] = True
+
+
+class AdaptedAttention(nn.Module):
+    """The attention module `model` with the prompt of one adapter."""
+
+    def __init__(self, model: Any, tokens: int, path: str, device: Any = None):
+        super().__init__()
+        self.fused = {"c_attn", "c_proj"} <= model._modules.keys() and "q_attn" not in model._modules
+        children = {name for name, child in model.named_children() if next(child.parameters(), None) is not None}
+        if not self.fused and children != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+            raise UnsupportedLayerError(
+                f"ADAPTION_PROMPT cannot adapt '{path}', a {type(model).__name__}: it needs self-attention with "
+                "weights in q_proj, k_proj, v_proj and o_proj and nowhere else, or in c_attn and c_proj."
+            )
+        weight = (model.c_proj if self.fused else model.q_proj).weight
+        new = {
+            "device": device or next(model.parameters()).device,
+            "dtype": torch.float32 if weight.dtype in (torch.int8, torch.uint8) else weight.dtype,
+        }
+        width = model.split_size if self.fused else model.k_proj.in_features
+        self.model = model
+        self.adaption_prompt = nn.Parameter(torch.empty(1, tokens, width, **new).normal_())
+        self.adaption_gate = nn.Parameter(torch.zeros(1, **new))
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _added(self.model(*args, **kwargs), lambda y: y + self.attend(**_inputs(args, kwargs)))
+
+    def attend(self, x: Tensor, rotation: Any = None) -> Tensor:
+        """What attending to the prompt adds to the output, for the input x (batch, length, hidden)."""
+        a, P = self.model, self.adaption_prompt
+        if self.fused:
+            q = a.c_attn(x)[..., : a.split_size]
+            _, k, v = a.c_attn(P).split(a.split_size, dim=-1)
+        else:
+            q, k, v = a.q_proj(x), a.k_proj(P), a.v_proj(P)
+        q, k, v = (t.to(q.dtype).unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for t in (q, k, v))
+        if rotation is not None:
+            cos, sin = (t.unsqueeze(1) for t in rotation)
+            left, right = q.chunk(2, dim=-1)
+            q = q * cos + torch.cat((-right, left), dim=-1) * sin  # (batch, heads, length, d)
+        groups = q.shape[1] // k.shape[1]  # queries that share keys and values
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)  # (1, heads, tokens, d)
+        scores = q @ k.mT / math.sqrt(a.head_dim)
+        shares = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+        y = ((self.adaption_gate * shares) @ v).transpose(1, 2).flatten(2)  # PEFT: no tanh; one gate for all heads
+        return y if self.fused else a.o_proj(y)  # PEFT: without GPT-2's c_proj
+
+
+class MixedAttention(nn.Module):
+    """The same for a mixed batch: each sample has the prompt of its adapter, if that has one here."""
+
+    def __init__(self, model: nn.Module, prompts: dict[str, AdaptedAttention], context: Any):
+        super().__init__()
+        self.model, self.prompts, self.context = model, prompts, context
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _added(self.model(*args, **kwargs), lambda y: self.add(y, **_inputs(args, kwargs)))
+
+    def add(self, y: Tensor, x: Tensor, rotation: Any = None) -> Tensor:
+        for name, rows in self.context.groups(len(x), None).items():
+            if name in self.prompts:
+                index = torch.tensor(rows, device=x.device)
+                turn = rotation and tuple(t if len(t) == 1 else t[index] for t in rotation)
+                y = y.index_add(0, index, self.prompts[name].attend(x[index], turn).to(y.dtype))
+        return y
+
+
+def _inputs(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What `attend` takes, out of the arguments of an attention module."""
+    return {"x": args[0] if args else kwargs["hidden_states"], "rotation": kwargs.get("position_embeddings")}
+
+
+def _added(output: Any, add: Any) -> Any:
+    """An attention module's output, its first tensor y replaced by add(y)."""
+    if isinstance(output, Tensor):
+        return add(output).to(output.dtype)
+    return (add(output[0]).to(output[0].dtype), *output[1:])
+
+
+_INSIDE.update({AdaptedAttention: "model", MixedAttention: "model"})
+
+
+class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
+    """A model with adaption prompts. Attributes as in `BaseTuner`.
+
+    Only the active adapter's modules stand in the model, and only its tensors are in the state dict, their names
+    without the adapter's: `self_attn.adaption_prompt`. All are in `prompts`, by adapter and path.
+    """
+
+    def _begin(self, model: Any) -> None:
+        super()._begin(model)
+        self.prompts: dict[str, dict[str, AdaptedAttention]] = {}
+
+    def add_adapter(self, adapter_name: str, config: PeftConfig) -> None:
+        """Add an untrained adapter. It becomes active if it is the only one."""
+        self.add(adapter_name, config)
+
+    def add(
+        self,
+        name: str,
+        config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+        strict: bool = True,
+        keys: Any = None,
+    ) -> Any:
+        """See `BaseTuner.add`."""
+        if name in self.peft_config:
+            raise AdapterNameError(f"Adapter with name '{name}' already exists.")
+        check_adapter_name(name, self.model)
+        target, paths = self._find(config)
+        device = "meta" if low_cpu_mem_usage and weights is None else None
+        prompts = {path: AdaptedAttention(self._attention(path), config.adapter_len, path, device) for path in paths}
+        report = None if weights is None else _load(prompts, weights, strict)
+        config.target_modules = target
+        self.prompts[name], self.peft_config[name] = prompts, config
+        self.targeted_module_names[:] = dict.fromkeys([*self.targeted_module_names, *prompts])
+        self.set_requires_grad(name, not config.inference_mode)
+        if len(self.peft_config) == 1:
+            self._freeze_base()
+            self.active_adapter = name
+            self._show()
+        return report
+
+    def _find(self, config: Any) -> tuple[str, list[str]]:
+        """The target's name and the paths of the modules to adapt. Raises `PeftError` for what does not fit."""
+        for field in ("adapter_len", "adapter_layers"):
+            if getattr(config, field) is None:
+                raise ConfigError(f"Please specify `{field}` in AdaptionPromptConfig: a whole number above 0.")
+        config.require_positive("adapter_len", "adapter_layers")
+        kind = model_config(self.model).get("model_type", "custom")
+        if kind not in (*TARGETS, "custom"):
+            known = ", ".join(TARGETS)
+            raise UnsupportedFeatureError(f"Unsupported model type for adaption prompt: '{kind}'. It knows {known}.")
+        target = config.target_modules or TARGETS.get(kind)
+        if target is None:
+            raise ConfigError("Please specify `target_modules`, the name of the model's attention modules.")
+        paths = list(dict.fromkeys(path for path, _, _ in walk(self.model) if path and named(path, {target})))
+        if len(paths) < config.adapter_layers:
+            raise ConfigError(
+                f"Config specifies more adapter layers '{config.adapter_layers}' than the model has '{len(paths)}' "
+                f"modules of the name '{target}'."
+            )
+        return target, paths[-config.adapter_layers :]
+
+    def _attention(self, path: str) -> nn.Module:
+        module = self.model.get_submodule(path)
+        return module.model if isinstance(module, (AdaptedAttention, MixedAttention)) else module
+
+    def _show(self, mixed: bool = False) -> None:
+        """Put the prompts that are on into the model (all of them if `mixed`), and take all others out of it."""
+        for path in self.targeted_module_names:
+            module = self._attention(path)
+            here = {name: prompts[path] for name, prompts in self.prompts.items() if path in prompts}
+            on = [] if self._disabled else [n for n in self.active_adapters if n in here]
+            if mixed:
+                module = MixedAttention(module, here, self.context)
+            self.model.set_submodule(path, here[on[0]] if on and not mixed else module)
+
+    # ----------------------------------------------------------------------------------------------- which adapter
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter active, and trainable unless `inference_mode`."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if unknown := [n for n in names if n not in self.peft_config]:
+            raise AdapterNameError(f"Adapter with name '{unknown[0]}' does not exist, only {sorted(self.peft_config)}.")
+        if len(names) > 1:
+            raise AdapterNameError(f"ADAPTION_PROMPT allows one active adapter, got {names}.")
+        self.set_requires_grad(names, not inference_mode)
+        self.active_adapter = adapter_name
+        self._show()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them, without activating them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for entry in self.further_entries(name, ""):
+                entry.tensor.requires_grad_(requires_grad)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        self._off = not enabled
+        self._show()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. When it was active, the first that is left becomes active."""
+        if adapter_name not in self.peft_config:
+            raise AdapterNameError(f"Adapter {adapter_name} does not exist; this model has {sorted(self.peft_config)}.")
+        del self.peft_config[adapter_name]
+        if adapter_name in self.active_adapters:
+            self.active_adapter = next(iter(self.peft_config), [])
+        del self.prompts[adapter_name]
+        self._show()
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with super()._enable_peft_forward_hooks(*args, **kwargs):
+            if self.context.adapter_names is None:
+                yield
+                return
+            self._show(mixed=True)
+            try:
+                yield
+            finally:
+                self._show()
+
+    # ------------------------------------------------------------------------------------------------------- tensors
+    def further_entries(self, name: str, prefix: str) -> Iterator[Entry]:
+        """The tensors of an adapter, whether it stands in the model or not."""
+        return _entries(self.prompts[name], prefix)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        shown = {id(module) for module in self.model.modules()}
+        for prompts in self.prompts.values():
+            for attention in prompts.values():
+                if id(attention) not in shown:
+                    nn.Module._apply(attention, fn, recurse=False)
+        return super()._apply(fn, recurse)
+
+    def _merge(self, *args: Any, **kwargs: Any) -> None:
+        raise MergeError("ADAPTION_PROMPT depends on its input and cannot be merged into weights.")
+
+    def unload(self) -> nn.Module:
+        """The base model without any prompt."""
+        self.active_adapter = []
+        self._show()
+        return self.model
+
+
+def _entries(prompts: dict[str, AdaptedAttention], prefix: str) -> Iterator[Entry]:
+    for path, attention in prompts.items():
+        for key in attention._parameters:
+            yield Entry(f"{prefix}{path}.{key}", f"{prefix}{path}.{key}", attention._parameters, key)
+
+
+def _load(prompts: dict[str, AdaptedAttention], weights: Mapping[str, Tensor], strict: bool) -> Any:
+    entries = list(_entries(prompts, PREFIX))
+    report = check(entries, weights, strict=strict)
+    given = {strip(key): tensor for key, tensor in weights.items()}
+    for entry in entries:
+        if strip(entry.saved) in given:
+            entry.fill(given[strip(entry.saved)])
+    return report
