@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 FIRST_ROWS, ITERATIONS = 123456789, 10  # the seed that picks the rows to start from
+CHUNK = 256  # rows multiplied at once, which may decide a tie
 
 
 def principal(W: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,8 @@ def k_means(X: np.ndarray, k: int) -> np.ndarray:
 
 def nearest(X: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """The number of the centre that is nearest to each row of X."""
-    return (np.einsum("ij,ij->i", centres, centres) - 2 * (X @ centres.T)).argmin(1)
+    products = np.concatenate([X[i : i + CHUNK] @ centres.T for i in range(0, len(X), CHUNK)])
+    return (np.einsum("ij,ij->i", centres, centres) - 2 * products).argmin(1)
 
 
 def means(X: np.ndarray, labels: np.ndarray, centres: np.ndarray) -> np.ndarray:
