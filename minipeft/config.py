@@ -15,9 +15,9 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from .errors import CheckpointError, ConfigError, ConfigTypeError, PeftWarning, nearest
 from .files import CONFIG_NAME, find_config
@@ -86,12 +86,29 @@ class TaskType(str, enum.Enum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What the values of a field must satisfy beside their type, in words and as a test."""
+
+    says: str
+    holds: Callable[[Any], bool]
+
+
+ABOVE_ZERO = Bound("above 0", lambda value: value > 0)
+Positive = Annotated[int, Bound("a positive integer", lambda value: value > 0)]
+NotNegative = Annotated[int, Bound("an integer that is not negative", lambda value: value >= 0)]
+Probability = Annotated[float, Bound("at least 0 and below 1", lambda value: 0 <= value < 1)]
+Share = Annotated[float, Bound("between 0 and 1", lambda value: 0 <= value <= 1)]
+
 CONFIGS: dict[PeftType, type[PeftConfig]] = {}  # filled as the configuration classes are defined
 
 
 @dataclass
 class PeftConfig:
     """What every configuration holds. Subclasses name their method: `class LoraConfig(PeftConfig, method="LORA")`.
+
+    The annotation of a field says all that can be said of its value alone: `r: Positive`, `bias: Literal["none"]`.
+    With `layers_need_list`, a regular expression for `target_modules` is refused beside layers chosen by number.
 
     Raises `ConfigTypeError` when a field has a value of the wrong type and `ConfigError` when the value cannot work.
     """
@@ -107,9 +124,11 @@ class PeftConfig:
     _method: typing.ClassVar[PeftType | None] = None
     is_prompt_learning: typing.ClassVar[bool] = False
     is_adaption_prompt: typing.ClassVar[bool] = False
+    _layers_need_list: typing.ClassVar[bool] = False
 
-    def __init_subclass__(cls, method: str | None = None, **kwargs: Any):
+    def __init_subclass__(cls, method: str | None = None, layers_need_list: bool = False, **kwargs: Any):
         super().__init_subclass__(**kwargs)
+        cls._layers_need_list |= layers_need_list
         if method is not None:
             cls._method = PeftType(method)
             CONFIGS[cls._method] = cls
@@ -120,10 +139,10 @@ class PeftConfig:
         for field in dataclasses.fields(self):
             value, kind = getattr(self, field.name), kinds[field.name]
             if not _fits(value, kind):
-                raise ConfigTypeError(
-                    f"{type(self).__name__}.{field.name} must be {_spell(kind)}, "
-                    f"got {value!r} ({type(value).__name__})."
-                )
+                must = f"{cls.__name__}.{field.name} must be {_spell(kind)}"
+                if _fits(value, kind, by_type=True):
+                    raise ConfigError(f"{must}, got {value!r}.")
+                raise ConfigTypeError(f"{must}, got {value!r} ({type(value).__name__}).")
         if self.task_type is not None:
             self.task_type = _member(TaskType, self.task_type, "task_type")
         given = None if self.peft_type is None else _member(PeftType, self.peft_type, "peft_type")
@@ -142,13 +161,10 @@ class PeftConfig:
                     re.compile(pattern)
                 except re.error as error:
                     raise ConfigError(f"`{name}` is not a regular expression: {pattern!r} ({error}).") from None
-        bias = getattr(self, "bias", "none")
-        allowed = ("none", "all", *(b for b in (getattr(self, "_bias_only", None),) if b))
-        if bias not in allowed:
-            one_of = ", ".join(map(repr, allowed))
-            raise ConfigError(f"{type(self).__name__}.bias must be one of {one_of}, got {bias!r}.")
         if getattr(self, "layers_pattern", None) and getattr(self, "layers_to_transform", None) is None:
             raise ConfigError("`layers_pattern` says where the layer number stands; set `layers_to_transform` as well.")
+        if self._layers_need_list:
+            self.require_listed_targets()
 
     def require_positive(self, *names: str) -> None:
         """Raise `ConfigError` unless each field of `names` is a whole number above 0."""
@@ -201,7 +217,12 @@ class PeftConfig:
         path = find_config(pretrained_model_name_or_path, subfolder, **kwargs)
         known = {field.name for field in dataclasses.fields(cls)}
         defaults = {key: value for key, value in kwargs.items() if key in known and key != "revision"}
-        return cls.from_peft_type(**{**defaults, **cls.from_json_file(path)})
+        config = cls.from_peft_type(**{**defaults, **cls.from_json_file(path)})
+        config.read_from(pretrained_model_name_or_path, subfolder, **kwargs)
+        return config
+
+    def read_from(self, model_id: str | os.PathLike, subfolder: str | None = None, **kwargs: Any) -> None:
+        """A place for a method to look for what else was saved there; the arguments are those of `from_pretrained`."""
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike, **kwargs: Any) -> dict[str, Any]:
@@ -290,24 +311,30 @@ def _member(kind: type[enum.Enum], value: Any, field: str) -> Any:
 
 @functools.cache
 def _types(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    return typing.get_type_hints(cls, include_extras=True)
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether `value` may stand where the annotation `kind` is; ints serve as floats, tuples and sets as lists."""
+def _fits(value: Any, kind: Any, by_type: bool = False) -> bool:
+    """Whether `value` may stand where the annotation `kind` is; ints serve as floats, tuples and sets as lists.
+
+    `by_type`: also if it is none of the values that a `Literal` lists, or breaks a `Bound`.
+    """
     origin, args = typing.get_origin(kind), typing.get_args(kind)
+    fits = functools.partial(_fits, by_type=by_type)
     if kind is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(value, arg) for arg in args)
+        return any(fits(value, arg) for arg in args)
     if origin is Literal:
-        return value in args
+        return any(isinstance(value, type(arg)) for arg in args) if by_type else value in args
+    if origin is Annotated:
+        return fits(value, args[0]) and (by_type or all(bound.holds(value) for bound in args[1:]))
     if origin is list:
-        return isinstance(value, (list, tuple, set, frozenset)) and all(_fits(v, args[0]) for v in value)
+        return isinstance(value, (list, tuple, set, frozenset)) and all(fits(v, args[0]) for v in value)
     if origin is tuple:  # JSON has lists only
-        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(_fits, value, args))
+        return isinstance(value, (list, tuple)) and len(value) == len(args) and all(map(fits, value, args))
     if origin is dict:
-        return isinstance(value, dict) and all(_fits(k, args[0]) and _fits(v, args[1]) for k, v in value.items())
+        return isinstance(value, dict) and all(fits(k, args[0]) and fits(v, args[1]) for k, v in value.items())
     if kind is bool:
         return isinstance(value, bool)
     if kind is int:
@@ -318,8 +345,13 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _spell(kind: Any) -> str:
-    if typing.get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(_spell(arg) for arg in typing.get_args(kind))
-    if kind is type(None):
-        return "None"
-    return str(kind) if typing.get_args(kind) else getattr(kind, "__name__", str(kind))
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_spell, args))
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    if origin is Annotated:
+        return args[1].says
+    if args:
+        return f"{origin.__name__}[{', '.join(map(_spell, args))}]"
+    return "None" if kind is type(None) else getattr(kind, "__name__", str(kind))

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import ConfigError, UnsupportedFeatureError
 from .adamss_allocation import AdamssModel as AdamssModel
 from .adamss_subspaces import principal, subspaces
 
 
 @dataclass
-class AdamssConfig(PeftConfig, method="ADAMSS"):
+class AdamssConfig(PeftConfig, method="ADAMSS", layers_need_list=True):
     """Fields of AdaMSS. Steps are those that `update_and_allocate` is called with."""
 
-    r: int = 100  # at most the smaller side of [W b]
-    num_subspaces: int = 5  # K on each layer, at most one for each row
-    subspace_rank: int = 1  # s, at most n_k and r
+    r: Positive = 100  # at most the smaller side of [W b]
+    num_subspaces: Positive = 5  # K on each layer, at most one for each row
+    subspace_rank: Positive = 1  # s, at most n_k and r
     target_modules: list[str] | str | None = None
     init_weights: Literal["orthogonal", False] | None = "orthogonal"  # None: B random
     modules_to_save: list[str] | None = None
@@ -53,8 +53,6 @@ class AdamssConfig(PeftConfig, method="ADAMSS"):
     def __post_init__(self):
         super().__post_init__()
         self.init_weights = self.init_weights or None
-        self.require_positive("r", "num_subspaces", "subspace_rank")
-        self.require_listed_targets()
         if self.use_asa:
             self.require_positive("asa_target_subspaces", "mask_interval")
             self.require_probability("asa_importance_beta", "asa_uncertainty_beta")

@@ -11,14 +11,14 @@ Liu et al., 2023, https://arxiv.org/abs/2311.06243, eq. 3 to 5.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Transform
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import ConfigError, UnsupportedLayerError
 from ..tuner import register_tuner
 
@@ -29,18 +29,16 @@ class BOFTConfig(PeftConfig, method="BOFT"):
 
     boft_block_size: int = 4  # b
     boft_block_num: int = 0  # d
-    boft_n_butterfly_factor: int = 1  # m
+    boft_n_butterfly_factor: Positive = 1  # m
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     boft_dropout: float = 0.0  # share of the blocks of one factor that do nothing, while training
     fan_in_fan_out: bool = False
-    bias: str = "none"  # "all" or "boft_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "boft_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     init_weights: bool = True  # otherwise A and s are moved by normal noise, std 0.1
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-
-    _bias_only: ClassVar[str] = "boft_only"
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,7 +47,6 @@ class BOFTConfig(PeftConfig, method="BOFT"):
                 "Either `boft_block_size` or `boft_block_num` must be positive and the other 0, but got "
                 f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}."
             )
-        self.require_positive("boft_n_butterfly_factor")
         if not 0 <= self.boft_dropout <= 1:
             raise ConfigError(f"`boft_dropout` must lie between 0 and 1, got {self.boft_dropout}.")
 

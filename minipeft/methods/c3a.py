@@ -10,38 +10,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import UnsupportedLayerError
 from ..targets import pattern_value
 from ..tuner import register_tuner
 
 
 @dataclass
-class C3AConfig(PeftConfig, method="C3A"):
+class C3AConfig(PeftConfig, method="C3A", layers_need_list=True):
     """Fields of C3A. `block_size` divides the inputs and the outputs of every adapted layer."""
 
-    block_size: int = 256  # b
+    block_size: Positive = 256  # b
     target_modules: list[str] | str | None = None
-    bias: str = "none"  # "all" or "c3a_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "c3a_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     block_size_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> block_size
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"  # True: zeros
-
-    _bias_only: ClassVar[str] = "c3a_only"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("block_size")
-        self.require_listed_targets()
 
 
 class C3A(Delta, config=C3AConfig):

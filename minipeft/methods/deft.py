@@ -10,22 +10,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive, Probability
 from ..tuner import register_tuner
 
 
 @dataclass
-class DeftConfig(PeftConfig, method="DEFT"):
+class DeftConfig(PeftConfig, method="DEFT", layers_need_list=True):
     """Fields of DEFT. With `para`, a new adapter changes the output."""
 
-    r: int = 8  # rank, at most out
+    r: Positive = 8  # rank, at most out
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     decomposition_method: Literal["relu", "qr"] = "relu"
@@ -33,20 +33,12 @@ class DeftConfig(PeftConfig, method="DEFT"):
     alpha: int | None = None  # None: R is not scaled
     para: bool = False  # no R
     fan_in_fan_out: bool = False  # weights stored (in, out); found out by itself
-    deft_dropout: float = 0.0  # on the input of R, while training
+    deft_dropout: Probability = 0.0  # on the input of R, while training
     init_weights: bool = True  # False: R random
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    bias: str = "none"  # "all" or "deft_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "deft_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
-
-    _bias_only: ClassVar[str] = "deft_only"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("r")
-        self.require_probability("deft_dropout")
-        self.require_listed_targets()
 
 
 class DEFT(Delta, config=DeftConfig):

@@ -10,26 +10,26 @@ w are the norms of the frozen weight's columns when the adapter was made; they a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive, Probability
 from ..draw import uniform
 from ..targets import pattern_value
 from ..tuner import register_tuner
 
 
 @dataclass
-class DeloraConfig(PeftConfig, method="DELORA"):
+class DeloraConfig(PeftConfig, method="DELORA", layers_need_list=True):
     """Fields of DeLoRA."""
 
-    r: int = 8  # rank
+    r: Positive = 8  # rank
     delora_lambda: int | float = 15  # lambda at the start: bounds the norm of the change
-    module_dropout: float = 0.0  # on the input of A, while training
+    module_dropout: Probability = 0.0  # on the input of A, while training
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     bias: Literal["none", "all", "delora_only"] = "none"  # which of the model's own biases are trained
@@ -39,14 +39,6 @@ class DeloraConfig(PeftConfig, method="DELORA"):
     rank_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> r
     lambda_pattern: dict | None = field(default_factory=dict)
     modules_to_save: list[str] | None = None
-
-    _bias_only: ClassVar[str] = "delora_only"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("r")
-        self.require_probability("module_dropout")
-        self.require_listed_targets()
 
 
 class DeLoRA(Delta, config=DeloraConfig):

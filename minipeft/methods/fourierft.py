@@ -9,13 +9,13 @@ Gao et al., 2024, https://arxiv.org/abs/2405.03003, eq. 2 to 4.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import ConfigError
 from ..sparse import dense, random_positions
 from ..targets import pattern_value
@@ -23,28 +23,24 @@ from ..tuner import register_tuner
 
 
 @dataclass
-class FourierFTConfig(PeftConfig, method="FOURIERFT"):
+class FourierFTConfig(PeftConfig, method="FOURIERFT", layers_need_list=True):
     """Fields of FourierFT."""
 
-    n_frequency: int = 1000  # entries of the spectrum, for each layer
+    n_frequency: Positive = 1000  # entries of the spectrum, for each layer
     scaling: float = 150.0
     random_loc_seed: int | None = 777  # where they stand; not saved with the tensors, so it is needed to load them
     fan_in_fan_out: bool = False
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    bias: str = "none"  # "all" or "fourier_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "fourier_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     n_frequency_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> n_frequency
     init_weights: bool = False  # True: zeros; otherwise standard normal
 
-    _bias_only: ClassVar[str] = "fourier_only"
-
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("n_frequency")
-        self.require_listed_targets()
         if self.random_loc_seed is None:
             raise ConfigError("`random_loc_seed` must be a number: without it a saved adapter cannot be loaded.")
 

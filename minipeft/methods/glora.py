@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..draw import uniform
 from ..tuner import register_tuner
 
@@ -27,20 +27,14 @@ from ..tuner import register_tuner
 class GloraConfig(PeftConfig, method="GLORA"):
     """Fields of GLoRA."""
 
-    r: int = 8  # rank of what is a product
+    r: Positive = 8  # rank of what is a product
     target_modules: list[str] | str | None = None
-    bias: str = "none"  # "all" or "glora_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "glora_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
     config_C: Literal["lora", "vector", "none"] = "lora"
     config_D_E: Literal["vector", "constant", "none"] = "constant"
     init_weights: bool = True  # False: nothing starts at zero
-
-    _bias_only: ClassVar[str] = "glora_only"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("r")
 
 
 class Path(nn.Module):

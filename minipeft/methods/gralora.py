@@ -13,14 +13,14 @@ B_j0^T, ..., B_j(k-1)^T one below the other.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive, Probability
 from ..draw import uniform
 from ..errors import ConfigError
 from ..tuner import register_tuner
@@ -30,29 +30,25 @@ from ..tuner import register_tuner
 class GraloraConfig(PeftConfig, method="GRALORA"):
     """Fields of GraLoRA."""
 
-    r: int = 32  # rank of a row of blocks; gralora_k must divide it
+    r: Positive = 32  # rank of a row of blocks; gralora_k must divide it
     hybrid_r: int = 0  # rank of a plain LoRA beside the blocks
     target_modules: list[str] | str | None = None
     alpha: int | float = 64
-    gralora_dropout: float = 0.0  # on the input of A, while training
-    gralora_k: int = 2  # number of blocks along each side
+    gralora_dropout: Probability = 0.0  # on the input of A, while training
+    gralora_k: Positive = 2  # number of blocks along each side
     fan_in_fan_out: bool = False
-    bias: str = "none"  # "all" or "gralora_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "gralora_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     init_weights: bool = True  # False: B random
     layers_to_transform: list[int] | int | None = None
     layers_pattern: str | None = None
 
-    _bias_only: ClassVar[str] = "gralora_only"
-
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("r", "gralora_k")
         if self.hybrid_r < 0:
             raise ConfigError(f"`hybrid_r` should not be negative but the value passed is {self.hybrid_r}.")
         if self.r % self.gralora_k:
             raise ConfigError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}.")
-        self.require_probability("gralora_dropout")
 
 
 class GraLoRA(Delta, config=GraloraConfig):

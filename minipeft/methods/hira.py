@@ -16,31 +16,25 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive, Probability
 from ..targets import pattern_value
 from ..tuner import register_tuner
 
 
 @dataclass
-class HiraConfig(PeftConfig, method="HIRA"):
+class HiraConfig(PeftConfig, method="HIRA", layers_need_list=True):
     """Fields of HiRA."""
 
-    r: int = 32  # rank of B A
+    r: Positive = 32  # rank of B A
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    hira_dropout: float = 0.0  # on the input of the adapter, while training
+    hira_dropout: Probability = 0.0  # on the input of the adapter, while training
     fan_in_fan_out: bool = False
     modules_to_save: list[str] | None = None
     init_weights: bool | Literal["gaussian"] | None = True  # "gaussian": A normal, std 1 / r; False: B random, too
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> r
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("r")
-        self.require_probability("hira_dropout")
-        self.require_listed_targets()
 
 
 class HiRA(Delta, config=HiraConfig):

@@ -11,37 +11,33 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Activation
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import PeftWarning
 from ..tuner import register_tuner
 
 
 @dataclass
-class HRAConfig(PeftConfig, method="HRA"):
+class HRAConfig(PeftConfig, method="HRA", layers_need_list=True):
     """Fields of HRA. With an even `r` a new adapter changes nothing, unless `apply_GS` is set."""
 
-    r: int = 8  # number of reflections
+    r: Positive = 8  # number of reflections
     apply_GS: bool = False
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     init_weights: bool = True  # columns in equal pairs, if r is even; otherwise all different
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    bias: str = "none"  # "all" or "hra_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "hra_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
-
-    _bias_only: ClassVar[str] = "hra_only"
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("r")
-        self.require_listed_targets()
         if self.init_weights and self.r % 2:
             warnings.warn(f"With an odd r, here {self.r}, a new HRA adapter changes the model: no pairs.", PeftWarning)
         elif self.init_weights and self.apply_GS:

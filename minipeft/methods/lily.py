@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Routed
 from ..base import linear
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import ConfigError
 from ..tuner import register_tuner
 
@@ -27,8 +27,8 @@ from ..tuner import register_tuner
 class LilyConfig(PeftConfig, method="LILY"):
     """Fields of Lily."""
 
-    r: int = 32  # rank
-    stride_A: int = 1  # number of layers that share an A
+    r: Positive = 32  # rank
+    stride_A: Positive = 1  # number of layers that share an A
     num_B: int = 2  # number of B_e
     scaling: float = 1.0  # s
     target_modules: list[str] | str | None = None
@@ -40,7 +40,6 @@ class LilyConfig(PeftConfig, method="LILY"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("r", "stride_A")
         if self.num_B < 2:
             raise ConfigError(f"`num_B` must be at least 2, or there is nothing to choose from; got {self.num_B}.")
 

@@ -77,8 +77,6 @@ class LoraConfig(PeftConfig, method="LORA"):
     kasa_config: KasaConfig | dict | None = None
     ensure_weight_tying: bool = False
 
-    _bias_only: ClassVar[str] = "lora_only"
-
     def __post_init__(self):
         super().__post_init__()
         for name, cls in as_config.items():

@@ -9,41 +9,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Delta, Transform
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive, Probability
 from ..draw import uniform
 from ..errors import ConfigError
 from ..tuner import register_tuner
 
 
 @dataclass
-class MissConfig(PeftConfig, method="MISS"):
+class MissConfig(PeftConfig, method="MISS", layers_need_list=True):
     """Fields of MiSS. `init_weights` chooses the variant as well."""
 
-    r: int = 64  # width of a shard
-    miss_dropout: float = 0.0  # on the input of the adapter, while training; not for "bat"
-    mini_r: int = 1  # height of a shard, for "mini"
+    r: Positive = 64  # width of a shard
+    miss_dropout: Probability = 0.0  # on the input of the adapter, while training; not for "bat"
+    mini_r: Positive = 1  # height of a shard, for "mini"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     init_weights: bool | Literal["bat", "mini"] = True  # False: D random
     layers_to_transform: list[int] | int | None = None
     layers_pattern: str | None = None
-    bias: str = "none"  # "all" or "MiSS_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "MiSS_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
-
-    _bias_only: ClassVar[str] = "MiSS_only"
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("r", "mini_r")
-        self.require_probability("miss_dropout")
-        self.require_listed_targets()
 
 
 class Shards(Adapter):

@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,6 @@ class OFTConfig(PeftConfig, method="OFT"):
     block_share: bool = False  # one R_i for all i
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
-
-    _bias_only: ClassVar[str] = "oft_only"
 
     def __post_init__(self):
         super().__post_init__()

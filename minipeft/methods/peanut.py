@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import linear
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import ConfigError, nearest
 from ..tuner import register_tuner
 
@@ -69,7 +69,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by the names that tran
 class PeanutConfig(PeftConfig, method="PEANUT"):
     """Fields of PEANuT."""
 
-    r: int = 32  # width of the network
+    r: Positive = 32  # width of the network
     depth: int = 0  # pairs of (r, r) layers between A and B
     act_fn: str = "relu"  # a key of ACTIVATIONS
     scaling: float = 1.0
@@ -82,7 +82,6 @@ class PeanutConfig(PeftConfig, method="PEANUT"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("r")
         if self.depth < 0:
             raise ConfigError(f"`depth` can only be a non-negative integer, got {self.depth}.")
         if self.act_fn not in ACTIVATIONS:

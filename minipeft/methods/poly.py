@@ -20,7 +20,7 @@ from torch.distributions import RelaxedBernoulli
 
 from ..adapter import Routed
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import BatchError, ConfigError
 from ..tuner import register_tuner
 
@@ -29,19 +29,15 @@ from ..tuner import register_tuner
 class PolyConfig(PeftConfig, method="POLY"):
     """Fields of Poly. A model with it is run with `task_ids` (batch,), whole numbers from 0 to n_tasks - 1."""
 
-    r: int = 8  # rank
+    r: Positive = 8  # rank
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True  # B = 0; otherwise uniform, as A is
     poly_type: Literal["poly"] = "poly"
-    n_tasks: int = 1
-    n_skills: int = 4
-    n_splits: int = 1  # must divide the numbers of input and of output features
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("r", "n_tasks", "n_skills", "n_splits")
+    n_tasks: Positive = 1
+    n_skills: Positive = 4
+    n_splits: Positive = 1  # must divide the numbers of input and of output features
 
 
 class Router(nn.Module):

@@ -19,20 +19,20 @@ from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Probability
 from ..errors import ConfigError, PeftWarning
 from ..tuner import register_tuner
 
 
 @dataclass
-class PsoftConfig(PeftConfig, method="PSOFT"):
+class PsoftConfig(PeftConfig, method="PSOFT", layers_need_list=True):
     """Fields of PSOFT."""
 
     r: int = 32  # at most the smaller side of W
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     psoft_alpha: int = 32  # s = alpha / r
-    psoft_dropout: float = 0.0  # on the input of A, while training
+    psoft_dropout: Probability = 0.0  # on the input of A, while training
     fan_in_fan_out: bool = False  # weights stored (in, out); found out by itself
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"  # singular values in B, or half in each
     psoft_svd: Literal["full", "lowrank"] = "full"
@@ -52,8 +52,6 @@ class PsoftConfig(PeftConfig, method="PSOFT"):
     def __post_init__(self):
         super().__post_init__()
         self.require_positive("r", *["num_cayley_neumann_terms"] * self.use_cayley_neumann)
-        self.require_probability("psoft_dropout")
-        self.require_listed_targets()
         eps = self.cayley_neumann_eps
         if self.use_cayley_neumann and eps is not None and not 0 < eps < 1:
             raise ConfigError(f"`cayley_neumann_eps` must lie between 0 and 1, got {eps}.")

@@ -13,13 +13,13 @@ one uses their first columns and rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive, Probability
 from ..errors import MergeError
 from ..projections import Projected, warn_unless_saved
 from ..tuner import register_tuner
@@ -29,14 +29,14 @@ from ..tuner import register_tuner
 class PveraConfig(PeftConfig, method="PVERA"):
     """Fields of PVeRA. All adapters of a model have the same `r`, `projection_prng_key` and `save_projection`."""
 
-    r: int = 256  # rank
+    r: Positive = 256  # rank
     target_modules: list[str] | str | None = None
     projection_prng_key: int = 0  # seed of A and B
     save_projection: bool = True  # keep A and B in the checkpoint; otherwise the seed has to bring them back
-    pvera_dropout: float = 0.0  # on the input of A, while training
+    pvera_dropout: Probability = 0.0  # on the input of A, while training
     d_initial: float = 0.1  # l_d at the start
     fan_in_fan_out: bool = False
-    bias: str = "none"  # "all" or "pvera_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "pvera_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     init_weights: bool = True  # False: l_b = 1, l_d normal
     layers_to_transform: list[int] | int | None = None
@@ -44,12 +44,8 @@ class PveraConfig(PeftConfig, method="PVERA"):
     sample_at_inference: bool = False  # draw z also when not training; then there is no weight to merge
     generator_seed: int | None = None  # of the noise; None: torch's global generator
 
-    _bias_only: ClassVar[str] = "pvera_only"
-
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("r")
-        self.require_probability("pvera_dropout")
         warn_unless_saved(self, "pvera_A", "pvera_B")
 
 

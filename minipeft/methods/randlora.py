@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive, Probability
 from ..errors import CheckpointError
 from ..projections import Projected, uniform, warn_unless_saved
 from ..tuner import register_tuner
@@ -29,27 +29,23 @@ from ..tuner import register_tuner
 class RandLoraConfig(PeftConfig, method="RANDLORA"):
     """Fields of RandLoRA. All adapters of a model have the same bases: `r`, `sparse` and all that says `projection`."""
 
-    r: int = 32  # rank of one base; the smaller, the more bases there are
+    r: Positive = 32  # rank of one base; the smaller, the more bases there are
     target_modules: list[str] | str | None = None
     projection_prng_key: int = 0  # seed of A and B
     save_projection: bool = True  # keep A and B in the checkpoint; otherwise the seed has to bring them back
     sparse: bool = False  # entries of A and B are -1, 0, 1 with probabilities 1/6, 2/3, 1/6
     very_sparse: bool = False  # the same with 1 / (2 sqrt(min)) in place of 1/6
-    randlora_dropout: float = 0.0  # on the input, while training
+    randlora_dropout: Probability = 0.0  # on the input, while training
     fan_in_fan_out: bool = False
     randlora_alpha: int = 640
-    bias: str = "none"  # "all" or "randlora_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "randlora_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     init_weights: bool = True  # False: l normal
     layers_to_transform: list[int] | int | None = None
     layers_pattern: str | None = None
 
-    _bias_only: ClassVar[str] = "randlora_only"
-
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("r")
-        self.require_probability("randlora_dropout")
         warn_unless_saved(self, "randlora_A", "randlora_B")
 
 

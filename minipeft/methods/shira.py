@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import Base, base_of
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import ConfigError, PeftWarning, UnsupportedLayerError
 from ..sparse import dense
 from ..tuner import register_tuner
@@ -41,7 +41,7 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
 class ShiraConfig(PeftConfig, method="SHIRA"):
     """Fields of SHiRA. Attribute `mask_fn`: `random_mask`, or a function of your own; it is not saved."""
 
-    r: int = 32  # as many trained entries as LoRA of this rank
+    r: Positive = 32  # as many trained entries as LoRA of this rank
     mask_type: str = "random"  # anything else: `mask_fn` has to be set
     random_seed: int | None = None
     target_modules: list[str] | str | None = None
@@ -51,7 +51,6 @@ class ShiraConfig(PeftConfig, method="SHIRA"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("r")
         self.mask_fn = random_mask if self.mask_type == "random" else None
         if self.mask_fn is None and not self.inference_mode:
             warnings.warn(f"mask_type {self.mask_type!r} is not built in; set `config.mask_fn`.", PeftWarning)

@@ -12,7 +12,7 @@ An embedding is decomposed as it is stored, (tokens, dim): there B is (tokens, r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Delta
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Probability
 from ..errors import ConfigError
 from ..projections import warn_unless_saved
 from ..tuner import register_tuner
@@ -37,21 +37,18 @@ class TinyLoraConfig(PeftConfig, method="TINYLORA"):
     save_projection: bool = True  # keep P in the checkpoint; otherwise the seed has to bring it back
     init_v_bound: float = 0.02  # with init_weights="uniform", v is drawn from [-bound, bound]
     target_modules: list[str] | str | None = None
-    tinylora_dropout: float = 0.0  # on the input of A (for embeddings: on what B looks up), while training
+    tinylora_dropout: Probability = 0.0  # on the input of A (for embeddings: on what B looks up), while training
     fan_in_fan_out: bool = False
-    bias: str = "none"  # "all" or "tinylora_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "tinylora_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     init_weights: bool | str = True  # v = 0; "uniform": see init_v_bound; False: PEFT leaves v unset, here it is 0, too
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
-    _bias_only: ClassVar[str] = "tinylora_only"
-
     def __post_init__(self):
         super().__post_init__()
         for field in ("r", "u"):
             self.require_positive(field)
-        self.require_probability("tinylora_dropout")
         if not 0 <= self.weight_tying <= 1:
             raise ConfigError(f"`weight_tying` should be between 0.0 and 1.0, got {self.weight_tying}.")
         if self.init_weights not in (True, False, "uniform"):

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Delta
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Probability
 from ..errors import ConfigError
 from ..tuner import BaseTuner
 
@@ -34,9 +34,9 @@ class UniLoraConfig(PeftConfig, method="UNILORA"):
     proj_seed: int = 42  # of the indices
     theta_d_length: int = 256  # d
     target_modules: list[str] | str | None = None
-    unilora_dropout: float = 0.0  # on the input of A, while training
+    unilora_dropout: Probability = 0.0  # on the input of A, while training
     fan_in_fan_out: bool = False
-    bias: str = "none"  # "all" or "unilora_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "unilora_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     init_theta_d_bound: float = 0.02  # theta is drawn from [-bound, bound]
     init_weights: bool = True  # False: theta normal
@@ -44,13 +44,10 @@ class UniLoraConfig(PeftConfig, method="UNILORA"):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
-    _bias_only: ClassVar[str] = "unilora_only"
-
     def __post_init__(self):
         super().__post_init__()
         for field in ("r", "theta_d_length", "init_theta_d_bound"):
             self.require_positive(field)
-        self.require_probability("unilora_dropout")
         for field in ("layers_to_transform", "layers_pattern"):
             if isinstance(self.target_modules, str) and getattr(self, field) is not None:
                 raise ConfigError(f"`{field}` cannot be used when `target_modules` is a str.")

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Probability
 from ..errors import ConfigError
 from ..tuner import BaseTuner
 
@@ -37,22 +37,19 @@ class VBLoRAConfig(PeftConfig, method="VBLORA"):
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     save_only_topk_weights: bool = False  # a smaller checkpoint, for use without further training
-    vblora_dropout: float = 0.0  # on the input of A, while training
+    vblora_dropout: Probability = 0.0  # on the input of A, while training
     fan_in_fan_out: bool = False
-    bias: str = "none"  # "all" or "vblora_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "vblora_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     init_vector_bank_bound: float = 0.02  # the bank is drawn from [-bound, bound]
     init_logits_std: float = 0.1
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
-    _bias_only: ClassVar[str] = "vblora_only"
-
     def __post_init__(self):
         super().__post_init__()
         for field in ("r", "num_vectors", "vector_length", "topk"):
             self.require_positive(field)
-        self.require_probability("vblora_dropout")
         if self.topk > self.num_vectors:
             raise ConfigError(f"`topk` is {self.topk}, but the bank has only num_vectors={self.num_vectors} vectors.")
 

@@ -10,13 +10,13 @@ The shared matrices have the sizes of the largest layer; a smaller one uses thei
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive, Probability
 from ..projections import Projected, warn_unless_saved
 from ..tuner import register_tuner
 
@@ -25,25 +25,21 @@ from ..tuner import register_tuner
 class VeraConfig(PeftConfig, method="VERA"):
     """Fields of VeRA. All adapters of a model have the same `projection_prng_key` and `save_projection`."""
 
-    r: int = 256  # rank
+    r: Positive = 256  # rank
     target_modules: list[str] | str | None = None
     projection_prng_key: int = 0  # seed of A and B
     save_projection: bool = True  # keep A and B in the checkpoint; otherwise the seed has to bring them back
-    vera_dropout: float = 0.0  # on the input of A, while training
+    vera_dropout: Probability = 0.0  # on the input of A, while training
     d_initial: float = 0.1  # l_d at the start
     fan_in_fan_out: bool = False
-    bias: str = "none"  # "all" or "vera_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "vera_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     init_weights: bool = True  # False: l_b = 1, l_d normal
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
-    _bias_only: ClassVar[str] = "vera_only"
-
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("r")
-        self.require_probability("vera_dropout")
         warn_unless_saved(self, "vera_A", "vera_B")
 
 

@@ -10,14 +10,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive
 from ..errors import ConfigError
 from ..sparse import dense, random_positions
 from ..targets import pattern_value
@@ -26,10 +26,10 @@ from ..wavelets import COIFLETS, inverse_transform, taps
 
 
 @dataclass
-class WaveFTConfig(PeftConfig, method="WAVEFT"):
+class WaveFTConfig(PeftConfig, method="WAVEFT", layers_need_list=True):
     """Fields of WaveFT. Families: db1 to db38, sym2 to sym20, coif1 to coif5 (to coif17 without `use_idwt`)."""
 
-    n_frequency: int = 2592  # entries of S, for each layer
+    n_frequency: Positive = 2592  # entries of S, for each layer
     scaling: float = 25.0
     wavelet_family: str = "db1"
     use_idwt: bool = True
@@ -37,7 +37,7 @@ class WaveFTConfig(PeftConfig, method="WAVEFT"):
     fan_in_fan_out: bool = False
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    bias: str = "none"  # "all" or "waveft_only": which of the model's own biases are trained
+    bias: Literal["none", "all", "waveft_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -45,12 +45,8 @@ class WaveFTConfig(PeftConfig, method="WAVEFT"):
     proportional_parameters: bool = False  # n_frequency is the mean: larger layers get more, by the size of W
     init_weights: bool = True  # zeros; otherwise normal, std 0.01
 
-    _bias_only: ClassVar[str] = "waveft_only"
-
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("n_frequency")
-        self.require_listed_targets()
         try:
             length = taps(self.wavelet_family)
         except ValueError as error:
