@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import adapter_class, unsupported
+from .adapter import unsupported
 from .base import Attention, Conv1D, Linear, base_of
 from .checkpoint import (
     PREFIX,
@@ -86,9 +86,9 @@ class Plan:
     ):
         if not isinstance(config, PeftConfig):
             raise ConfigError(f"An adapter needs a PeftConfig, got {type(config).__name__}.")
-        check_adapter_name(name, tuner.model)
+        tuner.check_name(name)
         self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
-        self.cls = adapter_class(config)
+        self.cls = tuner.adapter_class(config)
         self.autocast = autocast and self.cls.autocasts
         self.strict = not loading
         self.empty = empty

@@ -68,7 +68,11 @@ class Context:
     def __init__(self) -> None:
         self.adapter_names: Sequence[str] | None = None  # one name for each sample of the batch
         self.task_ids: Any = None  # (batch,)
+        self.scalings: Any = None  # (batch, length, layers, adapters): weights of adapters that are mixed by token
         self.beams = 1  # rows that `generate` makes of one sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(Context())  # a copy is made for passes of its own
 
     def groups(self, size: int, names: Sequence[str] | None) -> dict[str, list[int]] | None:
         """Rows of a batch of `size` by adapter name, or None when the batch is not mixed.

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from . import tying
-from .adapter import ADAPTERS, adapter_class
+from .adapter import ADAPTERS, Adapter, adapter_class
 from .checkpoint import Entry
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
-from .inject import Plan, model_config
+from .inject import Plan, check_adapter_name, model_config
 from .layer import (
     BASE,
     LOW_PRECISION,
@@ -40,6 +40,7 @@ class BaseTuner(Slots):
     """
 
     method: ClassVar[PeftType | None] = None
+    stem: ClassVar[str] = "model"  # the child that is the base model, or holds it
     model: Any  # whatever nn.Module it is
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any):
@@ -62,7 +63,7 @@ class BaseTuner(Slots):
         self.add(adapter_name, configs[adapter_name], low_cpu_mem_usage=low_cpu_mem_usage, keys=state_dict)
 
     def _begin(self, model: Any) -> None:
-        self.model = model
+        self.place(model)
         self.context = Context()
         self.peft_config: dict[str, PeftConfig] = {}
         self.active_adapter: str | Sequence[str] = []
@@ -72,6 +73,18 @@ class BaseTuner(Slots):
         self.bias_owner: str | None = None  # the adapter that trains the biases
         self.biases_on = True
         self.on_unload: list[Any] = []  # what undoes changes to the model beside its layers
+
+    def place(self, model: Any) -> None:
+        """Put the base model where all live names begin."""
+        self.model = model
+
+    def adapter_class(self, config: Any) -> type[Adapter]:
+        """The class of the adapters for a configuration, on this model."""
+        return adapter_class(config)
+
+    def check_name(self, name: Any) -> None:
+        """Raise `AdapterNameError` unless a new adapter may have that name."""
+        check_adapter_name(name, self.model)
 
     # -------------------------------------------------------------------------------------------------------- adding
     def add(
@@ -440,7 +453,7 @@ class BaseTuner(Slots):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or "_modules" not in self.__dict__ or "model" not in self._modules:
+            if name in ("model", self.stem) or self.stem not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
 

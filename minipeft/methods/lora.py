@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Delta
+from ..adapter import Adapter, Delta
 from ..checkpoint import read_weights
 from ..config import PeftConfig
 from ..errors import ConfigError, UnsupportedFeatureError
@@ -105,8 +105,8 @@ class LoraConfig(PeftConfig, method="LORA"):
         return fields
 
 
-class LowRank(Delta):
-    """What LoRA and DoRA share: the factors A and B."""
+class Factors(Adapter):
+    """The factors A and B."""
 
     prefix = "lora_"
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
@@ -159,6 +159,10 @@ class LowRank(Delta):
 
     def delta(self) -> Tensor:
         return self.base.product(self.lora_A, self.lora_B, self.scaling)  # (out, in)
+
+
+class LowRank(Factors, Delta):
+    """What LoRA and DoRA share: they change W by way of the factors."""
 
 
 class LoRA(LowRank, config=LoraConfig):
