@@ -1,7 +1,7 @@
 """The base models of the cases, as data: layers in order, each `[name, kind, arguments]`, and the input's shape.
 
 Square and non-square layers stand side by side, and the untargeted layer behind them makes gradients pass through.
-A language model is one kind of its own, for prompts: `{"model": "causal_lm", ...}`.
+Language models are a kind of their own, for prompts: `{"model": "causal_lm", ...}`; see language_models.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def blocks(n):
         rows += [lin(f"model.layers.{i}.q_proj", 6, 6), tanh(f"model.layers.{i}.act"),
                  lin(f"model.layers.{i}.v_proj", 6, 6, bias=False)]
     return net(*rows, lin("head", 6, 4), shape=[6])
+
+
+def language_model(model, **more):
+    return {"model": model, "vocab": 13, "hidden": 8, "heads": 2, "depth": 2, **more,
+            "input": {"shape": [2, 5], "below": 13}}
 
 
 BASES = {
@@ -80,6 +85,10 @@ BASES = {
                 lin("mid", 10, 8), ["norm2", "LayerNorm", {"normalized_shape": 8}], lin("head", 8, 4), shape=[5, 6]),
     "tokens-mlp": net(["embed_tokens", "Embedding", {"num_embeddings": 12, "embedding_dim": 8}], lin("up", 8, 10),
                       tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[5], below=12),
-    "causal-lm": {"model": "causal_lm", "vocab": 13, "hidden": 8, "heads": 2, "depth": 2,
-                  "input": {"shape": [2, 5], "below": 13}},
+    "causal-lm": language_model("causal_lm"),
+    "encoder": language_model("encoder", task="FEATURE_EXTRACTION", positions=17),
+    "encoder-sequence": language_model("encoder", task="SEQ_CLS", positions=17),
+    "encoder-tokens": language_model("encoder", task="TOKEN_CLS", positions=17),
+    "encoder-answers": language_model("encoder", task="QUESTION_ANS", positions=17),
+    "encoder-decoder": language_model("encoder_decoder", positions=17),
 }

@@ -47,6 +47,14 @@ class Driver:
         """The model's output; `adapter_names` names one adapter for each sample."""
         raise Unsupported("forward")
 
+    def assign(self, tensors: dict) -> None:
+        """Set parameters by their live names, where a checkpoint holds only what is computed from them."""
+        raise Unsupported("set parameters by their live names")
+
+    def live_gradients(self, inputs: dict, cotangent) -> dict:
+        """As `gradients`, of the trained parameters by their live names."""
+        raise Unsupported("gradients by live names")
+
     def gradients(self, inputs: dict, cotangent) -> dict:
         """d(sum(cotangent * output)) / d(tensor), by saved key; `input` for a floating point input."""
         raise Unsupported("gradients")

@@ -15,7 +15,7 @@ from .method import KEY, Method, slots
 
 def plain_name(key: str) -> str:
     """The base parameter that a saved key replaces (modules_to_save, trained biases, LN tuning), if it is one."""
-    return key.removeprefix(KEY).replace(".base_layer.", ".")
+    return key.removeprefix(KEY).removeprefix("base_model.").replace(".base_layer.", ".")  # prompts wrap nothing
 
 
 def replaced(weights: dict, tensors: dict) -> dict:
@@ -58,10 +58,8 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
             if method.run and (method.formula is None or site.args.get("groups", 1) > 1):
                 routed[path] = t
                 continue
-            more = {}
-            if held is not None and "held" in inspect.signature(formula).parameters:
-                more["held"] = slots({k: np.asarray(v, np.float64) for k, v in held.items()}, path)
-            new = formula(site, t, config, **more)
+            own = slots({k: np.asarray(v, np.float64) for k, v in held.items()}, path) if held is not None else None
+            new = formula(site, t, config, **({} if own is None else asked(formula, held=own)))
         W, b = new
         folded[site.weight] = numpy_model.stored(site, W)
         if b is not None and site.bias in folded:
@@ -69,17 +67,26 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
     return folded, routed
 
 
-def output(method, base, weights, tensors, config, inputs, held=None, formula=None, run=None, prompt=None):
-    """y, as the paper says it."""
+def output(method, base, weights, tensors, config, inputs, held=None, formula=None, run=None, prompt=None, loss=None):
+    """y, as the paper says it; the loss, of shape (1,), if `labels` are among the inputs."""
     inputs = {k: np.asarray(v) for k, v in inputs.items()}
     weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
     folded, routed = adapted(method, base, weights, tensors, config, held, formula)
     run = run or method.run
     special = {p: (lambda site, x, t=t: run(site, t, config, x, inputs)) for p, t in routed.items()}
     prompt = prompt or method.prompt
-    joined = prompt(tensors, config) if prompt else None
+    joined = prompt(tensors, config, **asked(prompt, inputs=inputs, held=held)) if prompt else {}
     y = numpy_model.run(base, folded, inputs, special, joined)
-    return y
+    if "labels" not in inputs:
+        return y
+    loss = loss or method.loss
+    own = loss is not None and joined
+    return np.array([loss(y, inputs, config) if own else numpy_model.loss(base, y, inputs["labels"])])
+
+
+def asked(function, **offered) -> dict:
+    """The arguments that a function has a parameter for."""
+    return {k: v for k, v in offered.items() if k in inspect.signature(function).parameters}
 
 
 def gradients(method, base, weights, tensors, config, inputs, cotangent, step=1e-6, **faulty) -> dict:
@@ -106,7 +113,7 @@ def gradients(method, base, weights, tensors, config, inputs, cotangent, step=1e
             flat[i] = old - step
             out[i] = (up - loss()) / (2 * step)
             flat[i] = old
-        found[key] = grad
+        found[key] = np.where(method.fixed(key, grad.shape, config), 0, grad) if method.fixed else grad
     return found
 
 
@@ -117,3 +124,11 @@ def expected_shapes(method, base, weights, config, targets) -> dict:
     if method.shared:
         found.update(method.shared(config, [at[p] for p in targets]))  # prompts have no targets
     return found
+
+
+def trained_count(method, shapes: dict, config) -> int:
+    """How many of the numbers in the tensors of `shapes` are trained."""
+    shapes = method.lives(config) or shapes
+    trained = {k: s for k, s in shapes.items() if not method.is_frozen(k)}
+    fixed = [np.broadcast_to(method.fixed(k, s, config), s).sum() for k, s in trained.items()] if method.fixed else []
+    return int(sum(np.prod(s) for s in trained.values()) - sum(fixed))

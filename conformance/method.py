@@ -23,7 +23,9 @@ class Row:
     base: str  # a key of bases.BASES
     config: dict  # as in adapter_config.json; peft_type is added
     profile: str = "full"  # core | full
-    inputs: dict = field(default_factory=dict)  # integer inputs besides the model's own: name -> [shape, below]
+    # integer inputs besides the model's own: name -> [shape, below], or {"values": ...}; with `labels` among them the
+    # output is the loss
+    inputs: dict = field(default_factory=dict)
     dtypes: tuple = ("float64", "float32", "bfloat16")
     second: dict | None = None  # the config of a second adapter, for the lifecycle trace; {} = this config
     merges: bool = True
@@ -32,6 +34,9 @@ class Row:
     # what reference and formula disagree about; both answers are recorded, and either one passes
     disputed: str = ""
     note: str = ""
+    # prompts that are computed from what is trained, and saved as the result: the case holds what is trained, by live
+    # name, instead of what is saved. See `Method.live`
+    live: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,16 @@ class Method:
     formula: Callable | None = None
     # run(site, tensors, config, x, inputs) -> y, where the output is no W' x + b' (routed methods)
     run: Callable | None = None
-    # prompt(tensors by key, config) -> {"tokens": ...} or {"past": ...}
+    # prompt(tensors by key, config[, inputs][, held]) -> {"tokens": ..., "decoder_tokens": ...} or {"past": ...}
     prompt: Callable | None = None
+    # live(config) -> {live name: shape} of an adapter's parameters, and saved(tensors by live name, config) -> what a
+    # checkpoint holds, where these are not the same ({} where they are)
+    live: Callable | None = None
+    saved: Callable | None = None
+    # loss(logits, inputs, config), where it is not the model's own
+    loss: Callable | None = None
+    # fixed(key, shape, config) -> True where an entry of a saved tensor is not trained though others are
+    fixed: Callable | None = None
     faults: tuple = ()
     # tensors that PEFT saves but does not train (VeRA's projections), by slot or whole key
     frozen: tuple = ()
@@ -92,6 +105,10 @@ class Method:
     fresh: Callable | None = None
     fresh_identity: bool = False  # a new adapter does nothing because its tensors are taken from the base
     prompts: bool = False  # joined to the model's input; the output may be longer than the base model's
+
+    def lives(self, config: dict) -> dict:
+        """The live parameters that a checkpoint is computed from; {} where it holds them, as it does for use alone."""
+        return self.live(config) if self.live and not config.get("inference_mode") else {}
 
     def is_frozen(self, key: str) -> bool:
         """Is this saved tensor one that is not trained?"""

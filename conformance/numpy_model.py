@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+LANGUAGE_MODELS = ("causal_lm", "encoder", "encoder_decoder")
+NO_LABEL = -100
+
 
 def flipped(kind, args):
     return kind in ("Embedding", "Conv1D") or args.get("is_transposed", False)
@@ -55,11 +58,11 @@ def sites(base, weights):
             W = W.swapaxes(-1, -2)
         found[path] = Site(path, kind, W, None if b is None else np.asarray(b, np.float64), weight, bias, args)
 
-    if base.get("model") == "causal_lm":
+    if base.get("model") in LANGUAGE_MODELS:
         for name in weights:
             if name.endswith(".weight"):
                 path = name[: -len(".weight")]
-                kind = "Embedding" if path == "embed_tokens" else "LayerNorm" if path.endswith("norm") else "Linear"
+                kind = "Embedding" if "embed_" in path else "LayerNorm" if path.endswith("norm") else "Linear"
                 put(path, kind, name, path + ".bias", {})
     for name, kind, args in layers_of(base):
         if kind == "MultiheadAttention":
@@ -104,8 +107,11 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-def attend(q, k, v, heads, causal_from=None):
-    """q: (batch, n, dim), k and v: (batch, m, dim) or already split (batch, heads, m, dim / heads)."""
+def attend(q, k, v, heads, causal_from=None, mask=None):
+    """q: (batch, n, dim), k and v: (batch, m, dim) or already split (batch, heads, m, dim / heads).
+
+    `mask` (batch, m) is 0 where a token is hidden.
+    """
     def split(t):
         return t.reshape(*t.shape[:2], heads, -1).transpose(0, 2, 1, 3) if t.ndim == 3 else t
 
@@ -114,6 +120,8 @@ def attend(q, k, v, heads, causal_from=None):
     if causal_from is not None:
         seen = np.tril(np.ones(score.shape[-2:], bool), causal_from)
         score = np.where(seen, score, -np.inf)
+    if mask is not None:
+        score = np.where(np.asarray(mask)[:, None, None] > 0, score, -np.inf)
     return (softmax(score) @ v).transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1)
 
 
@@ -141,10 +149,13 @@ def apply_layer(site, x, W=None, b=None):
 
 
 def run(base, weights, inputs, special=None, prompt=None):
-    """The model's output. `special`: path -> function(site, x) in place of a layer. `prompt`: see `run_lm`."""
+    """The model's output. `special`: path -> function(site, x) in place of a layer.
+
+    `prompt`: see `run_language_model`.
+    """
     at, special = sites(base, weights), special or {}
-    if base.get("model") == "causal_lm":
-        return run_lm(base, weights, inputs["input_ids"], special, prompt or {})
+    if base.get("model") in LANGUAGE_MODELS:
+        return run_language_model(base, at, inputs, special, prompt or {})
     x = inputs["x"]
     for name, kind, args in base["layers"]:
         if kind == "Tanh":
@@ -158,26 +169,83 @@ def run(base, weights, inputs, special=None, prompt=None):
     return x
 
 
-def run_lm(base, weights, ids, special, prompt):
-    """`prompt["tokens"]`: (tokens, dim) before the embedded input; `prompt["past"]`: per layer (keys, values), each
-    (heads, tokens, dim / heads)."""
-    at = sites(base, weights)
+def run_language_model(base, at, inputs, special, prompt):
+    """`prompt["tokens"]`: (tokens, dim), or (batch, tokens, dim), before the embedded input; `prompt["decoder_tokens"]`
+    before that of a decoder; `prompt["past"]`: per layer (keys, values), each (heads, tokens, dim / heads)."""
+    heads = base["heads"]
 
     def layer(path, x):
         return special[path](at[path], x) if path in special else apply_layer(at[path], x)
 
-    x = layer("embed_tokens", ids)
-    if "tokens" in prompt:
-        x = np.concatenate([np.repeat(prompt["tokens"][None], len(x), 0), x], 1)
-    for i in range(base["depth"]):
-        h = layer(f"layers.{i}.norm", x)
-        q, k, v = (layer(f"layers.{i}.attn.{n}_proj", h) for n in "qkv")
-        seen, heads = 0, base["heads"]
-        k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(0, 2, 1, 3) for t in (k, v))
-        if "past" in prompt:
-            pk, pv = prompt["past"][i]
-            seen = pk.shape[-2]
-            k, v = (np.concatenate([np.repeat(p[None], len(x), 0), t], 2) for p, t in ((pk, k), (pv, v)))
-        x = x + layer(f"layers.{i}.attn.o_proj", attend(q, k, v, heads, causal_from=seen))
-        x = x + np.tanh(layer(f"layers.{i}.mlp", x))
-    return layer("head", x)
+    def split(t):
+        return t.reshape(*t.shape[:2], heads, -1).transpose(0, 2, 1, 3)
+
+    def in_front(tokens, ids):
+        x = layer("encoder.embed_tokens" if base["model"] == "encoder" else "embed_tokens", ids)
+        return x if tokens is None else np.concatenate([np.broadcast_to(tokens, (len(x), *tokens.shape[-2:])), x], 1)
+
+    def shown(mask, length):
+        """The mask with ones for the prompt."""
+        if mask is None:
+            return None
+        return np.concatenate([np.ones((len(mask), length - mask.shape[1]), int), mask], 1)
+
+    def stack(path, x, mask, past=None, causal=False, memory=None, memory_mask=None):
+        seen = 0 if past is None else past[0][0].shape[-2]
+        if f"{path}embed_positions" in at:
+            x = x + layer(f"{path}embed_positions", np.arange(seen, seen + x.shape[1]))
+        for i in range(base["depth"]):
+            at_i = f"{path}layers.{i}."
+            h = layer(f"{at_i}norm", x)
+            q, k, v = (layer(f"{at_i}attn.{n}_proj", h) for n in "qkv")
+            k, v = split(k), split(v)
+            if past is not None:
+                k, v = (np.concatenate([np.repeat(p[None], len(x), 0), t], 2) for p, t in zip(past[i], (k, v)))
+            y = attend(q, k, v, heads, seen if causal else None, shown(mask, k.shape[2]))
+            x = x + layer(f"{at_i}attn.o_proj", y)
+            if memory is not None:
+                q = layer(f"{at_i}cross_attn.q_proj", layer(f"{at_i}cross_norm", x))
+                k, v = (layer(f"{at_i}cross_attn.{n}_proj", memory) for n in "kv")
+                x = x + layer(f"{at_i}cross_attn.o_proj", attend(q, k, v, heads, mask=shown(memory_mask, k.shape[1])))
+            x = x + np.tanh(layer(f"{at_i}mlp", x))
+        return x
+
+    mask, tokens, past = inputs.get("attention_mask"), prompt.get("tokens"), prompt.get("past")
+    x = in_front(tokens, inputs["input_ids"])
+    if base["model"] == "causal_lm":
+        return layer("head", stack("", x, mask, past, causal=True))
+    if base["model"] == "encoder_decoder":
+        memory = stack("encoder.", x, mask)
+        ids = inputs["decoder_input_ids"] if "decoder_input_ids" in inputs else shifted(inputs["labels"])
+        later = in_front(prompt.get("decoder_tokens"), ids)
+        x = stack("decoder.", later, inputs.get("decoder_attention_mask"), past, True, memory, mask)
+        return layer("head", x)
+    x = stack("encoder.", x, mask, past)
+    if base["task"] == "FEATURE_EXTRACTION":
+        return x
+    if base["task"] == "SEQ_CLS":
+        weight = np.ones(x.shape[:2]) if mask is None else shown(mask, max(x.shape[1], mask.shape[1]))[:, -x.shape[1]:]
+        x = (x * weight[..., None]).sum(1) / weight.sum(1, keepdims=True)
+    return layer("qa_outputs" if base["task"] == "QUESTION_ANS" else "classifier", x)
+
+
+def shifted(labels, start=1, pad=0):
+    """What a decoder is given to predict `labels`."""
+    return np.maximum(np.concatenate([np.full_like(labels[:, :1], start), labels[:, :-1]], 1), pad)
+
+
+def cross_entropy(logits, labels):
+    """The mean over all labels but NO_LABEL. logits: (..., classes), labels: (...)."""
+    at = labels != NO_LABEL
+    return -np.log(softmax(logits[at])[np.arange(at.sum()), labels[at]]).mean()
+
+
+def loss(base, logits, labels):
+    """A language model's loss; a prompt in front of the input has no labels."""
+    if base.get("task") == "SEQ_CLS":
+        return cross_entropy(logits, labels)
+    missing = np.full((len(labels), logits.shape[1] - labels.shape[1]), NO_LABEL)
+    labels = np.concatenate([missing, labels], 1)
+    if base["model"] == "causal_lm":
+        return cross_entropy(logits[:, :-1], labels[:, 1:])
+    return cross_entropy(logits, labels)

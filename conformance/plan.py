@@ -56,6 +56,8 @@ def reject_tasks(cases, profile) -> list[Task]:
     found, seen = [], set()
     for case in cases:
         method = case.pack.data["method"]
+        if case.data.get("live"):
+            continue
         kinds: dict = {reject.bad_load: reject.LOAD} if method not in seen else {}
         if case.id == "lora/linear/plain":
             kinds |= {reject.bad_config: reject.CONFIG, reject.bad_file: reject.FILES}

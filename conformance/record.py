@@ -58,7 +58,7 @@ def draw_base(base, rng) -> dict:
 
 
 def draw_inputs(base, row_inputs, rng) -> dict:
-    name = "input_ids" if base.get("model") == "causal_lm" else "x"
+    name = "input_ids" if base.get("model") in numpy_model.LANGUAGE_MODELS else "x"
     given = base["input"]
     below, shape = given.get("below"), given["shape"]
     if below:  # every index at least once, where there is room
@@ -67,8 +67,8 @@ def draw_inputs(base, row_inputs, rng) -> dict:
         found = {name: rng.permutation(ids).reshape(shape)}
     else:
         found = {name: bf16(rng.normal(size=shape))}
-    for extra, (shape, below) in row_inputs.items():
-        found[extra] = rng.integers(0, below, shape)
+    for extra, how in row_inputs.items():
+        found[extra] = np.array(how["values"]) if isinstance(how, dict) else rng.integers(0, how[1], how[0])
     return found
 
 
@@ -106,17 +106,21 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     driver.build(base, weights, config, "float64", case=case_id)
     fresh_state = driver.state_dict()
     cotangent = bf16(rng.normal(size=driver.forward(inputs).shape))
-    trainable = set(driver.gradients(inputs, cotangent)) - {"input"}
-    frozen = set(fresh_state) - trainable
-    adapter = draw_adapter(method, fresh_state, frozen, rng)
-    driver.load(adapter)
+    used = config.get("inference_mode")  # nothing is trained any more
+    take, put = (driver.live_gradients, driver.assign) if row.live else (driver.gradients, driver.load)
+    fresh = {k: np.zeros(s) for k, s in method.lives(config).items()} if row.live else fresh_state
+    trainable = set(fresh if used else take(inputs, cotangent)) - {"input"}
+    frozen = set(fresh) - trainable
+    adapter = draw_adapter(method, fresh, set() if row.live else frozen, rng)
+    put(adapter)
 
     parts: dict[str, dict] = {"base": weights, "adapter": adapter, "input": inputs, "cotangent": {"y": cotangent}}
     said = formulas.output(method, base, weights, adapter, config, inputs)
     if row.golden == "formula":
         y, grad = said, formulas.gradients(method, base, weights, adapter, config, inputs, cotangent)
     else:
-        y, grad = driver.forward(inputs), driver.gradients(inputs, cotangent)
+        y = driver.forward(inputs)
+        grad = {} if used else take(inputs, cotangent)
     parts["out"], parts["grad"] = {"y": y}, grad
     folded, _ = formulas.adapted(method, base, {k: np.asarray(v, np.float64) for k, v in weights.items()}, adapter,
                                  config)
@@ -149,10 +153,15 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
         parts["paper_merged"] = {k: folded[k] for k in parts.get("merged", {})}
     trace = record_trace(method, row, driver, base, config, parts, problems, case_id)
     targets = targets_of(base, weights, adapter, method.name)
+    if row.live:
+        parts["saved"] = driver.state_dict()
+        for k, v in method.saved(adapter, config).items() if method.saved else ():
+            agreement_of(v, parts["saved"][k], f"saved {k}: formula and reference", problems)
+    saved = parts.get("saved", adapter)
     closed = formulas.expected_shapes(method, base, weights, config, targets)
     for k, shape in closed.items():
-        if k not in adapter or tuple(adapter[k].shape) != tuple(shape):
-            problems.append(f"{k}: closed form says {tuple(shape)}, saved {adapter.get(k, np.empty(0)).shape}")
+        if k not in saved or tuple(saved[k].shape) != tuple(shape):
+            problems.append(f"{k}: closed form says {tuple(shape)}, saved {saved.get(k, np.empty(0)).shape}")
     if plain.shape != y.shape:  # prompts lengthen the output
         plain = None
     effect = 1.0 if plain is None else float(np.abs(y - plain).max() / np.abs(y).max())
@@ -169,7 +178,8 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
         "base": base, "config": config, "second": second_config(method, row),
         **({"trace": trace} if trace else {}), "dtypes": list(row.dtypes),
         "merges": "merged" in parts, "targets": targets,
-        "keys": {k: list(v.shape) for k, v in sorted(adapter.items())}, "frozen": sorted(frozen),
+        "keys": {k: list(v.shape) for k, v in sorted(saved.items())}, "frozen": sorted(frozen),
+        **({"live": True} if row.live else {}),
         "parameters": dict(sorted(live.items())), "count": list(count),
         "effect": round(effect, 4), "margin": float(f"{margin:.4g}"), "nearest_fault": nearest,
         "agreement": float(f"{agreement:.3g}"),
@@ -236,7 +246,7 @@ def margin_of(method, row, base, weights, adapter, config, inputs, y, plain):
         if meant and "formula" in fault.change:
             wrong[fault.id] = formulas.output(method, base, weights, adapter, config, inputs,
                                               formula=fault.change["formula"])
-        for part in ("run", "prompt"):
+        for part in ("run", "prompt", "loss"):
             if meant and part in fault.change:
                 wrong[fault.id] = formulas.output(method, base, weights, adapter, config, inputs,
                                                   **{part: fault.change[part]})

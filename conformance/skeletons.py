@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .models import Conv1D, LMConfig
+from .language_models import LMConfig
+from .models import Conv1D
 
 
 class Skeleton(nn.Module):

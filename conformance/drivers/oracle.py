@@ -23,7 +23,7 @@ class Oracle(Driver):
     def __init__(self, fault=None):
         self.fault = fault
         change = fault.change if fault else {}
-        self.faulty = {k: v for k, v in change.items() if k in ("formula", "run", "prompt")}
+        self.faulty = {k: v for k, v in change.items() if k in ("formula", "run", "prompt", "loss")}
         for op, replacement in change.items():
             if op in OPERATIONS:
                 setattr(self, op, partial(replacement, self, getattr(self, op)))
@@ -59,6 +59,7 @@ class Oracle(Driver):
         shapes = formulas.expected_shapes(self.method, self.base, self.base_weights, config, self.targets(config))
         if self.case is not None and config == self.case.config:
             shapes = self.case.keys
+        shapes = self.method.lives(config) or shapes
         tensors = {}
         for key, shape in shapes.items():
             value = next((v for slot, v in self.method.neutral.items() if key.endswith(slot)), None)
@@ -86,6 +87,15 @@ class Oracle(Driver):
         if problems:
             raise Rejected("; ".join(problems))
         self.adapters[name] = (config, {k: np.asarray(v, np.float64) for k, v in tensors.items()})
+
+    def assign(self, tensors):
+        config, own = self.adapters["default"]
+        self.adapters["default"] = (config, {**own, **{k: np.asarray(v, np.float64) for k, v in tensors.items()}})
+
+    def saved(self, name="default"):
+        """What a checkpoint holds of an adapter, unrounded."""
+        config, tensors = self.adapters[name]
+        return self.method.saved(tensors, config) if self.method.lives(config) else tensors
 
     def scaled(self, config):
         if self.factor == 1:
@@ -121,6 +131,9 @@ class Oracle(Driver):
     def rounded(self, y):
         return np.asarray(y, np.float64 if self.dtype == "float64" else np.float32)
 
+    def live_gradients(self, inputs, cotangent):
+        return self.gradients(inputs, cotangent)
+
     def gradients(self, inputs, cotangent):
         if self.dtype == "float64":
             raise Unsupported("gradients are finite differences, good to float32")
@@ -130,7 +143,7 @@ class Oracle(Driver):
         return {k: self.rounded(v) for k, v in found.items()}
 
     def state_dict(self, name="default"):
-        return {k: self.rounded(v) for k, v in self.adapters[name][1].items()}
+        return {k: self.rounded(v) for k, v in self.saved(name).items()}
 
     def names(self):
         if self.case is None:
@@ -172,7 +185,9 @@ class Oracle(Driver):
     def save(self, path):
         from safetensors.numpy import save_file
 
-        config, tensors = self.adapters["default"]
+        config, tensors = self.adapters["default"][0], self.saved()
+        if self.method.lives(config):
+            config = {**config, "inference_mode": True}
         Path(path, "adapter_config.json").write_text(json.dumps(config))
         save_file({k: np.ascontiguousarray(self.rounded(v)) for k, v in tensors.items()},
                   Path(path, "adapter_model.safetensors"))

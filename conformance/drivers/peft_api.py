@@ -134,10 +134,11 @@ class PeftApi(Driver):
     def run(self, first, more):
         with self.context():
             model = self.model
-            if "task_ids" in more:  # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
+            if "task_ids" in more and not hasattr(model, "prompt_encoder"):
+                # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
                 model, more = (model.base_model, more) if hasattr(model, "peft_config") else (model, {})
             out = model(first, **more)
-        return out[0] if isinstance(out, tuple) else getattr(out, "logits", out)
+        return models.answer(out, "labels" in more)
 
     def forward(self, inputs, adapter_names=None):
         first, more = self.kwargs(inputs)
@@ -151,28 +152,42 @@ class PeftApi(Driver):
         with torch.no_grad(), rejecting():
             return to_numpy(self.run(first, more))
 
-    def gradients(self, inputs, cotangent):
+    def assign(self, tensors):
+        live = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, value in tensors.items():
+                live[name].copy_(to_torch(value, self.dtype))
+
+    def backward(self, inputs, cotangent):
         first, more = self.kwargs(inputs)
         self.model.zero_grad()
         if first.is_floating_point():
             first.requires_grad_(True)
         (self.run(first, more) * to_torch(cotangent, self.dtype)).sum().backward()
+        return first
+
+    def live_gradients(self, inputs, cotangent):
+        self.backward(inputs, cotangent)
+        return {k: to_numpy(p.grad) for k, p in self.model.named_parameters() if p.requires_grad}
+
+    def gradients(self, inputs, cotangent):
+        first = self.backward(inputs, cotangent)
         found = {"input": to_numpy(first.grad)} if first.is_floating_point() else {}
         return {**found, **self.saved_view(lambda p: torch.zeros_like(p) if p.grad is None else p.grad.clone())}
 
     def saved_view(self, of):
-        """The saved keys of the trainable parameters, with `of(parameter)` in place of the values."""
+        """The saved keys of the trainable parameters, with `of(parameter)` in place of the values and 0 elsewhere."""
         params = [p for p in self.model.parameters() if p.requires_grad]
         kept = [p.data for p in params]
         made = [of(p) for p in params]
         try:
             for p in params:
                 p.data = torch.full_like(p, float("nan"))
-            trainable = {k for k, v in self.peft.get_peft_model_state_dict(self.model).items() if torch.isnan(v).any()}
+            trained = {k: torch.isnan(v) for k, v in self.peft.get_peft_model_state_dict(self.model).items()}
             for p, new in zip(params, made):
                 p.data = new
             state = self.peft.get_peft_model_state_dict(self.model)
-            return {k: to_numpy(v) for k, v in state.items() if k in trainable}
+            return {k: to_numpy(v * trained[k]) for k, v in state.items() if trained[k].any()}
         finally:
             for p, old in zip(params, kept):
                 p.data = old

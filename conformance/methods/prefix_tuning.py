@@ -1,31 +1,64 @@
-"""Prefix tuning: Li and Liang, 2021, https://arxiv.org/abs/2101.00190: keys and values before each layer's."""
+"""Prefix tuning: Li and Liang, 2021, https://arxiv.org/abs/2101.00190: keys and values before each layer's.
+
+With a projection they come out of a network, which is trained and not saved.
+"""
+
+import numpy as np
 
 from ..method import Fault, Method, Row
 
-KEY = "prompt_embeddings"
-DIM, HEADS, LAYERS = 8, 2, 2  # of the causal-lm base
+KEY, LIVE = "prompt_embeddings", "prompt_encoder.default."
+DIM, HEADS, LAYERS = 8, 2, 2  # of the language models
 
 
 def shared(c, sites):
     return {KEY: (c["num_virtual_tokens"], LAYERS * 2 * DIM)}
 
 
-def prompt(t, c, order=(0, 1), heads=HEADS):
-    """The flat rows hold, for each layer, keys then values, each (heads, dim / heads)."""
-    if KEY not in t:
+def live(c):
+    if not c.get("prefix_projection"):
         return {}
-    P = t[KEY].reshape(len(t[KEY]), LAYERS, 2, heads, DIM // heads).transpose(1, 2, 3, 0, 4)
+    h, width = c["encoder_hidden_size"], LAYERS * 2 * DIM
+    shapes = {"embedding.weight": (c["num_virtual_tokens"], DIM), "transform.0.weight": (h, DIM),
+              "transform.0.bias": (h,), "transform.2.weight": (width, h), "transform.2.bias": (width,)}
+    return {LIVE + k: v for k, v in shapes.items()}
+
+
+def project(t, c, activation=np.tanh):
+    E, W, b, V, d = (np.asarray(t[k], np.float64) for k in live(c))
+    return activation(E @ W.T + b) @ V.T + d
+
+
+def prompt(t, c, order=(0, 1), heads=HEADS, project=project):
+    """The flat rows hold, for each layer, keys then values, each (heads, dim / heads)."""
+    flat = t[KEY] if KEY in t else project(t, c)
+    P = flat.reshape(len(flat), LAYERS, 2, heads, DIM // heads).transpose(1, 2, 3, 0, 4)
     return {"past": [(layer[order[0]], layer[order[1]]) for layer in P]}
 
 
-def tuning(n, **more):
-    return {"task_type": "CAUSAL_LM", "num_virtual_tokens": n, **more}
+def tuning(n, task="CAUSAL_LM", **more):
+    return {"task_type": task, "num_virtual_tokens": n, **more}
 
+
+MASK = {"attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}
+REPEATED = "in an encoder-decoder the keys and values of every other layer go to two layers each, the others to none"
 
 ROWS = [
     Row("causal-lm/plain", "causal-lm", tuning(3), "core", second={}),
     Row("causal-lm/one-token", "causal-lm", tuning(1)),
     Row("causal-lm/seven-tokens", "causal-lm", tuning(7)),
+    Row("causal-lm/masked", "causal-lm", tuning(3), inputs=MASK),
+    Row("causal-lm/loss", "causal-lm", tuning(5), inputs={"labels": [[2, 5], 13]}),
+    Row("causal-lm/projection", "causal-lm", tuning(3, prefix_projection=True, encoder_hidden_size=5), "core",
+        live=True),
+    Row("encoder/features", "encoder", tuning(3, "FEATURE_EXTRACTION"), inputs=MASK),
+    Row("encoder/sequence", "encoder-sequence", tuning(3, "SEQ_CLS"), "core", inputs=MASK),
+    Row("encoder/tokens", "encoder-tokens", tuning(3, "TOKEN_CLS"), inputs=MASK),
+    Row("encoder/tokens-loss", "encoder-tokens", tuning(3, "TOKEN_CLS"), inputs={"labels": [[2, 5], 3]}),
+    Row("encoder/answers", "encoder-answers", tuning(3, "QUESTION_ANS"), inputs=MASK),
+    Row("encoder-decoder/plain", "encoder-decoder", tuning(3, "SEQ_2_SEQ_LM"), disputed=REPEATED,
+        inputs={**MASK, "decoder_input_ids": [[2, 4], 13],
+                "decoder_attention_mask": {"values": [[1, 1, 1, 1], [1, 1, 0, 0]]}}),
 ]
 
 FAULTS = (
@@ -33,11 +66,15 @@ FAULTS = (
           caught_by=("forward",)),
     Fault("layers-reversed", "the last layer's prefix goes to the first layer",
           {"prompt": lambda t, c: {k: v[::-1] for k, v in prompt(t, c).items()}}, caught_by=("forward",)),
+    Fault("relu-for-tanh", "the projection has a ReLU between its layers",
+          {"prompt": lambda t, c: prompt(t, c, project=lambda t, c: project(t, c, lambda x: np.maximum(x, 0)))},
+          caught_by=("forward",), cases=("causal-lm/projection",)),
 )
 
 METHOD = Method(
     name="prefix_tuning", peft_type="PREFIX_TUNING", title="Prefix tuning", paper="https://arxiv.org/abs/2101.00190",
     equation="K' = [P_K; K], V' = [P_V; V]", rows=ROWS, shapes=lambda site, c: {}, shared=shared, prompt=prompt,
+    live=live, saved=lambda t, c: {KEY: project(t, c)},
     faults=FAULTS, merges=False, stacks=False, draw={"num_virtual_tokens": [1, 2, 5], "task_type": ["CAUSAL_LM"]},
     draw_bases=("causal-lm",), prompts=True,
 )

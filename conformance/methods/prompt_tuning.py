@@ -6,30 +6,48 @@ KEY = "prompt_embeddings"
 
 
 def shared(c, sites, dim=8):
-    return {KEY: (c["num_virtual_tokens"], dim)}
+    """Encoder-decoders have vectors for both stacks, and use the first half."""
+    return {KEY: (c["num_virtual_tokens"] * (2 if c["task_type"] == "SEQ_2_SEQ_LM" else 1), dim)}
 
 
-def prompt(t, c):
-    return {"tokens": t[KEY]} if KEY in t else {}
+def prompt(t, c, of=lambda P: P):
+    return {"tokens": of(t[KEY][: c["num_virtual_tokens"]])} if KEY in t else {}
 
 
-def tuning(n, **more):
-    return {"task_type": "CAUSAL_LM", "num_virtual_tokens": n, **more}
+def tuning(n, task="CAUSAL_LM", **more):
+    return {"task_type": task, "num_virtual_tokens": n, **more}
 
+
+def wrong(of):
+    return {"prompt": lambda t, c: prompt(t, c, of)}
+
+
+MASK = {"attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}
+LATER = {"decoder_input_ids": [[2, 4], 13], "decoder_attention_mask": {"values": [[1, 1, 1, 1], [1, 1, 0, 0]]}}
 
 ROWS = [
     Row("causal-lm/plain", "causal-lm", tuning(3), "core", second={}),
     Row("causal-lm/one-token", "causal-lm", tuning(1)),
     Row("causal-lm/sample-vocab", "causal-lm", tuning(4, prompt_tuning_init="SAMPLE_VOCAB")),
+    Row("causal-lm/masked", "causal-lm", tuning(3), inputs=MASK),
+    Row("causal-lm/loss", "causal-lm", tuning(3), inputs={"labels": [[2, 5], 13]}),
+    Row("encoder/features", "encoder", tuning(3, "FEATURE_EXTRACTION"), inputs=MASK),
+    Row("encoder/sequence", "encoder-sequence", tuning(3, "SEQ_CLS"), "core", inputs=MASK),
+    Row("encoder/sequence-loss", "encoder-sequence", tuning(3, "SEQ_CLS"), inputs={"labels": [[2], 3]}),
+    Row("encoder/tokens", "encoder-tokens", tuning(3, "TOKEN_CLS"), inputs=MASK),
+    Row("encoder/answers", "encoder-answers", tuning(3, "QUESTION_ANS"), inputs=MASK),
+    Row("encoder-decoder/plain", "encoder-decoder", tuning(3, "SEQ_2_SEQ_LM"), "core", inputs={**MASK, **LATER}),
+    Row("encoder-decoder/loss", "encoder-decoder", tuning(3, "SEQ_2_SEQ_LM"), inputs={"labels": [[2, 4], 13]}),
 ]
 
 FAULTS = (
     Fault("reversed", "the virtual tokens stand in reverse order",
-          {"prompt": lambda t, c: {"tokens": t[KEY][::-1]} if KEY in t else {}}, caught_by=("forward",),
-          spares=("causal-lm/one-token",)),
+          wrong(lambda P: P[::-1]), caught_by=("forward",), spares=("causal-lm/one-token",)),
     Fault("last-token-dropped", "the last virtual token repeats the first",
-          {"prompt": lambda t, c: {"tokens": t[KEY][[*range(len(t[KEY]) - 1), 0]]} if KEY in t else {}},
-          caught_by=("forward",), spares=("causal-lm/one-token",)),
+          wrong(lambda P: P[[*range(len(P) - 1), 0]]), caught_by=("forward",), spares=("causal-lm/one-token",)),
+    Fault("second-half", "an encoder-decoder is given the second half of the vectors",
+          {"prompt": lambda t, c: {"tokens": t[KEY][c["num_virtual_tokens"]:]}}, caught_by=("forward",),
+          cases=("encoder-decoder/plain",)),
 )
 
 METHOD = Method(

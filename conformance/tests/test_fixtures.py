@@ -70,7 +70,7 @@ def test_counts_follow_from_the_closed_form(case):
     """The closed form of the shapes gives the number of trained parameters."""
     method = methods()[case.pack.data["method"]]
     closed = formulas.expected_shapes(method, case.base, case.tensors("base"), case.config, case.targets)
-    trained = sum(int(np.prod(s)) for k, s in closed.items() if not method.is_frozen(k))
+    trained = formulas.trained_count(method, closed, case.config)
     extra = {k: v for k, v in case.keys.items() if k not in closed and k not in case.frozen}
     assert trained + sum(int(np.prod(v)) for v in extra.values()) == case.count[0]
 

@@ -31,11 +31,17 @@ def test_numpy_model_is_torch_model(name):
     from conformance import models
 
     base, rng = bases.BASES[name], np.random.default_rng(0)
-    weights, inputs = record.draw_base(base, rng), record.draw_inputs(base, {}, rng)
+    more: dict = {}
+    if base.get("model") in numpy_model.LANGUAGE_MODELS:
+        more["attention_mask"] = {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}
+    if name == "encoder-decoder":
+        more |= {"decoder_input_ids": [[2, 4], 13], "decoder_attention_mask": {"values": [[1, 1, 1, 1], [1, 1, 0, 0]]}}
+    weights, inputs = record.draw_base(base, rng), record.draw_inputs(base, more, rng)
     net = models.make(base).double()
     net.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
     with torch.no_grad():
-        want = net(torch.from_numpy(next(iter(inputs.values())))).numpy()
+        first, *rest = ((k, torch.from_numpy(v)) for k, v in inputs.items())
+        want = models.answer(net(first[1], **dict(rest))).numpy()
     assert compare.distance(numpy_model.run(base, weights, inputs), want, "float64") <= 1
 
 

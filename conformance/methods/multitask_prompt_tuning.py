@@ -1,0 +1,68 @@
+"""Multitask prompt tuning: Wang et al., 2023, https://arxiv.org/abs/2303.02861: one prompt, scaled for each task."""
+
+import numpy as np
+
+from ..method import Fault, Method, Row
+
+KEY, COLS, ROWS_OF = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
+DIM = 8  # of the language models
+
+
+def shared(c, sites):
+    both = 2 if c["task_type"] == "SEQ_2_SEQ_LM" else 1  # vectors for the encoder, then as many for the decoder
+    n, tasks, r = both * c["num_virtual_tokens"], c["num_tasks"], c["num_ranks"]
+    return {KEY: (n, DIM), COLS: (tasks, n, r), ROWS_OF: (tasks, r, DIM)}
+
+
+def scale(t, tasks):
+    """U_k V_k for each sample's task k: (batch, tokens, dim)."""
+    return t[COLS][tasks] @ t[ROWS_OF][tasks]
+
+
+def prompt(t, c, inputs, joined=lambda P, S: P * S, tasks=lambda k: k, swapped=False):
+    vectors, n = joined(t[KEY], scale(t, tasks(inputs["task_ids"]))), c["num_virtual_tokens"]
+    halves = [vectors[:, :n], vectors[:, n:]]
+    if swapped:
+        halves.reverse()
+    return {"tokens": halves[0], **({"decoder_tokens": halves[1]} if c["task_type"] == "SEQ_2_SEQ_LM" else {})}
+
+
+def wrong(**how):
+    return {"prompt": lambda t, c, inputs: prompt(t, c, inputs, **how)}
+
+
+def tuning(n, task="CAUSAL_LM", **more):
+    return {"task_type": task, "num_virtual_tokens": n, "num_tasks": 4, "num_ranks": 2, **more}
+
+
+TASKS = {"task_ids": {"values": [3, 1]}}
+MASK = {"attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}
+ROWS = [
+    Row("causal-lm/plain", "causal-lm", tuning(3), "core", inputs=TASKS, second={}),
+    Row("causal-lm/one-rank", "causal-lm", tuning(4, num_ranks=1), inputs=TASKS),
+    Row("causal-lm/loss", "causal-lm", tuning(3), inputs={**TASKS, "labels": [[2, 5], 13]}),
+    Row("encoder/sequence", "encoder-sequence", tuning(2, "SEQ_CLS"), inputs={**TASKS, **MASK}),
+    # the reference raises if it is given a decoder's input
+    Row("encoder-decoder/loss", "encoder-decoder", tuning(3, "SEQ_2_SEQ_LM"), "core",
+        inputs={**TASKS, "labels": [[2, 4], 13]}),
+]
+
+FAULTS = (
+    Fault("one-task-for-all", "every sample gets the first sample's task", wrong(tasks=lambda k: np.full_like(k, k[0])),
+          caught_by=("forward",)),
+    Fault("added", "the task's matrix is added to the prompt, not multiplied", wrong(joined=lambda P, S: P + S),
+          caught_by=("forward",)),
+    Fault("tasks-shifted", "tasks are counted from one", wrong(tasks=lambda k: k - 1), caught_by=("forward",)),
+    Fault("halves-exchanged", "the decoder's vectors stand before the encoder's input", wrong(swapped=True),
+          caught_by=("forward",), cases=("encoder-decoder/loss",)),
+)
+
+METHOD = Method(
+    name="multitask_prompt_tuning", peft_type="MULTITASK_PROMPT_TUNING", title="Multitask prompt tuning",
+    paper="https://arxiv.org/abs/2303.02861", equation="x' = [P * (U_k V_k); E(x)]", rows=ROWS,
+    shapes=lambda site, c: {}, shared=shared, prompt=prompt,
+    perturb=lambda key, fresh, rng: rng.normal(size=fresh.shape), faults=FAULTS, merges=False, stacks=False,
+    draw_inputs=TASKS,
+    draw={"num_virtual_tokens": [1, 2, 5], "num_tasks": [4], "num_ranks": [1, 3], "task_type": ["CAUSAL_LM"]},
+    draw_bases=("causal-lm",), prompts=True,
+)
