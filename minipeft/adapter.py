@@ -80,7 +80,7 @@ class Adapter:
 
     def __setattr__(self, slot: str, value: Any) -> None:
         slot = self.base.slot(slot) if self.renames else slot
-        self.layer.put(slot, self.name, value, persistent=self.keeps(slot, self.config))
+        self.layer.put(slot, self.name, value, isinstance(value, Tensor) and self.keeps(slot, self.config))
 
     def __getattr__(self, slot: str) -> Any:
         own = self.__dict__

@@ -98,6 +98,8 @@ class Plan:
         self.tokens: list[tuple[str, Layer, Layer | None]] = []  # the same as `new`, to be put into a wrapper
         self.after: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
         self.live_paths: dict[int, str] = {}
+        self.placed: list[Layer | ModulesToSaveWrapper] = []  # once it is in place: everything that holds the adapter
+        self.parents: dict[str, nn.Module] = {}  # live path, module: those met so far while putting things in place
         others = {n: c for n, c in tuner.peft_config.items() if c is not config}
         if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
             raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
@@ -218,7 +220,7 @@ class Plan:
     def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         """A layer around `module` with the one new adapter, not yet part of the model."""
         scratch = Layer(module, base, cls.method.value, self.tuner.context)
-        scratch.blank, scratch.autocast = self.empty or base.device.type == "meta", self.autocast
+        vars(scratch).update(blank=self.empty or base.device.type == "meta", autocast=self.autocast)
         adapter = cls(scratch, self.name, config, path)
         scratch.adapters[self.name] = adapter
         for slot, value in self.shared.items() if cls is self.cls else ():
@@ -325,9 +327,6 @@ class Plan:
             for action in scratch.at_commit:
                 action()
             scratch.at_commit.clear()
-            for slot in self.shared:
-                scratch._modules[slot] = tuner._modules[slot]
-            scratch.adapters[name].move_to(scratch)
             if joins is not None:
                 joins.adopt(scratch, name)
             else:
@@ -342,16 +341,21 @@ class Plan:
                 module = ModulesToSaveWrapper(module, tuner.context)
                 self._set(live, module)
             module.modules_to_save[name] = copied
+            self.placed.append(joins or scratch)
         self.ties.commit()
 
     def finish(self) -> None:
         """Write what a checkpoint holds for the model's own tensors: biases, and whole embedding layers."""
         for entry, value in self.after:
+            self.placed.append(joins or scratch)
             entry.fill(value)
 
     def _set(self, live: str, module: nn.Module) -> None:
         head, _, last = live.rpartition(".")
-        parent = self.model.get_submodule(head)
+        parent = self.parents.get(head)
+        if parent is None:
+            parent = self.parents[head] = self.model.get_submodule(head)
+            self.placed.append(module)
         parent._modules[last] = module
         if isinstance(module, Layer):
             module.read_through = isinstance(parent, nn.MultiheadAttention)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapted, Adapter
-from .base import Base
+from .base import Base, bare, begin
 from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
 
 BASE = "__base__"  # in a mixed batch: a sample for the bare model
@@ -138,21 +138,20 @@ class Slots(nn.Module):
 
     def put(self, slot: str, name: str, value: Any, persistent: bool = False) -> None:
         """Store `value` for adapter `name`; the first value of a slot decides what kind of container it is."""
-        contents = self.contents(slot)
-        if contents is None:
-            if isinstance(value, nn.Module):
-                self.register(slot, nn.ModuleDict(), trained=bool(value._parameters or value._modules))
-            elif isinstance(value, nn.Parameter):
-                self.register(slot, nn.ParameterDict(), trained=True)
-            elif isinstance(value, Tensor):
-                self.register(slot, BufferDict(persistent=persistent), trained=False)
-            else:
-                self.register(slot, {}, trained=False)
-            contents = self.contents(slot)
-        box: Any = self._modules.get(slot)
-        if isinstance(value, Tensor):  # let the container see to what it needs
-            box[name] = value
+        if isinstance(value, nn.Module):
+            if slot not in self._modules:
+                self.register(slot, bare(nn.ModuleDict), trained=bool(value._parameters or value._modules))
+            self._modules[slot]._modules[name] = value
+        elif isinstance(value, Tensor):
+            if slot not in self._modules:
+                trained = isinstance(value, nn.Parameter)
+                self.register(slot, nn.ParameterDict() if trained else BufferDict(persistent=persistent), trained)
+            box: Any = self._modules[slot]
+            box[name] = value  # the container sees to what it needs
         else:
+            contents = self.contents(slot)
+            if contents is None:
+                self.register(slot, contents := {}, trained=False)
             contents[name] = value
 
     def register(self, slot: str, box: Any, trained: bool) -> None:
@@ -187,9 +186,8 @@ class Slots(nn.Module):
     def boxes(self, name: str) -> Iterator[tuple[str, Any, Any]]:
         """(slot, container, value) of every module slot that adapter `name` has."""
         for slot in self.adapter_layer_names + self.other_param_names:
-            box: Any = self._modules.get(slot)
-            if box is not None and name in box:
-                yield slot, box, box[name]
+            if (box := self._modules.get(slot)) is not None and name in (contents := self.contents(slot)):
+                yield slot, box, contents[name]
 
     def tensors(self, name: str, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
         """(slot, tensor) of every tensor of adapter `name`, in slots that start with `prefix`."""
@@ -250,7 +248,7 @@ class Layer(Switch, Slots):
     _active_adapter: list[str]
 
     def __init__(self, module: nn.Module, base: Base, method: str, context: Context | None = None):
-        super().__init__()
+        begin(self)
         self._modules["base_layer"] = module
         vars(self).update(  # plain values: nn.Module.__setattr__ would ask of each what it is
             base=base,
@@ -283,13 +281,15 @@ class Layer(Switch, Slots):
     def settle_all(self, name: str) -> None:
         """Move all tensors of adapter `name` that have values there, by way of the frozen layer's dtype."""
         dtype, device = self.base.dtype, self.base.device
+        if device.type == "meta":
+            return
         final = torch.float32 if self.autocast and dtype in LOW_PRECISION else dtype
         for slot, tensor in self.tensors(name):
-            if tensor.is_meta or device.type == "meta":
+            if tensor.is_meta or (tensor.dtype == dtype == final and tensor.device == device):
                 continue
             if not (tensor.is_floating_point() and dtype.is_floating_point):
                 tensor.data = tensor.data.to(device)
-            elif not (tensor.dtype == dtype == final and tensor.device == device):
+            else:
                 # PEFT: not the buffers of its modules
                 own = isinstance(tensor, nn.Parameter) or tensor is self.take(slot, name)
                 tensor.data = tensor.data.to(device, dtype).to(final if own else dtype)
@@ -454,7 +454,7 @@ class Layer(Switch, Slots):
     def _train(self, name: str, on: bool) -> None:
         for slot in self.adapter_layer_names:
             if slot.startswith(self.adapters[name].prefix) and (value := self.contents(slot).get(name)) is not None:
-                for p in (value,) if isinstance(value, Tensor) else value.parameters():
+                for p in (value,) if isinstance(value, Tensor) else _parameters(value):
                     if p.requires_grad is not on and p.is_leaf:
                         p.requires_grad_(on)
         (self.trained.add if on else self.trained.discard)(name)
@@ -723,6 +723,10 @@ def _wide(pair: Any) -> Any:
     """(W, b) in at least float32."""
     widen = lambda t: t if t is None or not t.is_floating_point() else t.to(torch.promote_types(t.dtype, torch.float32))
     return tuple({k: widen(t) for k, t in p.items()} if isinstance(p, dict) else widen(p) for p in pair)
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters() if module._modules else (p for p in module._parameters.values() if p is not None)
+
 
 
 @contextmanager

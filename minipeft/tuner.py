@@ -124,14 +124,14 @@ class BaseTuner(Slots):
         self._own_biases(name, config)
         plan.finish()
         names = self.active_adapters
-        for _, _, layer in adapted(self.model):
-            if name in layer.adapters:
-                layer._active_adapter = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
-                layer._disable_adapters = self._disabled
-                layer.set_requires_grad(name, name in names and not config.inference_mode and not self._disabled)
-                for _, _, value in layer.boxes(name) if isinstance(layer, Layer) else [(0, 0, layer.adapters[name])]:
-                    if isinstance(value, nn.Module):
-                        value.train(self.training)  # added to a model in eval(), it is in eval()
+        training = name in names and not config.inference_mode and not self._disabled
+        for layer in plan.placed:
+            active = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
+            vars(layer).update(_active_adapter=active, _disable_adapters=self._disabled)
+            layer.set_requires_grad([name], training)
+            for _, _, value in layer.boxes(name) if isinstance(layer, Layer) else [(0, 0, layer.adapters[name])]:
+                if isinstance(value, nn.Module) and (value._modules or value.training is not self.training):
+                    value.train(self.training)  # added to a model in eval(), it is in eval()
         return report
 
     def _plan_loaded(self, name: str, config: Any, autocast: bool, weights: Any, strict: bool) -> tuple[Plan, Any]:

@@ -119,7 +119,7 @@ class Ties:
 
     def follow(self, plan: Any) -> None:
         """Let the new adapters on tied layers follow the one on the embedding."""
-        new = {scratch.adapters[plan.name].path: scratch.adapters[plan.name] for _, scratch, _ in plan.new}
+        new = {s.adapters[plan.name].path: s.adapters[plan.name] for _, s, _ in plan.new if self.targets}
         for path in self.targets:
             self._pair(new[path], new[self.embedding])
         for adapter, source in self.pairs:  # a head may have set the initial values of all
@@ -131,6 +131,8 @@ class Ties:
 
     def copy(self, plan: Any) -> None:
         """Add trained copies of the modules that are tied to the embedding."""
+        if not self.modules:
+            return
         at = {path: (live, module) for path, live, module in reversed(list(walk(self.model)))}
         sources = {live: copied for live, _, copied in plan.copies}
         for path in self.modules:

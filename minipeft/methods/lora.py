@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Delta
+from ..base import dropout
 from ..checkpoint import read_weights
 from ..config import PeftConfig
 from ..errors import ConfigError, UnsupportedFeatureError
@@ -144,7 +145,7 @@ class Factors(Adapter):
         self.lora_alpha = pattern_value(c.alpha_pattern, self.path, c.lora_alpha)
         self.use_rslora, self.use_dora, self.lora_bias = c.use_rslora, c.use_dora, c.lora_bias
         self.scaling = self.initial_scaling()
-        self.lora_dropout = nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity()
+        self.lora_dropout = dropout(c.lora_dropout)
         self.lora_A = self.base.down(self.r)  # (r, in)
         self.lora_B = self.base.up(self.r, c.lora_bias)  # (out, r)
         if not self.blank or self.changes_base(c):

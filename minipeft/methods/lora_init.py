@@ -26,11 +26,21 @@ LATER = ("eva", "corda", "loftq", "lora_ga", "mica")
 INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|{'|'.join(LATER)}")
 
 
-@torch.no_grad()
 def initialise(adapter: Any, how: bool | str) -> None:
     """Set A and B of a freshly built LoRA or DoRA adapter; torch's own initial values are in them."""
     if how in LATER:
         raise UnsupportedFeatureError(f"minipeft does not do init_lora_weights={how!r} yet: use another, or peft.")
+    if how is True and isinstance(adapter.lora_A, nn.Linear):  # by far the commonest
+        kaiming(adapter.lora_A.weight.data)
+        for zero in adapter.lora_B._parameters.values():
+            if zero is not None:
+                zero.data.zero_()
+    else:
+        with torch.no_grad():
+            _initialise(adapter, how)
+
+
+def _initialise(adapter: Any, how: bool | str) -> None:
     A, B, base = adapter.lora_A, adapter.lora_B, adapter.base
     if not base.reads_vectors:  # PEFT: on an embedding A is zero and B normal, whatever the name says
         if how is not False:
@@ -38,7 +48,7 @@ def initialise(adapter: Any, how: bool | str) -> None:
             nn.init.normal_(B)
     elif how is True or how == "gaussian":
         if how is True:
-            kaiming(A.weight) if A.weight.dim() == 2 else nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
         else:
             nn.init.normal_(A.weight, std=1 / adapter.r)
         for zero in (B.weight, B.bias):
