@@ -98,9 +98,8 @@ def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
         prefix = "model."
     config = model.peft_config[name]
     cls = adapter_class(config)
-    shared = () if tuner is None else tuner.adapter_layer_names + tuner.other_param_names
-    for slot in shared:
-        box = tuner._modules[slot]
+    shared = {} if tuner is None else tuner.shared_slots()
+    for slot, box in shared.items():
         if name in box and cls.keeps(slot, config):
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
             yield from entries_of_shared(slot, name, box[name], inner, name)
@@ -410,6 +409,9 @@ def set_peft_model_state_dict(
     for entry in entries + base:
         if strip(entry.saved) in given:
             entry.fill(given[strip(entry.saved)])
+    for _, _, module in adapted(getattr(tuner_of(model), "model", model)):
+        if isinstance(module, Layer) and adapter_name in module.adapters:
+            module.adapters[adapter_name].loaded()
     return report
 
 

@@ -98,8 +98,6 @@ class Plan:
         self.tokens: list[tuple[str, Layer, Layer | None]] = []  # the same as `new`, to be put into a wrapper
         self.after: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
         self.live_paths: dict[int, str] = {}
-        self.placed: list[Layer | ModulesToSaveWrapper] = []  # once it is in place: everything that holds the adapter
-        self.parents: dict[str, nn.Module] = {}  # live path, module: those met so far while putting things in place
         others = {n: c for n, c in tuner.peft_config.items() if c is not config}
         if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
             raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
@@ -107,7 +105,7 @@ class Plan:
         self.undo = self.cls.prepare(config, self.model)
         try:
             found = self.find(strict=not loading, keys=keys)
-            self.shared = self.cls.share(config, [base for *_, base in found], tuner.shared)
+            self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
             for path, live, module, base in found:
                 self.build(path, live, module, base)
             self.cls.complete(config, [scratch.adapters[name] for _, scratch, _ in self.new])
@@ -220,11 +218,14 @@ class Plan:
     def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         """A layer around `module` with the one new adapter, not yet part of the model."""
         scratch = Layer(module, base, cls.method.value, self.tuner.context)
-        vars(scratch).update(blank=self.empty or base.device.type == "meta", autocast=self.autocast)
+        scratch.blank, scratch.autocast = self.empty or base.device.type == "meta", self.autocast
         adapter = cls(scratch, self.name, config, path)
         scratch.adapters[self.name] = adapter
         for slot, value in self.shared.items() if cls is self.cls else ():
-            scratch.put(slot, self.name, value)
+            if (mine := _own_slot(cls, slot, path)) == slot:
+                scratch.put(slot, self.name, value)
+            elif mine:
+                vars(scratch)[mine] = {self.name: value}
         with torch.device("meta") if scratch.blank else nullcontext():
             adapter.build()
         scratch.settle_all(self.name)
@@ -324,6 +325,13 @@ class Plan:
         for slot, value in self.shared.items():
             tuner.put(slot, name, value, persistent=self.cls.keeps(slot, self.config))
         for live, scratch, joins in self.new:
+            adapter = scratch.adapters[name]
+            for slot in self.shared:
+                if (mine := _own_slot(self.cls, slot, adapter.path)) == slot:
+                    scratch._modules[slot] = tuner._modules[slot]
+                elif mine:
+                    vars(scratch)[mine] = tuner.grouped[slot]._buffers
+            adapter.move_to(scratch)
             for action in scratch.at_commit:
                 action()
             scratch.at_commit.clear()
@@ -341,21 +349,16 @@ class Plan:
                 module = ModulesToSaveWrapper(module, tuner.context)
                 self._set(live, module)
             module.modules_to_save[name] = copied
-            self.placed.append(joins or scratch)
         self.ties.commit()
 
     def finish(self) -> None:
         """Write what a checkpoint holds for the model's own tensors: biases, and whole embedding layers."""
         for entry, value in self.after:
-            self.placed.append(joins or scratch)
             entry.fill(value)
 
     def _set(self, live: str, module: nn.Module) -> None:
         head, _, last = live.rpartition(".")
-        parent = self.parents.get(head)
-        if parent is None:
-            parent = self.parents[head] = self.model.get_submodule(head)
-            self.placed.append(module)
+        parent = self.model.get_submodule(head)
         parent._modules[last] = module
         if isinstance(module, Layer):
             module.read_through = isinstance(parent, nn.MultiheadAttention)
@@ -367,6 +370,12 @@ def own(tensor: Tensor, value: Tensor) -> Tensor:
     if torch.equal(tensor, value):
         return tensor
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+def _own_slot(cls: Any, slot: str, path: str) -> str | None:
+    """Under which name the layer at `path` looks at a shared slot, or None: it belongs to another group."""
+    head, _, group = slot.partition(".")
+    return head if group in ("", cls.group(path)) else None
+
 
 
 def _paths_in(keys: Any, prefix: str, outer: dict[str, Any]) -> list[str]:

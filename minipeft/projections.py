@@ -22,7 +22,7 @@ class Projected(Delta):
 
     shares = True
     pair: ClassVar[tuple[str, str]]
-    alike: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")  # fields equal for all adapters
+    alike: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")
 
     @classmethod
     def shapes(cls, config: Any, inp: int, out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -41,30 +41,19 @@ class Projected(Delta):
         return config.save_projection if slot in cls.pair else slot.startswith(cls.prefix)
 
     @classmethod
-    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
-        for field in cls.alike:
-            for name, other in others.items():
-                if getattr(other, field) != getattr(config, field):
-                    raise ConfigError(
-                        f"`{field}` must be the same for all {cls.__name__} adapters: "
-                        f"they share {' and '.join(cls.pair)}. "
-                        f"Got {getattr(config, field)}, but adapter '{name}' has {getattr(other, field)}."
-                    )
-
-    @classmethod
-    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
-        shapes = cls.shapes(config, max(base.inp for base in bases), max(base.out for base in bases))
+    def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
+        shapes = cls.shapes(config, max(base.inp for _, base in found), max(base.out for _, base in found))
         if not existing(cls.pair[0]):
             generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
             return dict(zip(cls.pair, cls.draw(config, *shapes, generator)))
-        found = [next(iter(existing(slot).values())) for slot in cls.pair]
-        for slot, tensor, needs in zip(cls.pair, found, shapes):
+        pair = [next(iter(existing(slot).values())) for slot in cls.pair]
+        for slot, tensor, needs in zip(cls.pair, pair, shapes):
             if any(has < need for has, need in zip(tensor.shape, needs)):
                 raise ConfigError(
                     f"{slot} has a size of {tuple(tensor.shape)} but {needs} or greater is required, "
                     "and the adapters of a model share it. Add the adapter with the larger rank or layers first."
                 )
-        A, B = found
+        A, B = pair
         rows, columns = shapes[0][0], shapes[1][-1]
         if (len(A), B.shape[-1]) != (rows, columns):
             A, B = A[:rows].clone(), B[..., :columns].clone()

@@ -58,19 +58,11 @@ class SupertuningConfig(PeftConfig, method="SUPERTUNING"):
 
 class SuperTuning(Delta, config=SupertuningConfig):
     prefix = "supertuning_"
+    alike = ("save_precomputed_indices",)
 
     @classmethod
     def keeps(cls, slot: str, config: Any) -> bool:
         return slot.startswith(cls.prefix) and (slot != "supertuning_indices" or config.save_precomputed_indices)
-
-    @classmethod
-    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
-        for name, other in others.items():
-            if other.save_precomputed_indices != config.save_precomputed_indices:
-                raise ConfigError(
-                    "`save_precomputed_indices` must be the same for all adapters, but adapter "
-                    f"'{name}' has {other.save_precomputed_indices}."
-                )
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:

@@ -66,22 +66,17 @@ class TinyLoRA(Delta, config=TinyLoraConfig):
     bases = ("Linear", "Conv1D", "Embedding")
     shares = True
     renames = False
+    alike = ("save_projection",)
 
     @classmethod
     def keeps(cls, slot: str, config: Any) -> bool:
         return slot.startswith(cls.prefix) and (slot != "tinylora_P" or config.save_projection)
 
     @classmethod
-    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
-        for name, other in others.items():
-            if other.save_projection != config.save_projection:
-                raise ConfigError(f"`save_projection` must be the same for all adapters, but '{name}' has another.")
-
-    @classmethod
-    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
+    def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
         v = nn.ParameterDict()
-        for index, base in enumerate(bases):
-            if (key := str(config.group(index, len(bases)))) not in v:
+        for index, (_, base) in enumerate(found):
+            if (key := str(config.group(index, len(found)))) not in v:
                 v[key] = nn.Parameter(torch.zeros(config.u, dtype=base.dtype))
                 if config.init_weights == "uniform":
                     nn.init.uniform_(v[key], -config.init_v_bound, config.init_v_bound)

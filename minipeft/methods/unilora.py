@@ -62,7 +62,7 @@ class UniLoRA(Delta, config=UniLoraConfig):
         return slot == THETA or (config.save_indices and slot.startswith(("unilora_indices", "unilora_scales")))
 
     @classmethod
-    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
+    def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
         d, bound = config.theta_d_length, config.init_theta_d_bound
         return {THETA: nn.Parameter(torch.empty(d).uniform_(-bound, bound) if config.init_weights else torch.randn(d))}
 

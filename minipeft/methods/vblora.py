@@ -72,7 +72,7 @@ class VBLoRA(Delta, config=VBLoRAConfig):
                 )
 
     @classmethod
-    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
+    def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
         return {BANK: nn.Parameter(torch.zeros(config.num_vectors, config.vector_length))}
 
     @classmethod

@@ -60,10 +60,10 @@ class WaveFT(Delta, config=WaveFTConfig):
     patterns = ("n_frequency_pattern",)
 
     @classmethod
-    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
+    def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
         if not config.proportional_parameters:
             return {}
-        return {"adapted_weights": torch.tensor([sum(base.inp * base.out for base in bases), len(bases)])}
+        return {"adapted_weights": torch.tensor([sum(base.inp * base.out for _, base in found), len(found)])}
 
     def build(self) -> None:
         c = self.config
