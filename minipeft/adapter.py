@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PeftConfig, PeftType
-from .errors import MergeError, UnsupportedFeatureError, UnsupportedLayerError
+from .errors import ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 
 if TYPE_CHECKING:
     from .base import Base, Whole
@@ -59,6 +59,7 @@ class Adapter:
     renames: ClassVar[bool] = True  # False: its matrices have the same names on an embedding as elsewhere
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
     autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
+    alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
 
     layer: Layer
@@ -115,8 +116,25 @@ class Adapter:
         """
 
     @classmethod
-    def share(cls, config: Any, bases: list[Base], existing: Any) -> dict[str, Any]:
-        """Tensors all layers look at, by slot. `existing(slot)` gives those of earlier adapters, by name, or None."""
+    def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
+        """Tensors that all layers look at, by slot; `found` has each layer's path and base.
+
+        `existing(slot)` gives those of earlier adapters, by name, or None. A slot "frod_V.query" is for the layers of
+        the group "query" alone: they look at it as `frod_V`, and do not list it among their own tensors.
+        """
+        return {}
+
+    @classmethod
+    def group(cls, path: str) -> str:
+        """Which group of layers the one at `path` belongs to, where tensors are shared by group."""
+        return ""
+
+    def loaded(self) -> None:
+        """Make anew what is computed from saved tensors: a checkpoint was just written into the adapter."""
+
+    @classmethod
+    def beside(cls, config: Any, model: nn.Module) -> dict[str, nn.Module]:
+        """Modules of the adapter that stand beside the whole model, by slot; no layer looks at them."""
         return {}
 
     @classmethod
@@ -126,6 +144,13 @@ class Adapter:
     @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
         """Refuse a configuration that cannot stand beside the ones already on the model, by adapter name."""
+        for field in cls.alike:
+            for name, other in others.items():
+                if getattr(other, field) != getattr(config, field):
+                    raise ConfigError(
+                        f"`{field}` must be the same for all {cls.method.value} adapters of a model. "
+                        f"Got {getattr(config, field)}, but adapter '{name}' has {getattr(other, field)}."
+                    )
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:

@@ -98,6 +98,8 @@ class Plan:
         self.tokens: list[tuple[str, Layer, Layer | None]] = []  # the same as `new`, to be put into a wrapper
         self.after: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
         self.live_paths: dict[int, str] = {}
+        self.placed: list[Layer | ModulesToSaveWrapper] = []  # once it is in place: everything that holds the adapter
+        self.parents: dict[str, nn.Module] = {}  # live path, module: those met so far while putting things in place
         others = {n: c for n, c in tuner.peft_config.items() if c is not config}
         if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
             raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
@@ -106,6 +108,7 @@ class Plan:
         try:
             found = self.find(strict=not loading, keys=keys)
             self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
+            self.beside = self.cls.beside(config, self.model)
             for path, live, module, base in found:
                 self.build(path, live, module, base)
             self.cls.complete(config, [scratch.adapters[name] for _, scratch, _ in self.new])
@@ -218,7 +221,7 @@ class Plan:
     def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         """A layer around `module` with the one new adapter, not yet part of the model."""
         scratch = Layer(module, base, cls.method.value, self.tuner.context)
-        scratch.blank, scratch.autocast = self.empty or base.device.type == "meta", self.autocast
+        vars(scratch).update(blank=self.empty or base.device.type == "meta", autocast=self.autocast)
         adapter = cls(scratch, self.name, config, path)
         scratch.adapters[self.name] = adapter
         for slot, value in self.shared.items() if cls is self.cls else ():
@@ -271,7 +274,9 @@ class Plan:
             yield from entries_of_layer(scratch, self.name, PREFIX + where, skip=self.shared)
         for slot, value in self.shared.items():
             if self.cls.keeps(slot, self.config):
-                yield from entries_of_shared(slot, self.name, value, self.shared, slot)
+                yield from entries_of_shared(self.cls, slot, self.name, value, self.shared, slot)
+        for slot, module in self.beside.items():
+            yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot)
         for live, _, copied in self.copies:
             yield from entries_of_module(copied, PREFIX + live, f"{PREFIX}{live}.modules_to_save.{self.name}")
         for live, scratch, joins in self.tokens:
@@ -324,6 +329,8 @@ class Plan:
         tuner, name = self.tuner, self.name
         for slot, value in self.shared.items():
             tuner.put(slot, name, value, persistent=self.cls.keeps(slot, self.config))
+        for slot, module in self.beside.items():
+            tuner.put(slot, name, module.train(tuner.training))
         for live, scratch, joins in self.new:
             adapter = scratch.adapters[name]
             for slot in self.shared:
@@ -339,16 +346,19 @@ class Plan:
                 joins.adopt(scratch, name)
             else:
                 self._set(live, scratch)
+            self.placed.append(joins or scratch)
         for live, scratch, joins in self.tokens:
             if joins is not None:
                 joins.adopt(scratch, name)
             else:
                 self._set(live, TrainableTokensWrapper(scratch))
+            self.placed.append(joins or scratch)
         for live, module, copied in self.copies:
             if not isinstance(module, ModulesToSaveWrapper):
                 module = ModulesToSaveWrapper(module, tuner.context)
                 self._set(live, module)
             module.modules_to_save[name] = copied
+            self.placed.append(module)
         self.ties.commit()
 
     def finish(self) -> None:
@@ -358,10 +368,18 @@ class Plan:
 
     def _set(self, live: str, module: nn.Module) -> None:
         head, _, last = live.rpartition(".")
-        parent = self.model.get_submodule(head)
+        parent = self.parents.get(head)
+        if parent is None:
+            parent = self.parents[head] = self.model.get_submodule(head)
         parent._modules[last] = module
         if isinstance(module, Layer):
             module.read_through = isinstance(parent, nn.MultiheadAttention)
+
+
+def _own_slot(cls: Any, slot: str, path: str) -> str | None:
+    """Under which name the layer at `path` looks at a shared slot, or None: it belongs to another group."""
+    head, _, group = slot.partition(".")
+    return head if group in ("", cls.group(path)) else None
 
 
 def own(tensor: Tensor, value: Tensor) -> Tensor:
@@ -370,12 +388,6 @@ def own(tensor: Tensor, value: Tensor) -> Tensor:
     if torch.equal(tensor, value):
         return tensor
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-
-def _own_slot(cls: Any, slot: str, path: str) -> str | None:
-    """Under which name the layer at `path` looks at a shared slot, or None: it belongs to another group."""
-    head, _, group = slot.partition(".")
-    return head if group in ("", cls.group(path)) else None
-
 
 
 def _paths_in(keys: Any, prefix: str, outer: dict[str, Any]) -> list[str]:

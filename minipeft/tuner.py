@@ -20,6 +20,7 @@ from .inject import Plan, check_adapter_name, model_config
 from .layer import (
     BASE,
     LOW_PRECISION,
+    BufferDict,
     Context,
     Layer,
     ModulesToSaveWrapper,
@@ -72,6 +73,7 @@ class BaseTuner(Slots):
         self.biases: dict[str, tuple[nn.Parameter, Tensor]] = {}  # name -> (parameter, the values not in use)
         self.bias_owner: str | None = None  # the adapter that trains the biases
         self.biases_on = True
+        self.grouped: dict[str, BufferDict] = {}  # what groups of layers share: slot -> container
         self.on_unload: list[Any] = []  # what undoes changes to the model beside its layers
 
     def place(self, model: Any) -> None:
@@ -168,8 +170,28 @@ class BaseTuner(Slots):
         return ()
 
     def shared(self, slot: str) -> Any:
-        """The container of a slot that all layers look at, or None."""
-        return self._modules.get(slot)
+        """The container of a slot that all layers look at, or those of a group; None when there is no such slot."""
+        return self.shared_slots().get(slot)
+
+    def shared_slots(self) -> dict[str, Any]:
+        """The containers of all tensors that layers share, by slot."""
+        return {slot: self._modules[slot] for slot in self.adapter_layer_names + self.other_param_names} | self.grouped
+
+    def put(self, slot: str, name: str, value: Any, persistent: bool = False) -> None:
+        """Store what layers share; a tensor in the slot "frod_V.query" lies in the module `frod_V`, under `query`."""
+        head, _, group = slot.rpartition(".")
+        if not head:
+            return super().put(slot, name, value, persistent)
+        groups: Any = self._modules.setdefault(head, nn.ModuleDict())
+        self.grouped[slot] = groups._modules.setdefault(group, BufferDict(persistent=persistent))
+        self.grouped[slot][name] = value
+
+    def drop(self, name: str) -> None:
+        """Forget what layers share for adapter `name`."""
+        super().drop(name)
+        for box in self.grouped.values():
+            if name in box:
+                del box[name]
 
     def _freeze_base(self) -> None:
         for _, _, module in walk(self.model):
@@ -378,7 +400,7 @@ class BaseTuner(Slots):
             for layer in {layer.likeness(names): layer for layer in todo}.values():
                 layer.merge(adapter_names=names, try_only=True)
         try:
-            for layer, following in zip(_progress(todo, "Merging adapters", progress), [*todo[1:], None]):
+            for layer, following in zip(progress_bar(todo, "Merging adapters", progress), [*todo[1:], None]):
                 before = list(layer.merged_adapters)
                 layer.merge(safe_merge=safe, adapter_names=names)
                 done.append((layer, [n for n in layer.merged_adapters if n not in before]))
@@ -458,7 +480,8 @@ class BaseTuner(Slots):
             return getattr(self.model, name)
 
 
-def _progress(items: list[Any], title: str, show: bool) -> Iterator[Any]:
+def progress_bar(items: list[Any], title: str, show: bool) -> Iterator[Any]:
+    """The items, one by one; with `show`, how far it is stands on stderr."""
     for count, item in enumerate(items, 1):
         yield item
         if show:
