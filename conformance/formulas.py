@@ -37,8 +37,11 @@ def token_rows(site, t, c):
 
 
 def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: dict, held: dict | None = None,
-            formula=None):
-    """(weights with the adapter folded in, {path: tensors} of layers that have to be run instead)."""
+            formula=None, frozen: dict | None = None):
+    """(weights with the adapter folded in, {path: tensors} of layers that have to be run instead).
+
+    `frozen`: the base model's own weights, where `weights` hold other adapters already.
+    """
     tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
     folded = replaced(weights, tensors)
     routed: dict = {}
@@ -58,8 +61,11 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
             if method.run and (method.formula is None or site.args.get("groups", 1) > 1):
                 routed[path] = t
                 continue
-            own = slots({k: np.asarray(v, np.float64) for k, v in held.items()}, path) if held is not None else None
-            new = formula(site, t, config, **({} if own is None else asked(formula, held=own)))
+            more = asked(formula, frozen=numpy_model.sites(base, frozen)[path]) if frozen is not None else {}
+            if held is not None:
+                own = slots({k: np.asarray(v, np.float64) for k, v in held.items()}, path)
+                more |= asked(formula, held=own)
+            new = formula(site, t, config, **more)
         W, b = new
         folded[site.weight] = numpy_model.stored(site, W)
         if b is not None and site.bias in folded:
@@ -67,11 +73,12 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
     return folded, routed
 
 
-def output(method, base, weights, tensors, config, inputs, held=None, formula=None, run=None, prompt=None, loss=None):
+def output(method, base, weights, tensors, config, inputs, held=None, formula=None, run=None, prompt=None, loss=None,
+           frozen=None):
     """y, as the paper says it; the loss, of shape (1,), if `labels` are among the inputs."""
     inputs = {k: np.asarray(v) for k, v in inputs.items()}
     weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
-    folded, routed = adapted(method, base, weights, tensors, config, held, formula)
+    folded, routed = adapted(method, base, weights, tensors, config, held, formula, frozen)
     run = run or method.run
     special = {p: (lambda site, x, t=t: run(site, t, config, x, inputs)) for p, t in routed.items()}
     prompt = prompt or method.prompt

@@ -66,7 +66,8 @@ class Method:
     rows: list
     # shapes(site, config) -> {slot: shape} of the tensors saved for one adapted weight, e.g. {"lora_A.weight": (r, in)}
     shapes: Callable
-    # formula(site, tensors by slot, config) -> (W', b'), W as (out, in, *kernel)
+    # formula(site, tensors by slot, config) -> (W', b'), W as (out, in, *kernel). With a parameter `frozen` it is given
+    # the site of the base model's own weight, where others may be folded into `site` already
     formula: Callable | None = None
     # run(site, tensors, config, x, inputs) -> y, where the output is no W' x + b' (routed methods)
     run: Callable | None = None

@@ -107,7 +107,7 @@ class Oracle(Driver):
         for name in names:
             config, tensors = self.adapters[name]
             weights, _ = formulas.adapted(self.method, self.base, weights, tensors, self.scaled(config),
-                                          formula=self.faulty.get("formula"))
+                                          formula=self.faulty.get("formula"), frozen=self.base_weights)
         return weights
 
     def forward(self, inputs, adapter_names=None):
@@ -126,7 +126,7 @@ class Oracle(Driver):
         config, tensors = self.adapters[names[-1]]
         with np.errstate(all="ignore"):
             return formulas.output(self.method, self.base, weights, tensors, self.scaled(config), inputs,
-                                   **self.faulty)
+                                   frozen=self.base_weights, **self.faulty)
 
     def rounded(self, y):
         return np.asarray(y, np.float64 if self.dtype == "float64" else np.float32)
