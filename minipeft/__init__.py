@@ -43,6 +43,7 @@ from .methods.cartridge import (
     CartridgeEncoder,
     compose_cartridge_adapters,
     initialize_kv_prefix_from_past_key_values,
+from .methods.frod import FrodConfig, FrodModel
     initialize_kv_prefix_from_text,
     prompt_embeddings_from_past_key_values,
 )

@@ -12,6 +12,7 @@ from . import deft as deft
 from . import delora as delora
 from . import dora as dora
 from . import fourierft as fourierft
+from . import frod as frod
 from . import glora as glora
 from . import gralora as gralora
 from . import hira as hira
