@@ -264,10 +264,7 @@ class PeftModel(nn.Module):
             raise UnsupportedFeatureError("To generate with a prompt, set task_type to 'CAUSAL_LM' or 'SEQ_2_SEQ_LM'.")
         with self._enable_peft_forward_hooks(*args, **kwargs):
             kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-            if not self._is_prompt_learning and self.base_model.takes_task_ids:
-                return self.base_model.generate(*args, **kwargs)
-            base: Any = self.get_base_model()
-            return base.generate(*args, **kwargs)
+            return self.base_model.generate(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
