@@ -33,6 +33,7 @@ class Base:
 
     pointwise = True  # the layer applies W to feature vectors one by one (False: reach it through its weights)
     opaque = False  # True: even an additive adapter must go through the weights
+    shown = False  # True: the modules around the layer read its attributes
     reads_vectors = True  # False: the input is indices, not feature vectors
     label = ""  # the class name that PEFT shows for such a layer
     weight_name, bias_name = "weight", "bias"
@@ -447,7 +448,7 @@ class Embedding(Base):
 class Attention(Linear):
     """nn.MultiheadAttention, through its in_proj_weight. Its out_proj is adapted as a layer of its own."""
 
-    opaque, pointwise = True, False
+    opaque, shown, pointwise = True, True, False
     label = "MultiheadAttention"
     weight_name, bias_name = "in_proj_weight", "in_proj_bias"
 
@@ -474,7 +475,7 @@ class Attention(Linear):
 class Param(Base):
     """A bare nn.Parameter of a module: a matrix (out, in), or experts (experts, out, in) or (experts, in, out)."""
 
-    opaque, pointwise = True, False
+    opaque, shown, pointwise = True, True, False
     label = "ParamWrapper"
 
     def __init__(self, module: nn.Module, inside: Base | None = None, name: str = ""):
@@ -524,6 +525,7 @@ class Whole(Base):
     """Any module, as the dict of its named tensors."""
 
     pointwise = False
+    shown = True
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -80,9 +80,9 @@ def entries_of_layer(layer: Layer, name: str, live: str, skip: Iterable[str] = (
                 yield Entry(f"{live}.{adapter.saved_key(slot, rest)}", entry.live, entry.box, entry.key, layer)
 
 
-def entries_of_shared(slot: str, name: str, value: Any, box: Any, key: str) -> Iterator[Entry]:
-    """An entry for a tensor that all layers look at, at `box[key]`, or for each tensor of such a module."""
-    saved, live = f"base_model.{slot}", f"base_model.{slot}.{name}"
+def entries_of_shared(cls: Any, slot: str, name: str, value: Any, box: Any, key: str) -> Iterator[Entry]:
+    """An entry for a tensor beside the model, at `box[key]`, or for each tensor of such a module."""
+    saved, live = f"base_model.{cls.saved_key(slot, '')}", f"base_model.{slot}.{name}"
     if isinstance(value, Tensor):
         yield Entry(saved, live, box, key)
     else:
@@ -102,7 +102,7 @@ def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
     for slot, box in shared.items():
         if name in box and cls.keeps(slot, config):
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
-            yield from entries_of_shared(slot, name, box[name], inner, name)
+            yield from entries_of_shared(cls, slot, name, box[name], inner, name)
     for _, live, module in adapted(root):
         if isinstance(module, Layer) and name in module.adapters:
             if not module.tied:

@@ -311,8 +311,10 @@ class Layer(Switch, Slots):
         merged = self.merged_adapters
         return [n for n in self._active_adapter if n in self.adapters and n not in merged]
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Output of the adapted layer; `adapter_names` gives each sample of the batch its own adapter."""
+        if x is None and "hidden_states" in kwargs:  # as transformers and diffusers call whole blocks
+            x = kwargs.pop("hidden_states")
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -516,10 +518,9 @@ class Layer(Switch, Slots):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # nn.MultiheadAttention is read attribute by attribute by the modules around it
             base = self.__dict__.get("base")
-            if base is not None and base.opaque and not name.startswith("__"):
-                if name == "_qkv_same_embed_dim":  # its fused fast path would read the raw weights
+            if base is not None and base.shown and not name.startswith("__"):
+                if base.opaque and name == "_qkv_same_embed_dim":  # its fused fast path would read the raw weights
                     return not self.running
                 return getattr(self.base_layer, name)
             raise
