@@ -131,14 +131,6 @@ class Factors(Adapter):
                 has = f"'{name}' has {sorted(theirs)}, not {sorted(mine)}"
                 raise ConfigError(f"All adapters must target the same parameters, but {has}.")
 
-    @classmethod
-    def convert_to_plain(cls, config: Any, tensors: dict[str, Tensor], initial: Any) -> tuple[Any, dict[str, Tensor]]:
-        return to_plain(config, tensors, read_weights(initial))
-
-    @classmethod
-    def changes_base(cls, config: Any) -> bool:
-        return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(("pissa", "olora"))
-
     def build(self) -> None:
         c = self.config
         self.r = pattern_value(c.rank_pattern, self.path, c.r)
@@ -164,6 +156,14 @@ class Factors(Adapter):
 
 class LowRank(Factors, Delta):
     """What LoRA and DoRA share: they change W by way of the factors."""
+
+    @classmethod
+    def convert_to_plain(cls, config: Any, tensors: dict[str, Tensor], initial: Any) -> tuple[Any, dict[str, Tensor]]:
+        return to_plain(config, tensors, read_weights(initial))
+
+    @classmethod
+    def changes_base(cls, config: Any) -> bool:
+        return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(("pissa", "olora"))
 
 
 class LoRA(LowRank, config=LoraConfig):
