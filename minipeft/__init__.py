@@ -43,7 +43,6 @@ from .methods.cartridge import (
     CartridgeEncoder,
     compose_cartridge_adapters,
     initialize_kv_prefix_from_past_key_values,
-from .methods.frod import FrodConfig, FrodModel
     initialize_kv_prefix_from_text,
     prompt_embeddings_from_past_key_values,
 )
@@ -51,6 +50,7 @@ from .methods.cpt import CPTConfig, CPTEmbedding
 from .methods.deft import DeftConfig, DeftModel
 from .methods.delora import DeloraConfig, DeloraModel
 from .methods.fourierft import FourierFTConfig, FourierFTModel
+from .methods.frod import FrodConfig, FrodModel
 from .methods.glora import GloraConfig, GloraModel
 from .methods.gralora import GraloraConfig, GraloraModel
 from .methods.hira import HiraConfig, HiraModel
