@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from ..adapter import Transform
 from ..base import Base
-from ..config import PeftConfig, Positive
+from ..config import PeftConfig, Positive, Share
 from ..errors import ConfigError, UnsupportedLayerError
+from ..rotations import FactorDropout, cayley
 from ..tuner import register_tuner
 
 
@@ -32,7 +33,7 @@ class BOFTConfig(PeftConfig, method="BOFT"):
     boft_n_butterfly_factor: Positive = 1  # m
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
-    boft_dropout: float = 0.0  # share of the blocks of one factor that do nothing, while training
+    boft_dropout: Share = 0.0  # share of the blocks of one factor that do nothing, while training
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "boft_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
@@ -47,25 +48,6 @@ class BOFTConfig(PeftConfig, method="BOFT"):
                 "Either `boft_block_size` or `boft_block_num` must be positive and the other 0, but got "
                 f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}."
             )
-        if not 0 <= self.boft_dropout <= 1:
-            raise ConfigError(f"`boft_dropout` must lie between 0 and 1, got {self.boft_dropout}.")
-
-
-class BlocksDropout(nn.Module):
-    """While training, a share p of the blocks (m, d, b, b) of one factor, all chosen at random, becomes I."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, R: Tensor) -> Tensor:
-        if not self.training:
-            return R
-        m, d, b, _ = R.shape
-        factor = int(torch.randint(0, m, (1,)))
-        chosen = torch.zeros(m, d, 1, 1, dtype=torch.bool, device=R.device)
-        chosen[factor, :, 0, 0] = (torch.randperm(d) < int(self.p * d)).to(R.device)
-        return torch.where(chosen, torch.eye(b, dtype=R.dtype, device=R.device), R)
 
 
 class BOFT(Transform, config=BOFTConfig):
@@ -90,7 +72,7 @@ class BOFT(Transform, config=BOFTConfig):
         c, n = self.config, self.base.patch
         b = self.boft_block_size = c.boft_block_size or n // c.boft_block_num
         d = self.boft_block_num = n // b
-        self.boft_dropout = BlocksDropout(c.boft_dropout) if c.boft_dropout else nn.Identity()
+        self.boft_dropout = FactorDropout(c.boft_dropout) if c.boft_dropout else nn.Identity()
         A = torch.zeros(c.boft_n_butterfly_factor, d, b, b)
         s = torch.ones(self.base.gain_shape(self.base.out, False)[:2])  # (out, 1), on convolutions (1, out)
         if not c.init_weights:
@@ -99,10 +81,8 @@ class BOFT(Transform, config=BOFTConfig):
 
     def rotations(self) -> Tensor:
         """The blocks R (m, d, b, b)."""
-        A = self.boft_R.to(torch.promote_types(self.boft_R.dtype, torch.float32))
-        Q = (A - A.mT) / 2
-        I = torch.eye(self.boft_block_size, dtype=Q.dtype, device=Q.device)
-        return self.boft_dropout(torch.linalg.solve(I + Q, I - Q, left=False))
+        A = self.boft_R
+        return self.boft_dropout(cayley((A - A.mT) / 2))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         R, half = self.rotations(), self.boft_block_size // 2

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..adapter import Activation
 from ..config import PeftConfig, Positive
 from ..errors import PeftWarning
+from ..rotations import orthonormal
 from ..tuner import register_tuner
 
 
@@ -65,16 +66,6 @@ class HRA(Activation, config=HRAConfig):
         for u in (self.hra_u / self.hra_u.norm(dim=0)).flip(1).unbind(1):
             x = x - 2 * (x @ u)[..., None] * u
         return x
-
-
-def orthonormal(U: Tensor) -> Tensor:
-    """The columns of U (n, r) made orthonormal, first to last."""
-    V: list[Tensor] = []
-    for u in U.unbind(1):
-        for v in V:
-            u = u - (v @ u) * v
-        V.append(u / u.norm())
-    return torch.stack(V, 1)
 
 
 HRAModel = register_tuner("HRAModel", "HRA")

@@ -15,14 +15,15 @@ import math
 import re
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Activation
-from ..config import PeftConfig
+from ..config import ABOVE_ZERO, PeftConfig, Positive, Share
 from ..errors import CheckpointError, ConfigError, PeftWarning
+from ..rotations import BlockDropout, cayley, cayley_neumann, skew
 from ..tuner import register_tuner
 
 
@@ -32,7 +33,7 @@ class OFTConfig(PeftConfig, method="OFT"):
 
     r: int = 0  # number of blocks
     oft_block_size: int = 32
-    module_dropout: float = 0.0  # share of the blocks that do nothing, while training
+    module_dropout: Share = 0.0  # share of the blocks that do nothing, while training
     target_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "oft_only"] = "none"  # which of the model's own biases are trained
@@ -42,10 +43,10 @@ class OFTConfig(PeftConfig, method="OFT"):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     coft: bool = False  # keep R near I
-    eps: float = 6e-5  # how near
+    eps: Annotated[float, ABOVE_ZERO] = 6e-5  # how near
     block_share: bool = False  # one R_i for all i
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: int = 5
+    num_cayley_neumann_terms: Positive = 5
 
     def __post_init__(self):
         super().__post_init__()
@@ -54,11 +55,6 @@ class OFTConfig(PeftConfig, method="OFT"):
                 "You can only specify either `r` or `oft_block_size`: one must be positive and the other 0, "
                 f"but got r={self.r} and oft_block_size={self.oft_block_size}."
             )
-        self.require_positive("num_cayley_neumann_terms")
-        if not 0 <= self.module_dropout <= 1:
-            raise ConfigError(f"`module_dropout` must lie between 0 and 1, got {self.module_dropout}.")
-        if self.eps <= 0:
-            raise ConfigError(f"`eps` must be above 0, got {self.eps}.")
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
@@ -88,42 +84,19 @@ class Rotation(nn.Module):
             nn.init.normal_(self.weight, std=0.1)
 
     def blocks(self) -> Tensor:
+        c = self.config
         q: Tensor = self.weight  # (r, b (b - 1) / 2)
-        if self.config.coft:
+        if c.coft:
             q = q + (self.near(q) - q).detach()  # the gradient passes, as if the stored values were the near ones
-        Q = q.new_zeros(len(q), self.size, self.size)
-        Q[:, self.rows, self.cols] = q
-        Q = Q - Q.mT  # (r, b, b)
-        I = torch.eye(self.size, dtype=q.dtype, device=q.device)
-        if not self.config.use_cayley_neumann:
-            wide = torch.promote_types(q.dtype, torch.float32)  # there is no solver for bfloat16
-            I, Q = I.to(wide), Q.to(wide)
-            return torch.linalg.solve(I + Q, I - Q, left=False).to(q.dtype)
-        terms = self.config.num_cayley_neumann_terms
-        if terms < 3:
-            return I + 2 * (terms - 1) * Q
-        R = 2 * I + Q
-        for _ in range(max(terms - 1, 3) - 1):  # PEFT: 3 terms are 4
-            R = 2 * I + Q @ R
-        return R - I
+        Q = skew(q, self.size, (self.rows, self.cols))  # (r, b, b)
+        if not c.use_cayley_neumann:
+            return cayley(Q).to(q.dtype)
+        terms = c.num_cayley_neumann_terms
+        return cayley_neumann(Q, 4 if terms == 3 else terms)  # PEFT: 3 terms are 4
 
     def near(self, q: Tensor) -> Tensor:
         radius = self.config.eps / math.sqrt(2 * len(q))
         return q * (radius / q.norm(dim=1, keepdim=True)).clamp(max=1)
-
-
-class BlockDropout(nn.Module):
-    """While training, a share p of the blocks (r, b, b), chosen at random, becomes I. A single block stays."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, R: Tensor) -> Tensor:
-        if not self.training or len(R) == 1:
-            return R
-        dropped = torch.randperm(len(R), device=R.device) < int(self.p * len(R))
-        return torch.where(dropped[:, None, None], torch.eye(R.shape[-1], dtype=R.dtype, device=R.device), R)
 
 
 class OFT(Activation, config=OFTConfig):

@@ -21,6 +21,7 @@ from ..adapter import Delta
 from ..base import Base
 from ..config import PeftConfig, Probability
 from ..errors import ConfigError, PeftWarning
+from ..rotations import cayley, cayley_neumann, skew
 from ..tuner import register_tuner
 
 
@@ -85,20 +86,13 @@ class Rotation(nn.Module):
     def orthogonal(self) -> Tensor:
         """C (r, r) out of Q."""
         c, r = self.config, self.config.r
-        q = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))  # for the solver
-        above = torch.triu_indices(r, r, 1, device=q.device)
-        Q = q.new_zeros(r, r).index_put((*above,), q)
-        Q, I = Q - Q.t(), torch.eye(r, dtype=q.dtype, device=q.device)
+        Q = skew(self.weight.to(torch.promote_types(self.weight.dtype, torch.float32)), r)
         if not c.use_cayley_neumann:
-            return torch.linalg.solve(I - Q, I + Q, left=False)
+            return cayley(-Q)
         norm = Q.norm()
         if c.cayley_neumann_eps is not None and norm > c.cayley_neumann_eps:
             Q = Q * (c.cayley_neumann_eps / (norm + 1e-12))
-        C, power, last = I, I, c.num_cayley_neumann_terms - 1
-        for k in range(1, last + 1):
-            power = power @ Q
-            C = C + (1 if k == last and k > 1 else 2) * power  # PEFT: with two terms, I + 2 Q
-        return C
+        return cayley_neumann(Q, c.num_cayley_neumann_terms)
 
 
 class PSOFT(Delta, config=PsoftConfig):
