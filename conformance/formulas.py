@@ -49,6 +49,7 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
     if method.prompt:
         return folded, routed
     shared = {k: v for k, v in tensors.items() if method.shared and not any(k in (f"{KEY}{w}",) for w in weights)}
+    first = numpy_model.sites(base, frozen) if frozen and formula and asked(formula, frozen=frozen) else {}
     for path, site in numpy_model.sites(base, folded).items():
         t = slots(tensors, path)
         t = {k: v for k, v in t.items() if k not in ("weight", "bias", "base_layer.weight", "base_layer.bias")
@@ -61,7 +62,7 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
             if method.run and (method.formula is None or site.args.get("groups", 1) > 1):
                 routed[path] = t
                 continue
-            more = asked(formula, frozen=numpy_model.sites(base, frozen)[path]) if frozen is not None else {}
+            more = {"frozen": first[path]} if first else {}
             if held is not None:
                 own = slots({k: np.asarray(v, np.float64) for k, v in held.items()}, path)
                 more |= asked(formula, held=own)

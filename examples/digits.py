@@ -127,6 +127,9 @@ METHODS = [
     Method("DoRA", "LoraConfig", {"r": 4, "use_dora": True, "target_modules": LAYERS}),
     Method("AdaLoRA", "AdaLoraConfig", {"target_modules": LINEAR, "init_r": 6, "target_r": 3, "total_step": STEPS,
                                         "tinit": 50, "tfinal": 100, "deltaT": 5}),
+    Method("AdaMSS", "AdamssConfig", {"r": 32, "num_subspaces": 4, "subspace_rank": 4, "target_modules": LINEAR,
+                                      "use_asa": True, "asa_target_subspaces": 8, "init_warmup": 50,
+                                      "final_warmup": 200, "mask_interval": 10}, lr=3e-2),
     Method("IA3", "IA3Config", {"target_modules": LAYERS, "feedforward_modules": ["hidden2"]}, lr=0.2),
     Method("OFT", "OFTConfig", {"oft_block_size": 8, "target_modules": LINEAR}, lr=5e-2),
     Method("VeRA", "VeraConfig", {"r": 64, "target_modules": LINEAR}, lr=0.2),
@@ -203,7 +206,7 @@ def train(model, data, lr, method=None, steps=STEPS):
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    reallocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # AdaLoRA moves its ranks
+    reallocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # AdaLoRA, AdaMSS
     images, labels = data
     model.train()
     for step in range(steps):
