@@ -143,6 +143,7 @@ METHODS = [
     Method("DEFT", "DeftConfig", {"r": 4, "target_modules": LINEAR}),
     Method("DeLoRA", "DeloraConfig", {"r": 4, "delora_lambda": 15, "target_modules": LINEAR}, lr=3e-2),
     Method("FourierFT", "FourierFTConfig", {"n_frequency": 300, "scaling": 50.0, "target_modules": HIDDEN}, lr=0.3),
+    Method("FRoD", "FrodConfig", {"progressbar": False, "target_modules": LINEAR}, lr=5e-2),
     Method("GLoRA", "GloraConfig", {"r": 4, "target_modules": LINEAR}),
     Method("GraLoRA", "GraloraConfig", {"r": 4, "gralora_k": 2, "target_modules": HIDDEN}),
     Method("HiRA", "HiraConfig", {"r": 4, "target_modules": LAYERS}, lr=5e-2),
