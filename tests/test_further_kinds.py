@@ -57,6 +57,7 @@ CASES = [  # config, kinds
     (minipeft.WaveFTConfig(n_frequency=24, wavelet_family="sym11", scaling=500.0), LINEAR),
     (minipeft.WaveFTConfig(n_frequency=24, wavelet_family="coif5", scaling=500.0), LINEAR),
     (minipeft.C3AConfig(block_size=2), LINEAR),
+    (minipeft.AdamssConfig(r=3, num_subspaces=2, subspace_rank=2), LINEAR),
     (minipeft.SupertuningConfig(sparsity=0.7, r=2), LINEAR),
 ]
 
