@@ -94,6 +94,7 @@ from .methods.unilora import UniLoraConfig, UniLoraModel
 from .methods.vblora import VBLoRAConfig, VBLoRAModel
 from .methods.vera import VeraConfig, VeraModel
 from .methods.waveft import WaveFTConfig, WaveFTModel
+from .methods.xlora import XLoraConfig, XLoraModel
 from .mixed import PeftMixedModel
 from .model import PeftModel
 from .prompt import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING

@@ -16,6 +16,7 @@ IN, OUT = 24, 60
 TARGETS = {"Linear": "q", "Whole": "norm", "Embedding": "words"}  # by the first kind of layer that a method adapts
 FUNCTIONS = {"min": min, "max": max, "len": len, "ceil": math.ceil, "floor": math.floor}
 VALUES = {  # of the fields that the counts name, none of them a default
+    "adapters": {"a": "", "b": "", "c": ""},
     "adapter_layers": 1,
     "adapter_len": 5,
     "block_size": 4,
@@ -30,6 +31,7 @@ VALUES = {  # of the fields that the counts name, none of them a default
     "encoder_num_layers": 2,
     "feedforward_modules": [],
     "group_size": 6,
+    "hidden_size": 7,
     "hybrid_r": 3,
     "init_r": 3,
     "mini_r": 5,
@@ -56,6 +58,7 @@ VALUES = {  # of the fields that the counts name, none of them a default
     "total_step": 10,
     "u": 5,
     "vector_length": 4,
+    "xlora_size": 9,
 }
 CHOOSE = {  # by class
     "AdaptionPromptConfig": {"target_modules": "attention"},
@@ -77,12 +80,17 @@ def attention():
     return module
 
 
+class Blocks(nn.ModuleList):
+    def forward(self, x, output_hidden_states=False):
+        """It is never called, but X-LoRA looks at the arguments."""
+
+
 def model(depth):
     """Layers of one size; the linear ones have a bias."""
     block = lambda: nn.ModuleDict({
         "q": nn.Linear(IN, OUT), "norm": nn.LayerNorm(OUT), "words": nn.Embedding(IN, OUT), "attention": attention(),
     })
-    return nn.ModuleList(block() for _ in range(depth))
+    return Blocks(block() for _ in range(depth))
 
 
 def configuration(peft_type, cls, fields):
@@ -112,8 +120,18 @@ def evaluated(expression, config):
     return eval(" ".join(code), {**vars(config), **FUNCTIONS, "IN": IN, "out": OUT, "dim": OUT})
 
 
-def trained(peft_type, config, depth):
+def save_loras(config, depth, folder):
+    """Put a saved LoRA where the configuration is to find each of its adapters."""
+    for name in config.adapters:
+        config.adapters[name] = str(folder / name)
+        lora = minipeft.LoraConfig(r=VALUES["r"], target_modules=["q"])
+        minipeft.get_peft_model(model(depth), lora).save_pretrained(folder / name)
+
+
+def trained(peft_type, config, depth, folder):
     """The real number."""
+    if hasattr(config, "adapters"):
+        save_loras(config, depth, folder)
     if peft_type in PROMPTS:
         config.token_dim = VALUES["token_dim"]  # CPT reads it off the model
         words = nn.Embedding(12, config.token_dim)
@@ -124,7 +142,7 @@ def trained(peft_type, config, depth):
 
 
 @pytest.mark.parametrize(("peft_type", "cls", "form"), CASES)
-def test_stated_count_is_real(peft_type, cls, form):
+def test_stated_count_is_real(peft_type, cls, form, tmp_path):
     terms, fields = form
     if terms == [("nothing", False)]:
         pytest.fail(
@@ -132,6 +150,6 @@ def test_stated_count_is_real(peft_type, cls, form):
         )
     config = configuration(peft_type, cls, fields)
     for depth in (1,) if peft_type in PROMPTS else (1, 2, 3):
-        real = trained(peft_type, config, depth)
+        real = trained(peft_type, config, depth, tmp_path)
         stated = sum(evaluated(term, config) * (1 if once else depth) for term, once in terms)
         assert stated == pytest.approx(real, abs=1e-6), f"{terms} gives {stated} for {depth} layers, not {real}"

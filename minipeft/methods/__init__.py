@@ -44,3 +44,4 @@ from . import unilora as unilora
 from . import vblora as vblora
 from . import vera as vera
 from . import waveft as waveft
+from . import xlora as xlora
