@@ -19,7 +19,11 @@ nox.options.sessions = ["tests", "conformance", "lint", "types"]
 CONSTRAINTS = Path(__file__).with_name("constraints.txt").read_text()
 PYTHONS = os.environ.get("MINIPEFT_PYTHON", "").split() or None
 TORCHS = os.environ.get("MINIPEFT_TORCH", "").split() or re.findall(r"^torch==(\S+)", CONSTRAINTS, re.M)
-IMPLEMENTATIONS = {"peft": "peft", "loralib": "loralib", "lycoris": "lycoris-lora"}  # --impl NAME: its distribution
+IMPLEMENTATIONS = {  # --impl NAME: what to install for it
+    "peft": ["peft", "scikit-learn"],  # its AdaMSS imports that
+    "loralib": ["loralib"],
+    "lycoris": ["lycoris-lora"],
+}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -47,7 +51,7 @@ def tests(session, torch=TORCHS[0]):
 @matrix
 def conformance(session, torch=TORCHS[0]):
     """The conformance suite on minipeft; options after `--` go to it, such as `--impl peft`."""
-    implementations = [IMPLEMENTATIONS[word] for word in session.posargs if word in IMPLEMENTATIONS]
+    implementations = [name for word in session.posargs for name in IMPLEMENTATIONS.get(word, ())]
     install(session, torch, "-e", ".[conformance]", *implementations)
     session.run("python", "-m", "conformance", *session.posargs, env=ONE_THREAD)
 
