@@ -34,7 +34,8 @@ class AdamssModel(BaseTuner, method="ADAMSS"):
             for adapter in adapters:
                 update_importance(adapter)
             if global_step % c.mask_interval == 0:
-                freeze(adapters, budget(c, global_step, sum(adapter.num_subspaces for adapter in adapters)))
+                total = sum(adapter.num_subspaces for adapter in adapters)  # PEFT: of the adapter that came first
+                freeze(adapters, budget(c, global_step, total))
                 for adapter in adapters:
                     adapter.reset_importance()
 

@@ -2,6 +2,8 @@
 
 Which row is in which subspace is not saved, so it must come out the same wherever an adapter is loaded: the same as
 scikit-learn's `KMeans(k, init="random", n_init=1, max_iter=10, random_state=123456789)` gives, which PEFT calls.
+Weights in another precision, or a device with other random numbers, may be sorted otherwise. The sizes of the
+subspaces hardly ever agree then, and a checkpoint of other sizes is refused.
 """
 
 from __future__ import annotations
