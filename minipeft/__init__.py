@@ -86,6 +86,7 @@ from .methods.psoft import PsoftConfig, PsoftModel
 from .methods.pvera import PveraConfig, PveraModel
 from .methods.randlora import RandLoraConfig, RandLoraModel
 from .methods.road import RoadConfig, RoadModel
+from .methods.shadow import ShadowConfig, ShadowModel
 from .methods.shira import ShiraConfig, ShiraModel
 from .methods.supertuning import SupertuningConfig, SupertuningModel
 from .methods.tinylora import TinyLoraConfig, TinyLoraModel

@@ -10,6 +10,7 @@ runs the layer with other weights, and knows the low-rank factors that suit its 
     Attention      W = in_proj_weight (3 dim, dim)    as Linear; its out_proj is a Linear of its own
     Param          a bare nn.Parameter, 2-D or 3-D    as Linear, over all experts at once
     Whole          any module, as its named tensors   none
+    Block          the same, called with hidden states; adapters have a dtype of their own
 """
 
 from __future__ import annotations
@@ -525,7 +526,6 @@ class Whole(Base):
     """Any module, as the dict of its named tensors."""
 
     pointwise = False
-    shown = True
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         return {**dict(module.named_parameters()), **dict(module.named_buffers())}
@@ -561,6 +561,16 @@ class Whole(Base):
         return functional_call(self.module, W, (x, *args), kwargs)
 
 
+class Block(Whole):
+    """A block of a decoder, which code around it reads attributes of. Adapters of it are in torch's default dtype."""
+
+    shown = True
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.get_default_dtype()
+
+
 def _depth(module: Any) -> int:
     depth = 0
     while hasattr(module, "base_layer"):
@@ -568,8 +578,11 @@ def _depth(module: Any) -> int:
     return depth
 
 
-def base_of(module: Any, parameter: str | None = None, whole: bool = False) -> Base | None:
-    """The operator for a module (or for its parameter of that name), or None when its kind is unknown."""
+def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None = None) -> Base | None:
+    """The operator for a module (or for its parameter of that name), or None when its kind is unknown.
+
+    `whole`: Whole or Block, to take it for that whatever it is.
+    """
     inside = getattr(module, "base", None) if hasattr(module, "base_layer") else None
     leaf = module
     while hasattr(leaf, "base_layer"):
@@ -578,8 +591,8 @@ def base_of(module: Any, parameter: str | None = None, whole: bool = False) -> B
         base = Param.__new__(Param)
         Param.__init__(base, module, inside, parameter)
         return base
-    if whole:
-        return Whole(module, inside)
+    if whole is not None:
+        return whole(module, inside)
     from .quant import quantised
 
     kind = quantised(leaf)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import unsupported
-from .base import Attention, Conv1D, Linear, base_of
+from .base import Attention, Block, Conv1D, Linear, Whole, base_of
 from .checkpoint import (
     PREFIX,
     Entry,
@@ -144,6 +144,7 @@ class Plan:
         if keys is not None:
             self.modules = _paths_in(keys, cls.prefix, outer)
         self.modules = self.ties.order(self.modules)
+        whole = next((kind for kind in (Whole, Block) if kind.__name__ in cls.bases), None)
         found: list[tuple[str, str, nn.Module, Any]] = []
         wanted = set(self.modules)
         for path in self.modules:
@@ -151,7 +152,7 @@ class Plan:
             parent = path.rpartition(".")[0]
             if parent in wanted and isinstance(base_of(outer[parent][1]), Attention):
                 continue  # the out_proj of an attention module comes with it
-            base = base_of(module, whole="Whole" in cls.bases)
+            base = base_of(module, whole=whole)
             if base is None or not set(cls.bases) & {kind.__name__ for kind in type(base).__mro__}:
                 raise unsupported(cls, module, path)
             cls.check_layer(config, path, base)

@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 from torch import nn
@@ -57,6 +58,7 @@ VALUES = {  # of the fields that the counts name, none of them a default
     "token_indices": [1, 3, 4],
     "total_step": 10,
     "u": 5,
+    "update_hidden_size": 5,
     "vector_length": 4,
     "xlora_size": 9,
 }
@@ -65,6 +67,7 @@ CHOOSE = {  # by class
     "Bat": {"init_weights": "bat"},
     "DoRA": {"use_dora": True},
     "OFT": {"r": 0},
+    "Shadow": {"target_modules": r"layers\.\d+"},
 }
 CASES = [
     pytest.param(peft_type, cls, form, id=f"{peft_type.value}-{cls.__name__}-{number}")
@@ -93,6 +96,21 @@ def model(depth):
     return Blocks(block() for _ in range(depth))
 
 
+class Decoder(nn.Module):
+    """Its blocks are linear layers; a shadow is one more of them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.layers = nn.ModuleList(nn.Linear(IN, IN) for _ in range(config.num_hidden_layers))
+
+    def forward(self, inputs_embeds):
+        """It is never called."""
+
+
+SHADOW = IN * IN + IN
+
+
 def configuration(peft_type, cls, fields):
     """Small sizes, and `fields` as the form of the count says, where a value may be the name of another field."""
     config = CONFIGS[peft_type]
@@ -117,7 +135,7 @@ def evaluated(expression, config):
         ends = re.fullmatch(r"[\w.]+|\)", before) and before not in FUNCTIONS
         code += ["*"] * bool(ends and re.fullmatch(r"[\w.]+|\(", token))
         code.append({"in": "IN", "^": "**"}.get(token, token))
-    return eval(" ".join(code), {**vars(config), **FUNCTIONS, "IN": IN, "out": OUT, "dim": OUT})
+    return eval(" ".join(code), {**vars(config), **FUNCTIONS, "IN": IN, "out": OUT, "dim": OUT, "shadow": SHADOW})
 
 
 def save_loras(config, depth, folder):
@@ -138,6 +156,9 @@ def trained(peft_type, config, depth, folder):
         prompt = PROMPTS[peft_type]
         prompt = prompt(config, words) if prompt.reads_words else prompt(config)
         return sum(p.numel() for p in prompt.parameters() if p.requires_grad)
+    if peft_type == "SHADOW":
+        decoder = Decoder(SimpleNamespace(hidden_size=IN, num_hidden_layers=depth))
+        return minipeft.get_peft_model(decoder, config).get_nb_trainable_parameters()[0]
     return minipeft.get_peft_model(model(depth), config).get_nb_trainable_parameters()[0]
 
 

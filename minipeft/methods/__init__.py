@@ -36,6 +36,7 @@ from . import psoft as psoft
 from . import pvera as pvera
 from . import randlora as randlora
 from . import road as road
+from . import shadow as shadow
 from . import shira as shira
 from . import supertuning as supertuning
 from . import tinylora as tinylora

@@ -288,3 +288,14 @@ LLAMA_BARE = _hf_base("llama_bare", _hf("LlamaConfig", "LlamaModel", **_LLAMA), 
 LLAMA_SEQ = _hf_base("llama_seq", _hf("LlamaConfig", "LlamaForSequenceClassification", num_labels=3, **_LLAMA),
                      _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
 MISTRAL = _hf_base("mistral", _hf("MistralConfig", "MistralForCausalLM", **_GROUPED), _text(labels=_ids(BATCH, 5)))
+LLAMA_DEEP = _hf_base("llama_deep", _hf("LlamaConfig", "LlamaForCausalLM", **{**_LLAMA, "num_hidden_layers": 3}),
+                      _text(labels=_ids(BATCH, 5)))
+QWEN3 = _hf_base("qwen3", _hf("Qwen3Config", "Qwen3ForCausalLM", head_dim=8, **_LLAMA), _text(labels=_ids(BATCH, 5)))
+GEMMA3 = _hf_base("gemma3", _hf("Gemma3TextConfig", "Gemma3ForCausalLM", head_dim=8, sliding_window=3, **_LLAMA),
+                  _text(labels=_ids(BATCH, 5)))
+_OPT = {
+    "vocab_size": VOCAB, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "word_embed_proj_dim": 16, "max_position_embeddings": 40, "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+OPT = _hf_base("opt", _hf("OPTConfig", "OPTForCausalLM", **_OPT), _text(labels=_ids(BATCH, 5)))
