@@ -38,14 +38,7 @@ from .methods.adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
 from .methods.beft import BeftConfig, BeftModel
 from .methods.boft import BOFTConfig, BOFTModel
 from .methods.c3a import C3AConfig, C3AModel
-from .methods.cartridge import (
-    CartridgeConfig,
-    CartridgeEncoder,
-    compose_cartridge_adapters,
-    initialize_kv_prefix_from_past_key_values,
-    initialize_kv_prefix_from_text,
-    prompt_embeddings_from_past_key_values,
-)
+from .methods.cartridge import CartridgeConfig, CartridgeEncoder
 from .methods.cpt import CPTConfig, CPTEmbedding
 from .methods.deft import DeftConfig, DeftModel
 from .methods.delora import DeloraConfig, DeloraModel
@@ -98,6 +91,12 @@ from .methods.waveft import WaveFTConfig, WaveFTModel
 from .methods.xlora import XLoraConfig, XLoraModel
 from .mixed import PeftMixedModel
 from .model import PeftModel
+from .prefixes import (
+    compose_cartridge_adapters,
+    initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values,
+)
 from .prompt import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
 from .status import get_layer_status, get_model_status
 from .tasks import (

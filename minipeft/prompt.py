@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
-from .errors import AdapterNameError, BatchError, ConfigError, PeftWarning, UnsupportedFeatureError
+from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .inject import check_adapter_name, model_config
 from .layer import BASE, Context, ModulesToSaveWrapper, adapted, walk
 from .targets import named
@@ -64,6 +64,7 @@ class Prompt(nn.Module):
     by_task: ClassVar[bool] = False  # forward takes `task_ids` (batch,) too
     before_decoder: ClassVar[bool] = False  # the second half of the tokens stands in front of a decoder's input
     own_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that are the prompt's alone
+    computed: bool = False  # by a network, which is trained and not saved
 
     embedding: nn.Embedding
 
@@ -83,6 +84,11 @@ class Prompt(nn.Module):
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over a checkpoint's tensors, which are known to fit. Raises `CheckpointError` if it can hold none."""
+        if self.computed:
+            raise CheckpointError(
+                "A prompt is saved without the network that makes it, so it cannot be loaded into one that is being "
+                "trained; nothing was loaded. Load it with inference_mode=True."
+            )
         with torch.no_grad():
             self.embedding.weight.copy_(tensors[EMBEDDINGS])
 

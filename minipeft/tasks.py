@@ -37,16 +37,36 @@ class _Task(PeftModel):
     def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
-    def _forward(self, task_ids: Tensor | None, kwargs: dict[str, Any], **given: Any) -> Any:
-        """Run with the arguments that were given; `task_ids` are for methods that tell tasks apart."""
-        given = {name: value for name, value in given.items() if value is not None}
+    def _forward(self, arguments: dict[str, Any]) -> Any:
+        """Run with a forward's own `locals()`, less what is None; `task_ids` are for methods that tell tasks apart."""
+        given = {name: value for name, value in arguments.items() if value is not None and name != "self"}
+        kwargs = given.pop("kwargs")
         by_task = self.has_active_enabled_adapter if self._is_prompt_learning else self.base_model.takes_task_ids
-        if task_ids is not None and by_task:
-            given["task_ids"] = task_ids
+        if not by_task:
+            given.pop("task_ids", None)
         return PeftModel.forward(self, **given, **kwargs)
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
+
+
+class _Labelled(_Task):
+    """The forward of three of them."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        return_dict=None,
+        task_ids=None,
+        **kwargs,
+    ):
+        """The model's output, for `input_ids` (batch, length) and `labels`, whose shape is the task's."""
+        return self._forward(locals())
 
 
 class _Head(_Task):
@@ -108,37 +128,12 @@ class _Head(_Task):
         return getattr(self.base_model, "num_labels", logits.shape[-1])
 
 
-class PeftModelForSequenceClassification(_Head):
-    """One label for each sequence; the loss is that of `config.problem_type`."""
+class PeftModelForSequenceClassification(_Head, _Labelled):
+    """One label for each sequence, `labels` (batch,) or (batch, labels); the loss is that of `config.problem_type`."""
 
     _joins = prompt.Joins(token_types=True, head=True)
     output_class = "SequenceClassifierOutput"
     pooled = True
-
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        task_ids=None,
-        **kwargs,
-    ):
-        """The model's output, for `input_ids` (batch, length) and `labels` (batch,) or (batch, labels)."""
-        return self._forward(
-            task_ids,
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
 
     def _results(self, logits: Tensor, *targets: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
         (labels,) = targets
@@ -164,8 +159,8 @@ class PeftModelForSequenceClassification(_Head):
         return (logits,), loss
 
 
-class PeftModelForTokenClassification(_Head):
-    """One label for each token."""
+class PeftModelForTokenClassification(_Head, _Labelled):
+    """One label for each token, `labels` (batch, length)."""
 
     _joins = prompt.Joins(labels=True, token_types=True, head=True)
     output_class = "TokenClassifierOutput"
@@ -178,31 +173,6 @@ class PeftModelForTokenClassification(_Head):
         **kwargs: Any,
     ) -> None:
         super().__init__(model, peft_config, adapter_name, **kwargs)
-
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        task_ids=None,
-        **kwargs,
-    ):
-        """The model's output, for `input_ids` and `labels` (batch, length)."""
-        return self._forward(
-            task_ids,
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
 
     def _results(self, logits: Tensor, *targets: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
         (labels,) = targets
@@ -238,20 +208,7 @@ class PeftModelForQuestionAnswering(_Head):
         **kwargs,
     ):
         """The model's output, for `input_ids` (batch, length), `start_positions` and `end_positions` (batch,)."""
-        return self._forward(
-            task_ids,
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            start_positions=start_positions,
-            end_positions=end_positions,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+        return self._forward(locals())
 
     def _results(self, logits: Tensor, *targets: Tensor | None) -> tuple[tuple[Tensor, ...], Tensor | None]:
         sides = tuple(side.squeeze(-1).contiguous() for side in logits.split(1, dim=-1))
@@ -282,16 +239,7 @@ class PeftModelForFeatureExtraction(_Task):
         **kwargs,
     ):
         """The model's output, for `input_ids` (batch, length)."""
-        return self._forward(
-            task_ids,
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+        return self._forward(locals())
 
 
 class _Generating(_Task):
@@ -339,35 +287,10 @@ class _Generating(_Task):
         return inputs
 
 
-class PeftModelForCausalLM(_Generating):
-    """A decoder that predicts the next token."""
+class PeftModelForCausalLM(_Generating, _Labelled):
+    """A decoder that predicts the next token of `labels` (batch, length)."""
 
     _joins = prompt.Joins(labels=True)
-
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        return_dict=None,
-        task_ids=None,
-        **kwargs,
-    ):
-        """The model's output, for `input_ids` and `labels` (batch, length)."""
-        return self._forward(
-            task_ids,
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
 
     def prepare_inputs_for_generation(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         """What the base model is called with for the next token, the prompt included."""
@@ -398,20 +321,7 @@ class PeftModelForSeq2SeqLM(_Generating):
         **kwargs,
     ):
         """The model's output, for `input_ids` (batch, length) and `labels` (batch, other length)."""
-        return self._forward(
-            task_ids,
-            kwargs,
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            inputs_embeds=inputs_embeds,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            labels=labels,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-        )
+        return self._forward(locals())
 
     def generate(self, **kwargs: Any) -> Any:
         """The base model's `generate` with the active adapters; prompts need `input_ids` or `inputs_embeds`."""

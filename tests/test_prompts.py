@@ -419,7 +419,7 @@ def test_multitask_begins_with_a_trained_prompt(how, tmp_path):
     wrong += [config(prompt_tuning_init_task=3)] if how == "EXACT_SOURCE_TASK" else []
     for bad in wrong:
         base = fresh(Decoder)
-        with pytest.raises(ConfigError):
+        with pytest.raises((ConfigError, CheckpointError)):
             minipeft.get_peft_model(base, bad)
         assert all(p.requires_grad for p in base.parameters())
 

@@ -5,7 +5,7 @@ Blau et al., 2024, https://arxiv.org/abs/2410.17222, section 3.
     d: (tokens, dim), trained, with |d_i| <= eps * sqrt(dim / 2048), eps by the token's type
 
 Types of token, modulo 4: 1 template of an input, 2 input, 3 template of an output, 0 label; 0 itself is none of them.
-The loss counts labels only, those of the examples too; with "decay" each example counts less the farther back it is.
+The loss, in cpt_loss.py, counts labels only.
 """
 
 from __future__ import annotations
@@ -14,15 +14,19 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import PromptLearningConfig, TaskType
-from ..errors import BatchError, ConfigError
-from ..prompt import EMBEDDINGS, IGNORED, Prompt
+from ..config import Bound, PromptLearningConfig, TaskType
+from ..errors import ConfigError
+from ..prompt import EMBEDDINGS, Prompt
+from ..words import word_vectors
+from .cpt_loss import joined_labels, label_loss
+
+Size = Annotated[float, Bound("a number that is not negative", lambda value: value >= 0)]
 
 
 @dataclass
@@ -33,9 +37,9 @@ class CPTConfig(PromptLearningConfig, method="CPT"):
     cpt_mask: list[int] | None = None
     cpt_tokens_type_mask: list[int] | None = None
     opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
-    opt_loss_decay_factor: float | None = 1.0
-    opt_projection_epsilon: float | None = 0.1  # for inputs
-    opt_projection_format_epsilon: float | None = 0.1  # for templates
+    opt_loss_decay_factor: Size = 1.0
+    opt_projection_epsilon: Size = 0.1  # for inputs
+    opt_projection_format_epsilon: Size = 0.1  # for templates
     tokenizer_name_or_path: str | None = None  # noted only
 
     def __post_init__(self):
@@ -51,9 +55,6 @@ class CPTConfig(PromptLearningConfig, method="CPT"):
                 setattr(self, name, [1] * self.num_virtual_tokens)
             if len(getattr(self, name)) != self.num_virtual_tokens:
                 raise ConfigError("cpt_token_ids, cpt_mask and cpt_tokens_type_mask must have the same length.")
-        for name in ("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"):
-            if getattr(self, name) is None or getattr(self, name) < 0:
-                raise ConfigError(f"`{name}` must be a number that is not negative, got {getattr(self, name)}.")
 
 
 class CPTEmbedding(Prompt, config=CPTConfig):
@@ -68,11 +69,7 @@ class CPTEmbedding(Prompt, config=CPTConfig):
         shape = (config.num_virtual_tokens, config.token_dim)
         self.embedding = nn.Embedding(*shape)  # (tokens, dim), frozen
         if not config.inference_mode:
-            ids = torch.tensor(config.cpt_token_ids)
-            if not 0 <= int(ids.min()) <= int(ids.max()) < word_embeddings.weight.shape[0]:
-                raise ConfigError(f"cpt_token_ids must be between 0 and {word_embeddings.weight.shape[0] - 1}.")
-            vectors = word_embeddings(ids.to(word_embeddings.weight.device)).detach().clone().float()
-            self.embedding.weight = nn.Parameter(vectors)
+            self.embedding.weight = nn.Parameter(word_vectors(word_embeddings, config.cpt_token_ids, "cpt_token_ids"))
         self.embedding.requires_grad_(False)
         self.delta_embedding = nn.Embedding(*shape)  # (tokens, dim)
         nn.init.zeros_(self.delta_embedding.weight)
@@ -113,18 +110,9 @@ class CPTEmbedding(Prompt, config=CPTConfig):
             self.embedding.weight.copy_(tensors[EMBEDDINGS])
             self.delta_embedding.weight.zero_()
 
-    # ------------------------------------------------------------------------------------------------------- the loss
     def pad_labels(self, labels: Tensor, tokens: int, own: dict[str, Any]) -> Tensor:
-        given = own.get("input_type_mask")
-        types = torch.full_like(labels, 4) if given is None else given.to(labels.device)
-        if types.shape != labels.shape:
-            raise BatchError(f"`input_type_mask` must be of shape {tuple(labels.shape)}, got {tuple(types.shape)}.")
-        before = torch.tensor([self.config.cpt_tokens_type_mask], device=labels.device)
-        types = torch.where(types > 0, types + before.max(), types)  # another example, after all others
-        own["types"] = types = torch.cat([before.expand(len(labels), -1), types.to(before.dtype)], dim=1)
-        ids = torch.tensor([self.config.cpt_token_ids], device=labels.device)
-        joined = torch.cat([ids.expand(len(labels), -1), labels], dim=1)
-        return joined.masked_fill((types <= 0) | (types % 4 != 0), IGNORED)
+        joined, own["types"] = joined_labels(labels, own.get("input_type_mask"), self.config)
+        return joined
 
     def finish(self, output: Any, labels: Tensor | None, own: dict[str, Any]) -> Any:
         return output if labels is None else self.calculate_loss(output, labels, own["types"], self.config)
@@ -132,15 +120,5 @@ class CPTEmbedding(Prompt, config=CPTConfig):
     @staticmethod
     def calculate_loss(base_model_output: Any, labels: Tensor, cpt_type_mask: Tensor, config: Any) -> Any:
         """`base_model_output` with a loss over `labels` (batch, length), weighted by example if `config` says so."""
-        logits = base_model_output.logits[:, :-1]
-        labels, types = labels[:, 1:].to(logits.device), cpt_type_mask[:, 1:].to(logits.device)
-        counted = labels != IGNORED
-        weight = counted.float()
-        if config.opt_weighted_loss_type == "decay":
-            for row, kinds in zip(weight, types):
-                examples = kinds[(kinds > 0) & (kinds % 4 == 0)].unique()  # ascending; the last one counts most
-                for back, kind in enumerate(examples.flip(0)):
-                    row[kinds == kind] *= config.opt_loss_decay_factor**back
-        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-        base_model_output.loss = (loss.view_as(weight) * weight)[counted].mean()
+        base_model_output.loss = label_loss(base_model_output.logits, labels, cpt_type_mask, config)
         return base_model_output

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import read_weights_file
-from ..errors import BatchError, CheckpointError, ConfigError
+from ..checkpoint import Entry, check, read_weights_file
+from ..config import Positive
+from ..errors import BatchError, ConfigError
 from ..prompt import EMBEDDINGS
-from .prompt_tuning import PromptEmbedding, PromptTuningConfig
+from .prompt_tuning import Begun, PromptTuningConfig
 
 
 class MultitaskPromptTuningInit(str, enum.Enum):
@@ -42,22 +43,15 @@ class MultitaskPromptTuningConfig(PromptTuningConfig, method="MULTITASK_PROMPT_T
     prompt_tuning_init: MultitaskPromptTuningInit | str = MultitaskPromptTuningInit.RANDOM
     prompt_tuning_init_state_dict_path: str | None = None  # a saved multitask prompt
     prompt_tuning_init_task: int | None = 0  # for EXACT_SOURCE_TASK
-    num_ranks: int | None = 1
-    num_tasks: int | None = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("num_ranks", "num_tasks"):
-            if getattr(self, name) is None:
-                raise ConfigError(f"`{name}` should be a positive integer value but the value passed is None.")
-        self.require_positive("num_ranks", "num_tasks")
+    num_ranks: Positive = 1
+    num_tasks: Positive = 1
 
     @classmethod
     def _inits(cls) -> type[enum.Enum]:
         return MultitaskPromptTuningInit
 
 
-class MultitaskPromptEmbedding(PromptEmbedding, config=MultitaskPromptTuningConfig):
+class MultitaskPromptEmbedding(Begun, config=MultitaskPromptTuningConfig):
     """Virtual tokens of all tasks, and for each task a matrix of low rank that scales them."""
 
     by_task = True
@@ -65,44 +59,12 @@ class MultitaskPromptEmbedding(PromptEmbedding, config=MultitaskPromptTuningConf
 
     def __init__(self, config: Any, word_embeddings: Any):
         super().__init__(config, word_embeddings)
-        total = self.embedding.num_embeddings
-        self.num_tasks, self.num_ranks, self.token_dim = config.num_tasks, config.num_ranks, config.token_dim
-        cols, rows = (config.num_tasks, total, config.num_ranks), (config.num_tasks, config.num_ranks, config.token_dim)
-        self.prefix_task_cols = nn.Parameter(torch.normal(0, 0.02, size=cols))  # (tasks, tokens, ranks)
-        self.prefix_task_rows = nn.Parameter(torch.normal(0, 0.02, size=rows))  # (tasks, ranks, dim)
+        tasks, ranks, tokens = config.num_tasks, config.num_ranks, self.embedding.num_embeddings
+        self.num_tasks, self.num_ranks, self.token_dim = tasks, ranks, config.token_dim
+        self.prefix_task_cols = nn.Parameter(torch.normal(0, 0.02, size=(tasks, tokens, ranks)))  # U
+        self.prefix_task_rows = nn.Parameter(torch.normal(0, 0.02, size=(tasks, ranks, config.token_dim)))  # V
         if config.prompt_tuning_init in SOURCES and not config.inference_mode:
-            self._start_from_source(config)
-
-    def _start_from_source(self, config: Any) -> None:
-        how, path = config.prompt_tuning_init, config.prompt_tuning_init_state_dict_path
-        if path is None:
-            raise ConfigError(f"prompt_tuning_init='{how.value}' needs prompt_tuning_init_state_dict_path.")
-        source = read_weights_file(Path(path))
-        wanted = {EMBEDDINGS: self.embedding.weight}
-        if how != "ONLY_SOURCE_SHARED":
-            wanted |= {"prefix_task_cols": self.prefix_task_cols, "prefix_task_rows": self.prefix_task_rows}
-        start = {}
-        for key, mine in wanted.items():
-            if key not in source:
-                raise CheckpointError(f"'{path}' is no multitask prompt: it has no '{key}' but {sorted(source)}.")
-            value, task = source[key], config.prompt_tuning_init_task or 0
-            if key != EMBEDDINGS and how == "EXACT_SOURCE_TASK":
-                if not 0 <= task < len(value):
-                    raise ConfigError(f"prompt_tuning_init_task={task}, but '{path}' has {len(value)} tasks.")
-                value = value[task : task + 1]
-            elif key != EMBEDDINGS:
-                value = value.mean(0, keepdim=True)
-            if value.shape != mine.shape:
-                raise ConfigError(f"{key} of '{path}' is {tuple(value.shape)}, the prompt needs {tuple(mine.shape)}.")
-            start[key] = value
-        self._take(start)
-
-    def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        own = {EMBEDDINGS: self.embedding.weight, "prefix_task_cols": self.prefix_task_cols}
-        own["prefix_task_rows"] = self.prefix_task_rows
-        with torch.no_grad():
-            for key, value in tensors.items():
-                own[key].copy_(value)
+            self.load(self.source(config))
 
     def forward(self, indices: Tensor, task_ids: Tensor) -> Tensor:  # type: ignore[override]
         """Virtual tokens (batch, tokens, dim) for `task_ids` (batch,). Raises `BatchError` for unknown tasks."""
@@ -110,12 +72,29 @@ class MultitaskPromptEmbedding(PromptEmbedding, config=MultitaskPromptTuningConf
             raise BatchError("task_ids cannot be None")
         if task_ids.numel() and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < self.num_tasks:
             raise BatchError(f"`task_ids` must be between 0 and {self.num_tasks - 1}, got {task_ids.tolist()}.")
-        scale = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
-        return self.embedding(indices) * scale
+        U, V = self.prefix_task_cols, self.prefix_task_rows
+        return self.embedding(indices) * (U[task_ids] @ V[task_ids])
 
-    def saved(self, indices: Tensor) -> dict[str, Tensor]:
+    def saved(self, indices: Tensor | None = None) -> dict[str, Tensor]:
         tasks = {"prefix_task_cols": self.prefix_task_cols, "prefix_task_rows": self.prefix_task_rows}
         return {**tasks, EMBEDDINGS: self.embedding.weight}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self._take({key: tensors[key] for key in (EMBEDDINGS, "prefix_task_cols", "prefix_task_rows")})
+        with torch.no_grad():
+            for key, mine in self.saved().items():
+                mine.copy_(tensors.get(key, mine))
+
+    def source(self, config: Any) -> dict[str, Tensor]:
+        """What the prompt begins with, out of the one that is saved at `prompt_tuning_init_state_dict_path`."""
+        how, path = config.prompt_tuning_init, config.prompt_tuning_init_state_dict_path
+        if path is None:
+            raise ConfigError(f"prompt_tuning_init='{how.value}' needs prompt_tuning_init_state_dict_path.")
+        wanted = {EMBEDDINGS: self.embedding.weight} if how == "ONLY_SOURCE_SHARED" else self.saved()
+        begin = {key: tensor for key, tensor in read_weights_file(Path(path)).items() if key in wanted}
+        for key in begin.keys() - {EMBEDDINGS}:  # of all tasks
+            tasks, task = len(begin[key]), config.prompt_tuning_init_task or 0
+            if how == "EXACT_SOURCE_TASK" and not 0 <= task < tasks:
+                raise ConfigError(f"prompt_tuning_init_task={task}, but '{path}' has {tasks} tasks.")
+            begin[key] = begin[key][task, None] if how == "EXACT_SOURCE_TASK" else begin[key].mean(0, keepdim=True)
+        check([Entry(key, key, wanted, key) for key in wanted], begin)
+        return begin

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import PromptLearningConfig, _member
-from ..errors import CheckpointError, ConfigError, PeftWarning
+from ..config import Positive, PromptLearningConfig, Share, _member
+from ..errors import PeftWarning
 from ..prompt import Prompt
 
 
@@ -33,9 +32,9 @@ class PromptEncoderConfig(PromptLearningConfig, method="P_TUNING"):
     """Fields of P-tuning; the encoder is needed for training only."""
 
     encoder_reparameterization_type: str | PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
-    encoder_hidden_size: int | None = None  # default: token_dim
-    encoder_num_layers: int = 2  # of the LSTM
-    encoder_dropout: float = 0.0  # of the LSTM
+    encoder_hidden_size: Positive | None = None  # default: token_dim
+    encoder_num_layers: Positive = 2  # of the LSTM
+    encoder_dropout: Share = 0.0  # of the LSTM
 
     def __post_init__(self):
         super().__post_init__()
@@ -43,9 +42,6 @@ class PromptEncoderConfig(PromptLearningConfig, method="P_TUNING"):
         self.encoder_reparameterization_type = _member(
             PromptEncoderReparameterizationType, kind, "encoder_reparameterization_type"
         )
-        self.require_positive("encoder_num_layers", *["encoder_hidden_size"] * (self.encoder_hidden_size is not None))
-        if not 0 <= self.encoder_dropout <= 1:
-            raise ConfigError(f"`encoder_dropout` must be between 0 and 1, got {self.encoder_dropout}.")
 
 
 class PromptEncoder(Prompt, config=PromptEncoderConfig):
@@ -58,8 +54,8 @@ class PromptEncoder(Prompt, config=PromptEncoderConfig):
         self.total_virtual_tokens = config.num_virtual_tokens * config.num_transformer_submodules
         self.encoder_type = config.encoder_reparameterization_type
         self.embedding = nn.Embedding(self.total_virtual_tokens, dim)  # (tokens, dim)
-        self.trained = not config.inference_mode
-        if not self.trained:
+        self.computed = not config.inference_mode
+        if not self.computed:
             return
         if self.encoder_type == "LSTM":
             layers, dropout = config.encoder_num_layers, config.encoder_dropout
@@ -74,14 +70,6 @@ class PromptEncoder(Prompt, config=PromptEncoderConfig):
 
     def forward(self, indices: Tensor) -> Tensor:
         tokens = self.embedding(indices)  # (batch, tokens, dim)
-        if not self.trained:
+        if not self.computed:
             return tokens
         return self.mlp_head(self.lstm_head(tokens)[0] if self.encoder_type == "LSTM" else tokens)
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        if self.trained:
-            raise CheckpointError(
-                "A prompt is saved without its encoder, so it cannot be loaded into one that is being trained; nothing "
-                "was loaded. Load it with inference_mode=True."
-            )
-        super().load(tensors)

@@ -7,14 +7,13 @@ Li and Liang, 2021, https://arxiv.org/abs/2101.00190, section 4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..config import PromptLearningConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import ConfigError
 from ..prompt import EMBEDDINGS, Prompt, check_embeddings
 
 
@@ -36,8 +35,8 @@ class PrefixEncoder(Prompt, config=PrefixTuningConfig):
         super().__init__()
         width = config.num_layers * 2 * config.token_dim
         self.prefix_projection = config.prefix_projection
-        self.projected = config.prefix_projection and not config.inference_mode
-        if self.projected:
+        self.computed = config.prefix_projection and not config.inference_mode
+        if self.computed:
             self.embedding = nn.Embedding(config.num_virtual_tokens, config.token_dim)  # (tokens, dim)
             self.transform = nn.Sequential(
                 nn.Linear(config.token_dim, config.encoder_hidden_size),
@@ -47,20 +46,12 @@ class PrefixEncoder(Prompt, config=PrefixTuningConfig):
         else:
             self.embedding = nn.Embedding(config.num_virtual_tokens, width)  # (tokens, layers * 2 * dim)
         if config.init_weights == "zero":
-            for parameter in self.transform[2].parameters() if self.projected else self.parameters():
+            for parameter in self.transform[2].parameters() if self.computed else self.parameters():
                 nn.init.zeros_(parameter)
 
     def forward(self, prefix: Tensor) -> Tensor:
         tokens = self.embedding(prefix)
-        return self.transform(tokens) if self.projected else tokens  # (batch, tokens, layers * 2 * dim)
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        if self.projected:
-            raise CheckpointError(
-                "A prefix is saved without its projection, so it cannot be loaded into one that is being trained; "
-                "nothing was loaded. Load it with inference_mode=True."
-            )
-        super().load(tensors)
+        return self.transform(tokens) if self.computed else tokens  # (batch, tokens, layers * 2 * dim)
 
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
         """Take over keys and values (tokens, layers * 2 * dim). Raises `ConfigError` when they do not fit."""

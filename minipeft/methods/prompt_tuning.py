@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..config import PromptLearningConfig, _member
 from ..errors import ConfigError
 from ..prompt import Prompt
+from ..words import text_ids, word_vectors
 
 
 class PromptTuningInit(str, enum.Enum):
@@ -51,8 +52,8 @@ class PromptTuningConfig(PromptLearningConfig, method="PROMPT_TUNING"):
         return PromptTuningInit
 
 
-class PromptEmbedding(Prompt, config=PromptTuningConfig):
-    """Virtual tokens (tokens, dim), one row each."""
+class Begun(Prompt):
+    """Virtual tokens (tokens, dim) that begin as the configuration's `prompt_tuning_init` says."""
 
     reads_words = True
 
@@ -60,35 +61,20 @@ class PromptEmbedding(Prompt, config=PromptTuningConfig):
         super().__init__()
         total = config.num_virtual_tokens * config.num_transformer_submodules
         self.embedding = nn.Embedding(total, config.token_dim)  # (tokens, dim)
-        if config.inference_mode:
+        if config.inference_mode or config.prompt_tuning_init not in ("SAMPLE_VOCAB", "TEXT"):
             return
         if config.prompt_tuning_init == "SAMPLE_VOCAB":
-            self._start_at(word_embeddings, torch.randint(0, word_embeddings.num_embeddings, (total,)))
-        elif config.prompt_tuning_init == "TEXT":
-            ids = tokenized(config)
-            self._start_at(word_embeddings, torch.tensor(list(islice(cycle(ids), total))))
-
-    def _start_at(self, words: Any, ids: Tensor) -> None:
-        vectors = words(ids.to(words.weight.device)).detach().clone().float()
+            ids = torch.randint(0, word_embeddings.num_embeddings, (total,))
+        else:
+            ids = torch.tensor(list(islice(cycle(text_ids(config)), total)))
+        vectors = word_vectors(word_embeddings, ids)
         if vectors.shape != self.embedding.weight.shape:
-            raise ConfigError(
-                f"`token_dim` is {self.embedding.weight.shape[1]}, but the words have {vectors.shape[1]} dimensions."
-            )
+            raise ConfigError(f"`token_dim` is {config.token_dim}, but the words have {vectors.shape[1]} dimensions.")
         self.embedding.weight = nn.Parameter(vectors)
+
+
+class PromptEmbedding(Begun, config=PromptTuningConfig):
+    """Virtual tokens, one row each."""
 
     def forward(self, indices: Tensor) -> Tensor:
         return self.embedding(indices)
-
-
-def tokenized(config: Any) -> list[int]:
-    """Token ids of the text to begin with. `trust_remote_code` is never passed on."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ConfigError("prompt_tuning_init='TEXT' needs transformers, to read the tokenizer.") from error
-    options = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-    tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **options)
-    ids = tokenizer(config.prompt_tuning_init_text)["input_ids"]
-    if not ids:
-        raise ConfigError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens.")
-    return ids
