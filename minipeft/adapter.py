@@ -9,6 +9,7 @@ Everything common is written once from it: merging, safe merging, mixed batches,
 a quantised layer. A method says how it acts by the class it derives from:
 
     Delta        W' = W + dW                       LoRA, VeRA, ...: give `delta`, and `branch` when it can be cheaper
+    Factored     W' = W + up down                  OSF, VB-LoRA, ...: give `factors`
     Transform    W', b' = f(W, b)                  trainable tokens, ...: give `fold`
     Activation   y = post(inner(pre(x)))           OFT, IA3, ...: give `pre` (linear) and `post` (affine)
     Routed       depends on the input, no merge    Poly, ...: give `forward`
@@ -22,6 +23,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import PeftConfig, PeftType
@@ -60,6 +62,7 @@ class Adapter:
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
     autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
     alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
+    kept_if: ClassVar[dict[str, str]] = {}  # slots that are saved only if the field of that name is set
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
 
     layer: Layer
@@ -209,7 +212,7 @@ class Adapter:
     @classmethod
     def keeps(cls, slot: str, config: Any) -> bool:
         """Whether a slot's tensors belong in a checkpoint."""
-        return slot.startswith(cls.prefix)
+        return getattr(config, cls.kept_if[slot]) if slot in cls.kept_if else slot.startswith(cls.prefix)
 
     @classmethod
     def saved_key(cls, slot: str, rest: str) -> str:
@@ -261,6 +264,24 @@ class Delta(Adapter):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta(), b
+
+
+class Factored(Delta):
+    """W' = W + up down. Gives `factors`; the slot `<prefix>dropout`, if there, acts on the input of `down`."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """up (out, k) and down (k, in)."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        up, down = self.factors()
+        return up @ down  # (out, in)
+
+    def branch(self, x: Tensor) -> Tensor:
+        up, down = self.factors()
+        dropout = getattr(self, f"{self.prefix}dropout", None)
+        x = self.cast(x, down)
+        return F.linear(F.linear(x if dropout is None else dropout(x), down), up)  # (..., out)
 
 
 class Transform(Adapter):

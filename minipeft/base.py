@@ -193,6 +193,12 @@ class Base:
         """The shape in which PEFT stores one magnitude for each output feature."""
         return (self.out,)
 
+    def require_divisible(self, by: int, field: str, path: str, sides: str = "in_features out_features") -> None:
+        """Raise `UnsupportedLayerError` unless `by`, which is what `field` says, divides the sizes of the layer."""
+        for side, size in (("in_features", self.inp), ("out_features", self.out)):
+            if side in sides.split() and (by <= 0 or size % by):
+                raise UnsupportedLayerError(f"{side} of '{path}', {size}, must be divisible by `{field}`, {by}.")
+
     def same(self, other: Base) -> bool:
         """Whether `other` is the same weight of the same layer."""
         return self.leaf is other.leaf and self.weight_name == other.weight_name

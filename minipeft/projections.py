@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .adapter import Delta
+from .adapter import Delta, adapter_class
 from .base import Base
+from .config import PeftConfig, Positive
 from .errors import ConfigError, PeftWarning
 
 
-class Projected(Delta):
-    """A delta made with the matrices A and B of the slots `pair`: as large as the largest layer needs, never trained.
+@dataclass
+class ProjectedConfig(PeftConfig):
+    """The first fields of the methods with such a pair. All adapters of a model have the same seed."""
 
-    Their configurations have `r`, `projection_prng_key` (the seed) and `save_projection` (whether A and B are saved).
-    """
+    r: Positive = 256  # rank
+    target_modules: list[str] | str | None = None
+    projection_prng_key: int = 0  # seed of A and B
+    save_projection: bool = True  # keep A and B in the checkpoint; otherwise the seed has to bring them back
+
+    def __post_init__(self):
+        super().__post_init__()
+        cls: Any = adapter_class(self)
+        warn_unless_saved(self, *cls.pair)
+
+
+class Projected(Delta):
+    """A delta made with the matrices A and B of the slots `pair`: of the largest layer's sizes, never trained."""
 
     shares = True
     pair: ClassVar[tuple[str, str]]

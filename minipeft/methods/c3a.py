@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from ..adapter import Delta
 from ..base import Base
 from ..config import PeftConfig, Positive
-from ..errors import UnsupportedLayerError
 from ..targets import pattern_value
 from ..tuner import register_tuner
 
@@ -44,10 +43,7 @@ class C3A(Delta, config=C3AConfig):
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         b = pattern_value(config.block_size_pattern, path, config.block_size)
-        if b <= 0 or base.inp % b or base.out % b:
-            raise UnsupportedLayerError(
-                f"The block size must divide both features of '{path}', in {base.inp} and out {base.out}, but is {b}."
-            )
+        base.require_divisible(b, "block_size", path)
 
     def build(self) -> None:
         c = self.config

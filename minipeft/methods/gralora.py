@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import Base
-from ..config import PeftConfig, Positive, Probability
+from ..config import NotNegative, PeftConfig, Positive, Probability
 from ..draw import uniform
 from ..errors import ConfigError
 from ..tuner import register_tuner
@@ -31,7 +31,7 @@ class GraloraConfig(PeftConfig, method="GRALORA"):
     """Fields of GraLoRA."""
 
     r: Positive = 32  # rank of a row of blocks; gralora_k must divide it
-    hybrid_r: int = 0  # rank of a plain LoRA beside the blocks
+    hybrid_r: NotNegative = 0  # rank of a plain LoRA beside the blocks
     target_modules: list[str] | str | None = None
     alpha: int | float = 64
     gralora_dropout: Probability = 0.0  # on the input of A, while training
@@ -45,8 +45,6 @@ class GraloraConfig(PeftConfig, method="GRALORA"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.hybrid_r < 0:
-            raise ConfigError(f"`hybrid_r` should not be negative but the value passed is {self.hybrid_r}.")
         if self.r % self.gralora_k:
             raise ConfigError(f"r should be divisible by gralora_k, but got {self.r} and {self.gralora_k}.")
 
@@ -56,10 +54,7 @@ class GraLoRA(Delta, config=GraloraConfig):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
-        k = config.gralora_k
-        for name, n in (("in_features", base.inp), ("out_features", base.out)):
-            if n % k:
-                raise ConfigError(f"{name} of '{path}' should be divisible by gralora_k, but got {n} and {k}.")
+        base.require_divisible(config.gralora_k, "gralora_k", path)
 
     def build(self) -> None:
         c, inp, out, k = self.config, self.base.inp, self.base.out, self.config.gralora_k

@@ -8,19 +8,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter import Adapter, Routed
 from ..base import linear
-from ..config import PeftConfig, Positive
-from ..errors import ConfigError
+from ..config import Bound, PeftConfig, Positive
+from ..draw import redraw
 from ..tuner import register_tuner
+
+Several = Annotated[int, Bound("at least 2, to choose from", lambda n: n >= 2)]
 
 
 @dataclass
@@ -29,7 +30,7 @@ class LilyConfig(PeftConfig, method="LILY"):
 
     r: Positive = 32  # rank
     stride_A: Positive = 1  # number of layers that share an A
-    num_B: int = 2  # number of B_e
+    num_B: Several = 2  # number of B_e
     scaling: float = 1.0  # s
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -37,11 +38,6 @@ class LilyConfig(PeftConfig, method="LILY"):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     init_weights: bool = True  # False: B random
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_B < 2:
-            raise ConfigError(f"`num_B` must be at least 2, or there is nothing to choose from; got {self.num_B}.")
 
 
 class Lily(Routed, config=LilyConfig):
@@ -53,12 +49,7 @@ class Lily(Routed, config=LilyConfig):
         self.lily_A = linear(self.base.inp, c.r)
         self.lily_B = linear(self.base.out, c.num_B * c.r)  # the transposed B_e below each other: (num_B r, out)
         self.lily_router = linear(c.r, c.num_B)
-        for layer in (self.lily_A, self.lily_router):  # PEFT: draws them twice
-            nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
-        if c.init_weights:
-            nn.init.zeros_(self.lily_B.weight)
-        else:
-            nn.init.kaiming_uniform_(self.lily_B.weight, a=math.sqrt(5))
+        redraw(self.lily_A, self.lily_router, self.lily_B, zero=c.init_weights)
 
     def initial_scaling(self) -> float:
         return self.config.scaling

@@ -44,7 +44,7 @@ class Shards(Adapter):
     prefix = "miss_"
 
     @classmethod
-    def block(cls, config: MissConfig, base: Base) -> tuple[int, ...]:
+    def block(cls, config: MissConfig, path: str, base: Base) -> tuple[int, ...]:
         """The shape of the block. Raises `ConfigError` when it does not fit the layer."""
         raise NotImplementedError
 
@@ -52,13 +52,13 @@ class Shards(Adapter):
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         if config.r > base.inp:
             raise ConfigError(f"`r` ({config.r}) must be less than or equal to in_features ({base.inp}) of '{path}'.")
-        cls.block(config, base)
+        cls.block(config, path, base)
 
     def build(self) -> None:
         c = self.config
         self.miss_r, self.miss_mini_r = c.r, c.mini_r
         self.miss_dropout = nn.Dropout(c.miss_dropout) if c.miss_dropout else nn.Identity()
-        self.miss_block = uniform(*self.block(c, self.base), zero=c.init_weights is not False)
+        self.miss_block = uniform(*self.block(c, self.path, self.base), zero=c.init_weights is not False)
 
 
 class MiSS(Shards, Delta, config=MissConfig):
@@ -67,11 +67,10 @@ class MiSS(Shards, Delta, config=MissConfig):
         return config.init_weights != "bat"
 
     @classmethod
-    def block(cls, config: MissConfig, base: Base) -> tuple[int, ...]:
+    def block(cls, config: MissConfig, path: str, base: Base) -> tuple[int, ...]:
         if config.init_weights != "mini":
             return config.r, base.out
-        if base.out % config.mini_r:
-            raise ConfigError(f"out_features ({base.out}) must be divisible by `mini_r` ({config.mini_r}).")
+        base.require_divisible(config.mini_r, "mini_r", path, sides="out_features")
         return config.r, config.mini_r
 
     @property
@@ -96,12 +95,8 @@ class Bat(Shards, Transform, config=MissConfig):
         return config.init_weights == "bat"
 
     @classmethod
-    def block(cls, config: MissConfig, base: Base) -> tuple[int, ...]:
-        if base.inp % config.r or base.out % config.r:
-            raise ConfigError(
-                f"With init_weights='bat', in_features ({base.inp}) and out_features ({base.out}) must be divisible by "
-                f"`r` ({config.r})."
-            )
+    def block(cls, config: MissConfig, path: str, base: Base) -> tuple[int, ...]:
+        base.require_divisible(config.r, "r", path)
         return base.out // config.r, config.r, config.r
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

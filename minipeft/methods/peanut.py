@@ -9,60 +9,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..activations import ACTIVATIONS
 from ..adapter import Delta
 from ..base import linear
-from ..config import PeftConfig, Positive
+from ..config import NotNegative, PeftConfig, Positive
+from ..draw import redraw
 from ..errors import ConfigError, nearest
 from ..tuner import register_tuner
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def xielu(x: Tensor) -> Tensor:
-    """xIELU, https://arxiv.org/abs/2411.13010, with its constants as bfloat16 holds them."""
-    low = lambda value: torch.tensor([value], dtype=torch.bfloat16, device=x.device)
-    beta, up, down = low(0.5), *(F.softplus(low(value).expm1().log()) for value in (0.8, 0.8 - 0.5))
-    down = beta + down
-    negative = (torch.expm1(torch.min(x, low(-1e-6).to(x))) - x) * down + beta * x
-    return torch.where(x > 0, up * x * x + beta * x, negative)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {  # by the names that transformers gives them
-    "gelu": F.gelu,
-    "gelu_10": lambda x: F.gelu(x).clip(-10, 10),
-    "gelu_accurate": gelu_tanh,
-    "gelu_fast": gelu_tanh,
-    "gelu_new": gelu_tanh,
-    "gelu_python": F.gelu,
-    "gelu_python_tanh": gelu_tanh,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "hardswish": F.hardswish,
-    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
-    "leaky_relu": F.leaky_relu,
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "prelu": lambda x: F.leaky_relu(x, 0.25),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "sqrtsoftplus": lambda x: F.softplus(x).sqrt(),
-    "swish": F.silu,
-    "tanh": torch.tanh,
-    "xielu": xielu,
-}
 
 
 @dataclass
@@ -70,8 +27,8 @@ class PeanutConfig(PeftConfig, method="PEANUT"):
     """Fields of PEANuT."""
 
     r: Positive = 32  # width of the network
-    depth: int = 0  # pairs of (r, r) layers between A and B
-    act_fn: str = "relu"  # a key of ACTIVATIONS
+    depth: NotNegative = 0  # pairs of (r, r) layers between A and B
+    act_fn: str = "relu"  # a key of activations.ACTIVATIONS
     scaling: float = 1.0
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -82,12 +39,9 @@ class PeanutConfig(PeftConfig, method="PEANUT"):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.depth < 0:
-            raise ConfigError(f"`depth` can only be a non-negative integer, got {self.depth}.")
         if self.act_fn not in ACTIVATIONS:
             hint = nearest(self.act_fn, ACTIVATIONS)
-            names = ", ".join(ACTIVATIONS)
-            raise ConfigError(f"Unsupported `act_fn` {self.act_fn!r}.{hint} It must be one of {names}.")
+            raise ConfigError(f"Unknown `act_fn` {self.act_fn!r}.{hint} It must be one of {', '.join(ACTIVATIONS)}.")
 
 
 class PEANuT(Delta, config=PeanutConfig):
@@ -102,12 +56,7 @@ class PEANuT(Delta, config=PeanutConfig):
             self.peanut_encoders = nn.ModuleList(linear(r, r) for _ in range(c.depth))
             self.peanut_decoders = nn.ModuleList(linear(r, r) for _ in range(c.depth))
         self.peanut_B = linear(r, out)
-        for layer in (self.peanut_A, *self.layers):  # PEFT: draws them twice
-            nn.init.kaiming_uniform_(layer.get_parameter("weight"), a=math.sqrt(5))
-        if c.init_weights:
-            nn.init.zeros_(self.peanut_B.weight)
-        else:
-            nn.init.kaiming_uniform_(self.peanut_B.weight, a=math.sqrt(5))
+        redraw(self.peanut_A, *self.layers, self.peanut_B, zero=c.init_weights)
 
     def initial_scaling(self) -> float:
         return self.config.scaling

@@ -21,7 +21,7 @@ from torch.distributions import RelaxedBernoulli
 from ..adapter import Routed
 from ..base import Base
 from ..config import PeftConfig, Positive
-from ..errors import BatchError, ConfigError
+from ..errors import BatchError
 from ..tuner import register_tuner
 
 
@@ -61,10 +61,7 @@ class Poly(Routed, config=PolyConfig):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
-        if base.inp % config.n_splits or base.out % config.n_splits:
-            raise ConfigError(
-                f"n_splits={config.n_splits} must divide the {base.inp} inputs and {base.out} outputs of '{path}'."
-            )
+        base.require_divisible(config.n_splits, "n_splits", path)
 
     def build(self) -> None:
         c = self.config

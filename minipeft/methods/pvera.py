@@ -19,20 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftConfig, Positive, Probability
+from ..config import Probability
 from ..errors import MergeError
-from ..projections import Projected, warn_unless_saved
+from ..projections import Projected, ProjectedConfig
 from ..tuner import register_tuner
 
 
 @dataclass
-class PveraConfig(PeftConfig, method="PVERA"):
+class PveraConfig(ProjectedConfig, method="PVERA"):
     """Fields of PVeRA. All adapters of a model have the same `r`, `projection_prng_key` and `save_projection`."""
 
-    r: Positive = 256  # rank
-    target_modules: list[str] | str | None = None
-    projection_prng_key: int = 0  # seed of A and B
-    save_projection: bool = True  # keep A and B in the checkpoint; otherwise the seed has to bring them back
     pvera_dropout: Probability = 0.0  # on the input of A, while training
     d_initial: float = 0.1  # l_d at the start
     fan_in_fan_out: bool = False
@@ -43,10 +39,6 @@ class PveraConfig(PeftConfig, method="PVERA"):
     layers_pattern: list[str] | str | None = None
     sample_at_inference: bool = False  # draw z also when not training; then there is no weight to merge
     generator_seed: int | None = None  # of the noise; None: torch's global generator
-
-    def __post_init__(self):
-        super().__post_init__()
-        warn_unless_saved(self, "pvera_A", "pvera_B")
 
 
 class PVeRA(Projected, config=PveraConfig):
@@ -65,15 +57,12 @@ class PVeRA(Projected, config=PveraConfig):
         self.pvera_generator = torch.Generator("cpu").manual_seed(c.generator_seed) if seeded else None
         self.pvera_dropout = nn.Dropout(c.pvera_dropout) if c.pvera_dropout else nn.Identity()
         free = torch.randn(2 * c.r)
-        l_b = torch.full((self.base.out,), 0.0 if c.init_weights else 1.0)
-        self.pvera_lambda_b = nn.Parameter(l_b)
+        self.pvera_lambda_b = nn.Parameter(torch.full((self.base.out,), 0.0 if c.init_weights else 1.0))
         self.pvera_lambda_d = nn.Parameter(torch.full_like(free, c.d_initial) if c.init_weights else free)
 
     def delta(self) -> Tensor:
         if self.sample_at_inference:  # PEFT: merges the mean, which is not what runs
-            raise MergeError(
-                "PVeRA with sample_at_inference=True is random, so no weight does the same. Set it to False."
-            )
+            raise MergeError("sample_at_inference=True makes PVeRA random: no weight does the same. Set it to False.")
         l_b, l_d, r = self.pvera_lambda_b, self.pvera_lambda_d, self.r
         A, B = self.pvera_A[:r, : self.base.inp].to(l_d), self.pvera_B[: self.base.out].to(l_d)
         return l_b[:, None] * (B @ (l_d[:r, None] * A))  # (out, in)

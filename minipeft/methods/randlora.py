@@ -16,23 +16,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftConfig, Positive, Probability
+from ..adapter import Factored
+from ..config import Positive, Probability
 from ..errors import CheckpointError
-from ..projections import Projected, uniform, warn_unless_saved
+from ..projections import Projected, ProjectedConfig, uniform
 from ..tuner import register_tuner
 
 
 @dataclass
-class RandLoraConfig(PeftConfig, method="RANDLORA"):
+class RandLoraConfig(ProjectedConfig, method="RANDLORA"):
     """Fields of RandLoRA. All adapters of a model have the same bases: `r`, `sparse` and all that says `projection`."""
 
     r: Positive = 32  # rank of one base; the smaller, the more bases there are
-    target_modules: list[str] | str | None = None
-    projection_prng_key: int = 0  # seed of A and B
-    save_projection: bool = True  # keep A and B in the checkpoint; otherwise the seed has to bring them back
     sparse: bool = False  # entries of A and B are -1, 0, 1 with probabilities 1/6, 2/3, 1/6
     very_sparse: bool = False  # the same with 1 / (2 sqrt(min)) in place of 1/6
     randlora_dropout: Probability = 0.0  # on the input, while training
@@ -44,12 +41,8 @@ class RandLoraConfig(PeftConfig, method="RANDLORA"):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: str | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
-        warn_unless_saved(self, "randlora_A", "randlora_B")
 
-
-class RandLoRA(Projected, config=RandLoraConfig):
+class RandLoRA(Projected, Factored, config=RandLoraConfig):
     prefix = "randlora_"
     pair = ("randlora_A", "randlora_B")
     alike = ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse")
@@ -106,23 +99,13 @@ class RandLoRA(Projected, config=RandLoraConfig):
     def initial_scaling(self) -> float:
         return self.config.randlora_alpha / self.config.r
 
-    @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """The sum as a product (out, k) (k, in), with k = n r."""
-        l, g = self.randlora_lambda, self.randlora_gamma
+        l, g = self.randlora_lambda, self.scaling * self.randlora_gamma
         n, small = g.shape
         B = self.randlora_B[: max(self.base.inp, self.base.out), :n].to(l).flatten(1)  # (max, n r)
         # PEFT: these are counted along n first, and B's columns along r first, so the pairs are not those of the paper
         A = (self.randlora_A[..., :small].to(l) * l[..., None] * g).flatten(0, 1)  # (r n, min)
         return (B, A) if self.base.inp == small else (A.t(), B.t())
-
-    def delta(self) -> Tensor:
-        up, down = self.factors
-        return self.scaling * (up @ down)  # (out, in)
-
-    def branch(self, x: Tensor) -> Tensor:
-        up, down = self.factors
-        return self.scaling * F.linear(F.linear(self.randlora_dropout(self.cast(x, up)), down), up)  # (..., out)
 
 
 RandLoraModel = register_tuner("RandLoraModel", "RANDLORA")

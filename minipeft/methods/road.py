@@ -12,16 +12,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Activation
 from ..base import Base
-from ..config import PeftConfig
-from ..errors import ConfigError, UnsupportedLayerError
+from ..config import Bound, PeftConfig
 from ..tuner import register_tuner
+
+Even = Annotated[int, Bound("an even number above 0", lambda n: n > 0 and n % 2 == 0)]
 
 
 @dataclass
@@ -29,15 +30,10 @@ class RoadConfig(PeftConfig, method="ROAD"):
     """Fields of RoAd. `group_size` is even and divides the number of outputs of every adapted layer."""
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"
-    group_size: int = 64  # outputs are paired within groups of this size
+    group_size: Even = 64  # outputs are paired within groups of this size
     init_weights: bool = True  # R = I; otherwise t normal with std 0.5, and a too, around 1
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.group_size <= 0 or self.group_size % 2:
-            raise ConfigError(f"`group_size` must be an even number above 0, but is {self.group_size}.")
 
 
 class RoAd(Activation, config=RoadConfig):
@@ -46,10 +42,7 @@ class RoAd(Activation, config=RoadConfig):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
-        if base.out % config.group_size:
-            raise UnsupportedLayerError(
-                f"`group_size` must divide the {base.out} output features of '{path}', but is {config.group_size}."
-            )
+        base.require_divisible(config.group_size, "group_size", path, sides="out_features")
 
     def build(self) -> None:
         c = self.config

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Tensor, nn
 
 from ..adapter import Delta
 from ..base import Base
-from ..config import PeftConfig
+from ..config import PeftConfig, Positive, Probability
+from ..draw import redraw
 from ..errors import ConfigError, PeftWarning, UnsupportedLayerError
 from ..sparse import dense
 from ..tuner import register_tuner
@@ -29,40 +29,29 @@ class SupertuningConfig(PeftConfig, method="SUPERTUNING"):
 
     target_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
-    sparsity: float = 0.99  # share of the entries that stay frozen
+    sparsity: Probability = 0.99  # share of the entries that stay frozen
     select_top: bool = True  # train the largest |W|; otherwise the smallest
-    r: int | None = None  # rank of B A; None: no such term
+    r: Positive | None = None  # rank of B A; None: no such term
     lora_alpha: float | None = None  # None: 2 r
-    lora_dropout: float = 0.0  # on the input of A, while training
+    lora_dropout: Probability = 0.0  # on the input of A, while training
     init_weights: bool = True  # v = 0, B = 0; otherwise random
     save_precomputed_indices: bool = True  # save where the entries stand; otherwise W has to bring them back
 
     def __post_init__(self):
         super().__post_init__()
-        if not 0 <= self.sparsity < 1:
-            raise ConfigError(f"`sparsity` must be at least 0 and below 1, got {self.sparsity}.")
         if self.r is not None:
-            self.require_positive("r")
             self.lora_alpha = 2 * self.r if self.lora_alpha is None else self.lora_alpha
         elif self.lora_alpha is not None:
             raise ConfigError("`lora_alpha` scales the low-rank term, which needs `r`: set both or none.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
         if not self.save_precomputed_indices:
-            warnings.warn(
-                "With save_precomputed_indices=False the trained entries are found again from the base weights, "
-                "which must be exactly those of the training.",
-                PeftWarning,
-            )
+            how = "found again from the base weights, which must be exactly those of the training"
+            warnings.warn(f"With save_precomputed_indices=False the trained entries are {how}.", PeftWarning)
 
 
 class SuperTuning(Delta, config=SupertuningConfig):
     prefix = "supertuning_"
     alike = ("save_precomputed_indices",)
-
-    @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
-        return slot.startswith(cls.prefix) and (slot != "supertuning_indices" or config.save_precomputed_indices)
+    kept_if = {"supertuning_indices": "save_precomputed_indices"}
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
@@ -80,11 +69,7 @@ class SuperTuning(Delta, config=SupertuningConfig):
         if c.r is None:
             return
         self.supertuning_lora_A, self.supertuning_lora_B = self.base.down(c.r), self.base.up(c.r)
-        nn.init.kaiming_uniform_(self.supertuning_lora_A.weight, a=math.sqrt(5))
-        if c.init_weights:
-            nn.init.zeros_(self.supertuning_lora_B.weight)
-        else:
-            nn.init.kaiming_uniform_(self.supertuning_lora_B.weight, a=math.sqrt(5))
+        redraw(self.supertuning_lora_A, self.supertuning_lora_B, zero=c.init_weights)
         self.supertuning_lora_dropout = nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity()
 
     def sparse(self) -> Tensor:

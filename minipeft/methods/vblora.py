@@ -65,11 +65,7 @@ class VBLoRA(Delta, config=VBLoRAConfig):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
-        for field, size in (("in_features", base.inp), ("out_features", base.out)):
-            if size % config.vector_length:
-                raise ConfigError(
-                    f"`{field}` {size} of '{path}' must be divisible by `vector_length` {config.vector_length}."
-                )
+        base.require_divisible(config.vector_length, "vector_length", path)
 
     @classmethod
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:

@@ -16,19 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..config import PeftConfig, Positive, Probability
-from ..projections import Projected, warn_unless_saved
+from ..config import Probability
+from ..projections import Projected, ProjectedConfig
 from ..tuner import register_tuner
 
 
 @dataclass
-class VeraConfig(PeftConfig, method="VERA"):
+class VeraConfig(ProjectedConfig, method="VERA"):
     """Fields of VeRA. All adapters of a model have the same `projection_prng_key` and `save_projection`."""
 
-    r: Positive = 256  # rank
-    target_modules: list[str] | str | None = None
-    projection_prng_key: int = 0  # seed of A and B
-    save_projection: bool = True  # keep A and B in the checkpoint; otherwise the seed has to bring them back
     vera_dropout: Probability = 0.0  # on the input of A, while training
     d_initial: float = 0.1  # l_d at the start
     fan_in_fan_out: bool = False
@@ -37,10 +33,6 @@ class VeraConfig(PeftConfig, method="VERA"):
     init_weights: bool = True  # False: l_b = 1, l_d normal
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        warn_unless_saved(self, "vera_A", "vera_B")
 
 
 class VeRA(Projected, config=VeraConfig):
