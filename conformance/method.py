@@ -84,8 +84,11 @@ class Method:
     faults: tuple = ()
     # tensors that PEFT saves but does not train (VeRA's projections), by slot or whole key
     frozen: tuple = ()
+    exact: bool = False  # those are not rounded to 8 bits: the reference computes others from its own, not from them
     # shared(config, sites) -> {whole key: shape} of tensors that belong to no single layer
     shared: Callable | None = None
+    # made(config, sites) -> {whole key: value} of those that a new adapter takes from the base
+    made: Callable | None = None
     # slot (or key) -> the value that makes a fresh adapter do nothing; the others may be anything
     neutral: dict = field(default_factory=dict)
     # the recorder's tensors: perturb(slot, shape, fresh value, rng) -> value; None: fresh + 0.3 normal

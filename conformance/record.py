@@ -78,7 +78,7 @@ def draw_adapter(method: Method, state: dict, frozen: set, rng) -> dict:
     for key in sorted(state):
         fresh = np.asarray(state[key], np.float64)
         if key in frozen:
-            found[key] = bf16(fresh)
+            found[key] = fresh if method.exact else bf16(fresh)
         elif method.perturb is not None:
             found[key] = bf16(method.perturb(key, fresh, rng))
         else:

@@ -66,10 +66,13 @@ class Oracle(Driver):
             tensors[key] = np.full(shape, value) if value is not None else rng.normal(size=tuple(shape)) * 0.1
             if formulas.plain_name(key) in self.base_weights:
                 tensors[key] = self.base_weights[formulas.plain_name(key)].copy()
+        at = {p: s for p, s in sites(self.base, self.base_weights).items() if p in self.targets(config)}
+        made = self.method.made(config, list(at.values())) if self.method.made else {}
+        tensors.update({k: np.asarray(v, np.float64) for k, v in made.items()})
         if self.method.fresh:
-            for path, site in sites(self.base, self.base_weights).items():
-                if path in self.targets(config) and (own := slots(tensors, path)):
-                    new = self.method.fresh(site, own, config)
+            for path, site in at.items():
+                if own := slots(tensors, path):
+                    new = self.method.fresh(site, {**own, **made}, config)
                     tensors.update({f"{KEY}{path}.{k}": np.asarray(v, np.float64) for k, v in new.items()})
         self.adapters[name] = (copy.deepcopy(config), tensors)
 

@@ -47,7 +47,7 @@ class Sample:
         for key, fresh in sorted(driver.state_dict(name).items()):
             fresh = np.asarray(fresh, np.float64)
             if self.method.is_frozen(key):
-                found[key] = bf16(fresh)
+                found[key] = fresh if self.method.exact else bf16(fresh)
             elif self.method.perturb:
                 found[key] = bf16(self.method.perturb(key, fresh, rng))
             else:
