@@ -68,7 +68,7 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Put an adapter into `model` itself, which is returned; its keys get no prefix.
+    """Put an adapter into `model` itself, which is returned; its keys get no prefix. It becomes the active one.
 
     `state_dict`: adapt the layers that its keys speak of, whatever `target_modules` says; its values are not used.
     Not for prompt learning, nor for methods whose layers share tensors.
@@ -92,4 +92,6 @@ def inject_adapter_in_model(
         tuner.active_adapter = next((m.active_adapters for m in model.modules() if isinstance(m, Layer)), [])
         tuner.context = next((m.context for m in model.modules() if isinstance(m, Layer)), tuner.context)
     tuner.add(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, keys=state_dict)
+    if existing:
+        tuner.set_adapter(adapter_name, peft_config.inference_mode)
     return model

@@ -657,6 +657,12 @@ class TrainableTokensWrapper(nn.Module):
         return self.token_adapter.base_layer
 
     @property
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Saved key -> live key, below this module, of an adapter's tensors."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
     def weight(self) -> Tensor:
         """The weight that is in use; a head tied to the embedding reads it."""
         layer = self.token_adapter
@@ -674,6 +680,11 @@ class TrainableTokensWrapper(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- walking
 def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """(path, live path, module) of a model, with each module once and nothing that adapters brought.
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Saved key -> live key, below this module, of an adapter's tensors."""
+        saved = "token_adapter.trainable_tokens_delta"
+        return {} if self.token_adapter.tied else {saved: f"{saved}.{adapter_name}"}
 
     `path` is what the module was called before any adapter came; `live` is what it is called now.
     """

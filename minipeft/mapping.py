@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import methods as methods  # which fill the tables
 from .adapter import ADAPTERS
 from .config import CONFIGS, PeftType
-from .mixed import COMPATIBLE_TUNER_TYPES, MixedModel
+from .mixed import COMPATIBLE_TUNER_TYPES
 from .prompt import PROMPTS
 from .tuner import TUNERS
 
 PEFT_TYPE_TO_CONFIG_MAPPING = CONFIGS
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {**TUNERS, **PROMPTS}
-PEFT_TYPE_TO_MIXED_MODEL_MAPPING = dict.fromkeys(COMPATIBLE_TUNER_TYPES, MixedModel)
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {kind: TUNERS[kind] for kind in COMPATIBLE_TUNER_TYPES}
 PEFT_TYPE_TO_PREFIX_MAPPING = {
     **{kind: f"{kind.value.lower()}_" for kind in PROMPTS},
     **{kind: classes[0].prefix for kind, classes in ADAPTERS.items()},

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .checkpoint import LoadReport
-from .errors import BatchError, PeftWarning
+from .errors import BatchError, PeftWarning, UnsupportedFeatureError
 from .layer import _INSIDE
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
@@ -83,6 +84,36 @@ def bloom_model_postprocess_past_key_value(past_key_values: tuple[Tensor, ...]) 
     """
     keys, values = torch.cat(past_key_values).flatten(1, 2).chunk(2)  # each (layers, batch * heads, tokens, head dim)
     return tuple(zip(keys.transpose(2, 3), values))
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """The parent of the module called `key`, that module, and its name there."""
+    head, _, last = key.rpartition(".")
+    return model.get_submodule(head), model.get_submodule(key), last
+
+
+def fsdp_auto_wrap_policy(model: Any) -> Callable[..., bool]:
+    """For FullyShardedDataParallel: wrap each block of the model, each prompt, each trained module without children.
+
+    FSDP shards what it wraps as one tensor, so that trained and frozen parameters must not be wrapped together. Blocks
+    are the classes in `model._no_split_modules`, or by name in the environment's FSDP_TRANSFORMER_CLS_TO_WRAP.
+    Raises `UnsupportedFeatureError` when the model has no module of such a name.
+    """
+    from .prompt import Prompt
+
+    names = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP") or ",".join(getattr(model, "_no_split_modules", None) or ())
+    kinds = {type(module).__name__: type(module) for module in model.modules()}
+    if missing := [name for name in names.split(",") if name and name not in kinds]:
+        raise UnsupportedFeatureError(f"Could not find the layer classes to wrap in the model: {', '.join(missing)}.")
+    whole: tuple[type, ...] = (Prompt, *(kinds[name] for name in names.split(",") if name))
+
+    def policy(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+        """Whether to go into the module's children (`recurse`), or to wrap it."""
+        weight = getattr(module, "weight", None)
+        trained = weight is not None and weight.requires_grad and not any(True for _ in module.children())
+        return recurse or trained or isinstance(module, whole)
+
+    return policy
 
 
 # ------------------------------------------------------------------------------------------------------ base weights

@@ -1,0 +1,276 @@
+"""minipeft in the place of peft: for code that says `from peft.tuners.lora import LoraLayer`.
+
+    import minipeft.compat
+
+    minipeft.compat.install()  # before anything imports peft
+    from transformers import Trainer  # finds minipeft where it looks for peft
+
+or, for a whole script that stays as it is:
+
+    python -m minipeft.compat script.py its arguments
+
+What peft's own dotted paths offer then is what transformers, diffusers, accelerate and users' code import from them:
+
+    peft                                     all that minipeft has; `__version__` is that of the reference, 0.21.2
+    peft.config, peft.peft_model, peft.auto, peft.mixed_model, peft.mapping, peft.mapping_func, peft.import_utils
+    peft.functional, peft.helpers, peft.optimizers
+    peft.tuners.<method>                     configuration, model and layer class, also under .config, .model, .layer
+    peft.tuners.tuners_utils                 BaseTuner, BaseTunerLayer, and what peft.functional has
+    peft.utils, peft.utils.<other, peft_types, save_and_load, merge_utils, constants, error, warning>
+    peft.utils.hotswap
+    peft.utils.transformers_weight_conversion    for `model.load_adapter` of transformers
+
+Classes of which minipeft has none of its own, such as `LoraLayer` or `peft.tuners.lora.Linear`, say by `isinstance`
+what a layer is; they cannot be instantiated or derived from. Not offered, so that importing it fails: the layer classes
+of quantisation backends but for bitsandbytes, DoRA's caching (`DoraCaching`), `MontecloraTrainerMixin`, KappaTune, what
+peft keeps for itself (`update_layer`, `_create_and_replace`, `register_peft_method`, ...), and the conversion of
+checkpoints that were saved for the separate experts of transformers 4.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+import minipeft
+
+from . import defaults, files, functional, helpers, hotswap, merging, mixed, optimizers, status, utils
+from .adapter import ADAPTERS
+from .base import Attention, Base, Conv, Conv1D, Embedding, Linear, Param
+from .checkpoint import infer_device
+from .config import CONFIGS, PeftType
+from .errors import UnsupportedFeatureError
+from .layer import BufferDict, Layer, ModulesToSaveWrapper, TrainableTokensWrapper
+from .lycoris import LycorisConfig
+from .methods import adalora_budget, lokr, lora_configs
+from .prompt import PROMPTS
+from .tuner import TUNERS, BaseTuner
+
+VERSION = "0.21.2"  # of the reference
+PARTS = ("config", "model", "layer")  # of a method's folder in peft
+LOOKS_ONCE = ("transformers", "accelerate", "diffusers")  # what looks for peft when it is imported, and remembers
+
+# ---------------------------------------------------------------------------------------------------- kinds of layers
+
+
+class _Kind(type):
+    """The type of classes that exist for `isinstance` alone: they contain whatever `fits`."""
+
+    fits: Callable[[Any], bool]
+
+    def __instancecheck__(cls, x: Any) -> bool:
+        return cls.fits(x)
+
+
+def _kind(name: str, fits: Callable[[Any], bool], parent: type = Layer) -> type:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> None:
+        raise UnsupportedFeatureError(f"{name} is for isinstance only; layers are made by get_peft_model.")
+
+    doc = f"What peft calls {name}; for `isinstance` only."
+    return _Kind(name, (parent,), {"fits": staticmethod(fits), "__init__": refuse, "__doc__": doc})
+
+
+def _layer_kind(name: str, *methods: PeftType, base: Callable[[Base], bool] = lambda base: True) -> type:
+    return _kind(name, lambda x: isinstance(x, Layer) and x.method in methods and base(x.base))
+
+
+def _conv(cls: type) -> Callable[[Base], bool]:
+    return lambda base: isinstance(base, Conv) and isinstance(base.leaf, cls)
+
+
+LAYER_KINDS = {
+    "Linear": lambda base: type(base) in (Linear, Conv1D),
+    "Embedding": lambda base: isinstance(base, Embedding),
+    "Conv1d": _conv(nn.Conv1d),
+    "Conv2d": _conv(nn.Conv2d),
+    "Conv3d": _conv(nn.Conv3d),
+    "MultiheadAttention": lambda base: isinstance(base, Attention),
+    "ParamWrapper": lambda base: isinstance(base, Param),
+    "Linear4bit": lambda base: type(base).__name__ == "Linear4bit",
+    "Linear8bitLt": lambda base: type(base).__name__ == "Linear8bitLt",
+}
+AuxiliaryTrainingWrapper = _kind(
+    "AuxiliaryTrainingWrapper", lambda x: isinstance(x, (ModulesToSaveWrapper, TrainableTokensWrapper)), nn.Module
+)
+
+
+# ------------------------------------------------------------------------------------------------- what stands where
+def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> list[Any]:
+    """How transformers gets from the keys of a checkpoint to those of a model with injected adapters.
+
+    `weight_conversions` are the model's own: its renamings apply to adapters too. Its converters, which stack the
+    weights of experts, do not.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    kinds = [peft_config.peft_type] if peft_config is not None else list(ADAPTERS)
+    return [
+        WeightRenaming(r"^base_model\.model\.", ""),
+        WeightRenaming(r"lora_magnitude_vector$", "lora_magnitude_vector.weight"),
+        *(
+            WeightRenaming(rf"({prefix}[^\.]*)", rf"\1.{adapter_name}")
+            for prefix in sorted({minipeft.PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in kinds})
+        ),
+        *(c for c in weight_conversions or () if isinstance(c, WeightRenaming)),
+    ]
+
+
+def _available(*names: str) -> Callable[[], bool]:
+    return lambda: all(importlib.util.find_spec(name) is not None for name in names)
+
+
+def _public(module: Any) -> dict[str, Any]:
+    """What a module of minipeft defines or hands on under a name that does not begin with an underscore."""
+    names = getattr(module, "__all__", None) or [name for name in vars(module) if name[0] != "_"]
+    found = {name: getattr(module, name) for name in names}
+    return {name: x for name, x in found.items() if getattr(x, "__module__", "minipeft").startswith("minipeft")}
+
+
+def _methods() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The folder of each method in peft, and what it offers."""
+    everything = {name: getattr(minipeft, name) for name in minipeft.__all__}
+    for kind, config in CONFIGS.items():
+        if config.__module__.startswith("minipeft.methods."):
+            module = sys.modules[config.__module__]
+            offers = {n: x for n, x in everything.items() if getattr(x, "__module__", None) == module.__name__}
+            for cls in (config, TUNERS.get(kind) or PROMPTS.get(kind)):
+                if cls is not None:
+                    offers[cls.__name__] = cls
+            if kind in ADAPTERS:
+                name = config.__name__.removesuffix("Config") + "Layer"
+                kinds = (kind, PeftType.ADALORA) if kind == PeftType.LORA else (kind,)  # peft: an AdaLoraLayer is both
+                offers[name] = _layer_kind(name, *kinds)
+                offers |= {name: _layer_kind(name, kind, base=fits) for name, fits in LAYER_KINDS.items()}
+            yield module.__name__.rpartition(".")[2], offers
+
+
+def offered() -> dict[str, dict[str, Any]]:
+    """What each dotted path of peft offers, by name."""
+    everything = {name: getattr(minipeft, name) for name in minipeft.__all__}
+    tuners_utils = {**_public(functional), "BaseTunerLayer": Layer, "BaseTuner": BaseTuner}
+    other = {
+        **_public(utils),
+        **{name: getattr(files, name) for name in ("CONFIG_NAME", "WEIGHTS_NAME", "SAFETENSORS_WEIGHTS_NAME")},
+        "_get_submodules": utils._get_submodules,
+        "infer_device": infer_device,
+        "ModulesToSaveWrapper": ModulesToSaveWrapper,
+        "TrainableTokensWrapper": TrainableTokensWrapper,
+        "AuxiliaryTrainingWrapper": AuxiliaryTrainingWrapper,
+        **{name: value for name, value in everything.items() if name.startswith("TRANSFORMERS_MODELS_TO_")},
+    }
+    types = {name: everything[name] for name in ("PeftType", "TaskType")}
+    errors = {name: everything[name] for name in ("PeftError", "NoMatchingPeftModuleError")}
+    saving = {name: value for name, value in everything.items() if name.endswith(("state_dict", "peft_weights"))}
+    mapping = {name: value for name, value in everything.items() if name.startswith("PEFT_TYPE_TO_")}
+    bnb = {"is_bnb_available": _available("bitsandbytes"), "is_bnb_4bit_available": _available("bitsandbytes")}
+    paths: dict[str, dict[str, Any]] = {
+        "peft": {**everything, "__version__": VERSION},
+        "peft.auto": {name: value for name, value in everything.items() if name.startswith("AutoPeftModel")},
+        "peft.config": {name: everything[name] for name in ("PeftConfig", "PromptLearningConfig")},
+        "peft.peft_model": {name: value for name, value in everything.items() if name.startswith("Peft")}
+        | _public(status),
+        "peft.mixed_model": {"PeftMixedModel": everything["PeftMixedModel"]},
+        "peft.mapping": {**mapping, **{n: everything[n] for n in ("get_peft_config", "inject_adapter_in_model")}},
+        "peft.mapping_func": {"get_peft_model": everything["get_peft_model"]},
+        "peft.import_utils": bnb,
+        "peft.functional": _public(functional),
+        "peft.helpers": _public(helpers),
+        "peft.optimizers": _public(optimizers),
+        "peft.tuners": dict(everything),
+        "peft.tuners.tuners_utils": tuners_utils,
+        "peft.tuners.lycoris_utils": {"LycorisConfig": LycorisConfig},
+        "peft.tuners.mixed": _public(mixed),
+        "peft.tuners._buffer_dict": {"BufferDict": BufferDict},
+        "peft.utils": {**other, **types, **errors, **saving, "PeftWarning": everything["PeftWarning"]},
+        "peft.utils.other": other,
+        "peft.utils.peft_types": types,
+        "peft.utils.save_and_load": saving,
+        "peft.utils.merge_utils": _public(merging),
+        "peft.utils.constants": other,
+        "peft.utils.error": errors,
+        "peft.utils.warning": {"PeftWarning": everything["PeftWarning"]},
+        "peft.utils.hotswap": _public(hotswap),
+        "peft.utils.transformers_weight_conversion": {"build_peft_weight_mapping": build_peft_weight_mapping},
+    }
+    for name, offers in _methods():
+        paths[f"peft.tuners.{name}"] = offers
+    paths["peft.tuners.lora"].update(_public(lora_configs))
+    paths["peft.tuners.lokr"]["factorization"] = lokr.factorization
+    paths["peft.tuners.adalora"]["RankAllocator"] = adalora_budget.RankAllocator
+    return paths
+
+
+def same_as() -> dict[str, str]:
+    """Further dotted paths, and the one that offers the same."""
+    found = {f"peft.tuners.{name}.{part}": f"peft.tuners.{name}" for name, _ in _methods() for part in PARTS}
+    found |= {f"peft.optimizers.{name}": "peft.optimizers" for name in ("loraplus", "lorafa", "riemannian")}
+    return found | {"peft.tuners.lora.bnb": "peft.tuners.lora", "peft.tuners.mixed.model": "peft.tuners.mixed"}
+
+
+# ---------------------------------------------------------------------------------------------------------- installing
+class _Installed(importlib.metadata.Distribution):
+    """What `importlib.metadata` finds as the distribution peft."""
+
+    def read_text(self, filename: str) -> str | None:
+        return f"Metadata-Version: 2.1\nName: peft\nVersion: {VERSION}\n" if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Any:
+        return Path(__file__).parent / path
+
+
+class _Finder(importlib.metadata.DistributionFinder):
+    def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
+        if context is not None and context.name == "peft":
+            yield _Installed()
+
+    def find_spec(self, *args: Any) -> None:
+        return None
+
+
+def install() -> None:
+    """Let `import peft`, and all that comes from it, find minipeft in this process. Once done it stays.
+
+    Raises `ImportError`, with nothing changed, when the real peft is imported already, or when peft is not installed
+    and transformers, accelerate or diffusers are imported already: they have noted that there is none.
+    """
+    if (present := sys.modules.get("peft")) is not None:
+        if getattr(present, "__file__", None) == __file__:
+            return
+        raise ImportError("peft itself is imported already; call minipeft.compat.install() before anything imports it.")
+    early = [name for name in LOOKS_ONCE if name in sys.modules]
+    if early and importlib.util.find_spec("peft") is None:
+        raise ImportError(f"Call minipeft.compat.install() before {', '.join(early)}: what they know now is: no peft.")
+    modules: dict[str, ModuleType] = {}
+    for path, offers in offered().items():
+        module = ModuleType(path, f"What code that was written for {path} finds in minipeft.")
+        module.__spec__ = ModuleSpec(path, None, origin=__file__, is_package=True)
+        vars(module).update(__file__=__file__, __path__=[], **offers)
+        if path.startswith("peft.utils"):
+            vars(module)["__getattr__"] = defaults.__getattr__  # PEFT's tables of targets
+        modules[path] = module
+    modules |= {path: modules[home] for path, home in same_as().items() if path not in modules}
+    for path, module in modules.items():
+        head, _, last = path.rpartition(".")
+        if head:
+            vars(modules[head]).setdefault(last, module)
+    sys.meta_path.insert(0, _Finder())
+    sys.modules.update(modules)
+
+
+if __name__ == "__main__":
+    import runpy
+
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m minipeft.compat SCRIPT [ARGUMENTS]")
+    importlib.import_module("minipeft.compat").install()
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
