@@ -1,7 +1,7 @@
 """Tiny language models in torch: a decoder, an encoder with the heads of four tasks, an encoder-decoder.
 
-They keep what prompt learning asks of a model and nothing else, so prompts run on them as on models of transformers,
-which they neither need nor know. The README of the suite lists what that is.
+They keep what prompt learning asks of a model and no more (the list stands in `minipeft/prompt.py`, and peft asks for the
+same), so prompts and task classes run on them without transformers.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def pairs(past, depth):
 
 
 class CausalLM(Layers):
-    """A decoder with a head, and greedy generation: task type CAUSAL_LM."""
+    """A decoder with a head: task type CAUSAL_LM."""
 
     def __init__(self, base):
         super().__init__(base, causal=True)
@@ -242,8 +242,24 @@ class EncoderDecoder(nn.Module):
     def get_input_embeddings(self):
         return self.embed_tokens
 
-    def prepare_inputs_for_generation(self, decoder_input_ids=None, **kwargs):
-        return {"decoder_input_ids": decoder_input_ids, **kwargs}
+    def prepare_inputs_for_generation(self, decoder_input_ids=None, past_key_values=None, **kwargs):
+        ids = decoder_input_ids if past_key_values is None else decoder_input_ids[:, -1:]
+        return {**kwargs, "decoder_input_ids": ids, "past_key_values": past_key_values}
+
+    @torch.no_grad()
+    def generate(self, input_ids=None, attention_mask=None, inputs_embeds=None, max_new_tokens=4, use_cache=True,
+                 **kwargs):
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        encoder_outputs = self.encoder(inputs_embeds=embeds, attention_mask=attention_mask)
+        ids = torch.full((len(embeds), 1), self.config.decoder_start_token_id, device=embeds.device)
+        cache = None
+        for _ in range(max_new_tokens):
+            inputs = self.prepare_inputs_for_generation(
+                ids, cache, encoder_outputs=encoder_outputs, attention_mask=attention_mask, **kwargs)
+            output = self(**inputs)
+            cache = output.past_key_values if use_cache else None
+            ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], 1)
+        return ids
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, decoder_input_ids=None,
                 decoder_attention_mask=None, decoder_inputs_embeds=None, encoder_outputs=None, past_key_values=None,

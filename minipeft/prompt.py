@@ -8,7 +8,8 @@ embeddings, or keys and values (a cache), which every attention layer sees befor
     embeddings      [prompt, input]     -                  [1 .. 1, mask]     dropped         [-100 .. -100, labels]
     keys, values    as they are         the prompt         [1 .. 1, mask]     + tokens        as they are
 
-The model may be any module that keeps this protocol (transformers' models do):
+The model may be any module that keeps this protocol (transformers' models do; `conformance/language_models.py` has a
+small decoder, encoder and encoder-decoder that do no more):
 
 - its word embedding is found by `get_input_embeddings()` or is its first `nn.Embedding`
 - `forward` takes `input_ids` (batch, length) and `attention_mask` (batch, length), where 0 hides a token
@@ -18,6 +19,10 @@ The model may be any module that keeps this protocol (transformers' models do):
   `past_key_values` may have one child that does (its backbone), followed by `dropout`, if there, and by its head
 - an encoder-decoder takes `decoder_input_ids`, `decoder_attention_mask` and `decoder_inputs_embeds` in the same way;
   embeddings go in front of the encoder's input, keys and values to the self-attention of the decoder
+- to generate, a decoder has `generate`, which calls its own `prepare_inputs_for_generation` for every token with
+  `input_ids`, `past_key_values` and `attention_mask`, and runs on the dict that it returns; an encoder-decoder's is
+  given `decoder_input_ids` and the `encoder_outputs` of the one time that its encoder ran
+- CPT sets `loss` on an output that has `logits`; no other prompt looks at what the model returns
 - sizes are read from `model.config` (an object or a dict; names as in transformers), or given in the configuration
 
 transformers is imported only for one of its own models, whose caches are objects instead of tuples.

@@ -4,6 +4,7 @@ import copy
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import minipeft
+from conformance import language_models, models
 from minipeft.errors import (
     AdapterNameError,
     BatchError,
@@ -26,125 +28,31 @@ from minipeft.errors import (
 from minipeft.methods.multitask_prompt_tuning import MultitaskPromptEmbedding
 
 VOCAB, DIM, HEADS, LAYERS = 20, 8, 2, 3
+BASE = {"vocab": VOCAB, "hidden": DIM, "heads": HEADS, "depth": LAYERS, "positions": 40}
 
 
-class Attention(nn.Module):
-    """Attention that a cache and a mask can reach; `source` makes it cross-attention."""
-
-    def __init__(self, causal):
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(DIM, DIM) for _ in range(4))
-        self.causal = causal
-
-    def forward(self, x, past=None, mask=None, source=None):
-        split = lambda t: t.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-        source = x if source is None else source
-        q, k, v = split(self.q(x)), split(self.k(source)), split(self.v(source))
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        allowed = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool)
-        if self.causal:
-            allowed = allowed.tril(k.shape[2] - q.shape[2])
-        if mask is not None:
-            allowed = allowed & mask.bool()[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, allowed)
-        return self.o(y.transpose(1, 2).flatten(2)), (k, v)
-
-
-class Stack(nn.Module):
-    """Embedding and attention layers; positions count from the cache on."""
-
-    def __init__(self, causal, cross=False):
-        super().__init__()
-        self.tokens, self.places = nn.Embedding(VOCAB, DIM), nn.Embedding(40, DIM)
-        self.layers = nn.ModuleList(Attention(causal) for _ in range(LAYERS))
-        self.cross = nn.ModuleList(Attention(False) for _ in range(LAYERS)) if cross else None
-
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, past_key_values=None, position_ids=None,
-                memory=None, memory_mask=None):
-        x = self.tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        start = past_key_values[0][0].shape[2] if past_key_values else 0
-        x = x + self.places(torch.arange(start, start + x.shape[1]) if position_ids is None else position_ids)
-        cache = []
-        for i, layer in enumerate(self.layers):
-            y, kept = layer(x, past_key_values[i] if past_key_values else None, attention_mask)
-            x = torch.tanh(x + y)
-            cache.append(kept)
-            if self.cross is not None:
-                x = torch.tanh(x + self.cross[i](x, mask=memory_mask, source=memory)[0])
-        return x, tuple(cache)
-
-
-class Decoder(nn.Module):
-    """Predicts the next token, and generates greedily."""
-
-    config = {"num_hidden_layers": LAYERS, "hidden_size": DIM, "num_attention_heads": HEADS, "vocab_size": VOCAB}
-
-    def __init__(self):
-        super().__init__()
-        self.body, self.head = Stack(causal=True), nn.Linear(DIM, VOCAB)
-
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, past_key_values=None,
-                position_ids=None, use_cache=None):
-        x, cache = self.body(input_ids, attention_mask, inputs_embeds, past_key_values, position_ids)
-        logits = self.head(x)
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        return SimpleNamespace(loss=loss, logits=logits, past_key_values=cache)
-
-    def prepare_inputs_for_generation(self, input_ids, past_key_values=None, attention_mask=None, **kwargs):
-        ids = input_ids[:, -1:] if past_key_values is not None else input_ids
-        return {"input_ids": ids, "past_key_values": past_key_values, "attention_mask": attention_mask}
-
-    @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, max_new_tokens=4, use_cache=True, **kwargs):
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        cache = None
-        for _ in range(max_new_tokens):
-            output = self(**self.prepare_inputs_for_generation(input_ids, cache, mask, **kwargs))
-            cache = output.past_key_values if use_cache else None
-            input_ids = torch.cat([input_ids, output.logits[:, -1:].argmax(-1)], 1)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        return input_ids
+Decoder = partial(language_models.CausalLM, BASE)
+EncoderDecoder = partial(language_models.EncoderDecoder, BASE)
+ENCODERS = {task: partial(language_models.Encoder, {**BASE, "task": task})
+            for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")}
 
 
 class Classifier(nn.Module):
-    """An encoder with a head. It does not take a cache itself; its backbone does."""
+    """An encoder with a head. It does not take a cache itself; its backbone does. Its config is a plain dict."""
 
-    config = Decoder.config
+    config = {"num_hidden_layers": LAYERS, "hidden_size": DIM, "num_attention_heads": HEADS, "vocab_size": VOCAB}
     num_labels = 3
 
     def __init__(self):
         super().__init__()
-        self.encoder, self.dropout, self.classifier = Stack(causal=False), nn.Dropout(0.0), nn.Linear(DIM, 3)
+        self.encoder = language_models.Stack(BASE)
+        self.dropout, self.classifier = nn.Dropout(0.0), nn.Linear(DIM, 3)
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None):
         x, _ = self.encoder(input_ids, attention_mask, inputs_embeds)
         logits = self.classifier(self.dropout(x))
         loss = None if labels is None else F.cross_entropy(logits.view(-1, 3), labels.view(-1))
         return {"loss": loss, "logits": logits}
-
-
-class EncoderDecoder(nn.Module):
-    config = {**Decoder.config, "is_encoder_decoder": True}
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.decoder = Stack(causal=False), Stack(causal=True, cross=True)
-        self.head = nn.Linear(DIM, VOCAB)
-
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, decoder_input_ids=None,
-                decoder_attention_mask=None, decoder_inputs_embeds=None, past_key_values=None, labels=None):
-        memory, _ = self.encoder(input_ids, attention_mask, inputs_embeds)
-        x, _ = self.decoder(decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds, past_key_values,
-                            memory=memory, memory_mask=attention_mask)
-        logits = self.head(x)
-        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        return {"loss": loss, "logits": logits}
-
-    def prepare_inputs_for_generation(self, decoder_input_ids, **kwargs):
-        return {"decoder_input_ids": decoder_input_ids, **kwargs}
 
 
 def fresh(kind):
@@ -206,7 +114,7 @@ def test_a_decoder_sees_what_is_joined_by_hand(method):
         want = base(input_ids=x, attention_mask=full, past_key_values=virtual).logits
     else:
         assert virtual.shape == (2, 4, DIM)
-        joined = torch.cat([virtual, base.body.tokens(x)], 1)
+        joined = torch.cat([virtual, base.embed_tokens(x)], 1)
         want = base(inputs_embeds=joined, attention_mask=full).logits
     assert torch.equal(got, want)
     assert not torch.allclose(got[:, -5:], base(input_ids=x, attention_mask=mask).logits, atol=1e-3)
@@ -303,6 +211,49 @@ class PooledClassifier(Classifier):
 
 
 @everywhere
+@pytest.mark.parametrize("task", ENCODERS)
+def test_an_encoder_sees_what_is_joined_by_hand(method, task):
+    model, x = adapted(method, ENCODERS[task], task), ids(2, 5)
+    mask = torch.ones_like(x)
+    mask[0, 3:] = 0
+    targets = {"SEQ_CLS": {"labels": torch.tensor([2, 0])}, "TOKEN_CLS": {"labels": x % 3}, "FEATURE_EXTRACTION": {},
+               "QUESTION_ANS": {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([4, 2])}}[task]
+    got = model(input_ids=x, attention_mask=mask, **targets, **tasks(method))
+    base, virtual = model.get_base_model(), model.get_prompt(2, **tasks(method))
+    full = torch.cat([torch.ones(2, 4, dtype=torch.long), mask], 1)
+    if method in CACHES:
+        want = base(input_ids=x, attention_mask=full, past_key_values=virtual, **targets)
+    else:
+        joined = torch.cat([virtual, base.get_input_embeddings()(x)], 1)
+        if task == "TOKEN_CLS":
+            targets = {"labels": torch.cat([torch.full((2, 4), -100), x % 3], 1)}
+        want = base(inputs_embeds=joined, attention_mask=full, **targets)
+    assert torch.equal(models.answer(got), models.answer(want))
+    assert getattr(got, "loss", None) == getattr(want, "loss", None)
+    plain = models.answer(fresh(ENCODERS[task])(input_ids=x, attention_mask=mask))
+    with model.disable_adapter():
+        assert torch.equal(models.answer(model(input_ids=x, attention_mask=mask)), plain)
+    seen = models.answer(got) if task == "SEQ_CLS" else models.answer(got)[:, -5:]
+    assert not torch.allclose(seen, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", [m for m in CONFIGS if m not in ("cpt", "multitask")])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_an_encoder_decoder_generates_as_it_runs(method, use_cache):
+    model, x = adapted(method, EncoderDecoder, "SEQ_2_SEQ_LM"), ids(2, 5)
+    mask, y = torch.ones_like(x), torch.ones(2, 1, dtype=torch.long)
+    mask[0, 4:] = 0
+    got = model.generate(input_ids=x, attention_mask=mask, max_new_tokens=4, use_cache=use_cache)
+    for _ in range(4):
+        with torch.no_grad():
+            logits = model(input_ids=x, attention_mask=mask, decoder_input_ids=y).logits
+        y = torch.cat([y, logits[:, -1:].argmax(-1)], 1)
+    assert torch.equal(got, y)
+    with model.disable_adapter():
+        assert torch.equal(model.generate(input_ids=x), fresh(EncoderDecoder).generate(x))
+
+
+@everywhere
 def test_an_encoder_decoder_sees_what_is_joined_by_hand(method):
     model, x, y = adapted(method, EncoderDecoder, "SEQ_2_SEQ_LM"), ids(2, 5), ids(2, 3, seed=1)
     mask, later = torch.ones_like(x), torch.ones_like(y)
@@ -312,17 +263,17 @@ def test_an_encoder_decoder_sees_what_is_joined_by_hand(method):
     base, virtual, more = model.get_base_model(), model.get_prompt(2, **tasks(method)), torch.ones(2, 4)
     if method in CACHES:
         want = base(input_ids=x, attention_mask=mask, decoder_input_ids=y, past_key_values=virtual,
-                    decoder_attention_mask=torch.cat([more, later], 1))["logits"]
+                    decoder_attention_mask=torch.cat([more, later], 1)).logits
     else:
         assert virtual.shape == (2, 8, DIM)
-        first = torch.cat([virtual[:, :4], base.encoder.tokens(x)], 1)
+        first = torch.cat([virtual[:, :4], base.embed_tokens(x)], 1)
         then = {"decoder_input_ids": y, "decoder_attention_mask": later}
         if method == "multitask":
-            then = {"decoder_inputs_embeds": torch.cat([virtual[:, 4:], base.encoder.tokens(y)], 1),
+            then = {"decoder_inputs_embeds": torch.cat([virtual[:, 4:], base.embed_tokens(y)], 1),
                     "decoder_attention_mask": torch.cat([more, later], 1)}
-        want = base(inputs_embeds=first, attention_mask=torch.cat([more, mask], 1), **then)["logits"]
-    assert torch.equal(got["logits"], want)
-    torch.testing.assert_close(got["loss"], F.cross_entropy(want[:, -3:].flatten(0, 1), y.flatten()))
+        want = base(inputs_embeds=first, attention_mask=torch.cat([more, mask], 1), **then).logits
+    assert torch.equal(got.logits, want)
+    torch.testing.assert_close(got.loss, F.cross_entropy(want[:, -3:].flatten(0, 1), y.flatten()))
 
 
 @each
@@ -385,7 +336,7 @@ def test_adapters_come_and_go():
 
 # ------------------------------------------------------------------------------------------------------ single methods
 def test_prompts_begin_where_they_are_told():
-    words = fresh(Decoder).body.tokens.weight
+    words = fresh(Decoder).embed_tokens.weight
     for method, rows in (("vocab", None), ("cpt", [4, 5, 6, 7])):
         model = minipeft.get_peft_model(fresh(Decoder), CONFIGS[method](task_type="CAUSAL_LM"))
         begun = model.get_prompt_embedding_to_save("default")
@@ -506,7 +457,7 @@ def test_sizes_come_from_the_model_or_from_the_configuration():
     class Bare(nn.Module):
         def __init__(self):
             super().__init__()
-            self.body = Stack(causal=True)
+            self.body = language_models.Stack(BASE, causal=True)
 
         def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, past_key_values=None):
             return self.body(input_ids, attention_mask, inputs_embeds, past_key_values)[0]
@@ -524,7 +475,7 @@ def test_sizes_come_from_the_model_or_from_the_configuration():
     with pytest.raises(UnsupportedFeatureError, match="task_type"):
         model.generate(input_ids=x)
     grouped = fresh(Decoder)
-    grouped.config = {**Decoder.config, "num_key_value_heads": 1}
+    grouped.config = {**vars(grouped.config), "num_key_value_heads": 1}
     config = CONFIGS["prefix"](task_type="CAUSAL_LM")
     minipeft.get_peft_model(grouped, config)
     assert (config.token_dim, config.num_attention_heads) == (DIM // HEADS, 1)
@@ -630,7 +581,7 @@ def test_batches_that_do_not_fit():
 
 def test_a_prefix_that_cannot_reach_the_model():
     class Plain(nn.Module):
-        config = Decoder.config
+        config = Classifier.config
 
         def __init__(self):
             super().__init__()
@@ -642,7 +593,7 @@ def test_a_prefix_that_cannot_reach_the_model():
     with pytest.raises(UnsupportedFeatureError, match="past_key_values"):
         minipeft.get_peft_model(Plain(), CONFIGS["prefix"]())
     checkpointing = fresh(Decoder)
-    checkpointing.body.gradient_checkpointing = True
+    checkpointing.layers.gradient_checkpointing = True
     with pytest.raises(ConfigError, match="gradient checkpointing"):
         minipeft.get_peft_model(checkpointing, CONFIGS["prefix"](task_type="CAUSAL_LM"))
 
@@ -651,7 +602,7 @@ def test_a_prefix_that_cannot_reach_the_model():
 def test_base_weights_under_their_own_names():
     base = fresh(Classifier)
     want = {k: v.clone() for k, v in base.state_dict().items()}
-    lora = minipeft.LoraConfig(task_type="TOKEN_CLS", target_modules=["q", "v"], bias="none")
+    lora = minipeft.LoraConfig(task_type="TOKEN_CLS", target_modules=["q_proj", "v_proj"], bias="none")
     for config in (lora, CONFIGS["prompt"](task_type="TOKEN_CLS")):
         model = minipeft.get_peft_model(fresh(Classifier), config)
         got = minipeft.get_base_model_state_dict(model)
