@@ -1,5 +1,7 @@
 """FRoD: Wan et al., 2025, https://arxiv.org/abs/2512.23485: a weight in a basis that layers of one role share."""
 
+from typing import Any
+
 import numpy as np
 
 from ..method import Fault, Method, Row
@@ -7,7 +9,7 @@ from ..method import Fault, Method, Row
 SHARED = ("base_model.frod_V", "base_model.frod_s_indices", "base_model.frod_s_size")
 ROLES = ("up", "mid", "head", "c_attn", "c_proj", "q_proj", "v_proj")
 L, S = "frod_lambda_l", "frod_lambda_s_values"
-SINGLE = {"dtypes": ("float32", "bfloat16"), "note": "the reference computes U in float32 whatever the model's dtype"}
+SINGLE: dict[str, Any] = {"dtypes": ("float32", "bfloat16"), "note": "the reference computes U in float32 whatever the model's dtype"}
 
 
 def role(path):
