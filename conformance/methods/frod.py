@@ -9,7 +9,8 @@ from ..method import Fault, Method, Row
 SHARED = ("base_model.frod_V", "base_model.frod_s_indices", "base_model.frod_s_size")
 ROLES = ("up", "mid", "head", "c_attn", "c_proj", "q_proj", "v_proj")
 L, S = "frod_lambda_l", "frod_lambda_s_values"
-SINGLE: dict[str, Any] = {"dtypes": ("float32", "bfloat16"), "note": "the reference computes U in float32 whatever the model's dtype"}
+SINGLE: dict[str, Any] = {
+    "dtypes": ("float32", "bfloat16"), "note": "the reference computes U in float32 whatever the model's dtype"}
 
 
 def role(path):
@@ -32,7 +33,7 @@ def shapes(site, c):
 
 
 def shared(c, sites):
-    found = {}
+    found: dict[str, Any] = {}
     for s in sites:
         sizes = (s.inp, s.inp), (2, entries(s.inp, c)), (2,)
         found |= {f"{slot}.{role(s.path)}": size for slot, size in zip(SHARED, sizes)}
@@ -52,7 +53,7 @@ def basis(weights, alpha):
 
 def made(c, sites):
     """The shared tensors of a new adapter. Which entries of S are set is up to chance; here, the first."""
-    found = {}
+    found: dict[str, Any] = {}
     for name in {role(s.path) for s in sites}:
         own = sorted((s for s in sites if role(s.path) == name), key=lambda s: block(s.path))
         n = own[0].inp
