@@ -209,6 +209,15 @@ class Adapter:
         """Weights of the adapted operator, from those of the operator inside. Raises `MergeError` if there are none."""
         raise NotImplementedError
 
+    @property
+    def folds_in_place(self) -> bool:
+        """Whether `fold_in_place` does what `fold` does on this layer, and cannot fail."""
+        return False
+
+    def fold_in_place(self, W: Tensor) -> None:
+        """Make W that of the adapted operator. Only where `folds_in_place`."""
+        raise NotImplementedError
+
     @classmethod
     def keeps(cls, slot: str, config: Any) -> bool:
         """Whether a slot's tensors belong in a checkpoint."""

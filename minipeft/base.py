@@ -78,6 +78,17 @@ class Base:
                 "Make the layer with bias=True, or keep the adapter unmerged."
             )
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether `overwrite` is possible: the stored numbers are those of W."""
+        return type(self) in (Linear, Conv1D)
+
+    def overwrite(self, W: Tensor) -> None:
+        """Store W for good, in the weight's own memory; nothing is left to do if that is where W lies."""
+        stored = self.canonical(self.stored()[0])
+        if W.data_ptr() != stored.data_ptr():
+            stored.copy_(W)
+
     def restore(self) -> None:
         """Put back, bit for bit, what `write` replaced."""
         if self.home.original is not None:

@@ -8,6 +8,7 @@ A saved key is the live key without the adapter's name, taken out of the one pla
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping
@@ -44,7 +45,7 @@ class Entry:
     def fill(self, value: Tensor) -> None:
         """Take over `value`. A tensor without storage (meta) is replaced, any other is written to."""
         old = self.tensor
-        if old.device.type == "meta" and (self.layer is None or self.layer.base.device.type != "meta"):
+        if old.is_meta and (self.layer is None or self.layer.base.device.type != "meta"):
             new = value.detach().clone()
             if self.layer is not None:
                 new = self.layer.settle(new)
@@ -154,7 +155,7 @@ def check(
         if key in given and given[key].shape != entry.tensor.shape
     ]
     stored = weights if stored is None else stored
-    broken = [strip(key) for key, t in stored.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    broken = [strip(key) for key, t in stored.items() if t.is_floating_point() and not _finite(t)]
     faults = []
     for title, keys, known in (("missing", missing, given), ("unexpected", unexpected, wanted)):
         if keys:
@@ -170,6 +171,12 @@ def check(
     if faults:
         raise CheckpointError("The checkpoint does not fit the model; nothing was loaded. " + " | ".join(faults))
     return LoadReport(missing, unexpected)
+
+
+def _finite(t: Tensor) -> bool:
+    """Whether no value is NaN or infinite. A finite sum tells it, and so soon; a sum that overflows does not."""
+    t = t.float() if t.dtype.itemsize == 1 else t  # float8 cannot be added up
+    return math.isfinite(t.sum().item()) or bool(torch.isfinite(t).all())
 
 
 # -------------------------------------------------------------------------------------------------- reading, writing

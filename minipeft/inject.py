@@ -319,7 +319,7 @@ class Plan:
     def incomplete(self) -> bool:
         """Whether some tensor has no values yet."""
         return any(
-            tensor.device.type == "meta" and scratch.base.device.type != "meta"
+            tensor.is_meta and scratch.base.device.type != "meta"
             for _, scratch, _ in self.new + self.tokens
             for _, tensor in scratch.tensors(self.name)
         )

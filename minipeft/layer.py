@@ -272,11 +272,10 @@ class Layer(Switch, Slots):
     # ------------------------------------------------------------------------------------------------- being built
     def settle(self, tensor: Tensor) -> Tensor:
         """`tensor` on the device of the frozen layer, and in the dtype that an adapter's tensors have there."""
-        tensor = tensor.to(self.base.device)
-        if tensor.is_floating_point() and self.base.dtype.is_floating_point:
-            low = self.autocast and self.base.dtype in LOW_PRECISION
-            tensor = tensor.to(torch.float32 if low else self.base.dtype)
-        return tensor
+        dtype, device = self.base.dtype, self.base.device
+        if not (tensor.is_floating_point() and dtype.is_floating_point):
+            return tensor.to(device)
+        return tensor.to(device, torch.float32 if self.autocast and dtype in LOW_PRECISION else dtype)
 
     def settle_all(self, name: str) -> None:
         """Move all tensors of adapter `name` that have values there, by way of the frozen layer's dtype."""
@@ -361,13 +360,10 @@ class Layer(Switch, Slots):
         return layer
 
     @torch.no_grad()
-    def merge(
-        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, try_only: bool = False
-    ) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Write adapters into the frozen weights: computed in float32 from the original weights, rounded once.
 
-        `safe_merge` raises `MergeError` instead of storing numbers that are not finite; `try_only` stores nothing and
-        raises what storing would raise. `adapter_names` defaults to
+        `safe_merge` raises `MergeError` instead of storing numbers that are not finite. `adapter_names` defaults to
         the active adapters; names that are merged already are skipped with a warning.
         """
         if isinstance(adapter_names, str):
@@ -390,6 +386,26 @@ class Layer(Switch, Slots):
             self._fold(home.folded + [(self, name) for name in own], safe_merge)
         self.merged_adapters.extend(names)
 
+    def merges_in_place(self, adapter_names: Sequence[str] | None = None) -> bool:
+        """Whether `merge_in_place` can do what `merge` does, and is certain not to fail."""
+        base, names = self.base, self._active_adapter if adapter_names is None else adapter_names
+        return (
+            base.home is base
+            and base.overwrites
+            and not (base.apart or self.merged_adapters or isinstance(self.base_layer, Layer))
+            and all(self.adapters[n].folds_in_place for n in names if n in self.adapters)
+        )
+
+    @torch.no_grad()
+    def merge_in_place(self, adapter_names: Sequence[str] | None = None) -> None:
+        """The same for good, in the frozen weights' own memory where their dtype allows it: no copy is kept."""
+        W = _wide(self.base.read())[0]
+        for name in self._active_adapter if adapter_names is None else adapter_names:
+            if name in self.adapters:
+                with widened(self.adapters[name]):
+                    self.adapters[name].fold_in_place(W)
+        self.base.overwrite(W)
+
     @torch.no_grad()
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
         """Take adapters (default: all of this layer) out of the frozen weights; with none left, not a bit differs."""
@@ -400,7 +416,7 @@ class Layer(Switch, Slots):
         self._fold([(layer, n) for layer, n in self._home.folded if layer is not self or n not in names], False)
         self.merged_adapters = [n for n in self.merged_adapters if n not in names]
 
-    def _fold(self, folded: list[tuple[Layer, str]], safe: bool, try_only: bool = False) -> None:
+    def _fold(self, folded: list[tuple[Layer, str]], safe: bool) -> None:
         home = self._home
         if not folded:
             home.base.restore()
@@ -413,8 +429,6 @@ class Layer(Switch, Slots):
                 raise MergeError(
                     f"NaNs detected in the merged weights. The adapter {folded[-1][1]} seems to be broken (safe_merge)."
                 )
-            if try_only:
-                return home.base.check_bias(b)
             home.base.write(W, b)
         home.folded = folded
 
@@ -488,6 +502,11 @@ class Layer(Switch, Slots):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
+
+    def train(self, mode: bool = True) -> Layer:
+        """Set training mode as nn.Module.train does, in less time."""
+        _set_training(self, mode)
+        return self
 
     # ------------------------------------------------------------------------------ what other code reads off a layer
     def get_base_layer(self) -> nn.Module:
@@ -638,6 +657,12 @@ class ModulesToSaveWrapper(Switch, nn.Module):
     def _get_available_adapters(self) -> set[str]:
         return set(self.modules_to_save)
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Saved key -> live key, below this module, of an adapter's tensors."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
 
 class TrainableTokensWrapper(nn.Module):
     """An embedding, some rows trained beside another method (`trainable_token_indices`): a Layer, one level down."""
@@ -656,13 +681,12 @@ class TrainableTokensWrapper(nn.Module):
         """The frozen embedding."""
         return self.token_adapter.base_layer
 
-    @property
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """Saved key -> live key, below this module, of an adapter's tensors."""
-        if adapter_name not in self.modules_to_save:
-            return {}
-        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+        saved = "token_adapter.trainable_tokens_delta"
+        return {} if self.token_adapter.tied else {saved: f"{saved}.{adapter_name}"}
 
+    @property
     def weight(self) -> Tensor:
         """The weight that is in use; a head tied to the embedding reads it."""
         layer = self.token_adapter
@@ -680,11 +704,6 @@ class TrainableTokensWrapper(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- walking
 def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """(path, live path, module) of a model, with each module once and nothing that adapters brought.
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Saved key -> live key, below this module, of an adapter's tensors."""
-        saved = "token_adapter.trainable_tokens_delta"
-        return {} if self.token_adapter.tied else {saved: f"{saved}.{adapter_name}"}
 
     `path` is what the module was called before any adapter came; `live` is what it is called now.
     """
@@ -725,6 +744,18 @@ def _join(path: str, name: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
+def _set_training(module: nn.Module, mode: bool) -> None:
+    module.__dict__["training"] = mode
+    for child in module._modules.values():
+        if child is not None:
+            plain = type(child).train in (nn.Module.train, Layer.train)
+            _set_training(child, mode) if plain else child.train(mode)
+
+
+def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters() if module._modules else (p for p in module._parameters.values() if p is not None)
+
+
 def _tensors(pair: Any) -> Iterator[Tensor]:
     for part in pair:
         if part is not None:
@@ -735,10 +766,6 @@ def _wide(pair: Any) -> Any:
     """(W, b) in at least float32."""
     widen = lambda t: t if t is None or not t.is_floating_point() else t.to(torch.promote_types(t.dtype, torch.float32))
     return tuple({k: widen(t) for k, t in p.items()} if isinstance(p, dict) else widen(p) for p in pair)
-
-def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    return module.parameters() if module._modules else (p for p in module._parameters.values() if p is not None)
-
 
 
 @contextmanager

@@ -387,6 +387,7 @@ class BaseTuner(Slots):
     def _merge(
         self, todo: list[Layer], safe: bool, names: list[str] | None, progress: bool = False, for_good: bool = False
     ) -> None:
+        """Merge `names` into the layers `todo`. `for_good`: it will not be undone, so originals need not be kept."""
         if isinstance(names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {names!r}.")
         if unknown := [n for n in names or () if n not in self.peft_config]:
@@ -395,20 +396,18 @@ class BaseTuner(Slots):
             raise MergeError("Cannot merge layers that are replicated: their adapters differ, their weight is one.")
         tying.part(self, todo, names)
         done: list[tuple[Layer, list[str]]] = []
-        todo = list(reversed(todo))
-        if for_good:  # the old weights are let go one by one, so find out before what can be known before
-            for layer in {layer.likeness(names): layer for layer in todo}.values():
-                layer.merge(adapter_names=names, try_only=True)
+        in_place = for_good and not safe and all(layer.merges_in_place(names) for layer in todo)
         try:
-            for layer, following in zip(progress_bar(todo, "Merging adapters", progress), [*todo[1:], None]):
+            for layer in progress_bar(list(reversed(todo)), "Merging adapters", progress):
+                if in_place:
+                    layer.merge_in_place(names)
+                    continue
                 before = list(layer.merged_adapters)
                 layer.merge(safe_merge=safe, adapter_names=names)
                 done.append((layer, [n for n in layer.merged_adapters if n not in before]))
-                if for_good and (following is None or following.base.home is not layer.base.home):
-                    layer.base.home.forget()
         except Exception:
             for layer, merged in reversed(done):
-                if merged and not for_good:
+                if merged:
                     layer.unmerge(merged)
             raise
 
@@ -425,7 +424,7 @@ class BaseTuner(Slots):
         `progressbar` shows how far it is; `safe_merge` raises `MergeError` instead of storing non-finite numbers.
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
-        self._merge(layers(self.model), safe_merge, adapter_names, progressbar)
+        self._merge(layers(self.model), safe_merge, adapter_names, progressbar, for_good=True)
         model = self._unload(names)
         tying.note_untied(model)
         return model

@@ -203,5 +203,12 @@ class LoRA(LowRank, config=LoraConfig):
         bias = getattr(self.lora_B, "bias", None)
         if bias is not None:
             b = self.scaling * bias + (0 if b is None else b)
-        dW = self.delta()
-        return dW.add_(W) if dW.dtype == W.dtype else W + dW, b
+        return W + self.delta(), b
+
+    @property
+    def folds_in_place(self) -> bool:
+        return self.base.overwrites and self.lora_B.bias is None
+
+    def fold_in_place(self, W: Tensor) -> None:
+        A, B = self.lora_A.weight, self.lora_B.weight
+        W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=self.scaling)

@@ -1,0 +1,58 @@
+"""merge_and_unload: in the weights' own memory where nothing can go wrong, and otherwise not before all is known."""
+
+import pytest
+import torch
+from torch import nn
+
+from minipeft import LoraConfig, get_peft_model
+from minipeft.errors import MergeError
+
+
+def trained(model, **options):
+    model = get_peft_model(model, LoraConfig(r=4, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_plain_layers_are_merged_in_place(dtype):
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 5, bias=False)).to(dtype)
+    model = trained(base, target_modules=["0", "1"])
+    before = [layer.weight.data_ptr() for layer in base]
+    model.merge_adapter()
+    merged = [layer.get_base_layer().weight.clone() for layer in base]
+    model.unmerge_adapter()
+    plain = model.merge_and_unload()
+    assert [layer.weight.data_ptr() for layer in plain] == before
+    for layer, weight in zip(plain, merged):
+        assert type(layer) is nn.Linear
+        computed = torch.finfo(torch.promote_types(dtype, torch.float32)).eps  # in this, then rounded once
+        torch.testing.assert_close(layer.weight.data, weight, atol=100 * computed, rtol=torch.finfo(dtype).eps)
+
+
+def test_safe_merge_keeps_the_old_weights_until_all_are_checked():
+    base = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 5))
+    model = trained(base, target_modules=["0", "1"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        base[0].lora_A["default"].weight[0, 0] = float("nan")  # the last to be merged
+    with pytest.raises(MergeError, match="NaN"):
+        model.merge_and_unload(safe_merge=True)
+    for key, value in model.state_dict().items():
+        if "base_layer" in key:
+            assert torch.equal(value, before[key]), key
+
+
+def test_a_layer_that_refuses_leaves_all_as_they_were():
+    base = nn.Sequential(nn.Conv1d(4, 6, 3, groups=2), nn.Flatten(), nn.Linear(6, 5))
+    model = trained(base, target_modules=["0", "2"])
+    x = torch.randn(2, 4, 3)
+    before, running = {key: value.clone() for key, value in model.state_dict().items()}, model(x)
+    with pytest.raises(MergeError, match="groups"):
+        model.merge_and_unload()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(model(x), running)
