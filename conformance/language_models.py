@@ -1,7 +1,7 @@
 """Tiny language models in torch: a decoder, an encoder with the heads of four tasks, an encoder-decoder.
 
-They keep what prompt learning asks of a model and no more (the list stands in `minipeft/prompt.py`, and peft asks for the
-same), so prompts and task classes run on them without transformers.
+They keep what prompt learning asks of a model and no more, so that prompts and task classes run without transformers.
+The list of it stands in `minipeft/prompt.py`; peft asks for the same.
 """
 
 from __future__ import annotations
