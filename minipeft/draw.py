@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import kaiming
+from .errors import ConfigError
 
 
 def uniform(*shape: int, zero: bool = False) -> nn.Parameter:
@@ -25,3 +27,19 @@ def redraw(*layers: Any, zero: bool) -> None:
         layers[-1].weight.data.zero_()
     else:
         kaiming(layers[-1].weight.data)
+
+
+def balanced_indices(lora_param_count: int, theta_d_length: int, proj_seed: int) -> Tensor:
+    """Random indices (lora_param_count,) into theta, in which no entry occurs more than once more than another."""
+    if lora_param_count < 0 or theta_d_length <= 0:
+        raise ConfigError(
+            "`lora_param_count` must be 0 or more and `theta_d_length` above 0, "
+            f"got {lora_param_count} and {theta_d_length}."
+        )
+    rng = np.random.default_rng(proj_seed)
+    times, rest = divmod(lora_param_count, theta_d_length)
+    indices = np.repeat(np.arange(theta_d_length), times)
+    if rest:
+        indices = np.concatenate([indices, rng.choice(theta_d_length, size=rest, replace=False)])
+    rng.shuffle(indices)
+    return torch.as_tensor(indices, dtype=torch.long)

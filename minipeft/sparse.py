@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from .base import Base
+import torch
+from torch import Tensor, nn
+
+from .base import Base, base_of
 from .errors import ConfigError
 
 
@@ -23,3 +25,16 @@ def random_positions(base: Base, n: int, seed: int) -> Tensor:
 def dense(values: Tensor, positions: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix (rows, columns) with `values` (n,) at `positions` (2, n) and 0 elsewhere."""
     return values.new_zeros(rows, columns).index_put(tuple(positions.long()), values)
+
+
+def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
+    """A mask (out, in) with r (in + out) entries True, chosen by `random_seed`; None stands for one fixed seed, too."""
+    base = base_of(base_layer)
+    assert base is not None
+    generator = torch.Generator("cpu")
+    if random_seed is not None:
+        generator.manual_seed(random_seed)
+    order = torch.randperm(base.out * base.inp, generator=generator, device="cpu")
+    mask = torch.zeros(base.out * base.inp, dtype=torch.bool, device="cpu")
+    mask[order[: r * (base.inp + base.out)]] = True
+    return mask.view(base.out, base.inp)

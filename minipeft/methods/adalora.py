@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Delta
+from ..base import dropout
 from ..checkpoint import PREFIX, Entry, entries_of_model, strip, tuner_of
 from ..config import PeftConfig
 from ..errors import ConfigError, PeftError, PeftWarning, UnsupportedFeatureError
@@ -94,7 +95,7 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
         self.r = r = c.init_r if left is None else sum(left)
         self.lora_alpha = c.lora_alpha
         self.scaling = self.initial_scaling()
-        self.lora_dropout = nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity()
+        self.lora_dropout = dropout(c.lora_dropout)
         A, E, B = torch.randn(r, base.width), torch.randn(r, 1), torch.randn(base.out, r)
         torch.randn(1)  # PEFT: draws the rank before setting it
         if c.init_lora_weights:

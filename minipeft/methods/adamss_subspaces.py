@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..svd import leading
+
 FIRST_ROWS, ITERATIONS = 123456789, 10  # the seed that picks the rows to start from
 CHUNK = 256  # rows multiplied at once, which may decide a tie
 
 
 def principal(W: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
     """(U (out, r), V^T (r, in)) of the r largest singular values of W (out, in), in float32; r at most min(out, in)."""
-    with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
-        torch.manual_seed(seed)
-        U, _, V = torch.svd_lowrank(W.to(torch.float32), q=min(r, *W.shape), niter=2)
-    return U, V.t().contiguous()
+    U, _, Vt = leading(W, r, niter=2, seed=seed)
+    return U, Vt.contiguous()
 
 
 def subspaces(U: Tensor, k: int) -> list[Tensor]:

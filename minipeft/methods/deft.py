@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Delta
+from ..base import dropout
 from ..config import PeftConfig, Positive, Probability
 from ..tuner import register_tuner
 
@@ -48,7 +49,7 @@ class DEFT(Delta, config=DeftConfig):
         c, base = self.config, self.base
         self.deft_r = min(c.r, base.out)
         self.deft_scaling = c.alpha / self.deft_r if c.alpha else 1.0
-        self.deft_dropout = nn.Dropout(c.deft_dropout) if c.deft_dropout else nn.Identity()
+        self.deft_dropout = dropout(c.deft_dropout)
         self.deft_P = nn.Parameter(nn.init.normal_(torch.empty(base.out, self.deft_r), std=0.02))
         if not c.para:
             R = torch.empty(self.deft_r, base.inp)

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Delta
+from ..adapter import Factored
+from ..base import dropout
 from ..config import PeftConfig, Positive, Probability
 from ..draw import uniform
 from ..targets import pattern_value
@@ -41,7 +41,7 @@ class DeloraConfig(PeftConfig, method="DELORA", layers_need_list=True):
     modules_to_save: list[str] | None = None
 
 
-class DeLoRA(Delta, config=DeloraConfig):
+class DeLoRA(Factored, config=DeloraConfig):
     prefix = "delora_"
     patterns = ("rank_pattern", "lambda_pattern")
 
@@ -49,7 +49,7 @@ class DeLoRA(Delta, config=DeloraConfig):
         c = self.config
         self.r = pattern_value(c.rank_pattern, self.path, c.r)
         start = pattern_value(c.lambda_pattern, self.path, c.delora_lambda)
-        self.delora_dropout = nn.Dropout(c.module_dropout) if c.module_dropout else nn.Identity()
+        self.delora_dropout = dropout(c.module_dropout)
         self.delora_A = uniform(self.r, self.base.inp)
         self.delora_B = uniform(self.base.out, self.r, zero=c.init_weights)
         self.delora_lambda = nn.Parameter(torch.full((1,), float(start)))
@@ -61,12 +61,8 @@ class DeLoRA(Delta, config=DeloraConfig):
         lengths = self.delora_A.norm(dim=1).clamp(min=1e-4) * self.delora_B.norm(dim=0).clamp(min=1e-4)
         return self.delora_lambda / (self.r * lengths)
 
-    def delta(self) -> Tensor:
-        return (self.delora_B * self.scale) @ (self.delora_A * self.delora_w_norm)  # (out, in)
-
-    def branch(self, x: Tensor) -> Tensor:
-        x = self.delora_dropout(self.cast(x, self.delora_A)) * self.delora_w_norm
-        return F.linear(F.linear(x, self.delora_A) * self.scale, self.delora_B)  # (..., out)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.delora_B * self.scale, self.delora_A * self.delora_w_norm
 
 
 DeloraModel = register_tuner("DeloraModel", "DELORA")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..base import Base
+from ..base import Base, dropout
 from ..config import PeftConfig, Probability, Share
 from ..errors import ConfigError, PeftWarning
 from ..sparse import dense
@@ -102,7 +102,7 @@ class FRoD(Delta, config=FrodConfig):
     def build(self) -> None:
         c = self.config
         self.r, self.runtime_offload_base_weight = self.base.out, c.runtime_offload_base_weight
-        self.frod_dropout = nn.Dropout(c.frod_dropout) if c.frod_dropout else nn.Identity()
+        self.frod_dropout = dropout(c.frod_dropout)
         l = torch.empty(self.base.inp)
         if not self.blank:
             U, l = split(self.base.read()[0].detach(), self.frod_V)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..base import Base
+from ..base import Base, dropout
 from ..config import NotNegative, PeftConfig, Positive, Probability
 from ..draw import uniform
 from ..errors import ConfigError
@@ -60,7 +60,7 @@ class GraLoRA(Delta, config=GraloraConfig):
         c, inp, out, k = self.config, self.base.inp, self.base.out, self.config.gralora_k
         self.r, self.hybrid_r, self.alpha, self.gralora_k = c.r, c.hybrid_r, c.alpha, k
         self.scaling = self.initial_scaling()
-        self.gralora_dropout = nn.Dropout(c.gralora_dropout) if c.gralora_dropout else nn.Identity()
+        self.gralora_dropout = dropout(c.gralora_dropout)
         pairs = [(uniform(c.r, inp // k).data, uniform(out // k, c.r, zero=c.init_weights).data) for _ in range(k)]
         A, B = (torch.stack(blocks).mT.contiguous() for blocks in zip(*pairs))
         self.gralora_A = nn.Parameter(A)  # (k, in / k, r)

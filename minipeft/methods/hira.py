@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
+from ..base import dropout
 from ..config import PeftConfig, Positive, Probability
 from ..targets import pattern_value
 from ..tuner import register_tuner
@@ -44,7 +45,7 @@ class HiRA(Delta, config=HiraConfig):
     def build(self) -> None:
         c, (out, *width) = self.config, self.base.shape
         self.r = pattern_value(c.rank_pattern, self.path, c.r)  # PEFT: ignored for the first adapter of a layer
-        self.hira_dropout = nn.Dropout(c.hira_dropout) if c.hira_dropout else nn.Identity()
+        self.hira_dropout = dropout(c.hira_dropout)
         self.hira_A = nn.Parameter(torch.randn(self.r, *width))  # (r, in) or (r, in / groups, *kernel)
         self.hira_B = nn.Parameter(torch.randn(out, self.r, *[1] * (len(width) - 1)))  # (out, r) or (out, r, 1, ...)
         A, B, init = self.hira_A, self.hira_B, c.init_weights

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..adapter import Adapter, Delta, Transform
-from ..base import Base
+from ..base import Base, dropout
 from ..config import PeftConfig, Positive, Probability
 from ..draw import uniform
 from ..errors import ConfigError
@@ -57,7 +57,7 @@ class Shards(Adapter):
     def build(self) -> None:
         c = self.config
         self.miss_r, self.miss_mini_r = c.r, c.mini_r
-        self.miss_dropout = nn.Dropout(c.miss_dropout) if c.miss_dropout else nn.Identity()
+        self.miss_dropout = dropout(c.miss_dropout)
         self.miss_block = uniform(*self.block(c, self.path, self.base), zero=c.init_weights is not False)
 
 

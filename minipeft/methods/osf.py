@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Delta
+from ..adapter import Factored
 from ..base import Base
 from ..config import PeftConfig
 from ..errors import ConfigError, PeftWarning
@@ -61,7 +60,7 @@ class Project(torch.autograd.Function):
         return grad - inside if ctx.away else inside, None, None
 
 
-class OSF(Delta, config=OSFConfig):
+class OSF(Factored, config=OSFConfig):
     prefix = "osf_"
     patterns = ()  # rank_pattern is read in another way than other methods' patterns
 
@@ -95,20 +94,11 @@ class OSF(Delta, config=OSFConfig):
         self.osf_svd_params = nn.ParameterDict(dict(zip(("U_low", "S_low", "V_low"), start)))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) with dW = A B: A (out, 2 m), B (2 m, in)."""
         p, U0, V0 = self.osf_svd_params, self._osf_U_low_init, self._osf_V_low_init
         tall, wide = self.base.out > self.base.inp, self.base.inp > self.base.out
         U = Project.apply(p["U_low"], self._osf_U_high if tall else U0, tall)
         V = Project.apply(p["V_low"].t(), (self._osf_V_high if wide else V0).t(), wide).t()
         return torch.cat([U * p["S_low"], -U0 * self._osf_S_low_init], 1), torch.cat([V, V0])
-
-    def delta(self) -> Tensor:
-        A, B = self.factors()
-        return A @ B  # (out, in)
-
-    def branch(self, x: Tensor) -> Tensor:
-        A, B = self.factors()
-        return F.linear(F.linear(self.cast(x, A), B), A)  # (..., out)
 
 
 OSFModel = register_tuner("OSFModel", "OSF")

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Delta
-from ..base import Base
-from ..config import PeftConfig, Probability
+from ..adapter import Factored
+from ..base import Base, dropout
+from ..config import PeftConfig, Positive, Probability
 from ..errors import ConfigError, PeftWarning
 from ..rotations import cayley, cayley_neumann, skew
+from ..svd import leading
 from ..tuner import register_tuner
 
 
@@ -29,7 +29,7 @@ from ..tuner import register_tuner
 class PsoftConfig(PeftConfig, method="PSOFT", layers_need_list=True):
     """Fields of PSOFT."""
 
-    r: int = 32  # at most the smaller side of W
+    r: Positive = 32  # at most the smaller side of W
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     psoft_alpha: int = 32  # s = alpha / r
@@ -52,7 +52,7 @@ class PsoftConfig(PeftConfig, method="PSOFT", layers_need_list=True):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive("r", *["num_cayley_neumann_terms"] * self.use_cayley_neumann)
+        self.require_positive(*["num_cayley_neumann_terms"] * self.use_cayley_neumann)
         eps = self.cayley_neumann_eps
         if self.use_cayley_neumann and eps is not None and not 0 < eps < 1:
             raise ConfigError(f"`cayley_neumann_eps` must lie between 0 and 1, got {eps}.")
@@ -95,7 +95,7 @@ class Rotation(nn.Module):
         return cayley_neumann(Q, c.num_cayley_neumann_terms)
 
 
-class PSOFT(Delta, config=PsoftConfig):
+class PSOFT(Factored, config=PsoftConfig):
     prefix = "psoft_"
 
     @classmethod
@@ -107,7 +107,7 @@ class PSOFT(Delta, config=PsoftConfig):
     def build(self) -> None:
         c = self.config
         self.r, self.psoft_alpha, self.scaling = c.r, c.psoft_alpha, self.initial_scaling()
-        self.psoft_dropout = nn.Dropout(c.psoft_dropout) if c.psoft_dropout else nn.Identity()
+        self.psoft_dropout = dropout(c.psoft_dropout)
         self.psoft_R = Rotation(c)
         A, B = self.decompose()
 
@@ -119,34 +119,19 @@ class PSOFT(Delta, config=PsoftConfig):
     def initial_scaling(self) -> float:
         return self.config.psoft_alpha / self.config.r
 
-    @torch.no_grad()
     def decompose(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the frozen weight."""
-        c, (W, _) = self.config, self.base.read()
-        W = W.detach().to(torch.float32)  # PEFT: always, which also settles the signs of the singular vectors
-        if c.psoft_svd == "full":
-            U, S, Vt = torch.linalg.svd(W, full_matrices=False)
-        else:
-            with torch.random.fork_rng(devices=[W.device] if W.is_cuda else []):
-                torch.manual_seed(c.random_seed)
-                U, S, V = torch.svd_lowrank(W, q=c.r, niter=c.psoft_svd_lowrank_niter)
-            Vt = V.t()
-        U, S, Vt = U[:, : c.r], S[: c.r] / self.scaling, Vt[: c.r]
+        c, niter = self.config, self.config.psoft_svd_lowrank_niter if self.config.psoft_svd == "lowrank" else None
+        U, S, Vt = leading(self.base.read()[0], c.r, niter, c.random_seed)
+        S = S / self.scaling
         if c.ab_svd_init == "psoft_init":
             return Vt.contiguous(), U * S
         return S.sqrt()[:, None] * Vt, U * S.sqrt()
 
-    def turn(self) -> Tensor:
-        """R - I (r, r)."""
-        R = self.psoft_R.matrix().to(self._psoft_A_cache)
-        return R - torch.eye(len(R)).to(R)
-
-    def delta(self) -> Tensor:
-        return self.scaling * self._psoft_B_cache @ self.turn() @ self._psoft_A_cache  # (out, in)
-
-    def branch(self, x: Tensor) -> Tensor:
-        x = self.psoft_dropout(self.cast(x, self._psoft_A_cache))
-        return self.scaling * F.linear(F.linear(F.linear(x, self._psoft_A_cache), self.turn()), self._psoft_B_cache)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = self._psoft_A_cache, self._psoft_B_cache
+        R = self.psoft_R.matrix().to(A)
+        return self.scaling * B @ (R - torch.eye(len(R)).to(R)), A
 
 
 PsoftModel = register_tuner("PsoftModel", "PSOFT")

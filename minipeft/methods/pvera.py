@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base import dropout
 from ..config import Probability
 from ..errors import MergeError
 from ..projections import Projected, ProjectedConfig
@@ -55,7 +56,7 @@ class PVeRA(Projected, config=PveraConfig):
         self.r, self.sample_at_inference = c.r, c.sample_at_inference
         seeded = c.generator_seed is not None
         self.pvera_generator = torch.Generator("cpu").manual_seed(c.generator_seed) if seeded else None
-        self.pvera_dropout = nn.Dropout(c.pvera_dropout) if c.pvera_dropout else nn.Identity()
+        self.pvera_dropout = dropout(c.pvera_dropout)
         free = torch.randn(2 * c.r)
         self.pvera_lambda_b = nn.Parameter(torch.full((self.base.out,), 0.0 if c.init_weights else 1.0))
         self.pvera_lambda_d = nn.Parameter(torch.full_like(free, c.d_initial) if c.init_weights else free)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Factored
+from ..base import dropout
 from ..config import Positive, Probability
 from ..errors import CheckpointError
 from ..projections import Projected, ProjectedConfig, uniform
@@ -91,7 +92,7 @@ class RandLoRA(Projected, Factored, config=RandLoraConfig):
         small, large = sorted((self.base.inp, self.base.out))
         n = math.ceil(small / c.r)
         self.r, self.scaling = c.r, self.initial_scaling()
-        self.randlora_dropout = nn.Dropout(c.randlora_dropout) if c.randlora_dropout else nn.Identity()
+        self.randlora_dropout = dropout(c.randlora_dropout)
         free = torch.randn(c.r, n)
         self.randlora_lambda = nn.Parameter(torch.zeros_like(free) if c.init_weights else free)
         self.randlora_gamma = nn.Parameter(torch.full((n, small), 1 / (max(n, small) if c.init_weights else large)))

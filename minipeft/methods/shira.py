@@ -17,24 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..base import Base, base_of
+from ..base import Base
 from ..config import PeftConfig, Positive
 from ..errors import ConfigError, PeftWarning, UnsupportedLayerError
 from ..sparse import dense
+from ..sparse import random_mask as random_mask
 from ..tuner import register_tuner
-
-
-def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
-    """A mask (out, in) with r (in + out) entries True, chosen by `random_seed`; None stands for one fixed seed, too."""
-    base = base_of(base_layer)
-    assert base is not None
-    generator = torch.Generator("cpu")
-    if random_seed is not None:
-        generator.manual_seed(random_seed)
-    order = torch.randperm(base.out * base.inp, generator=generator, device="cpu")
-    mask = torch.zeros(base.out * base.inp, dtype=torch.bool, device="cpu")
-    mask[order[: r * (base.inp + base.out)]] = True
-    return mask.view(base.out, base.inp)
 
 
 @dataclass

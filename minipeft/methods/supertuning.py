@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..base import Base
+from ..base import Base, dropout
 from ..config import PeftConfig, Positive, Probability
 from ..draw import redraw
 from ..errors import ConfigError, PeftWarning, UnsupportedLayerError
@@ -70,7 +70,7 @@ class SuperTuning(Delta, config=SupertuningConfig):
             return
         self.supertuning_lora_A, self.supertuning_lora_B = self.base.down(c.r), self.base.up(c.r)
         redraw(self.supertuning_lora_A, self.supertuning_lora_B, zero=c.init_weights)
-        self.supertuning_lora_dropout = nn.Dropout(c.lora_dropout) if c.lora_dropout else nn.Identity()
+        self.supertuning_lora_dropout = dropout(c.lora_dropout)
 
     def sparse(self) -> Tensor:
         flat, n = self.supertuning_indices, self.base.inp

@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Delta
-from ..base import Base
-from ..config import PeftConfig, Probability
-from ..errors import ConfigError
+from ..adapter import Adapter, Factored
+from ..base import Base, dropout
+from ..config import PeftConfig, Positive, Probability, Share
 from ..projections import warn_unless_saved
+from ..svd import leading
 from ..tuner import register_tuner
 
 
@@ -30,9 +29,9 @@ from ..tuner import register_tuner
 class TinyLoraConfig(PeftConfig, method="TINYLORA"):
     """Fields of TinyLoRA. All adapters of a model have the same `save_projection`."""
 
-    r: int = 2  # rank, at most that of the layer
-    u: int = 64  # length of v
-    weight_tying: float = 0.0  # 0: each layer has its own v; 1: all have the same
+    r: Positive = 2  # rank, at most that of the layer
+    u: Positive = 64  # length of v
+    weight_tying: Share = 0.0  # 0: each layer has its own v; 1: all have the same
     projection_seed: int = 42  # of P
     save_projection: bool = True  # keep P in the checkpoint; otherwise the seed has to bring it back
     init_v_bound: float = 0.02  # with init_weights="uniform", v is drawn from [-bound, bound]
@@ -41,18 +40,12 @@ class TinyLoraConfig(PeftConfig, method="TINYLORA"):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "tinylora_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
-    init_weights: bool | str = True  # v = 0; "uniform": see init_v_bound; False: PEFT leaves v unset, here it is 0, too
+    init_weights: bool | Literal["uniform"] = True  # v = 0, as for False (PEFT: unset)
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("r", "u"):
-            self.require_positive(field)
-        if not 0 <= self.weight_tying <= 1:
-            raise ConfigError(f"`weight_tying` should be between 0.0 and 1.0, got {self.weight_tying}.")
-        if self.init_weights not in (True, False, "uniform"):
-            raise ConfigError(f"`init_weights` should be True, False or 'uniform', got {self.init_weights!r}.")
         warn_unless_saved(self, "tinylora_P", seed="projection_seed")
 
     def group(self, index: int, layers: int) -> int:
@@ -61,16 +54,13 @@ class TinyLoraConfig(PeftConfig, method="TINYLORA"):
         return min(index // max(1, layers // groups), groups - 1)
 
 
-class TinyLoRA(Delta, config=TinyLoraConfig):
+class TinyLoRA(Factored, config=TinyLoraConfig):
     prefix = "tinylora_"
     bases = ("Linear", "Conv1D", "Embedding")
     shares = True
     renames = False
     alike = ("save_projection",)
-
-    @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
-        return slot.startswith(cls.prefix) and (slot != "tinylora_P" or config.save_projection)
+    kept_if = {"tinylora_P": "save_projection"}
 
     @classmethod
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
@@ -84,7 +74,7 @@ class TinyLoRA(Delta, config=TinyLoraConfig):
 
     def build(self) -> None:
         c = self.config
-        self.tinylora_dropout = nn.Dropout(c.tinylora_dropout) if c.tinylora_dropout else nn.Identity()
+        self.tinylora_dropout = dropout(c.tinylora_dropout)
         W = self.base.read()[0]
         W = W if self.base.reads_vectors else W.t()
         r = min(c.r, *W.shape)
@@ -92,10 +82,9 @@ class TinyLoRA(Delta, config=TinyLoraConfig):
         if self.blank:
             self.tinylora_A, self.tinylora_B = torch.empty(r, W.shape[1]), torch.empty(W.shape[0], r)
             return
-        U, S, V = (t.to(W.dtype) for t in torch.linalg.svd(W.detach().float(), full_matrices=False))
-        root = S[:r].sqrt()
-        self.tinylora_A = (root[:, None] * V[:r]).contiguous()
-        self.tinylora_B = (U[:, :r] * root).contiguous()
+        U, S, Vt = (t.to(W.dtype) for t in leading(W, r))
+        self.tinylora_A = (S.sqrt()[:, None] * Vt).contiguous()
+        self.tinylora_B = (U * S.sqrt()).contiguous()
 
     @classmethod
     def complete(cls, config: Any, adapters: list[Adapter]) -> None:
@@ -110,17 +99,16 @@ class TinyLoRA(Delta, config=TinyLoraConfig):
         v = self.tinylora_v[self.tinylora_group]
         return torch.einsum("i,ijk->jk", v, self.tinylora_P.to(v))  # (r, r)
 
-    def delta(self) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
         R = self.R
-        D = self.tinylora_B.to(R) @ R @ self.tinylora_A.to(R)
-        return D if self.base.reads_vectors else D.t()  # (out, in)
+        up, down = self.tinylora_B.to(R) @ R, self.tinylora_A.to(R)
+        return (up, down) if self.base.reads_vectors else (down.t(), up.t())
 
     def branch(self, x: Tensor) -> Tensor:
+        if self.base.reads_vectors:
+            return super().branch(x)
         R = self.R
-        A, B = self.tinylora_A.to(R), self.tinylora_B.to(R)
-        if not self.base.reads_vectors:
-            return self.tinylora_dropout(self.base.apply(x, B.t())) @ R @ A  # (..., dim)
-        return F.linear(F.linear(F.linear(self.tinylora_dropout(self.cast(x, R)), A), R), B)  # (..., out)
+        return self.tinylora_dropout(self.base.apply(x, self.tinylora_B.to(R).t())) @ R @ self.tinylora_A.to(R)
 
 
 TinyLoraModel = register_tuner("TinyLoraModel", "TINYLORA")

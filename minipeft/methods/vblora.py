@@ -13,27 +13,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..adapter import Delta
-from ..base import Base
-from ..config import PeftConfig, Probability
+from ..adapter import Factored
+from ..base import Base, dropout
+from ..config import PeftConfig, Positive, Probability
 from ..errors import ConfigError
-from ..tuner import BaseTuner
-
-BANK, LOGITS = "vblora_vector_bank", "vblora_logits_"
-INDEX_DTYPES = {torch.uint8: 2**8, torch.int16: 2**15, torch.int32: 2**31}  # and the bank sizes they are for
+from .vblora_topk import BANK, LOGITS, compressed, expanded
+from .vblora_topk import VBLoRAModel as VBLoRAModel
 
 
 @dataclass
 class VBLoRAConfig(PeftConfig, method="VBLORA"):
     """Fields of VB-LoRA. `vector_length` must divide the layers' sizes."""
 
-    r: int = 4  # rank
-    num_vectors: int = 256  # h
-    vector_length: int = 256  # b
-    topk: int = 2  # vectors mixed into one piece
+    r: Positive = 4  # rank
+    num_vectors: Positive = 256  # h
+    vector_length: Positive = 256  # b
+    topk: Positive = 2  # vectors mixed into one piece
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     save_only_topk_weights: bool = False  # a smaller checkpoint, for use without further training
@@ -48,18 +45,11 @@ class VBLoRAConfig(PeftConfig, method="VBLORA"):
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("r", "num_vectors", "vector_length", "topk"):
-            self.require_positive(field)
         if self.topk > self.num_vectors:
             raise ConfigError(f"`topk` is {self.topk}, but the bank has only num_vectors={self.num_vectors} vectors.")
 
-    @property
-    def index_dtype(self) -> torch.dtype:
-        """The smallest dtype that PEFT takes for an index into the bank."""
-        return next((dtype for dtype, size in INDEX_DTYPES.items() if self.num_vectors < size), torch.int64)
 
-
-class VBLoRA(Delta, config=VBLoRAConfig):
+class VBLoRA(Factored, config=VBLoRAConfig):
     prefix = "vblora_"
     shares = True
 
@@ -74,33 +64,16 @@ class VBLoRA(Delta, config=VBLoRAConfig):
     @classmethod
     def convert_for_save(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         config = model.peft_config[name]
-        if not config.save_only_topk_weights:
-            return tensors
-        saved = {}
-        for key, tensor in tensors.items():
-            if LOGITS in key:
-                top, indices = tensor.topk(config.topk)
-                saved[f"{key}_topk_indices"] = indices.to(config.index_dtype)
-                saved[f"{key}_topk_weights"] = top.softmax(-1)[..., :-1].contiguous()  # they add up to 1
-            else:
-                saved[key] = tensor
-        return saved
+        return compressed(config, tensors) if config.save_only_topk_weights else tensors
 
     @classmethod
     def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        tensors = dict(tensors)
-        for key in [key for key in tensors if key.endswith("_topk_indices") and config.save_only_topk_weights]:
-            whole = key.removesuffix("_topk_indices")
-            if (weights := tensors.pop(f"{whole}_topk_weights", None)) is not None:
-                weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
-                logits = weights.new_full((*weights.shape[:-1], config.num_vectors), -torch.inf)
-                tensors[whole] = logits.scatter(-1, tensors.pop(key).long(), weights.log())
-        return tensors
+        return expanded(config, tensors) if config.save_only_topk_weights else tensors
 
     def build(self) -> None:
         c, b = self.config, self.config.vector_length
         self.r, self.topk = c.r, c.topk
-        self.vblora_dropout = nn.Dropout(c.vblora_dropout) if c.vblora_dropout else nn.Identity()
+        self.vblora_dropout = dropout(c.vblora_dropout)
         if not self.blank:  # PEFT: the bank is drawn anew for each layer, and the last one counts
             bound = c.init_vector_bank_bound
             self.vblora_vector_bank.data = torch.empty(c.num_vectors, b).uniform_(-bound, bound)
@@ -113,41 +86,6 @@ class VBLoRA(Delta, config=VBLoRAConfig):
         top, indices = logits.topk(self.topk)
         return (top.softmax(-1)[..., None] * self.vblora_vector_bank[indices]).sum(-2)
 
-    @property
     def factors(self) -> tuple[Tensor, Tensor]:
-        """B (out, r) and A (r, in)."""
         A, B = self.pieces(self.vblora_logits_A), self.pieces(self.vblora_logits_B)  # (r, in / b, b), (out / b, r, b)
         return B.transpose(1, 2).flatten(0, 1), A.flatten(1)
-
-    def delta(self) -> Tensor:
-        B, A = self.factors
-        return B @ A  # (out, in)
-
-    def branch(self, x: Tensor) -> Tensor:
-        B, A = self.factors
-        return F.linear(F.linear(self.vblora_dropout(self.cast(x, A)), A), B)  # (..., out)
-
-
-class VBLoRAModel(BaseTuner, method="VBLORA"):
-    """A model with VB-LoRA adapters."""
-
-    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
-        """(VB-LoRA's, other) numbers in a checkpoint of `adapter`, counted in units of four bytes."""
-        config: Any = self.peft_config[adapter]
-        logits = bank = other = 0
-        for name, p in self.named_parameters():
-            logits += p.numel() * (LOGITS in name)
-            bank += p.numel() * (BANK in name)
-            other += p.numel() * (LOGITS not in name and BANK not in name and p.requires_grad)
-        if not config.save_only_topk_weights:
-            return bank + logits, other
-        pieces = logits / config.num_vectors
-        return int(bank + pieces * (config.topk - 1 + config.topk * config.index_dtype.itemsize / 4)), other
-
-    def print_savable_parameters(self) -> None:
-        """Print these numbers of the default adapter."""
-        own, other = self.get_nb_savable_parameters()
-        print(
-            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} "
-            f"|| total params to-be-saved: {own + other:,d}"
-        )

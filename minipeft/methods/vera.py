@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..base import dropout
 from ..config import Probability
 from ..projections import Projected, ProjectedConfig
 from ..tuner import register_tuner
@@ -46,7 +47,7 @@ class VeRA(Projected, config=VeraConfig):
     def build(self) -> None:
         c = self.config
         self.r = c.r
-        self.vera_dropout = nn.Dropout(c.vera_dropout) if c.vera_dropout else nn.Identity()
+        self.vera_dropout = dropout(c.vera_dropout)
         l_b, l_d = torch.ones(self.base.out), torch.randn(c.r)
         self.vera_lambda_b = nn.Parameter(torch.zeros_like(l_b) if c.init_weights else l_b)
         self.vera_lambda_d = nn.Parameter(torch.full_like(l_d, c.d_initial) if c.init_weights else l_d)
