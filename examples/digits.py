@@ -6,8 +6,8 @@
 The network learns 0 to 4 of scikit-learn's digits. Frozen then, it is adapted to 5 to 9, whose answers are the same
 five outputs: what it says of them before is a guess. Each adapter is trained, saved, loaded into a fresh copy of the
 network and, where the method can be merged, merged into plain weights, which must answer alike. Prompts are tokens
-before the input's own, so they are learned on a second network, a transformer that reads an image row by row. The
-accuracies are on images kept apart from training.
+before the input's own, so they are learned on a second network, a transformer that reads an image row by row; CPT's are
+examples in words, which an image has none of, so it is left out. The accuracies are on images kept apart from training.
 """
 
 import argparse
@@ -169,6 +169,9 @@ METHODS = [
            merges=False, inputs={"task_ids": 0}),
     Method("prompt tuning", "PromptTuningConfig", ROWS | {"num_virtual_tokens": 8}, lr=1.0,
            merges=False, network=RowReader),
+    Method("multitask prompts", "MultitaskPromptTuningConfig",
+           ROWS | {"task_type": "SEQ_CLS", "num_virtual_tokens": 8, "num_tasks": 1, "num_ranks": 2}, lr=0.3,
+           merges=False, inputs={"task_ids": 0}, network=RowReader),
     Method("P-tuning", "PromptEncoderConfig", ROWS | {"num_virtual_tokens": 8, "encoder_hidden_size": 32},
            merges=False, network=RowReader),
     Method("cartridge", "CartridgeConfig", ROWS | {"num_virtual_tokens": 8, "token_dim": 32}, lr=1.0,
@@ -200,7 +203,9 @@ def run(model, images, method=None):
     if not method or not method.inputs:
         return model(inputs_embeds=images)
     more = {name: torch.full((len(images),), value) for name, value in method.inputs.items()}
-    return model.base_model(inputs_embeds=images, **more)  # PeftModel itself hands on what the network takes, no more
+    if method.network is Reader:  # PeftModel itself hands on what the network takes, no more
+        model = model.base_model
+    return model(inputs_embeds=images, **more)
 
 
 def train(model, data, lr, method=None, steps=STEPS):
