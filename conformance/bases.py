@@ -34,6 +34,12 @@ def blocks(n):
     return net(*rows, lin("head", 6, 4), shape=[6])
 
 
+def states(argument, *layers, **given):
+    """A net that shows its hidden states and is given its input by name; all layers but the head are in `model`."""
+    *others, head = layers
+    return {**net(*[[f"model.{name}", kind, args] for name, kind, args in others], head, **given), "states": argument}
+
+
 def language_model(model, **more):
     return {"model": model, "vocab": 13, "hidden": 8, "heads": 2, "depth": 2, **more,
             "input": {"shape": [2, 5], "below": 13}}
@@ -85,6 +91,10 @@ BASES = {
                 lin("mid", 10, 8), ["norm2", "LayerNorm", {"normalized_shape": 8}], lin("head", 8, 4), shape=[5, 6]),
     "tokens-mlp": net(["embed_tokens", "Embedding", {"num_embeddings": 12, "embedding_dim": 8}], lin("up", 8, 10),
                       tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[5], below=12),
+    "states": states("inputs_embeds", lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"),
+                     lin("head", 10, 4), shape=[5, 6]),
+    "states-words": states("input_ids", ["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 6}],
+                           lin("mid", 6, 10), tanh("act"), lin("head", 10, 4), shape=[5], below=12),
     "causal-lm": language_model("causal_lm"),
     "encoder": language_model("encoder", task="FEATURE_EXTRACTION", positions=17),
     "encoder-sequence": language_model("encoder", task="SEQ_CLS", positions=17),

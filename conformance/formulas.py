@@ -75,13 +75,15 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
 
 
 def output(method, base, weights, tensors, config, inputs, held=None, formula=None, run=None, prompt=None, loss=None,
-           frozen=None):
+           frozen=None, route=None):
     """y, as the paper says it; the loss, of shape (1,), if `labels` are among the inputs."""
     inputs = {k: np.asarray(v) for k, v in inputs.items()}
     weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
     folded, routed = adapted(method, base, weights, tensors, config, held, formula, frozen)
     run = run or method.run
     special = {p: (lambda site, x, t=t: run(site, t, config, x, inputs)) for p, t in routed.items()}
+    route = route or method.route
+    special |= route(base, folded, tensors, config, inputs, **asked(route, held=held)) if route else {}
     prompt = prompt or method.prompt
     joined = prompt(tensors, config, **asked(prompt, inputs=inputs, held=held)) if prompt else {}
     y = numpy_model.run(base, folded, inputs, special, joined)
@@ -102,7 +104,7 @@ def gradients(method, base, weights, tensors, config, inputs, cotangent, step=1e
     found = {}
     tensors = {k: np.array(v, np.float64) for k, v in tensors.items()}
     inputs = {k: np.array(v) for k, v in inputs.items()}
-    held = {k: v.copy() for k, v in tensors.items()}
+    held = {k: v.copy() for k, v in {**inputs, **tensors}.items()}
 
     def loss():
         return float((output(method, base, weights, tensors, config, inputs, held, **faulty) * cotangent).sum())

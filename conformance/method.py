@@ -37,6 +37,7 @@ class Row:
     # prompts that are computed from what is trained, and saved as the result: the case holds what is trained, by live
     # name, instead of what is saved. See `Method.live`
     live: bool = False
+    lost: bool = False  # the reference saves less than it trains: what there is to save follows from the closed form
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,9 @@ class Method:
     formula: Callable | None = None
     # run(site, tensors, config, x, inputs) -> y, where the output is no W' x + b' (routed methods)
     run: Callable | None = None
+    # route(base, weights, tensors by key, config, inputs[, held]) -> {path: function(site, x) -> y}, where it takes the
+    # whole model to find out what a layer does; `held`: tensors and inputs as they are where no gradient goes
+    route: Callable | None = None
     # prompt(tensors by key, config[, inputs][, held]) -> {"tokens": ..., "decoder_tokens": ...} or {"past": ...}
     prompt: Callable | None = None
     # live(config) -> {live name: shape} of an adapter's parameters, and saved(tensors by live name, config) -> what a
@@ -101,10 +105,13 @@ class Method:
     mixed_batch: bool = False
     whole_batch: bool = False  # a sample's output depends on the other samples
     stacks: bool = True
+    single: bool = False  # a model has one adapter of this method at most
     scales: bool = False
     merges: bool = True
     more_for_second: dict = field(default_factory=dict)  # config fields that a second adapter needs
     draw_inputs: dict = field(default_factory=dict)
+    # files(folder): write what configs name by path, into `folder`/adapters
+    files: Callable | None = None
     # fresh(site, tensors, config) -> tensors that a new adapter takes from the base (DoRA's magnitude, copied rows)
     fresh: Callable | None = None
     fresh_identity: bool = False  # a new adapter does nothing because its tensors are taken from the base

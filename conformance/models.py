@@ -88,6 +88,22 @@ class Net(nn.Module):
         return x
 
 
+class States(Net):
+    """A Net that shows its hidden states as models of transformers do: the last are what its last layer is given."""
+
+    def __init__(self, layers):
+        super().__init__(layers)
+        self.config = language_models.LMConfig(model_type="tiny")
+
+    def forward(self, input_ids=None, inputs_embeds=None, output_hidden_states=False, return_dict=True):
+        *others, last = self.order
+        x = inputs_embeds if input_ids is None else input_ids
+        for name in others:
+            x = self.get_submodule(name)(x)
+        y = self.get_submodule(last)(x)
+        return language_models.Output(logits=y, hidden_states=(x,)) if output_hidden_states else y
+
+
 def answer(output, has_labels=False):
     """What a case compares of a model's output: the loss (1,) if labels were given, else logits or hidden states."""
     if has_labels:
@@ -106,4 +122,4 @@ def make(base):
         from .skeletons import make as make_skeleton
 
         return make_skeleton(base["name"])
-    return Net(base["layers"])
+    return (States if base.get("states") else Net)(base["layers"])

@@ -97,17 +97,19 @@ def targets_of(base, weights, state, method_name) -> list:
 def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     case_id = f"{method.name}/{row.id}"
     rng = rng_of(case_id)
-    base, config = BASES[row.base], {"peft_type": method.peft_type, **row.config}
+    base, config = BASES[row.base], store.resolved({"peft_type": method.peft_type, **row.config})
     weights = draw_base(base, rng)
     inputs = draw_inputs(base, row.inputs, rng)
 
     driver.build(base, weights, config, "float32", case=case_id)
     live, count = driver.names(), driver.count()
     driver.build(base, weights, config, "float64", case=case_id)
-    fresh_state = driver.state_dict()
+    closed = formulas.expected_shapes(method, base, weights, config, []) if row.lost else {}
+    fresh_state = {k: np.zeros(s) for k, s in closed.items()} or driver.state_dict()
     cotangent = bf16(rng.normal(size=driver.forward(inputs).shape))
     used = config.get("inference_mode")  # nothing is trained any more
-    take, put = (driver.live_gradients, driver.assign) if row.live else (driver.gradients, driver.load)
+    take = driver.live_gradients if row.live or row.lost else driver.gradients
+    put = driver.assign if row.live else driver.load
     fresh = {k: np.zeros(s) for k, s in method.lives(config).items()} if row.live else fresh_state
     trainable = set(fresh if used else take(inputs, cotangent)) - {"input"}
     frozen = set(fresh) - trainable
@@ -175,7 +177,7 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
 
     data = {
         "id": case_id, "profile": row.profile, "note": row.note, "golden": row.golden, "base_name": row.base,
-        "base": base, "config": config, "second": second_config(method, row),
+        "base": base, "config": {"peft_type": method.peft_type, **row.config}, "second": second_config(method, row),
         **({"trace": trace} if trace else {}), "dtypes": list(row.dtypes),
         "merges": "merged" in parts, "targets": targets,
         "keys": {k: list(v.shape) for k, v in sorted(saved.items())}, "frozen": sorted(frozen),
@@ -246,7 +248,7 @@ def margin_of(method, row, base, weights, adapter, config, inputs, y, plain):
         if meant and "formula" in fault.change:
             wrong[fault.id] = formulas.output(method, base, weights, adapter, config, inputs,
                                               formula=fault.change["formula"])
-        for part in ("run", "prompt", "loss"):
+        for part in ("run", "prompt", "loss", "route"):
             if meant and part in fault.change:
                 wrong[fault.id] = formulas.output(method, base, weights, adapter, config, inputs,
                                                   **{part: fault.change[part]})
@@ -269,6 +271,8 @@ def provenance(driver) -> dict:
 def record_method(method: Method, driver, folder: Path) -> list[str]:
     """Write one method's pack; the problems found, as text."""
     cases, tensors, problems = [], {}, []
+    if method.files:
+        method.files(folder)
     for row in method.rows:
         data, parts = record_case(method, row, driver)
         problems += [f"{data['id']}: {p}" for p in data.pop("problems", [])]

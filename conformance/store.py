@@ -23,11 +23,21 @@ def folder() -> Path:
     raise FileNotFoundError("no fixtures: neither beside the conformance package nor inside it")
 
 
+def resolved(config: dict) -> dict:
+    """A config whose `adapters`, named from the fixtures' folder on, are found from anywhere."""
+    named = config.get("adapters")
+    return {**config, "adapters": {k: str(folder() / path) for k, path in named.items()}} if named else config
+
+
 class Case:
     """One recorded case: the JSON fields as attributes, the tensors by part, e.g. `case.tensors("adapter")`."""
 
     def __init__(self, data: dict, pack: Pack):
         self.data, self.pack = data, pack
+
+    @property
+    def config(self) -> dict:
+        return resolved(self.data["config"])
 
     def __getattr__(self, name):
         try:
@@ -85,7 +95,7 @@ def tensor_hash(tensors: dict) -> str:
 
 def meaning(case: Case) -> str:
     """A short hash of what a case is: the base model and the config."""
-    return hashlib.sha256(json.dumps([case.base, case.config], sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([case.base, case.data["config"]], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def narrow(a):

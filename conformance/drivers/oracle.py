@@ -23,7 +23,7 @@ class Oracle(Driver):
     def __init__(self, fault=None):
         self.fault = fault
         change = fault.change if fault else {}
-        self.faulty = {k: v for k, v in change.items() if k in ("formula", "run", "prompt", "loss")}
+        self.faulty = {k: v for k, v in change.items() if k in ("formula", "run", "prompt", "loss", "route")}
         for op, replacement in change.items():
             if op in OPERATIONS:
                 setattr(self, op, partial(replacement, self, getattr(self, op)))
@@ -49,7 +49,7 @@ class Oracle(Driver):
             return self.case.targets
         wanted = config.get("target_modules") or []
         found = [p for p in sites(self.base, self.base_weights) if p.split(".")[-1] in wanted or p in wanted]
-        if not found and not self.method.prompts:
+        if not found and not self.method.prompts and not self.method.route:
             raise Rejected(f"target_modules {wanted} match nothing")
         return found
 

@@ -91,7 +91,7 @@ class PeftApi(Driver):
         return self.peft.get_peft_config(config)
 
     def base(self, base, weights, dtype):
-        self.dtype = models.DTYPES[dtype]
+        self.dtype, self.argument = models.DTYPES[dtype], base.get("states")
         if base.get("model") == "skeleton":
             with torch.device("meta"):
                 return models.make(base).eval()
@@ -137,7 +137,7 @@ class PeftApi(Driver):
             if "task_ids" in more and not hasattr(model, "prompt_encoder"):
                 # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
                 model, more = (model.base_model, more) if hasattr(model, "peft_config") else (model, {})
-            out = model(first, **more)
+            out = model(**{self.argument: first}, **more) if self.argument else model(first, **more)
         return models.answer(out, "labels" in more)
 
     def forward(self, inputs, adapter_names=None):
@@ -167,8 +167,9 @@ class PeftApi(Driver):
         return first
 
     def live_gradients(self, inputs, cotangent):
-        self.backward(inputs, cotangent)
-        return {k: to_numpy(p.grad) for k, p in self.model.named_parameters() if p.requires_grad}
+        first = self.backward(inputs, cotangent)
+        found = {"input": to_numpy(first.grad)} if first.is_floating_point() else {}
+        return {**found, **{k: to_numpy(p.grad) for k, p in self.model.named_parameters() if p.requires_grad}}
 
     def gradients(self, inputs, cotangent):
         first = self.backward(inputs, cotangent)

@@ -12,6 +12,7 @@ from functools import cache
 
 import numpy as np
 
+from .. import store
 from ..bases import BASES
 from ..checks import Failure
 from ..checks.goldens import close
@@ -38,7 +39,7 @@ class Sample:
         self.rng = np.random.default_rng(self.seed)
         self.weights = draw_base(self.base, self.rng)
         self.inputs = draw_inputs(self.base, self.method.draw_inputs, self.rng)
-        self.config = {"peft_type": self.method.peft_type, **self.config}
+        self.config = store.resolved({"peft_type": self.method.peft_type, **self.config})
 
     def tensors(self, driver, name="default", seed=0):
         """Values for the adapter's tensors, away from where training starts."""

@@ -4,7 +4,7 @@ TITLE = "switch, delete, back"
 
 
 def applies(method):
-    return True
+    return not method.single
 
 
 def check(driver, sample):

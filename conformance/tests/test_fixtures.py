@@ -25,6 +25,19 @@ def test_every_method_has_its_pack_and_every_row_its_case():
         assert {c.id for c in store.packs()[m.name].cases} == {f"{m.name}/{r.id}" for r in m.rows}
 
 
+@pytest.mark.parametrize("method", [m for m in methods().values() if m.files], ids=lambda m: m.name)
+def test_files_that_configs_name_are_drawn_again(method, tmp_path):
+    from safetensors.numpy import load_file
+
+    method.files(tmp_path)
+    written = [p.relative_to(tmp_path) for p in tmp_path.rglob("*") if p.is_file()]
+    assert written and {p.suffix for p in written} == {".json", ".safetensors"}
+    for path in written:
+        read = load_file if path.suffix == ".safetensors" else lambda p: json.loads(p.read_text())
+        new, old = read(tmp_path / path), read(store.folder() / path)
+        assert str(new) == str(old) if path.suffix == ".json" else store.tensor_hash(new) == store.tensor_hash(old)
+
+
 def test_ids_are_unique_and_frozen():
     """Ids that were published once keep their meaning: base and config are hashed in ids.json; adding is free."""
     frozen = json.loads((store.folder() / "ids.json").read_text())
