@@ -100,7 +100,9 @@ class Shadow(Routed, config=ShadowConfig):
         chosen = [path for path in names if path in wanted]
         if config.layers_to_transform is not None:  # PEFT: not looked at, or nothing fits; full paths go both ways
             chosen = [path for path in chosen if _in_range(config, path)]
-            config.target_modules = set(chosen) or config.target_modules
+            if not chosen:
+                raise ConfigError(f"`layers_to_transform` {config.layers_to_transform} is no block of the model.")
+            config.target_modules = set(chosen)
         stems, numbers = {path.rpartition(".")[0] for path in chosen}, [path.rpartition(".")[2] for path in chosen]
         together = len(stems) == 1 and isinstance(names[min(stems)], nn.ModuleList)
         if chosen and not (together and [int(n) - int(numbers[0]) for n in numbers] == list(range(len(numbers)))):
@@ -342,7 +344,7 @@ class ShadowModel(BaseTuner, method="SHADOW"):
             words = self.model.get_input_embeddings()
         if copy:
             *parts, words = deepcopy([*parts, words])
-            if words is not None:
-                parts[0].embed_tokens, words = words, None
-        classifies = self.peft_config[name].task_type == TaskType.SEQ_CLS
-        return network.detached(*parts, classifies, words)
+        free = network.detached(*parts, self.peft_config[name].task_type == TaskType.SEQ_CLS, words)
+        if copy and words is not None:
+            free.own_embeddings()
+        return free

@@ -193,9 +193,9 @@ class ShadowCache:
         """Go on with these rows in the place of all, as beam search wants it."""
         self._both("reorder_cache", beam_idx)
 
-    def crop(self, max_length: int) -> None:
-        """Forget what comes after `max_length` tokens."""
-        self._both("crop", max_length)
+    def crop(self, tokens: int) -> None:
+        """Forget the last -`tokens` tokens (of older caches: all after the first `tokens`)."""
+        self._both("crop", tokens)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make several rows of each."""
@@ -228,7 +228,7 @@ class Detached:
     shadow_hidden_projection: nn.Module
     head: nn.Module | None
     is_classification: bool
-    outside: list[Any]  # the base model's embedding, which is no part of this one
+    outside: list[Any]  # the embedding that it reads in the place of the backbone's own
 
     def put(
         self, backbone: nn.Module, projection: nn.Module, head: nn.Module | None, classifies: bool, embeddings: Any
@@ -239,6 +239,10 @@ class Detached:
     def get_input_embeddings(self) -> Any:
         """What embeds `input_ids`."""
         return self.outside[0] if self.outside[0] is not None else self.backbone.get_input_embeddings()
+
+    def own_embeddings(self) -> None:
+        """Make the embedding from outside a part of this model."""
+        self.backbone.embed_tokens = self.outside[0]
 
     def get_output_embeddings(self) -> Any:
         """The head, if it predicts tokens."""
@@ -274,7 +278,7 @@ class DetachedModule(Detached, nn.Module):
         self.put(*parts)
 
 
-def detached(backbone: nn.Module, *parts: Any) -> nn.Module:
+def detached(backbone: nn.Module, *parts: Any) -> Any:
     """A model of its own: of transformers, with `generate`, if the backbone is."""
     return (_of_transformers() if of_transformers(backbone) else DetachedModule)(backbone, *parts)
 
@@ -300,10 +304,12 @@ def _of_transformers() -> Any:
             return getattr(self, "head", None) is not None and not self.is_classification
 
         def set_input_embeddings(self, value: Any) -> None:
-            if self.outside[0] is not None:
-                self.outside[0] = value
-            else:
+            if self.outside[0] is None:
                 self.backbone.set_input_embeddings(value)
+                return
+            if self.backbone._modules.get("embed_tokens") is self.outside[0]:
+                self.backbone.embed_tokens = value
+            self.outside[0] = value
 
         def output(self, **values: Any) -> Any:
             kind = "SequenceClassifierOutput" if self.is_classification else "CausalLMOutputWithPast"

@@ -87,6 +87,8 @@ def test_state_dict_travels(case, direction, lib, ref):
 
 @each_case(lambda c: c.id.endswith("/plain"))
 def test_low_cpu_mem_usage(case, lib, ref, tmp_path):
+    if lib is ref and "low memory" in case.disputed:
+        pytest.skip(f"disputed: {case.disputed['low memory']}")
     model = written(case, lib if "outputs" in case.disputed else ref, lib, tmp_path)
     loaded = lib.PeftModel.from_pretrained(case.base.build(), str(tmp_path), low_cpu_mem_usage=True).eval()
     assert not [n for n, t in loaded.state_dict().items() if t.is_meta]

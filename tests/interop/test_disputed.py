@@ -92,6 +92,14 @@ def moved_along(ref, case):
     return False
 
 
+def low_memory(ref, case):
+    try:
+        H.adapt(ref, case, low_cpu_mem_usage=True)
+    except NotImplementedError:
+        return True
+    return False
+
+
 EVIDENCE = {
     "fresh": fresh,
     "outputs": wrong_output,
@@ -103,6 +111,7 @@ EVIDENCE = {
     "running writes": running_writes,
     "reload": reload,
     "moved": moved_along,
+    "low memory": low_memory,
 }
 
 

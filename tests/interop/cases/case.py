@@ -22,6 +22,7 @@ class Case:
     reload      the output after loading the saved adapter into a new base model
     running writes   running leaves every tensor as it is
     several     the output with two adapters active
+    low memory  loading with low_cpu_mem_usage
     moved       an adapter that is not active goes along when the model changes its dtype or device
     """
 

@@ -3,7 +3,9 @@
 from .. import bases as B
 from .case import Refused, rows
 
-_row = rows("shadow", "ShadowConfig", r=3, merges=False, stacks=False, mixed=None, own_loss=True)
+META = {"low memory": "low_cpu_mem_usage=True raises NotImplementedError: the shadow is on the meta device"}
+WRAPPED = {**META, "restore": "unload() leaves the wrappers of modules_to_save in the model"}
+_row = rows("shadow", "ShadowConfig", r=3, merges=False, stacks=False, mixed=None, own_loss=True, disputed=META)
 
 
 def shadow(id, base, **given):
@@ -24,8 +26,8 @@ CASES = [
     shadow("llama/some_blocks", B.LLAMA_DEEP, target_modules=["layers.1", "layers.2"]),
     shadow("llama/regex", B.LLAMA_DEEP, target_modules=r".*layers\.[01]$"),
     shadow("llama/exclude", B.LLAMA_DEEP, exclude_modules=["layers.2"]),
-    shadow("llama/modules_to_save", B.LLAMA, modules_to_save=["lm_head"]),
-    shadow("llama_seq/classifier", B.LLAMA_SEQ, task_type="SEQ_CLS", second=None),
+    shadow("llama/modules_to_save", B.LLAMA, modules_to_save=["lm_head"], disputed=WRAPPED),
+    shadow("llama_seq/classifier", B.LLAMA_SEQ, task_type="SEQ_CLS", second=None, disputed=WRAPPED),
     shadow("llama_bare/plain", B.LLAMA_BARE, task_type="FEATURE_EXTRACTION"),
     shadow("mistral/plain", B.MISTRAL),
     shadow("gpt2/plain", B.GPT2),
