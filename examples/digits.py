@@ -16,6 +16,7 @@ import importlib
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import torch
@@ -98,12 +99,14 @@ class RowReader(nn.Module):
     def get_input_embeddings(self):
         return self.row
 
-    def forward(self, inputs_embeds, past_key_values=None, **unused):  # (batch, virtual rows + 8, 8)
+    def forward(self, inputs_embeds, past_key_values=None, output_hidden_states=False, **unused):
+        """(batch, 5) of (batch, virtual rows + 8, 8)."""
         x = self.row(inputs_embeds / 16)  # (batch, time, width)
         x = torch.cat([x[:, :-8], x[:, -8:] + self.place, self.answer.expand(len(x), 1, -1)], 1)
         for block, past in zip(self.blocks, past_key_values or [None] * len(self.blocks)):
             x = block(x, past)
-        return self.head(x[:, -1])  # (batch, 5)
+        y = self.head(x[:, -1])  # (batch, 5)
+        return SimpleNamespace(logits=y, hidden_states=[x]) if output_hidden_states else y
 
 
 @dataclass
@@ -115,6 +118,7 @@ class Method:
     merges: bool = True
     inputs: dict = field(default_factory=dict)  # what the model is given beside the images, one value for each image
     network: type = Reader
+    experts: tuple = ()  # what to adapt to first: LoRA adapters for these digits are given to the method as `adapters`
 
 
 # A further method is a further line. The learning rates were chosen on a part of the training images.
@@ -167,6 +171,8 @@ METHODS = [
     Method("Lily", "LilyConfig", {"r": 4, "num_B": 2, "target_modules": HIDDEN}, merges=False),
     Method("Poly", "PolyConfig", {"r": 4, "n_tasks": 1, "n_skills": 2, "target_modules": ["hidden1"]}, lr=3e-2,
            merges=False, inputs={"task_ids": 0}),
+    Method("X-LoRA", "XLoraConfig", {"hidden_size": 32, "layerwise_scalings": True}, lr=3e-2,
+           merges=False, network=RowReader, experts=((5, 6), (7, 8), (8, 9))),
     Method("prompt tuning", "PromptTuningConfig", ROWS | {"num_virtual_tokens": 8}, lr=1.0,
            merges=False, network=RowReader),
     Method("multitask prompts", "MultitaskPromptTuningConfig",
@@ -240,18 +246,40 @@ def same(a, b):
     return torch.equal(a.argmax(-1), b.argmax(-1)) and torch.allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def save_experts(peft, method, network, data, folder):
+    """A LoRA adapter for some of the digits each, as {name: folder}."""
+    saved = {}
+    images, labels = data.train
+    for number, digits in enumerate(method.experts):
+        config = peft.LoraConfig(r=4, target_modules=["query", "value", "up", "down"])
+        model = peft.get_peft_model(copy.deepcopy(network), config)
+        chosen = torch.isin(labels + 5, torch.tensor(digits))
+        train(model, (images[chosen], labels[chosen]), 1e-2, steps=STEPS // 3)
+        saved[str(number)] = str(Path(folder, "experts", str(number)))
+        model.save_pretrained(saved[str(number)])
+    return saved
+
+
 def adapt(peft, method, network, data):
     """Train, save, load and merge one adapter; (method, parameters, before, after, reloaded, merged)."""
+    with tempfile.TemporaryDirectory() as folder:
+        return adapt_in(folder, peft, method, network, data)
+
+
+def adapt_in(folder, peft, method, network, data):
+    """The same, with a folder for what is saved."""
     torch.manual_seed(0)
-    config = getattr(peft, method.config)(**method.options)
+    options = dict(method.options)
+    if method.experts:
+        options["adapters"] = save_experts(peft, method, network, data, folder)
+    config = getattr(peft, method.config)(**options)
     model = peft.get_peft_model(copy.deepcopy(network), config)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     before = accuracy(answers(network, data.test), data.test)
     train(model, data.train, method.lr, method)
     running = answers(model, data.test, method)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(network), folder).eval()
+    model.save_pretrained(folder)
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(network), folder).eval()
     reloaded = same(running, answers(loaded, data.test, method))
     merged = same(running, answers(loaded.merge_and_unload(), data.test)) if method.merges else None
     return method.name, parameters, before, accuracy(running, data.test), reloaded, merged
