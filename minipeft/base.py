@@ -276,15 +276,18 @@ class Linear(Base):
         if B.bias is not None:
             return super().add_through(y, x, A, B, scale, gain)
         up = B.weight if gain is None else gain[:, None] * B.weight  # (out, r)
-        h = (A.weight * scale) @ x.reshape(-1, x.shape[-1]).t()  # (r, tokens): the faster way round
+        down = A.weight
+        if isinstance(scale, Tensor):
+            down, scale = down * scale, 1.0
+        h = down @ x.reshape(-1, x.shape[-1]).t()  # (r, tokens): the faster way round
         if up.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
             h = h.to(up.dtype)
         if y.dtype != h.dtype:
-            return y + (up @ h).t().view(y.shape)
+            return y + scale * (up @ h).t().view(y.shape)
         if not torch.is_grad_enabled() and y.dtype == up.dtype and self.gives_new_tensors and y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(h.t(), up.t())
+            y.view(-1, y.shape[-1]).addmm_(h.t(), up.t(), alpha=scale)
             return y
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h.t(), up.t()).view(y.shape)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h.t(), up.t(), alpha=scale).view(y.shape)
 
     @property
     def gives_new_tensors(self) -> bool:
