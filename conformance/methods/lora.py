@@ -72,7 +72,13 @@ def lora(**more):
     return {"r": 4, "lora_alpha": 6, "target_modules": ["up", "mid"], **more}
 
 
+def task(task_type):
+    return lora(task_type=task_type, target_modules=["q_proj", "v_proj", "mlp"], r=2, lora_alpha=1)
+
+
 C, E = ["c1", "c2"], ["emb"]
+EXACT = ("float64", "float32")  # through two blocks of a transformer, bfloat16 rounds by more than its tolerance
+MASK = {"attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}
 ROWS = [
     Row("linear/plain", "mlp", lora(), "core", second=lora(r=2, lora_alpha=3)),
     Row("linear/rslora", "mlp", lora(use_rslora=True), "core"),
@@ -113,6 +119,13 @@ ROWS = [
     Row("parameter/experts-transposed", "experts-transposed", lora(target_modules=[], target_parameters=[
         "experts.weight"])),
     Row("tokens/with-lora", "tokens-mlp", lora(trainable_token_indices={"embed_tokens": [1, 4, 7]})),
+    Row("causal-lm/masked", "causal-lm", task("CAUSAL_LM"), dtypes=EXACT, inputs=MASK),
+    Row("encoder/features", "encoder", task("FEATURE_EXTRACTION"), dtypes=EXACT, inputs=MASK),
+    Row("encoder/sequence", "encoder-sequence", task("SEQ_CLS"), dtypes=EXACT, inputs=MASK),
+    Row("encoder/tokens", "encoder-tokens", task("TOKEN_CLS"), dtypes=EXACT, inputs=MASK),
+    Row("encoder/answers", "encoder-answers", task("QUESTION_ANS"), dtypes=EXACT, inputs=MASK),
+    Row("encoder-decoder/plain", "encoder-decoder", task("SEQ_2_SEQ_LM"), dtypes=EXACT, inputs={
+        **MASK, "decoder_input_ids": [[2, 4], 13], "decoder_attention_mask": {"values": [[1, 1, 1, 1], [1, 1, 0, 0]]}}),
 ]
 
 

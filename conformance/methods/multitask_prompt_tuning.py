@@ -39,7 +39,7 @@ TASKS = {"task_ids": {"values": [3, 1]}}
 MASK = {"attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}
 ROWS = [
     Row("causal-lm/plain", "causal-lm", tuning(3), "core", inputs=TASKS, second={}),
-    Row("causal-lm/one-rank", "causal-lm", tuning(4, num_ranks=1), inputs=TASKS),
+    Row("causal-lm/one-rank", "causal-lm", tuning(4, num_ranks=1), inputs=TASKS, dtypes=("float64", "float32")),
     Row("causal-lm/loss", "causal-lm", tuning(3), inputs={**TASKS, "labels": [[2, 5], 13]}),
     Row("encoder/sequence", "encoder-sequence", tuning(2, "SEQ_CLS"), inputs={**TASKS, **MASK}),
     # the reference raises if it is given a decoder's input
