@@ -6,8 +6,6 @@ Whatever needs `import peft` to find minipeft runs in a process of its own.
 import importlib
 import json
 import os
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -20,9 +18,8 @@ from minipeft import compat
 
 from . import harness as H
 from .cases import CASES
+from .processes import ROOT, SCRIPTS, close, last_line, run
 
-ROOT = Path(__file__).parents[2]
-SCRIPTS = Path(__file__).parent / "scripts"
 OFFERED = compat.offered()
 IMPORTS = """
     from peft import LoKrConfig, LoraConfig, PeftConfig, PeftMixedModel, PeftModel, PeftType, PrefixTuningConfig
@@ -60,15 +57,6 @@ IMPORTS = """
     from peft.utils.save_and_load import get_peft_model_state_dict, load_peft_weights
     from peft.utils.transformers_weight_conversion import build_peft_weight_mapping
 """.replace("\n    ", "\n")  # what transformers, diffusers, accelerate, TRL and users import
-
-
-def run(*arguments, check=True, timeout=120, **env):
-    """A Python process in the repository; the environment is this one's and `env`."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **env}
-    command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=timeout)
-    assert not check or done.returncode == 0, done.stderr[-4000:]
-    return done
 
 
 def in_place(code):
@@ -305,23 +293,11 @@ def no_peft(tmp_path_factory):
     return {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
 
 
-def close(ours, theirs):
-    """Equal, numbers to rounding."""
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs):
-        assert a.keys() == b.keys()
-        for key in b:
-            if isinstance(b[key], float):
-                assert a[key] == pytest.approx(b[key], rel=2e-5), (b["label"], key)
-            else:
-                assert a[key] == b[key], (b["label"], key)
-
-
 def test_adapters_of_transformers(ref, no_peft):
     """model.add_adapter, load_adapter and their like; once with peft, and once where peft is not even installed."""
     pytest.importorskip("transformers")
-    theirs = json.loads(run(SCRIPTS / "injected.py").stdout)
-    ours = json.loads(run("-S", "-m", "minipeft.compat", SCRIPTS / "injected.py", **no_peft).stdout)
+    theirs = last_line(run(SCRIPTS / "injected.py"))
+    ours = last_line(run("-S", "-m", "minipeft.compat", SCRIPTS / "injected.py", **no_peft))
     assert (ours["library"], theirs["library"]) == ("minipeft", "peft")
     close(ours["seen"], theirs["seen"])
     assert len(ours["seen"]) > 15
