@@ -41,7 +41,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
     `internal_xlora_classifier`, and `internal_xlora_scalings`, the classifier's latest output.
     """
 
-    stem: ClassVar[str] = "lora_model"
+    root: ClassVar[str] = "lora_model.model"
     lora_model: Experts
     xlora_config: Any
     internal_xlora_classifier: XLoraClassifier

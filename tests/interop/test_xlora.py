@@ -116,6 +116,9 @@ def test_names_and_counts(name, lib, ref, adapters):
     for attribute in ("active_adapter", "active_adapters"):
         assert getattr(ours, attribute) == getattr(theirs, attribute)
     assert list(ours.peft_config) == list(theirs.peft_config) == ["default", "0", "1", "2"]
+    got, want = ([vars(row) for row in model.get_layer_status()] for model in (ours, theirs))
+    assert [{**row, "module_type": None} for row in got] == [{**row, "module_type": None} for row in want]
+    assert ours.get_model_status() == type(ours.get_model_status())(**vars(theirs.get_model_status()))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -138,6 +141,17 @@ def test_dtypes(dtype, lib, ref, adapters):
     theirs, ours = (adapt(module, adapters, base=llama(dtype), dtype=dtype) for module in (ref, lib))
     H.copy_values(theirs, ours)
     H.close(results(ours, batch()), results(theirs, batch()), H.TOLERANCE[dtype])
+
+
+def test_classifiers(lib, ref, tmp_path):
+    """Of whole sequences; their adapters have no head of their own, and X-LoRA trains none."""
+    make = functools.partial(without_cache, B.LLAMA_SEQ)
+    lora = save_adapters(ref, tmp_path, make, TARGETS[:1])
+    theirs, ours = (adapt(m, lora, make(), torch.float64, task_type="SEQ_CLS") for m in (ref, lib))
+    H.copy_values(theirs, ours)
+    inputs = B.LLAMA_SEQ.inputs()
+    H.close(results(ours, inputs), results(theirs, inputs), 2e-6)
+    H.close(gradients(ours, inputs), gradients(theirs, inputs), 2e-6)
 
 
 def test_while_training(lib, ref, adapters):
@@ -273,6 +287,50 @@ def test_adapters_that_have_gone(lib, adapters, tmp_path):
     again = lib.PeftModel.from_pretrained(llama(), str(tmp_path / "all"))
     assert again.peft_config["default"].adapters == {**lora, "1": str(tmp_path / "all" / "1")}
     H.close(results(again, batch()), results(model, batch()), 1e-6)
+
+
+def test_adapters_from_the_hub(lib, adapters, tmp_path, monkeypatch):
+    """A hub id names folders inside itself; here the hub is a folder."""
+    hub = pytest.importorskip("huggingface_hub")
+    model = H.move(adapt(lib, adapters, use_trainable_adapters=True), only=of_adapters)
+    H.saved(model, tmp_path / "some" / "xlora")
+
+    def download(repo, filename, subfolder=None, **options):
+        assert options == {"revision": "v1"}
+        path = tmp_path / repo / (subfolder or "") / filename
+        if not path.is_file():
+            raise OSError(f"no {path}")
+        return str(path)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.chdir(tmp_path / "some")
+    again = lib.PeftModel.from_pretrained(llama(), "some/xlora", revision="v1")
+    H.close(results(again, batch()), results(model, batch()), 1e-6)
+
+
+def test_tensors_of_one_adapter(lib, adapters, tmp_path):
+    model = adapt(lib, adapters)
+    live = {k: v + 1 for k, v in model.state_dict().items()}
+    for name, count in (("default", 2), ("0", 8), ("2", 4)):
+        own = lib.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        given = lib.get_peft_model_state_dict(model, live, name, save_embedding_layers=False)
+        assert len(own) == count
+        H.identical(given, {k: v + 1 for k, v in own.items()})
+    before = results(model, batch())
+    H.move(model, only=of_adapters)
+    assert H.differ(results(model, batch()), before, 1e-3)
+    for name, folder in adapters.items():
+        model.load_adapter(folder, name)
+    H.identical(results(model, batch()), before)
+
+
+def test_empty_classifier(lib, adapters):
+    """With low_cpu_mem_usage it waits for its values on the meta device."""
+    want = adapt(lib, adapters)
+    model = lib.get_peft_model(llama(), config(lib, adapters), low_cpu_mem_usage=True).eval()
+    assert {p.device.type for p in model.internal_xlora_classifier.parameters()} == {"meta"}
+    lib.set_peft_model_state_dict(model, classifier_of(want))
+    H.identical(results(model, batch()), results(want, batch()))
 
 
 # ---------------------------------------------------------------------------------------------------------------- laws
