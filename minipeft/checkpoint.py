@@ -65,20 +65,25 @@ def entries_of_module(module: nn.Module, saved: str, live: str) -> Iterator[Entr
                     yield Entry(f"{saved}.{path}", f"{live}.{path}", box, key)
 
 
-def entries_of_layer(layer: Layer, name: str, live: str, skip: Iterable[str] = ()) -> Iterator[Entry]:
-    """An entry for each saved tensor of adapter `name` on a layer, but not of the slots in `skip`."""
-    adapter = layer.adapters[name]
+def entries_of_layer(
+    layer: Layer, name: str, path: str, skip: Iterable[str] = (), live: str | None = None
+) -> Iterator[Entry]:
+    """An entry for each saved tensor of adapter `name` on a layer, but not of the slots in `skip`.
+
+    `path` is what saved keys call the layer, `live` what it is called in the model, if that is something else.
+    """
+    adapter, live = layer.adapters[name], path if live is None else live
     for slot, box, value in layer.boxes(name):
         if slot in skip or not adapter.keeps(slot, adapter.config):
             continue
         if isinstance(value, Tensor):
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
-            yield Entry(f"{live}.{adapter.saved_key(slot, '')}", f"{live}.{slot}.{name}", inner, name, layer)
+            yield Entry(f"{path}.{adapter.saved_key(slot, '')}", f"{live}.{slot}.{name}", inner, name, layer)
         else:
-            head = f"{live}.{slot}"
-            for entry in entries_of_module(value, head, f"{head}.{name}"):
+            head = f"{path}.{slot}"
+            for entry in entries_of_module(value, head, f"{live}.{slot}.{name}"):
                 rest = entry.saved[len(head) + 1 :]
-                yield Entry(f"{live}.{adapter.saved_key(slot, rest)}", entry.live, entry.box, entry.key, layer)
+                yield Entry(f"{path}.{adapter.saved_key(slot, rest)}", entry.live, entry.box, entry.key, layer)
 
 
 def entries_of_shared(cls: Any, slot: str, name: str, value: Any, box: Any, key: str) -> Iterator[Entry]:
@@ -97,6 +102,7 @@ def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
     root, prefix = (tuner.model, PREFIX) if inside else (getattr(tuner, "model", model), "")
     if tuner is model:  # a bare tuner: its keys lack the first segment only
         prefix = "model."
+    begin = prefix.removesuffix("model.") + f"{tuner.root}." if prefix and tuner is not None else prefix
     config = model.peft_config[name]
     cls = adapter_class(config)
     shared = {} if tuner is None else tuner.shared_slots()
@@ -107,7 +113,7 @@ def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
     for _, live, module in adapted(root):
         if isinstance(module, Layer) and name in module.adapters:
             if not module.tied:
-                yield from entries_of_layer(module, name, prefix + live, skip=shared)
+                yield from entries_of_layer(module, name, prefix + live, shared, begin + live)
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             yield from entries_of_module(
                 module.modules_to_save[name], prefix + live, f"{prefix}{live}.modules_to_save.{name}"

@@ -41,7 +41,7 @@ class BaseTuner(Slots):
     """
 
     method: ClassVar[PeftType | None] = None
-    stem: ClassVar[str] = "model"  # the child that is the base model, or holds it
+    root: ClassVar[str] = "model"  # where the base model is, in live names
     model: Any  # whatever nn.Module it is
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any):
@@ -474,7 +474,8 @@ class BaseTuner(Slots):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in ("model", self.stem) or self.stem not in self.__dict__.get("_modules", {}):
+            child = self.root.partition(".")[0]
+            if name in ("model", child) or child not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
 
