@@ -101,4 +101,6 @@ BASES = {
     "encoder-tokens": language_model("encoder", task="TOKEN_CLS", positions=17),
     "encoder-answers": language_model("encoder", task="QUESTION_ANS", positions=17),
     "encoder-decoder": language_model("encoder_decoder", positions=17),
+    "decoder-llama": language_model("decoder", names="llama", kv_heads=1, depth=3),
+    "decoder-gpt2": language_model("decoder", names="gpt2", depth=3),
 }

@@ -7,7 +7,7 @@ import sys
 import torch
 from torch import nn
 
-from . import language_models
+from . import decoders, language_models
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -118,6 +118,8 @@ def make(base):
     """The base model of a case's description, its weights yet to be set."""
     if base.get("model") in language_models.KINDS:
         return language_models.KINDS[base["model"]](base)
+    if base.get("model") == "decoder":
+        return decoders.DecoderLM(base)
     if base.get("model") == "skeleton":
         from .skeletons import make as make_skeleton
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-LANGUAGE_MODELS = ("causal_lm", "encoder", "encoder_decoder")
+LANGUAGE_MODELS = ("causal_lm", "encoder", "encoder_decoder", "decoder")
 NO_LABEL = -100
 
 
@@ -63,6 +63,7 @@ def sites(base, weights):
             if name.endswith(".weight"):
                 path = name[: -len(".weight")]
                 kind = "Embedding" if "embed_" in path else "LayerNorm" if path.endswith("norm") else "Linear"
+                kind = "Conv1D" if path.endswith((".c_attn", ".c_proj")) else kind
                 put(path, kind, name, path + ".bias", {})
     for name, kind, args in layers_of(base):
         if kind == "MultiheadAttention":
@@ -154,6 +155,9 @@ def run(base, weights, inputs, special=None, prompt=None):
     `prompt`: see `run_language_model`.
     """
     at, special = sites(base, weights), special or {}
+    if base.get("model") == "decoder":
+        x = decode(base, at, apply_layer(at["model.embed_tokens"], inputs["input_ids"]), special)
+        return apply_layer(at["head"], x)
     if base.get("model") in LANGUAGE_MODELS:
         return run_language_model(base, at, inputs, special, prompt or {})
     x = inputs["x"]
@@ -227,6 +231,57 @@ def run_language_model(base, at, inputs, special, prompt):
         weight = np.ones(x.shape[:2]) if mask is None else shown(mask, max(x.shape[1], mask.shape[1]))[:, -x.shape[1]:]
         x = (x * weight[..., None]).sum(1) / weight.sum(1, keepdims=True)
     return layer("qa_outputs" if base["task"] == "QUESTION_ANS" else "classifier", x)
+
+
+def heads_of(x, d):
+    """(batch, n, heads * d) as (batch, heads, n, d)."""
+    return x.reshape(*x.shape[:2], -1, d).transpose(0, 2, 1, 3)
+
+
+def turned(x, base=10.0):
+    """x (batch, heads, n, d) rotated by position, the first half of d against the second."""
+    n, d = x.shape[2:]
+    angles = np.arange(n)[:, None] * base ** (-np.arange(d // 2) * 2 / d)
+    c, s = np.cos(angles), np.sin(angles)
+    a, b = x[..., : d // 2], x[..., d // 2 :]
+    return np.concatenate([a * c - b * s, b * c + a * s], -1)
+
+
+def decode(base, at, x, special, stem="model."):
+    """Hidden states of a decoder after its norm, for embedded words x (batch, n, hidden).
+
+    `special` may hold functions for whole modules, by path: they get the frozen module, as a function, and its input.
+    """
+    def whole(path, own, x):
+        return special[path](own, x) if path in special else own(x)
+
+    def layer(path, x):
+        return apply_layer(at[path], x)
+
+    for i in range(base["depth"]):
+        llama = base["names"] == "llama"
+        at_i = f"{stem}{'layers' if llama else 'h'}.{i}"
+        here = f"{at_i}.{'self_attn' if llama else 'attn'}"
+
+        def attention(h, here=here, llama=llama):
+            heads = base["heads"]
+            if llama:
+                d = at[f"{here}.q_proj"].out // heads
+                q, k, v = (heads_of(layer(f"{here}.{n}_proj", h), d) for n in "qkv")
+                q, k, repeats = turned(q), turned(k), heads // k.shape[1]
+                k, v = np.repeat(k, repeats, 1), np.repeat(v, repeats, 1)
+            else:
+                d = h.shape[-1] // heads
+                q, k, v = (heads_of(part, d) for part in np.split(layer(f"{here}.c_attn", h), 3, -1))
+            y = attend(q.transpose(0, 2, 1, 3).reshape(*h.shape[:2], -1), k, v, heads, 0)
+            return layer(f"{here}.{'o_proj' if llama else 'c_proj'}", y)
+
+        def block(x, at_i=at_i, here=here, attention=attention):
+            x = x + whole(here, attention, layer(f"{at_i}.norm", x))
+            return x + np.tanh(layer(f"{at_i}.mlp", x))
+
+        x = whole(at_i, block, x)
+    return layer(f"{stem}norm", x)
 
 
 def shifted(labels, start=1, pad=0):

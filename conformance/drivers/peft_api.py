@@ -67,6 +67,8 @@ def unwrap(module):
             module = module.base_layer
         elif hasattr(module, "original_module"):
             module = module.original_module
+        elif hasattr(module, "adaption_prompt"):
+            module = module.model
         else:
             return module
 
