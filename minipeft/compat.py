@@ -139,7 +139,7 @@ def _methods() -> Iterator[tuple[str, dict[str, Any]]]:
     everything = {name: getattr(minipeft, name) for name in minipeft.__all__}
     for kind, config in CONFIGS.items():
         if config.__module__.startswith("minipeft.methods."):
-            module = sys.modules[config.__module__]
+            module = sys.modules[ADAPTERS.get(kind, [config])[0].__module__]
             offers = {n: x for n, x in everything.items() if getattr(x, "__module__", None) == module.__name__}
             for cls in (config, TUNERS.get(kind) or PROMPTS.get(kind)):
                 if cls is not None:

@@ -98,6 +98,7 @@ ABOVE_ZERO = Bound("above 0", lambda value: value > 0)
 Positive = Annotated[int, Bound("a positive integer", lambda value: value > 0)]
 NotNegative = Annotated[int, Bound("an integer that is not negative", lambda value: value >= 0)]
 Probability = Annotated[float, Bound("at least 0 and below 1", lambda value: 0 <= value < 1)]
+Fraction = Annotated[float, Bound("above 0 and below 1", lambda value: 0 < value < 1)]
 Share = Annotated[float, Bound("between 0 and 1", lambda value: 0 <= value <= 1)]
 
 CONFIGS: dict[PeftType, type[PeftConfig]] = {}  # filled as the configuration classes are defined
@@ -172,6 +173,14 @@ class PeftConfig:
             if getattr(self, name) <= 0:
                 value = getattr(self, name)
                 raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {value}.")
+
+    def require_one_of(self, *names: str) -> None:
+        """Raise `ConfigError` unless one field of `names` is above 0 and the other is 0."""
+        values = [getattr(self, name) for name in names]
+        if min(values) < 0 or sum(value > 0 for value in values) != 1:
+            given = ", ".join(f"{name}={value}" for name, value in zip(names, values))
+            either = " or ".join(f"`{name}`" for name in names)
+            raise ConfigError(f"You can only specify either {either}: one is positive and the other 0. Got {given}.")
 
     def require_listed_targets(self) -> None:
         """Raise `ConfigError` when layers are chosen by their number and `target_modules` is a regular expression."""

@@ -258,7 +258,7 @@ class Plan:
     def train_tokens(self) -> None:
         """Build the rows of `trainable_token_indices`, each on the embedding that it names."""
         if getattr(self.config, "trainable_token_indices", None) is not None:
-            from .methods.trainable_tokens import plan_tokens
+            from .tokens import plan_tokens
 
             plan_tokens(self)
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..adapter import Transform
 from ..base import Base
 from ..config import PeftConfig, Positive, Share
-from ..errors import ConfigError, UnsupportedLayerError
+from ..errors import UnsupportedLayerError
 from ..rotations import FactorDropout, cayley
 from ..tuner import register_tuner
 
@@ -43,11 +43,7 @@ class BOFTConfig(PeftConfig, method="BOFT"):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.boft_block_size, self.boft_block_num) != 0 or max(self.boft_block_size, self.boft_block_num) <= 0:
-            raise ConfigError(
-                "Either `boft_block_size` or `boft_block_num` must be positive and the other 0, but got "
-                f"boft_block_size={self.boft_block_size} and boft_block_num={self.boft_block_num}."
-            )
+        self.require_one_of("boft_block_size", "boft_block_num")
 
 
 class BOFT(Transform, config=BOFTConfig):

@@ -8,8 +8,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,93 +16,12 @@ from torch import Tensor, nn
 from ..adapter import Adapter, Delta
 from ..base import dropout
 from ..checkpoint import read_weights
-from ..config import PeftConfig
 from ..errors import ConfigError, UnsupportedFeatureError
 from ..replicate import replicate_layers
 from ..targets import pattern_value
-from .lora_configs import (
-    ArrowConfig,
-    BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
-    KasaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    LoraRuntimeConfig,
-    MontecloraConfig,
-    VeloraConfig,
-    as_config,
-)
-from .lora_init import INITS, initialise, to_plain
+from .lora_configs import LoraConfig as LoraConfig
+from .lora_init import initialise, to_plain
 from .lora_model import LoraModel as LoraModel
-
-
-@dataclass
-class LoraConfig(PeftConfig, method="LORA"):
-    """Fields of LoRA and its variants. Raises `ConfigError` for values that cannot work together."""
-
-    r: int = 8  # rank
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    lora_alpha: int | float = 8
-    lora_dropout: float = 0.0  # on the input of A, while training
-    fan_in_fan_out: bool = False  # weights stored (in, out); found out by itself
-    bias: Literal["none", "all", "lora_only"] = "none"  # which of the model's own biases are trained
-    use_rslora: bool = False
-    modules_to_save: list[str] | None = None
-    init_lora_weights: bool | str = True  # False: B random; or a name in lora_init.INITS
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    rank_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> r
-    alpha_pattern: dict | None = field(default_factory=dict)
-    megatron_config: dict | None = None
-    megatron_core: str | None = "megatron.core"
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    loftq_config: LoftQConfig | dict = field(default_factory=dict)
-    eva_config: EvaConfig | dict | None = None
-    corda_config: CordaConfig | dict | None = None
-    lora_ga_config: LoraGAConfig | dict | None = None
-    use_dora: bool = False  # see dora.py
-    velora_config: VeloraConfig | dict | None = None
-    alora_invocation_tokens: list[int] | None = None
-    use_qalora: bool = False
-    qalora_group_size: int = 16
-    monteclora_config: MontecloraConfig | dict | None = None
-    layer_replication: list[tuple[int, int]] | None = None
-    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)  # never saved
-    lora_bias: bool = False  # a bias on B
-    target_parameters: list[str] | None = None
-    use_bdlora: BdLoraConfig | dict | None = None
-    arrow_config: ArrowConfig | dict | None = None
-    kasa_config: KasaConfig | dict | None = None
-    ensure_weight_tying: bool = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        for name, cls in as_config.items():
-            value = getattr(self, name)
-            setattr(self, name, cls.of(value) if isinstance(value, dict) else value)
-        self.require_positive("r")
-        for value in (self.rank_pattern or {}).values() if self.peft_type == "LORA" else ():
-            if not isinstance(value, int) or value <= 0:
-                raise ConfigError(f"Every value of `rank_pattern` should be a positive integer, got {value!r}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"`lora_dropout` must be at least 0 and below 1, got {self.lora_dropout}.")
-        by_layer = self.layers_to_transform is not None or self.layers_pattern is not None
-        if isinstance(self.target_modules, str) and by_layer:
-            names = "`layers_to_transform` and `layers_pattern`"
-            raise ConfigError(f"{names} cannot be used when `target_modules` is a str.")
-        if isinstance(self.init_lora_weights, str) and not INITS.fullmatch(self.init_lora_weights):
-            raise ConfigError(f"Unknown initialization init_lora_weights={self.init_lora_weights!r}.")
-        if self.init_lora_weights == "loftq" and not self.loftq_config:
-            raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
-        if self.lora_bias and (isinstance(self.init_lora_weights, str) or self.use_dora):
-            raise ConfigError("`lora_bias=True` needs init_lora_weights=True or False, and use_dora=False.")
-
-    def to_dict(self) -> dict[str, Any]:
-        fields = super().to_dict()
-        del fields["runtime_config"]
-        return fields
 
 
 class Factors(Adapter):

@@ -1,4 +1,4 @@
-"""Sub-configurations of LoRA's variants: plain records, as PEFT defines them. lora.py says which variants are done."""
+"""LoRA's configuration, and those of its variants: plain records, as PEFT defines them. lora.py says which are done."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ..config import PeftConfig, Positive, Probability
 from ..errors import ConfigError
+from .lora_init import INITS
 
 
 class Record:
@@ -151,3 +153,61 @@ as_config: dict[str, type[Record]] = {  # fields of LoraConfig that may be given
     "arrow_config": ArrowConfig,
     "kasa_config": KasaConfig,
 }
+
+
+@dataclass
+class LoraConfig(PeftConfig, method="LORA", layers_need_list=True):
+    """Fields of LoRA and its variants. Raises `ConfigError` for values that cannot work together."""
+
+    r: Positive = 8  # rank
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    lora_alpha: int | float = 8
+    lora_dropout: Probability = 0.0  # on the input of A, while training
+    fan_in_fan_out: bool = False  # weights stored (in, out); found out by itself
+    bias: Literal["none", "all", "lora_only"] = "none"  # which of the model's own biases are trained
+    use_rslora: bool = False
+    modules_to_save: list[str] | None = None
+    init_lora_weights: bool | str = True  # False: B random; or a name in lora_init.INITS
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    rank_pattern: dict[str, Positive] | None = field(default_factory=dict)  # path or regular expression -> r
+    alpha_pattern: dict | None = field(default_factory=dict)
+    megatron_config: dict | None = None
+    megatron_core: str | None = "megatron.core"
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    loftq_config: LoftQConfig | dict = field(default_factory=dict)
+    eva_config: EvaConfig | dict | None = None
+    corda_config: CordaConfig | dict | None = None
+    lora_ga_config: LoraGAConfig | dict | None = None
+    use_dora: bool = False  # see dora.py
+    velora_config: VeloraConfig | dict | None = None
+    alora_invocation_tokens: list[int] | None = None
+    use_qalora: bool = False
+    qalora_group_size: int = 16
+    monteclora_config: MontecloraConfig | dict | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    runtime_config: LoraRuntimeConfig = field(default_factory=LoraRuntimeConfig)  # never saved
+    lora_bias: bool = False  # a bias on B
+    target_parameters: list[str] | None = None
+    use_bdlora: BdLoraConfig | dict | None = None
+    arrow_config: ArrowConfig | dict | None = None
+    kasa_config: KasaConfig | dict | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, cls in as_config.items():
+            value = getattr(self, name)
+            setattr(self, name, cls.of(value) if isinstance(value, dict) else value)
+        if isinstance(self.init_lora_weights, str) and not INITS.fullmatch(self.init_lora_weights):
+            raise ConfigError(f"Unknown initialization init_lora_weights={self.init_lora_weights!r}.")
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
+        if self.lora_bias and (isinstance(self.init_lora_weights, str) or self.use_dora):
+            raise ConfigError("`lora_bias=True` needs init_lora_weights=True or False, and use_dora=False.")
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = super().to_dict()
+        del fields["runtime_config"]
+        return fields

@@ -50,18 +50,12 @@ class OFTConfig(PeftConfig, method="OFT"):
 
     def __post_init__(self):
         super().__post_init__()
-        if min(self.r, self.oft_block_size) != 0 or max(self.r, self.oft_block_size) <= 0:
-            raise ConfigError(
-                "You can only specify either `r` or `oft_block_size`: one must be positive and the other 0, "
-                f"but got r={self.r} and oft_block_size={self.oft_block_size}."
-            )
+        self.require_one_of("r", "oft_block_size")
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         if "oft_block_size" not in kwargs:
-            raise ConfigError(
-                "An OFT adapter without `oft_block_size` is of peft < 0.14, which means another R. Train it again."
-            )
+            raise ConfigError("OFT without `oft_block_size` is of peft < 0.14 and means another R. Train it again.")
         version = [int(n) for n in re.findall(r"\d+", kwargs.get("peft_version") or "0")[:2]]
         if kwargs.get("use_cayley_neumann") and version < [0, 18]:
             warnings.warn("This OFT adapter is of peft < 0.18, whose Cayley-Neumann series was another.", PeftWarning)
@@ -110,9 +104,8 @@ class OFT(Activation, config=OFTConfig):
         wanted = getattr(c, field)
         value = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
         if value != wanted:
-            warnings.warn(
-                f"`{field}` must divide {n} on '{self.path}'. Adjusted from {wanted} to {value}.", PeftWarning
-            )
+            what = f"`{field}` must divide {n} on '{self.path}'"
+            warnings.warn(f"{what}. Adjusted from {wanted} to {value}.", PeftWarning)
         self.r, self.oft_block_size = (value, n // value) if c.r else (n // value, value)
         self.oft_dropout = BlockDropout(c.module_dropout) if c.module_dropout else nn.Identity()  # PEFT: never applied
         self.oft_R = Rotation(1 if c.block_share else self.r, self.oft_block_size, c, self.base.device)

@@ -52,12 +52,13 @@ class PsoftConfig(PeftConfig, method="PSOFT", layers_need_list=True):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_positive(*["num_cayley_neumann_terms"] * self.use_cayley_neumann)
-        eps = self.cayley_neumann_eps
-        if self.use_cayley_neumann and eps is not None and not 0 < eps < 1:
-            raise ConfigError(f"`cayley_neumann_eps` must lie between 0 and 1, got {eps}.")
         idle = ["psoft_svd_lowrank_niter"] * (self.psoft_svd != "lowrank" and self.psoft_svd_lowrank_niter != 10)
-        if not self.use_cayley_neumann:
+        eps = self.cayley_neumann_eps
+        if self.use_cayley_neumann:
+            self.require_positive("num_cayley_neumann_terms")
+            if eps is not None and not 0 < eps < 1:
+                raise ConfigError(f"`cayley_neumann_eps` must lie between 0 and 1, got {eps}.")
+        else:
             idle += ["num_cayley_neumann_terms"] * (self.num_cayley_neumann_terms != 5)
             idle += ["cayley_neumann_eps"] * (eps is not None)
         if idle:

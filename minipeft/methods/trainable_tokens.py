@@ -17,12 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Transform
-from ..base import Embedding, Linear, base_of
 from ..config import PeftConfig
-from ..defaults import embedding_path
-from ..errors import ConfigError, NoMatchingPeftModuleError, nearest
-from ..layer import Layer, TrainableTokensWrapper, walk
-from ..targets import named, suffixes
+from ..errors import ConfigError
 from ..tuner import register_tuner
 
 
@@ -86,30 +82,3 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
 
 
 TrainableTokensModel = register_tuner("TrainableTokensModel", "TRAINABLE_TOKENS")
-
-
-def plan_tokens(plan: Any) -> None:
-    """Build, for a plan of another method, the rows of its `trainable_token_indices`."""
-    indices = plan.config.trainable_token_indices
-    paths = {path: (live, module) for path, live, module in reversed(list(walk(plan.model)))}
-    wanted = plan.ties.tokens(indices if isinstance(indices, dict) else {embedding_path(plan.model): indices})
-    for target, tokens in wanted.items():
-        found = [path for path in paths if path and target in suffixes(path)]
-        if not found:
-            known = {tail for path in paths for tail in suffixes(path)}
-            hint = nearest(target, known)
-            raise NoMatchingPeftModuleError(f"trainable_token_indices names {target!r}, not in the model.{hint}")
-        for path in found:
-            if named(path, set(plan.config.modules_to_save or ())):
-                raise ConfigError(f"'{path}' is trained in full (modules_to_save): no trainable_token_indices for it.")
-            live, module = paths[path]
-            joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
-            inside = joins.base_layer if joins is not None else module
-            base = joins.base if joins is not None else base_of(module)
-            taken = isinstance(module, Layer) or live in {at for at, *_ in plan.new}
-            if taken or not isinstance(base, (Embedding, Linear)):
-                needs = "an embedding that has no other adapter"
-                raise ConfigError(f"trainable_token_indices needs {needs}, but '{path}' is not one.")
-            config = TrainableTokensConfig(token_indices=list(tokens))
-            plan.tokens.append((live, plan.scratch(inside, base, path, TrainableTokens, config), joins))
-    plan.ties.follow_tokens(plan, TrainableTokens, lambda tokens: TrainableTokensConfig(token_indices=list(tokens)))
