@@ -37,6 +37,7 @@ class Row:
     # prompts that are computed from what is trained, and saved as the result: the case holds what is trained, by live
     # name, instead of what is saved. See `Method.live`
     live: bool = False
+    begins: bool = False  # a new adapter's tensors that `Method.made` gives are recorded, and checked with the keys
     lost: bool = False  # the reference saves less than it trains: what there is to save follows from the closed form
 
 
@@ -91,7 +92,7 @@ class Method:
     exact: bool = False  # those are not rounded to 8 bits: the reference computes others from its own, not from them
     # shared(config, sites) -> {whole key: shape} of tensors that belong to no single layer
     shared: Callable | None = None
-    # made(config, sites) -> {whole key: value} of those that a new adapter takes from the base
+    # made(config, sites) -> {whole key: value} of those that a new adapter takes from the base, or from a file
     made: Callable | None = None
     # slot (or key) -> the value that makes a fresh adapter do nothing; the others may be anything
     neutral: dict = field(default_factory=dict)

@@ -117,6 +117,8 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     put(adapter)
 
     parts: dict[str, dict] = {"base": weights, "adapter": adapter, "input": inputs, "cotangent": {"y": cotangent}}
+    made = method.made(config, []) if row.begins and method.made else {}
+    parts["fresh"] = {k: fresh_state[k] for k in made}
     said = formulas.output(method, base, weights, adapter, config, inputs)
     if row.golden == "formula":
         y, grad = said, formulas.gradients(method, base, weights, adapter, config, inputs, cotangent)
@@ -149,6 +151,8 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     for k in sorted(grad):
         if k not in counted or distance(grad[k], counted[k], "float32", floor=1) > 1:
             problems.append(f"gradient of {k}: reference and finite differences of the formula differ")
+    for k, v in made.items():
+        agreement_of(v, parts["fresh"][k], f"a new adapter's {k}: formula and reference", problems)
     evidence, problems = (problems, []) if row.disputed else ([], problems)
     if row.disputed:
         parts["paper"], parts["paper_grad"] = {"y": said}, counted

@@ -24,9 +24,12 @@ def folder() -> Path:
 
 
 def resolved(config: dict) -> dict:
-    """A config whose `adapters`, named from the fixtures' folder on, are found from anywhere."""
-    named = config.get("adapters")
-    return {**config, "adapters": {k: str(folder() / path) for k, path in named.items()}} if named else config
+    """A config whose files and `adapters`, named from the fixtures' folder on, are found from anywhere."""
+    if source := config.get("prompt_tuning_init_state_dict_path"):
+        config = {**config, "prompt_tuning_init_state_dict_path": str(folder() / source)}
+    if named := config.get("adapters"):
+        config = {**config, "adapters": {k: str(folder() / path) for k, path in named.items()}}
+    return config
 
 
 class Case:

@@ -61,6 +61,8 @@ def keys(driver, case, dtype):
     for k, shape in case.keys.items():
         if list(got[k].shape) != shape:
             raise Failure(f"shape of {k}", expected=str(shape), got=str(list(got[k].shape)))
+    for k, want in case.tensors("fresh").items():
+        close(f"{k} of a new adapter", got[k], want, dtype)
 
 
 def count(driver, case, dtype):
