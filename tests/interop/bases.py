@@ -276,6 +276,10 @@ BERT_TOKEN_BARE = _hf_base("bert_token_bare", _hf("BertConfig", "BertForTokenCla
 GPT2 = _hf_base("gpt2", _hf("GPT2Config", "GPT2LMHeadModel", **_GPT2), _text(labels=_ids(BATCH, 5)))
 GPT2_SEQ = _hf_base("gpt2_seq", _hf("GPT2Config", "GPT2ForSequenceClassification", num_labels=3, **_GPT2),
                     _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
+VIT = _hf_base("vit", _hf("ViTConfig", "ViTForImageClassification", hidden_size=16, intermediate_size=24,
+                          num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4, num_labels=3),
+               lambda g: {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=g),
+                          "labels": torch.randint(0, 3, (BATCH,), generator=g)})
 T5 = _hf_base("t5", _hf("T5Config", "T5ForConditionalGeneration", **_T5),
               _text(labels=_ids(BATCH, 4), decoder_input_ids=_ids(BATCH, 4)))
 LLAMA = _hf_base("llama", _hf("LlamaConfig", "LlamaForCausalLM", **_LLAMA), _text(labels=_ids(BATCH, 5)))
