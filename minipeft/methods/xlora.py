@@ -91,7 +91,7 @@ def saved_at(model_id: str | PathLike, subfolder: str | None, **options: Any) ->
 class XLoRA(Routed, Factors, config=XLoraConfig):
     """One of the adapters that are mixed; its own configuration is that of a LoRA."""
 
-    bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Embedding")
+    bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Embedding")  # PEFT: also Conv2d, which sees no tokens
     shares = True  # there is a classifier beside the layers
     layer_number: int  # of this layer, among all that have adapters
     expert: int  # number of this adapter
@@ -99,7 +99,7 @@ class XLoRA(Routed, Factors, config=XLoraConfig):
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (batch, length, ..., out)
         branch = self.base.through(self.dropped(x), self.lora_A, self.lora_B, self.scaling)
-        return (y + self.weight_for(branch) * branch).to(y.dtype)
+        return (y + self.weight_for(branch) * branch).to(y.dtype)  # PEFT: a bias of B has no weight
 
     def weight_for(self, branch: Tensor) -> Tensor:
         """g p_i of this adapter and layer, to be multiplied with `branch` (batch, length, ..., out)."""

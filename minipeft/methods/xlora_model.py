@@ -6,6 +6,8 @@ The base model may be any module whose forward
   shape (batch, length, hidden_size); it may take `return_dict` as well
 - hands (batch, length, ...) to every adapted layer, token by token; an embedding is given (batch, length) indices
 - keeps no cache of earlier tokens: `config.use_cache`, if there is one, must be False
+
+Gradient checkpointing needs `use_reentrant=False`, and a backward pass before the next forward pass.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import ADAPTERS, Adapter, adapter_class
-from ..checkpoint import Entry, check, entries_of_module, load_peft_weights, strip
+from ..checkpoint import Entry, base_entries, check, entries_of_module, load_peft_weights, strip
 from ..config import PeftConfig, PeftType
-from ..errors import AdapterNameError, BatchError, ConfigError, PeftError, UnsupportedFeatureError
+from ..errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError
 from ..inject import check_adapter_name, model_config
 from ..layer import layers
 from ..tuner import BaseTuner
@@ -76,7 +78,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
         if self.peft_config:
             raise UnsupportedFeatureError("X-LoRA is one adapter for a whole model; call `unload()` before another.")
         check_adapter_name(name, self.model)
-        loaded = read_adapters(config, name)
+        loaded = read_adapters(config, name, self.model)
         check_model(self.model)
         trainable = [(p, p.requires_grad) for p in self.model.parameters()]
         try:
@@ -238,7 +240,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
 
 
 # ----------------------------------------------------------------------------------------------------------- checking
-def read_adapters(config: Any, name: str) -> list[tuple[str, Any, dict[str, Tensor]]]:
+def read_adapters(config: Any, name: str, model: nn.Module) -> list[tuple[str, Any, dict[str, Tensor]]]:
     """(what to call it, configuration, tensors) of each LoRA adapter. Raises `PeftError` for what cannot be one."""
     if not config.adapters:
         raise ConfigError("`adapters` is empty; X-LoRA needs saved LoRA adapters, as {name: folder}.")
@@ -250,7 +252,7 @@ def read_adapters(config: Any, name: str) -> list[tuple[str, Any, dict[str, Tens
         with naming(where := f"Adapter {given!r} of X-LoRA, from '{folder}'"):
             own: Any = PeftConfig.from_pretrained(folder)
             check_expert(own)
-            found.append((where, own, load_peft_weights(folder, "cpu")))
+            found.append((where, own, without_embeddings(load_peft_weights(folder, "cpu"), model)))
         own.inference_mode = False
     return found
 
@@ -278,6 +280,16 @@ def check_expert(config: Any) -> None:
     for field, value in {**plain, **dict.fromkeys(others)}.items():
         if (getattr(config, field) or value) != value:
             raise UnsupportedFeatureError(f"{field}={getattr(config, field)!r} cannot be weighed for each token.")
+
+
+def without_embeddings(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Tensors without the model's own embeddings, which stand beside those of an adapter on them."""
+    own = {strip(entry.saved): entry.tensor for entry in base_entries(model, tensors)}
+    for key, value in tensors.items():
+        there = own.get(strip(key))
+        if there is not None and not (there.shape == value.shape and torch.equal(there, value.to(there))):
+            raise CheckpointError(f"it holds '{key}' with other values than the model; adapters of X-LoRA share one.")
+    return {key: value for key, value in tensors.items() if strip(key) not in own}
 
 
 def check_model(model: nn.Module) -> None:

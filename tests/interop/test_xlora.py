@@ -489,6 +489,22 @@ def test_unfit_adapters(name, lib, adapters, tmp_path):
     lib.get_peft_model(base, config(lib, adapters))
 
 
+def test_embeddings_beside_the_adapters(lib, adapters, tmp_path):
+    """A LoRA on an embedding may be saved with the embedding itself, which all adapters must agree on."""
+    base = llama()
+    model = lib.get_peft_model(base, lib.LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
+    with_embedding = tmp_path / "lora"
+    assert len(H.saved(model, with_embedding)[0]) == 3
+    lib.get_peft_model(llama(), config(lib, {**adapters, "2": str(with_embedding)}))
+    with torch.no_grad():
+        base.model.embed_tokens.base_layer.weight += 1
+    H.saved(model, with_embedding)
+    base = llama()
+    with pytest.raises(lib.CheckpointError, match=r"Adapter '2'.*embed_tokens.base_layer.weight' with other values"):
+        lib.get_peft_model(base, config(lib, {**adapters, "2": str(with_embedding)}))
+    untouched(base)
+
+
 @pytest.mark.parametrize("given, message", [
     ({"adapters": {}}, "`adapters` is empty"),
     ({"adapters": {"a": "nowhere/at/all"}}, "Adapter 'a' of X-LoRA, from 'nowhere/at/all'"),
