@@ -44,7 +44,7 @@ def install(session, torch, *requirements):
 @matrix
 def tests(session, torch=TORCHS[0]):
     """The whole test suite, examples and interop with peft included."""
-    install(session, torch, "-e", ".[test]")
+    install(session, torch, "-e", ".[test,pretrained]")
     session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
 
 
@@ -59,7 +59,7 @@ def conformance(session, torch=TORCHS[0]):
 @matrix
 def interop(session, torch=TORCHS[0]):
     """Checkpoints, numbers and names exchanged with peft and transformers."""
-    install(session, torch, "-e", ".[test]")
+    install(session, torch, "-e", ".[test,pretrained]")
     session.run("pytest", "tests/interop", *session.posargs, env=ONE_THREAD)
 
 
