@@ -31,6 +31,7 @@ class Row:
     merges: bool = True
     # "formula": the reference contradicts itself or fails here, and the paper's formula is the golden; `note` says how
     golden: str = "reference"
+    draw: str = ""  # another one chooses other random numbers, where those of the first are ill-conditioned
     # what reference and formula disagree about; both answers are recorded, and either one passes
     disputed: str = ""
     note: str = ""
@@ -102,6 +103,9 @@ class Method:
     draw: dict = field(default_factory=dict)
     draw_fresh: dict = field(default_factory=dict)  # more of that for the law of fresh adapters: initialisations
     draw_bases: tuple = ("mlp-tokens",)
+    # gauges(config, paths) -> the choices that an implementation has, each {key: array}: multiplying the adapter's
+    # tensors by it undoes the choice. The checks take the one that comes closest to the golden
+    gauges: Callable | None = None
     # one adapter name per sample in a batch; several active adapters; a strength that scales the delta linearly
     mixed_batch: bool = False
     whole_batch: bool = False  # a sample's output depends on the other samples
@@ -125,6 +129,11 @@ class Method:
     def is_frozen(self, key: str) -> bool:
         """Is this saved tensor one that is not trained?"""
         return any(key == f or key.endswith("." + f) for f in self.frozen)
+
+
+def turned(tensors: dict, gauge: dict) -> dict:
+    """The tensors times those of a gauge; the others as they are."""
+    return {k: v * gauge[k] if k in gauge else v for k, v in tensors.items()}
 
 
 def slots(tensors: dict, path: str, config: dict | None = None) -> dict:

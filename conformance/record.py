@@ -18,7 +18,7 @@ from .bases import BASES
 from .checks import lifecycle
 from .compare import distance
 from .drivers.oracle import Oracle
-from .method import KEY, Method, Row
+from .method import KEY, Method, Row, turned
 
 AGREE = "float32"  # formula and reference must agree to rounding of this dtype at least; most do to float64's
 SMALLEST_MARGIN = 10.0
@@ -96,14 +96,14 @@ def targets_of(base, weights, state, method_name) -> list:
 
 def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     case_id = f"{method.name}/{row.id}"
-    rng = rng_of(case_id)
+    rng = rng_of(case_id + row.draw)
     base, config = BASES[row.base], store.resolved({"peft_type": method.peft_type, **row.config})
     weights = draw_base(base, rng)
     inputs = draw_inputs(base, row.inputs, rng)
 
     driver.build(base, weights, config, "float32", case=case_id)
     live, count = driver.names(), driver.count()
-    driver.build(base, weights, config, "float64", case=case_id)
+    driver.build(base, weights, config, widest(row), case=case_id)
     closed = formulas.expected_shapes(method, base, weights, config, []) if row.lost else {}
     fresh_state = {k: np.zeros(s) for k, s in closed.items()} or driver.state_dict()
     cotangent = bf16(rng.normal(size=driver.forward(inputs).shape))
@@ -130,7 +130,7 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
                                  config)
     if method.merges and row.merges:
         if row.golden == "formula":
-            parts["merged"] = {k: v for k, v in folded.items() if v is not weights[k]}
+            parts["merged"] = {k: v for k, v in folded.items() if v is not weights[k] and KEY + k not in adapter}
         else:
             driver.merge()
             after = driver.weights()
@@ -175,7 +175,7 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
         problems.append(f"formula and reference agree to {agreement:.1g} only: leave float64 out of the row's dtypes")
     if effect < SMALLEST_EFFECT:
         problems.append(f"the adapter changes the output by {effect:.3f} only")
-    margin, nearest = margin_of(method, row, base, weights, adapter, config, inputs, y, plain)
+    margin, nearest = margin_of(method, row, base, weights, adapter, config, inputs, y, plain, targets)
     if margin < SMALLEST_MARGIN:
         problems.append(f"margin {margin:.1f}: the nearest fault is {nearest}")
 
@@ -200,24 +200,30 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     return data, tensors
 
 
+def widest(row) -> str:
+    """The dtype in which the reference is asked: float64, but for formulas of what it refuses there."""
+    return "float32" if row.golden == "formula" and "float64" not in row.dtypes else "float64"
+
+
 def second_config(method, row):
     return None if row.second is None else \
         {"peft_type": method.peft_type, **(row.second or row.config), **method.more_for_second}
 
 
 def record_trace(method, row, driver, base, config, parts, problems, case_id):
-    """The lifecycle's outputs, from the reference; the formulas must agree at every step."""
+    """The lifecycle's outputs, from the reference or from the formulas; where it is both, they must agree."""
     second = second_config(method, row)
     if second is None:
         return []
     weights, inputs = parts["base"], parts["input"]
-    driver.build(base, weights, second, "float64", case=case_id)
+    driver.build(base, weights, second, widest(row), case=case_id)
     state = driver.state_dict()
     other = draw_adapter(method, state, {k for k in state if method.is_frozen(k)}, rng_of(case_id + " second"))
     other.update({k: v for k, v in parts["adapter"].items() if method.is_frozen(k)})
     known = (method, base, weights, config, second, parts["adapter"], other, inputs, "float64")
-    told = [list(lifecycle.steps(d, *known, case=name)) for d, name in ((driver, case_id), (Oracle(), case_id + "?"))]
-    for (name, a), (_, b) in zip(*told):
+    asked = [(Oracle(), case_id + "?")] if row.golden == "formula" else [(driver, case_id), (Oracle(), case_id + "?")]
+    told = [list(lifecycle.steps(d, *known, case=name)) for d, name in asked]
+    for (name, a), (_, b) in zip(told[0], told[-1]):
         agreement_of(b, a, f"lifecycle, after '{name}': formula and reference", problems)
     parts["second"] = other
     parts["trace"] = {str(i): y for i, (_, y) in enumerate(told[0])}
@@ -236,27 +242,31 @@ def agreement_of(a, b, what, problems) -> float:
     return gap
 
 
-def margin_of(method, row, base, weights, adapter, config, inputs, y, plain):
+def margin_of(method, row, base, weights, adapter, config, inputs, y, plain, targets):
     """(distance of the nearest fault in float32 tolerances, its name), over the faults meant for this case."""
-    wrong = {}
+    gauges = [{}] if method.gauges is None else list(method.gauges(config, targets))
+
+    def outputs(**change):
+        return [formulas.output(method, base, weights, turned(adapter, gauge), config, inputs, **change)
+                for gauge in gauges]
+
+    wrong: dict[str, list] = {}
     if plain is not None:
-        wrong["adapter ignored"] = plain
-        wrong["effect 1% too large"] = plain + 1.01 * (y - plain)
+        wrong["adapter ignored"] = [plain]
+        wrong["effect 1% too large"] = [plain + 1.01 * (y - plain)]
     if method.prompt:
-        wrong["prompt 1% too large"] = formulas.output(method, base, weights, {k: 1.01 * v for k, v in adapter.items()},
-                                                       config, inputs)
+        wrong["prompt 1% too large"] = [formulas.output(method, base, weights,
+                                                        {k: 1.01 * v for k, v in adapter.items()}, config, inputs)]
     for fault in method.faults:
         meant = fault.meant_for(row.id)
         if fault.gradient_only:
             continue
         if meant and "formula" in fault.change:
-            wrong[fault.id] = formulas.output(method, base, weights, adapter, config, inputs,
-                                              formula=fault.change["formula"])
+            wrong[fault.id] = outputs(formula=fault.change["formula"])
         for part in ("run", "prompt", "loss", "route"):
             if meant and part in fault.change:
-                wrong[fault.id] = formulas.output(method, base, weights, adapter, config, inputs,
-                                                  **{part: fault.change[part]})
-    measured = {k: distance(v, y, "float32") for k, v in wrong.items()}
+                wrong[fault.id] = outputs(**{part: fault.change[part]})
+    measured = {k: min(distance(v, y, "float32") for v in found) for k, found in wrong.items()}
     if not measured:
         return float("inf"), ""
     nearest = min(measured, key=lambda name: measured[name])

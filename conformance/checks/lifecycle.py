@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 
-from .goldens import close
+from ..method import turned
+from .goldens import close, closest_gauge
 
 
 def steps(driver, method, base, weights, config, second, adapter, other, inputs, dtype, case=""):
@@ -57,8 +58,11 @@ def steps(driver, method, base, weights, config, second, adapter, other, inputs,
 
 def trace(driver, case, dtype, method):
     golden, names = case.tensors("trace"), case.data["trace"]
-    walk = steps(driver, method, case.base, case.tensors("base"), case.config, case.second, case.tensors("adapter"),
-                 case.tensors("second"), case.tensors("input"), dtype, case.id)
+    driver.build(case.base, case.tensors("base"), case.config, dtype, case=case.id)
+    gauge = closest_gauge(driver, case)
+    adapter, second = (turned(case.tensors(part), gauge) for part in ("adapter", "second"))
+    walk = steps(driver, method, case.base, case.tensors("base"), case.config, case.second, adapter, second,
+                 case.tensors("input"), dtype, case.id)
     for i, (name, got) in enumerate(walk):
         assert name == names[i], "the trace is not the recorded one: record it anew"
         close(f"step {i + 1}, after '{name}'", got, golden[str(i)], dtype)

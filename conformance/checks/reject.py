@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ..driver import Rejected
+from ..method import turned
 from . import Failure
 from .goldens import start
 
@@ -85,10 +86,10 @@ FILES = {
 
 
 def bad_load(driver, case, dtype, what):
-    start(driver, case, dtype)
+    adapter = turned(case.tensors("adapter"), start(driver, case, dtype))
     inputs = case.tensors("input")
     before, state = driver.forward(inputs), driver.state_dict()
-    refuse(f"an adapter with {what}", lambda: driver.load(LOAD[what](case.tensors("adapter"))))
+    refuse(f"an adapter with {what}", lambda: driver.load(LOAD[what](adapter)))
     if not np.array_equal(driver.forward(inputs), before):
         raise Failure(f"{what} was refused, but the model's output changed")
     changed = [k for k, v in driver.state_dict().items() if not np.array_equal(v, state[k])]
