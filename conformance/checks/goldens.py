@@ -25,7 +25,7 @@ def start(driver: Driver, case: Case, dtype: str) -> dict:
 
 
 def closest_gauge(driver: Driver, case: Case) -> dict:
-    """Of the choices that a method leaves to an implementation, the one that fits the golden best; {}: there are none."""
+    """Of the choices that a method leaves to an implementation, the one nearest to the golden; {}: there are none."""
     method, tensors = methods()[case.pack.data["method"]], case.tensors("adapter")
     if method.gauges is None:
         return {}
