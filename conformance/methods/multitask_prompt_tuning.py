@@ -1,5 +1,6 @@
 """Multitask prompt tuning: Wang et al., 2023, https://arxiv.org/abs/2303.02861: one prompt, scaled for each task."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -39,11 +40,13 @@ def files(folder):
 
     from ..record import bf16, rng_of
 
-    rng, shapes = rng_of("multitask"), shared({**tuning(3), "num_tasks": 3}, [])
+    config = {"peft_type": "MULTITASK_PROMPT_TUNING", "inference_mode": True, **tuning(3), "num_tasks": 3}
+    rng, shapes = rng_of("multitask"), shared(config, [])
     tensors = {k: bf16(rng.normal(size=shape)).astype(np.float32) for k, shape in shapes.items()}
     place = Path(folder, SOURCE["prompt_tuning_init_state_dict_path"])
     place.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, place)
+    place.with_name("adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def made(c, sites):
