@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
+from . import methods
 from .errors import CheckpointError, ConfigError, ConfigTypeError, PeftWarning, nearest
 from .files import CONFIG_NAME, find_config
 
@@ -252,6 +253,7 @@ class PeftConfig:
         """The configuration that `kwargs["peft_type"]` names, made from `kwargs`; unknown keys: a warning."""
         if "peft_type" in kwargs:
             method = _member(PeftType, kwargs["peft_type"], "peft_type")
+            methods.load(method.value)
             if method not in CONFIGS:
                 raise ConfigError(f"peft_type {kwargs['peft_type']!r} is not in this release of minipeft.")
             cls = CONFIGS[method]
@@ -270,7 +272,9 @@ class PeftConfig:
     @property
     def method(self) -> PeftType:
         """The method, by its `peft_type`; raises ValueError for a configuration of no method."""
-        return PeftType(self.peft_type)
+        method = PeftType(self.peft_type)
+        methods.load(method.value)
+        return method
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:

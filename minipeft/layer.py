@@ -141,7 +141,8 @@ class Slots(nn.Module):
         if isinstance(value, nn.Module):
             if slot not in self._modules:
                 self.register(slot, bare(nn.ModuleDict), trained=bool(value._parameters or value._modules))
-            self._modules[slot]._modules[name] = value
+            inside: Any = self._modules[slot]
+            inside._modules[name] = value
         elif isinstance(value, Tensor):
             if slot not in self._modules:
                 trained = isinstance(value, nn.Parameter)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from . import methods as methods  # which fill the tables
+from . import methods
 from .adapter import ADAPTERS
 from .config import CONFIGS, PeftType
 from .mixed import COMPATIBLE_TUNER_TYPES
 from .prompt import PROMPTS
 from .tuner import TUNERS
+
+methods.load_all()  # which fill the tables
 
 PEFT_TYPE_TO_CONFIG_MAPPING = CONFIGS
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {**TUNERS, **PROMPTS}

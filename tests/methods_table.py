@@ -4,9 +4,10 @@ import re
 import sys
 from pathlib import Path
 
-from minipeft import adapter, methods  # noqa: F401  (importing the methods registers them)
+from minipeft import adapter, methods
 from minipeft.config import CONFIGS, PeftType, PromptLearningConfig
 
+methods.load_all()
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 KINDS = (adapter.Delta, adapter.Transform, adapter.Activation, adapter.Routed, adapter.Replacement)

@@ -110,6 +110,27 @@ def test_every_configuration_is_compared():
 
 
 def test_import_brings_no_optional_package():
-    code = f"import sys, minipeft; print(*(set({OPTIONAL}) & set(sys.modules)))"
+    code = f"import sys; from minipeft import *; print(*(set({OPTIONAL}) & set(sys.modules)))"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=FOLDER.parent)
     assert seen.stdout.split() == []
+
+
+def test_a_method_is_imported_when_it_is_asked_for():
+    code = (
+        "import sys, minipeft; minipeft.IA3Config, minipeft.get_peft_model;"
+        "print('minipeft.methods.lora' in sys.modules);"
+        "print(minipeft.get_peft_config({'peft_type': 'LORA'}).__module__)"
+    )
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=FOLDER.parent)
+    assert seen.stdout.split() == ["False", "minipeft.methods.lora_configs"]
+
+
+@pytest.mark.parametrize("peft_type", minipeft.PeftType)
+def test_the_table_of_methods_is_whole(peft_type):
+    assert minipeft.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]._method is peft_type
+    assert peft_type in minipeft.PEFT_TYPE_TO_TUNER_MAPPING
+
+
+def test_all_is_what_the_imports_say():
+    assert sorted(minipeft.__all__) == sorted(minipeft._WHERE)
+    assert all(hasattr(minipeft, name) for name in minipeft.__all__)

@@ -1,48 +1,65 @@
-"""The adapter methods: one file each, one line each."""
+"""The adapter methods: one file each, one line each, by `peft_type`. They are imported when they are asked for."""
 
-from . import adalora as adalora
-from . import adamss as adamss
-from . import adaption_prompt as adaption_prompt
-from . import beft as beft
-from . import boft as boft
-from . import c3a as c3a
-from . import cartridge as cartridge
-from . import cpt as cpt
-from . import deft as deft
-from . import delora as delora
-from . import dora as dora
-from . import fourierft as fourierft
-from . import frod as frod
-from . import glora as glora
-from . import gralora as gralora
-from . import hira as hira
-from . import hra as hra
-from . import ia3 as ia3
-from . import lily as lily
-from . import ln_tuning as ln_tuning
-from . import loha as loha
-from . import lokr as lokr
-from . import lora as lora
-from . import miss as miss
-from . import multitask_prompt_tuning as multitask_prompt_tuning
-from . import oft as oft
-from . import osf as osf
-from . import p_tuning as p_tuning
-from . import peanut as peanut
-from . import poly as poly
-from . import prefix_tuning as prefix_tuning
-from . import prompt_tuning as prompt_tuning
-from . import psoft as psoft
-from . import pvera as pvera
-from . import randlora as randlora
-from . import road as road
-from . import shadow as shadow
-from . import shira as shira
-from . import supertuning as supertuning
-from . import tinylora as tinylora
-from . import trainable_tokens as trainable_tokens
-from . import unilora as unilora
-from . import vblora as vblora
-from . import vera as vera
-from . import waveft as waveft
-from . import xlora as xlora
+from __future__ import annotations
+
+import importlib
+
+METHODS = {
+    "ADALORA": "adalora",
+    "ADAMSS": "adamss",
+    "ADAPTION_PROMPT": "adaption_prompt",
+    "BEFT": "beft",
+    "BOFT": "boft",
+    "C3A": "c3a",
+    "CARTRIDGE": "cartridge",
+    "CPT": "cpt",
+    "DEFT": "deft",
+    "DELORA": "delora",
+    "FOURIERFT": "fourierft",
+    "FROD": "frod",
+    "GLORA": "glora",
+    "GRALORA": "gralora",
+    "HIRA": "hira",
+    "HRA": "hra",
+    "IA3": "ia3",
+    "LILY": "lily",
+    "LN_TUNING": "ln_tuning",
+    "LOHA": "loha",
+    "LOKR": "lokr",
+    "LORA": "lora dora",
+    "MISS": "miss",
+    "MULTITASK_PROMPT_TUNING": "multitask_prompt_tuning",
+    "OFT": "oft",
+    "OSF": "osf",
+    "P_TUNING": "p_tuning",
+    "PEANUT": "peanut",
+    "POLY": "poly",
+    "PREFIX_TUNING": "prefix_tuning",
+    "PROMPT_TUNING": "prompt_tuning",
+    "PSOFT": "psoft",
+    "PVERA": "pvera",
+    "RANDLORA": "randlora",
+    "ROAD": "road",
+    "SHADOW": "shadow",
+    "SHIRA": "shira",
+    "SUPERTUNING": "supertuning",
+    "TINYLORA": "tinylora",
+    "TRAINABLE_TOKENS": "trainable_tokens",
+    "UNILORA": "unilora",
+    "VBLORA": "vblora",
+    "VERA": "vera",
+    "WAVEFT": "waveft",
+    "XLORA": "xlora",
+}
+
+
+def load(peft_type: str) -> None:
+    """Import what a method consists of: its configuration, adapter and tuner classes enter their tables."""
+    for name in METHODS.get(peft_type, "").split():
+        importlib.import_module(f".{name}", __name__)
+
+
+def load_all() -> None:
+    """Import every method."""
+    for peft_type in METHODS:
+        load(peft_type)
