@@ -12,14 +12,6 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 KINDS = (adapter.Delta, adapter.Transform, adapter.Activation, adapter.Routed, adapter.Replacement)
 OTHER = {"prompt": "the model's input", "whole module": "attention"}  # what methods of other kinds adapt
-COUNTS = {  # of methods whose docstring has no line `parameters` yet
-    PeftType.CARTRIDGE: "2 (num_virtual_tokens - num_frozen_tokens) num_layers token_dim",
-    PeftType.CPT: "num_virtual_tokens token_dim",
-    PeftType.MULTITASK_PROMPT_TUNING: "num_virtual_tokens num_transformer_submodules (token_dim + num_tasks num_ranks)"
-    " + num_tasks num_ranks token_dim",
-    PeftType.PREFIX_TUNING: "2 num_virtual_tokens num_layers token_dim",
-    PeftType.PROMPT_TUNING: "num_virtual_tokens num_transformer_submodules token_dim",
-}
 
 
 def described():
@@ -30,10 +22,10 @@ def described():
             yield peft_type, cls, classes[0], sys.modules[cls.__module__].__doc__
 
 
-def count(peft_type, doc):
+def count(doc):
     """What a docstring's line `parameters` says, for example `r (in + out), or r out with para=True`, or None."""
     lines = re.search(r"^    parameters  +(.+(?:\n     +.+)*)", doc, re.M)
-    return " ".join(lines[1].split()) if lines else COUNTS.get(peft_type)
+    return " ".join(lines[1].split()) if lines else None
 
 
 def forms(stated):
@@ -73,7 +65,7 @@ def rows():
         layers = OTHER.get(kind) or ", ".join(cls.bases)
         merges = "no" if kind in ("routed", *OTHER) else "yes"
         paper = f"[paper]({link[0]})" if link else ""
-        trained = cell(count(peft_type, doc) or "?")
+        trained = cell(count(doc) or "?")
         found.append((name, peft_type.value, kind, f"`{formula}`", trained, layers, merges, paper))
     return sorted(found, key=lambda row: row[0].lower())
 

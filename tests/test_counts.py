@@ -72,7 +72,7 @@ CHOOSE = {  # by class
 CASES = [
     pytest.param(peft_type, cls, form, id=f"{peft_type.value}-{cls.__name__}-{number}")
     for peft_type, cls, _, doc in described()
-    for number, form in enumerate(forms(count(peft_type, doc) or "nothing"))
+    for number, form in enumerate(forms(count(doc) or "nothing"))
 ]
 
 

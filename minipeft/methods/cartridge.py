@@ -3,6 +3,7 @@ Eyuboglu et al., 2025, https://arxiv.org/abs/2506.06266, section 3.
 
     attention over [P_k, K], [P_v, V] in every layer      P = [F, T]: (tokens, layers * 2 * dim)
     F: the first tokens, frozen (attention sinks); T: trained. Best begun from the cache of a text.
+    parameters                  2 (num_virtual_tokens - num_frozen_tokens) num_layers token_dim
 """
 
 from __future__ import annotations

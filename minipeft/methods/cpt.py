@@ -3,6 +3,7 @@ Blau et al., 2024, https://arxiv.org/abs/2410.17222, section 3.
 
     model([P + d, e(x)])        P: (tokens, dim), embeddings of examples, frozen
     d: (tokens, dim), trained, with |d_i| <= eps * sqrt(dim / 2048), eps by the token's type
+    parameters                  num_virtual_tokens token_dim
 
 Types of token, modulo 4: 1 template of an input, 2 input, 3 template of an output, 0 label; 0 itself is none of them.
 The loss, in cpt_loss.py, counts labels only.

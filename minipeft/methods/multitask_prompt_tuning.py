@@ -3,6 +3,8 @@ Wang et al., 2023, https://arxiv.org/abs/2303.02861, section 3.2.
 
     model([P_k, e(x)])          P_k = P * (U_k V_k) for task k
     P: (tokens, dim) of all tasks, U: (tasks, tokens, ranks), V: (tasks, ranks, dim)
+    parameters                  num_virtual_tokens num_transformer_submodules (token_dim + num_tasks num_ranks)
+                                + num_tasks num_ranks token_dim
 """
 
 from __future__ import annotations

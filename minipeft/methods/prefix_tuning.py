@@ -3,6 +3,7 @@ Li and Liang, 2021, https://arxiv.org/abs/2101.00190, section 4.
 
     attention over [P_k, K], [P_v, V] in every layer      P: (tokens, layers * 2 * dim)
     P = E, or while training P = MLP(E) with prefix_projection, E: (tokens, dim)
+    parameters                  2 num_virtual_tokens num_layers token_dim
 """
 
 from __future__ import annotations

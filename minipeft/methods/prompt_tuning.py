@@ -2,6 +2,7 @@
 Lester et al., 2021, https://arxiv.org/abs/2104.08691, section 2.
 
     model([P, e(x)])            P: (tokens, dim), trained; e(x): the input's embeddings
+    parameters                  num_virtual_tokens num_transformer_submodules token_dim
 """
 
 from __future__ import annotations
