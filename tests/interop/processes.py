@@ -33,6 +33,6 @@ def close(ours, theirs):
         assert a.keys() == b.keys()
         for key in b:
             if isinstance(b[key], float) or (isinstance(b[key], list) and {type(x) for x in b[key]} == {float}):
-                assert a[key] == pytest.approx(b[key], rel=2e-5), (b["label"], key)
+                assert a[key] == pytest.approx(b[key], rel=2e-5, abs=2e-6), (b["label"], key)
             else:
                 assert a[key] == b[key], (b["label"], key)

@@ -303,6 +303,16 @@ def test_adapters_of_transformers(ref, no_peft):
     assert len(ours["seen"]) > 15
 
 
+def test_adapters_of_diffusers(ref):
+    """add_adapter, set_adapters with weights, fusing, files in diffusers' own layout, and hot swapping, on a U-Net."""
+    pytest.importorskip("diffusers")
+    ours, theirs = (last_line(run(*how, SCRIPTS / "unet.py")) for how in (("-m", "minipeft.compat"), ()))
+    assert (ours["library"], theirs["library"]) == ("minipeft", "peft")
+    close(ours["seen"], theirs["seen"])
+    outputs = {tuple(step["out"]) for step in ours["seen"]}
+    assert len(ours["seen"]) == 15 and len(outputs) >= 7, "adapters and their scales make a difference"
+
+
 def test_too_late_where_there_is_no_peft(no_peft):
     pytest.importorskip("transformers")
     code = "import transformers, minipeft.compat\nminipeft.compat.install()"
