@@ -103,8 +103,9 @@ class Decoder(nn.Module):
         d = self.config.head_dim
         angles = places[:, None] * 10.0 ** (-torch.arange(d // 2, device=x.device, dtype=torch.float64) * 2 / d)
         angles = torch.cat([angles, angles], -1)[None]
+        turn = angles.cos().to(x), angles.sin().to(x)
         for block in self.blocks:
-            x = block(x, position_embeddings=(angles.cos().to(x), angles.sin().to(x)))
+            x = block(x, position_embeddings=turn)  # what a block returns is for the next one only
         return Output(last_hidden_state=self.norm(x), past_key_values=None)
 
 

@@ -87,6 +87,8 @@ class Method:
     loss: Callable | None = None
     # fixed(key, shape, config) -> True where an entry of a saved tensor is not trained though others are
     fixed: Callable | None = None
+    # idle(key, config) -> True for a trained tensor that the output does not depend on
+    idle: Callable | None = None
     faults: tuple = ()
     # tensors that PEFT saves but does not train (VeRA's projections), by slot or whole key
     frozen: tuple = ()
