@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # a name is imported when it is first asked for, by `__getatt
     )
     from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
     from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType, get_peft_config
+    from .conversion import convert_to_lora, save_as_lora
     from .errors import (
         AdapterNameError,
         BatchError,
@@ -152,10 +153,10 @@ __all__ = [
     "UniLoraModel", "UnsupportedFeatureError", "UnsupportedLayerError", "VBLoRAConfig", "VBLoRAModel", "VeloraConfig",
     "VeraConfig", "VeraModel", "WaveFTConfig", "WaveFTModel", "XLoraConfig", "XLoraModel",
     "bloom_model_postprocess_past_key_value", "cast_mixed_precision_params", "compose_cartridge_adapters",
-    "get_base_model_state_dict", "get_layer_status", "get_model_status", "get_peft_config",
+    "convert_to_lora", "get_base_model_state_dict", "get_layer_status", "get_model_status", "get_peft_config",
     "get_peft_model", "get_peft_model_state_dict", "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text", "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training",
-    "prompt_embeddings_from_past_key_values", "set_base_model_state_dict", "set_peft_model_state_dict",
+    "prompt_embeddings_from_past_key_values", "save_as_lora", "set_base_model_state_dict", "set_peft_model_state_dict",
     "shift_tokens_right",
 ]
 # fmt: on

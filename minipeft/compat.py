@@ -42,7 +42,7 @@ from torch import nn
 
 import minipeft
 
-from . import defaults, files, functional, helpers, hotswap, merging, mixed, optimizers, status, utils
+from . import conversion, defaults, files, functional, helpers, hotswap, merging, mixed, optimizers, status, utils
 from .adapter import ADAPTERS
 from .base import Attention, Base, Conv, Conv1D, Embedding, Linear, Param
 from .checkpoint import infer_device
@@ -203,6 +203,7 @@ def offered() -> dict[str, dict[str, Any]]:
     for name, offers in _methods():
         paths[f"peft.tuners.{name}"] = offers
     paths["peft.tuners.lora"].update(_public(lora_configs))
+    paths["peft.tuners.lora.conversion"] = {n: getattr(conversion, n) for n in ("convert_to_lora", "save_as_lora")}
     paths["peft.tuners.lokr"]["factorization"] = lokr.factorization
     paths["peft.tuners.adalora"]["RankAllocator"] = adalora_budget.RankAllocator
     return paths
