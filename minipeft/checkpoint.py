@@ -225,6 +225,9 @@ def serialiser(tensors: Mapping[str, Tensor], safe: bool = True) -> Any:
 
         own, seen = {}, set()
         for key, tensor in tensors.items():  # safetensors takes neither views nor shared memory
+            if hasattr(tensor, "full_tensor"):  # a DTensor
+                how = "get_model_state_dict(..., options=StateDictOptions(full_state_dict=True)) of torch gives it"
+                raise CheckpointError(f"'{key}' is sharded over processes: pass the full `state_dict=`; {how}.")
             tensor = tensor.detach().contiguous()
             place = (tensor.device, tensor.untyped_storage().data_ptr())
             own[key] = tensor.clone() if place in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor

@@ -98,6 +98,13 @@ def train(rank, world, lib, way, folder):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if way == "fsdp2" and rank == 0:
+        try:
+            whole.save_pretrained(Path(folder, "without"))
+        except ValueError as error:
+            assert "state_dict" in str(error) and not list(Path(folder, "without").iterdir())
+        else:
+            raise AssertionError("a shard was saved as if it were the whole")
     if rank == 0:
         (accelerator.unwrap_model(model) if accelerator else whole).save_pretrained(folder, state_dict=state)
         Path(folder, "losses.json").write_text(json.dumps(losses))
