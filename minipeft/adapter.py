@@ -237,6 +237,10 @@ class Adapter:
         """Run `action()` once the adapter is accepted: the place to change frozen weights."""
         self.layer.at_commit.append(action)
 
+    def initial_scaling(self) -> float:
+        """The `scaling` of a new adapter, of which `set_scale` sets multiples."""
+        return getattr(self.config, "scaling", 1.0)
+
     @property
     def blank(self) -> bool:
         """While building: whether values are going to be loaded, so that only shapes matter."""

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Delta
-from .config import PeftConfig
-from .errors import ConfigError
+from .config import PeftConfig, Positive, Share
 from .targets import pattern_value
 
 
@@ -22,23 +21,13 @@ from .targets import pattern_value
 class LycorisConfig(PeftConfig):
     """The fields that LoHa and LoKr have in common."""
 
-    rank_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> r
+    rank_pattern: dict[str, Positive] | None = field(default_factory=dict)  # path or regular expression -> r
     alpha_pattern: dict | None = field(default_factory=dict)
-    r: int = 8  # rank
+    r: Positive = 8  # rank
     alpha: int | float = 8
-    rank_dropout: float = 0.0  # share of the rows of D that are left out, while training
-    module_dropout: float = 0.0  # chance that the whole adapter is left out, while training
+    rank_dropout: Share = 0.0  # share of the rows of D that are left out, while training
+    module_dropout: Share = 0.0  # chance that the whole adapter is left out, while training
     use_effective_conv2d: bool = False  # on convolutions: factors of their own for the kernel
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.require_positive("r")
-        for value in (self.rank_pattern or {}).values():
-            if not isinstance(value, int) or value <= 0:
-                raise ConfigError(f"Every value of `rank_pattern` should be a positive integer, got {value!r}.")
-        for name in ("rank_dropout", "module_dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"`{name}` must lie between 0 and 1, got {getattr(self, name)}.")
 
 
 class Lycoris(Delta):
@@ -104,3 +93,15 @@ def tucker(t: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def core_shape(r: int, kernel: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of `tucker`'s core."""
     return (r, r, *kernel, 1) if len(kernel) == 1 else (r, r, *kernel)  # PEFT: Conv1d as a Conv2d of width 1
+
+
+def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """(m, n) with m n = dimension and m <= n: the m nearest to the square root, but at most `factor` unless that is -1.
+
+    A `factor` that divides is taken as it is, also above the square root: then m > n.
+    """
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    top = math.isqrt(dimension) if factor == -1 else min(factor, math.isqrt(dimension))
+    m = max(d for d in range(1, top + 1) if dimension % d == 0)
+    return m, dimension // m

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .adapter import Delta, adapter_class
 from .base import Base
 from .config import PeftConfig, Positive
-from .errors import ConfigError, PeftWarning
+from .errors import CheckpointError, ConfigError, PeftWarning
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Projected(Delta):
     shares = True
     pair: ClassVar[tuple[str, str]]
     alike: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")
+    saves_views: ClassVar[bool] = False  # True: a checkpoint repeats A and B for each layer, beside its own tensors
 
     @classmethod
     def shapes(cls, config: Any, inp: int, out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -74,7 +75,23 @@ class Projected(Delta):
         return dict(zip(cls.pair, (A, B)))
 
     @classmethod
+    def views(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A and B again, by the keys that each layer's view of them has in a checkpoint."""
+        ends = (key.rpartition(".") for key in tensors if key.startswith("base_model.model."))
+        layers = dict.fromkeys(path for path, _, slot in ends if slot.startswith(cls.prefix) and slot not in cls.pair)
+        shared = {slot: tensors[f"base_model.{slot}"] for slot in cls.pair if f"base_model.{slot}" in tensors}
+        return {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared} if cls.saves_views else {}
+
+    @classmethod
+    def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | cls.views(tensors)
+
+    @classmethod
     def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for view, whole in cls.views(tensors).items() if config.save_projection else ():
+            if view not in tensors or not torch.equal(tensors[view], whole):
+                same = f"'base_model.{view.rpartition('.')[2]}'"
+                raise CheckpointError(f"'{view}' must be in the checkpoint and equal to {same}, but is not.")
         named = {key for key in tensors if key.rpartition(".")[2] in cls.pair}
         views = {key for key in named if key.startswith("base_model.model.")}  # a layer's, of the one that is shared
         tensors = {key: t for key, t in tensors.items() if key not in views}

@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import ConfigError
+
 # For sym<N>, N from 2 on: the bits say which groups of roots, from the innermost outwards, are outside the unit circle.
 OUTSIDE = [0, 0, 2, 1, 5, 1, 10, 6, 21, 6, 21, 28, 44, 28, 89, 142, 333, 116, 357]
 # fmt: off
@@ -63,11 +65,12 @@ COIFLETS = {
 
 
 def taps(family: str) -> int:
-    """Length of a family's filters; of coif6 to coif17, too. Raises `ValueError` for names of no family."""
+    """Length of a family's filters; of coif6 to coif17, too. Raises `ConfigError` for names of no family."""
     match = re.fullmatch(r"(db|sym|coif)([1-9]\d?)", family)
     first, last = {"db": (1, 38), "sym": (2, 20), "coif": (1, 17)}[match[1]] if match else (1, 0)
     if not match or not first <= int(match[2]) <= last:
-        raise ValueError(f"{family!r} is no wavelet family; there are db1 to db38, sym2 to sym20 and coif1 to coif17.")
+        names = "db1 to db38, sym2 to sym20, coif1 to coif17"
+        raise ConfigError(f"`wavelet_family` must be one of {names}, got {family!r}.")
     return (6 if match[1] == "coif" else 2) * int(match[2])
 
 

@@ -1,4 +1,4 @@
-"""BEFT: Huang et al., 2025, https://arxiv.org/abs/2509.15974, section 3."""
+"""BEFT: Huang et al., 2025, https://arxiv.org/abs/2509.15974."""
 
 from ..method import Fault, Method, Row
 

@@ -1,4 +1,4 @@
-"""BOFT: Liu et al., 2023, https://arxiv.org/abs/2311.06243, eq. 3 to 5.
+"""BOFT: Liu et al., 2023, https://arxiv.org/abs/2311.06243, section 4.
 
 The reference has more than one butterfly factor only with its CUDA kernel; elsewhere it silently takes one.
 """

@@ -1,4 +1,4 @@
-"""HRA: Yuan et al., 2024, https://arxiv.org/abs/2405.17484, eq. 3, as a dense product of reflections."""
+"""HRA: Yuan et al., 2024, https://arxiv.org/abs/2405.17484, section 3.1, as a dense product of reflections."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""RoAd: Liao and Monz, 2024, https://arxiv.org/abs/2409.00119, eq. 4, as a dense matrix R."""
+"""RoAd: Liao and Monz, 2024, https://arxiv.org/abs/2409.00119, eq. 3 and 4, as a dense matrix R."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""TinyLoRA: Morris et al., 2026, https://arxiv.org/abs/2602.04118, eq. 4."""
+"""TinyLoRA: Morris et al., 2026, https://arxiv.org/abs/2602.04118."""
 
 import numpy as np
 

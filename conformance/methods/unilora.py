@@ -1,4 +1,4 @@
-"""Uni-LoRA: Li et al., 2025, https://arxiv.org/abs/2506.00799, eq. 3, with the indices saved beside the vector."""
+"""Uni-LoRA: Li et al., 2025, https://arxiv.org/abs/2506.00799, with the indices saved beside the vector."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""VB-LoRA: Li et al., 2024, https://arxiv.org/abs/2405.15179, eq. 3."""
+"""VB-LoRA: Li et al., 2024, https://arxiv.org/abs/2405.15179, eq. 3.3."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""WaveFT: Bilican et al., 2025, https://arxiv.org/abs/2505.12532, section 3: upsample, filter, add, cut off the margin.
+"""WaveFT: Bilican et al., 2025, https://arxiv.org/abs/2505.12532: upsample, filter, add, cut off the margin.
 
 Filters in closed form, from Daubechies, Ten Lectures on Wavelets, 1992, chapters 6 and 8.
 """

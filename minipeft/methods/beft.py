@@ -1,4 +1,4 @@
-"""BEFT - Bias-Efficient Fine-Tuning. Huang et al., 2025, https://arxiv.org/abs/2509.15974, section 3.
+"""BEFT - Bias-Efficient Fine-Tuning. Huang et al., 2025, https://arxiv.org/abs/2509.15974.
 
     y = W x + b + d              d: (1, out), 0 at the start
     parameters                   out

@@ -1,5 +1,5 @@
 """BOFT - Orthogonal Fine-Tuning via Butterfly Factorization.
-Liu et al., 2023, https://arxiv.org/abs/2311.06243, eq. 3 to 5.
+Liu et al., 2023, https://arxiv.org/abs/2311.06243, section 4.
 
     W' = diag(s) W F_1^T ... F_m^T      s: (out,), 1 at the start; F_k = P_k R_k P_k^T: (in, in)
     R_k = diag(R_k1, ..., R_kd)         R_ki = (I - Q)(I + Q)^-1: (b, b), Q = (A_ki - A_ki^T) / 2, d b = in

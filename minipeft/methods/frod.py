@@ -21,12 +21,10 @@ from torch import Tensor, nn
 from ..adapter import Delta
 from ..base import Base, dropout
 from ..config import PeftConfig, Probability, Share
-from ..errors import ConfigError, PeftWarning
+from ..errors import PeftWarning
 from ..sparse import dense
-from ..tuner import progress_bar, register_tuner
-from .frod_basis import basis, block, positions, role, split
-
-SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
+from ..tuner import register_tuner
+from .frod_basis import SHARED, role, shared_by_group, split
 
 
 @dataclass
@@ -69,27 +67,7 @@ class FRoD(Delta, config=FrodConfig):
 
     @classmethod
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
-        groups: dict[str, dict[int, Tensor]] = {}
-        for count, (path, base) in enumerate(found):
-            # PEFT: of several layers of a group in one block only the last counts
-            groups.setdefault(role(path), {})[block(path, count)] = base.read()[0].detach()
-            earlier = existing(f"frod_V.{role(path)}") or groups[role(path)]
-            if any(V.shape[1] != base.inp for V in earlier.values()):
-                raise ConfigError(f"'{path}' has {base.inp} inputs, unlike other layers that share V with it.")
-        generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
-        shared: dict[str, Tensor] = {}
-        for name in progress_bar(sorted(groups), "FRoD: decomposing weights", config.progressbar):
-            W = next(iter(groups[name].values()))
-            place = positions(W.shape[1], config.sparse_rate, generator).to(W.device)
-            if box := existing(f"frod_V.{name}"):  # PEFT: adapters share V, whatever their `regularization_alpha`
-                V = next(iter(box.values()))
-                other = next(iter(existing(f"frod_s_indices.{name}").values()))
-                place = other if other.shape == place.shape else place
-            else:
-                V = basis([W for _, W in sorted(groups[name].items())], config.regularization_alpha).to(W)
-            size = torch.tensor([len(V), len(V)], device=W.device)
-            shared |= {f"{slot}.{name}": tensor for slot, tensor in zip(SHARED, (V, place, size))}
-        return shared
+        return shared_by_group(config, found, existing)
 
     @classmethod
     def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,10 +8,16 @@ With fewer rows than columns there is no such R, and V has the right singular ve
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ..base import Base
 from ..errors import ConfigError
+from ..tuner import progress_bar
+
+SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 
 
 def role(path: str) -> str:
@@ -68,3 +74,28 @@ def positions(n: int, rate: float, generator: torch.Generator) -> Tensor:
     place = torch.randperm(n * n - n, generator=generator)[:k]
     row, column = place // (n - 1), place % (n - 1)  # counted as if the diagonal were not there
     return torch.stack([row, column + (column >= row)])
+
+
+def shared_by_group(config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
+    """V, the positions in S and the size of S, of each group of layers; those of an earlier adapter, if there is one."""
+    groups: dict[str, dict[int, Tensor]] = {}
+    for count, (path, base) in enumerate(found):
+        # PEFT: of several layers of a group in one block only the last counts
+        groups.setdefault(role(path), {})[block(path, count)] = base.read()[0].detach()
+        earlier = existing(f"frod_V.{role(path)}") or groups[role(path)]
+        if any(V.shape[1] != base.inp for V in earlier.values()):
+            raise ConfigError(f"'{path}' has {base.inp} inputs, unlike other layers that share V with it.")
+    generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
+    shared: dict[str, Tensor] = {}
+    for name in progress_bar(sorted(groups), "FRoD: decomposing weights", config.progressbar):
+        W = next(iter(groups[name].values()))
+        place = positions(W.shape[1], config.sparse_rate, generator).to(W.device)
+        if box := existing(f"frod_V.{name}"):  # PEFT: adapters share V, whatever their `regularization_alpha`
+            V = next(iter(box.values()))
+            other = next(iter(existing(f"frod_s_indices.{name}").values()))
+            place = other if other.shape == place.shape else place
+        else:
+            V = basis([W for _, W in sorted(groups[name].items())], config.regularization_alpha).to(W)
+        size = torch.tensor([len(V), len(V)], device=W.device)
+        shared |= {f"{slot}.{name}": tensor for slot, tensor in zip(SHARED, (V, place, size))}
+    return shared

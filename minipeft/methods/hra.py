@@ -1,4 +1,4 @@
-"""HRA - Householder Reflection Adaptation. Yuan et al., 2024, https://arxiv.org/abs/2405.17484, eq. 3.
+"""HRA - Householder Reflection Adaptation. Yuan et al., 2024, https://arxiv.org/abs/2405.17484, section 3.1.
 
     W' = W H_1 ... H_r           H_i = I - 2 u_i u_i^T / |u_i|^2,  u_i: column i of U: (in, r)
                                  u_1 = u_2, u_3 = u_4, ... at the start, so that W' = W

@@ -51,9 +51,6 @@ class Lily(Routed, config=LilyConfig):
         self.lily_router = linear(c.r, c.num_B)
         redraw(self.lily_A, self.lily_router, self.lily_B, zero=c.init_weights)
 
-    def initial_scaling(self) -> float:
-        return self.config.scaling
-
     @classmethod
     def complete(cls, config: Any, adapters: list[Adapter]) -> None:
         groups: dict[Any, list[Any]] = {}  # PEFT: adapters added to a model later share nothing

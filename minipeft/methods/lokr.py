@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..draw import uniform
 from ..lycoris import Lycoris, LycorisConfig, core_shape, tucker
+from ..lycoris import factorization as factorization
 from ..tuner import register_tuner
 
 ZERO = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}  # by init_weights
@@ -80,18 +81,6 @@ class LoKr(Lycoris, config=LoKrConfig):
             w2 = self.lokr_w2_a @ self.lokr_w2_b  # (b, d * taps)
         # PEFT: on a Conv1d, a full W2 keeps its three axes, so that W1's meet those of d and of the kernel
         return torch.kron(w1, w2 if w2.dim() == 3 else w2.flatten(1))
-
-
-def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """(m, n) with m n = dimension and m <= n: the m nearest to the square root, but at most `factor` unless that is -1.
-
-    A `factor` that divides is taken as it is, also above the square root: then m > n.
-    """
-    if factor > 0 and dimension % factor == 0:
-        return factor, dimension // factor
-    top = math.isqrt(dimension) if factor == -1 else min(factor, math.isqrt(dimension))
-    m = max(d for d in range(1, top + 1) if dimension % d == 0)
-    return m, dimension // m
 
 
 LoKrModel = register_tuner("LoKrModel", "LOKR")

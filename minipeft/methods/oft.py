@@ -1,5 +1,5 @@
-"""OFT - Orthogonal Fine-Tuning. Qiu et al., 2023, https://arxiv.org/abs/2306.07280, eq. 5.
-Cayley-Neumann: OFTv2, Qiu et al., 2025, https://arxiv.org/abs/2506.19847, eq. 3.
+"""OFT - Orthogonal Fine-Tuning. Qiu et al., 2023, https://arxiv.org/abs/2306.07280, eq. 2 to 4.
+Cayley-Neumann: OFTv2, Qiu et al., 2025, https://arxiv.org/abs/2506.19847, section 3.3.
 
     x' = x R,  y = W x' + b      R = diag(R_1, ..., R_r), R_i: (b, b) orthogonal, r b = in
     y' = y R                     on an embedding, r b = dim

@@ -58,9 +58,6 @@ class PEANuT(Delta, config=PeanutConfig):
         self.peanut_B = linear(r, out)
         redraw(self.peanut_A, *self.layers, self.peanut_B, zero=c.init_weights)
 
-    def initial_scaling(self) -> float:
-        return self.config.scaling
-
     @property
     def layers(self) -> list[nn.Module]:
         """The layers between A and B."""

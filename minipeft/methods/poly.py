@@ -1,5 +1,5 @@
-"""Poly - Polytropon. Ponti et al., 2022, https://arxiv.org/abs/2202.13914, eq. 2; with n_splits > 1
-Multi-Head Routing, Caccia et al., 2022, https://arxiv.org/abs/2211.03831, eq. 4.
+"""Poly - Polytropon. Ponti et al., 2022, https://arxiv.org/abs/2202.13914; with n_splits > 1
+Multi-Head Routing, Caccia et al., 2022, https://arxiv.org/abs/2211.03831.
 
     y = W x + b + B_t A_t x / r  A_t = sum_s a_ts A_s: (r, in), B_t = sum_s a_ts B_s: (out, r), for a sample of task t
     a_t = z_t / sum(z_t)         z_t = sigmoid(Z_t), while training a relaxed Bernoulli draw with logits Z_t: (skills,)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..adapter import Factored
 from ..base import dropout
 from ..config import Positive, Probability
-from ..errors import CheckpointError
 from ..projections import Projected, ProjectedConfig, uniform
 from ..tuner import register_tuner
 
@@ -46,6 +45,7 @@ class RandLoraConfig(ProjectedConfig, method="RANDLORA"):
 class RandLoRA(Projected, Factored, config=RandLoraConfig):
     prefix = "randlora_"
     pair = ("randlora_A", "randlora_B")
+    saves_views = True  # PEFT: whereas VeRA's are saved once
     alike = ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse")
 
     @classmethod
@@ -66,26 +66,6 @@ class RandLoRA(Projected, Factored, config=RandLoraConfig):
             a = draw(*A)
             b = torch.cat([draw(B[0], 1, B[2]) for _ in range(B[1])], dim=1)
         return a / a.std(), b / b.std()
-
-    @classmethod
-    def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        # PEFT: each layer's view of the bases is saved, too
-        layers = [key.rpartition(".")[0] for key in tensors if key.endswith(".randlora_lambda")]
-        shared = {slot: tensors[f"base_model.{slot}"] for slot in cls.pair if f"base_model.{slot}" in tensors}
-        return tensors | {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared}
-
-    @classmethod
-    def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        layers = [key.rpartition(".")[0] for key in tensors if key.endswith(".randlora_lambda")]
-        for slot in cls.pair if config.save_projection else ():
-            if (whole := tensors.get(f"base_model.{slot}")) is None:
-                continue
-            for view in (f"{layer}.{slot}" for layer in layers):
-                if view not in tensors or not torch.equal(tensors[view], whole):
-                    raise CheckpointError(
-                        f"'{view}' must be in the checkpoint and equal to 'base_model.{slot}', but is not."
-                    )
-        return super().convert_for_load(config, tensors)
 
     def build(self) -> None:
         c = self.config

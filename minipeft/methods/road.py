@@ -1,4 +1,4 @@
-"""RoAd - 2D Rotary Adaptation. Liao and Monz, 2024, https://arxiv.org/abs/2409.00119, eq. 4.
+"""RoAd - 2D Rotary Adaptation. Liao and Monz, 2024, https://arxiv.org/abs/2409.00119, eq. 3 and 4.
 
     y = R (W x + b)              R turns and stretches pairs of outputs:
 

@@ -75,9 +75,6 @@ class SHiRA(Delta, config=ShiraConfig):
             )
         return torch.stack(torch.where(mask == 1)).to(torch.int)
 
-    def initial_scaling(self) -> float:
-        return 1.0
-
     def delta(self) -> Tensor:
         return dense(self.shira_weight * self.scaling, self.shira_indices, self.base.out, self.base.inp)  # (out, in)
 

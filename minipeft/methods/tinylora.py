@@ -1,4 +1,4 @@
-"""TinyLoRA - Learning to Reason in 13 Parameters. Morris et al., 2026, https://arxiv.org/abs/2602.04118, eq. 4.
+"""TinyLoRA - Learning to Reason in 13 Parameters. Morris et al., 2026, https://arxiv.org/abs/2602.04118.
 
     W' = W + B R A        R = sum_i v_i P_i        B A: the best approximation of W of rank r
     parameters            u, or u in all with weight_tying=1.0

@@ -1,4 +1,4 @@
-"""Uni-LoRA - one vector for the whole model. Li et al., 2025, https://arxiv.org/abs/2506.00799, eq. 3.
+"""Uni-LoRA - one vector for the whole model. Li et al., 2025, https://arxiv.org/abs/2506.00799.
 
     W' = W + B A        A = theta[i_A] / sqrt(n[i_A])        B = theta[i_B] / sqrt(n[i_B])
     parameters          theta_d_length in all

@@ -1,4 +1,4 @@
-"""VB-LoRA - low-rank factors out of one bank of vectors. Li et al., 2024, https://arxiv.org/abs/2405.15179, eq. 3.
+"""VB-LoRA - low-rank factors out of one bank of vectors. Li et al., 2024, https://arxiv.org/abs/2405.15179, eq. 3.3.
 
     W' = W + B A        each piece of b entries of a row of A, or of a column of B, is  sum_k softmax(l_k) v_k
                         over the k with the `topk` largest of the piece's logits l

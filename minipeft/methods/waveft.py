@@ -1,4 +1,4 @@
-"""WaveFT - Wavelet Fine-Tuning. Bilican et al., 2025, https://arxiv.org/abs/2505.12532, section 3.
+"""WaveFT - Wavelet Fine-Tuning. Bilican et al., 2025, https://arxiv.org/abs/2505.12532.
 
     W' = W + s D(S)              S: (out, in), 0 but for n entries c: (n,), at places that the seed gives
                                  D: one level of the inverse wavelet transform in two dimensions (wavelets.py);
@@ -47,10 +47,7 @@ class WaveFTConfig(PeftConfig, method="WAVEFT", layers_need_list=True):
 
     def __post_init__(self):
         super().__post_init__()
-        try:
-            length = taps(self.wavelet_family)
-        except ValueError as error:
-            raise ConfigError(f"`wavelet_family`: {error}") from None
+        length = taps(self.wavelet_family)
         if self.use_idwt and self.wavelet_family.startswith("coif") and length // 6 not in COIFLETS:
             raise ConfigError(f"`wavelet_family` is {self.wavelet_family!r}, but `use_idwt` knows only coif1 to coif5.")
 
