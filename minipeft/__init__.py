@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # a name is imported when it is first asked for, by `__getatt
         UnsupportedLayerError,
     )
     from .factory import get_peft_model, inject_adapter_in_model
+    from .kappa import find_kappa_target_modules
     from .mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING,
         PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -153,8 +154,8 @@ __all__ = [
     "UniLoraModel", "UnsupportedFeatureError", "UnsupportedLayerError", "VBLoRAConfig", "VBLoRAModel", "VeloraConfig",
     "VeraConfig", "VeraModel", "WaveFTConfig", "WaveFTModel", "XLoraConfig", "XLoraModel",
     "bloom_model_postprocess_past_key_value", "cast_mixed_precision_params", "compose_cartridge_adapters",
-    "convert_to_lora", "get_base_model_state_dict", "get_layer_status", "get_model_status", "get_peft_config",
-    "get_peft_model", "get_peft_model_state_dict", "initialize_kv_prefix_from_past_key_values",
+    "convert_to_lora", "find_kappa_target_modules", "get_base_model_state_dict", "get_layer_status", "get_model_status",
+    "get_peft_config", "get_peft_model", "get_peft_model_state_dict", "initialize_kv_prefix_from_past_key_values",
     "initialize_kv_prefix_from_text", "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training",
     "prompt_embeddings_from_past_key_values", "save_as_lora", "set_base_model_state_dict", "set_peft_model_state_dict",
     "shift_tokens_right",
