@@ -108,10 +108,21 @@ class FRoD(Delta, config=FrodConfig):
         U, M, V = self.factors()
         return U @ M @ V.t() - self.base.read()[0].to(U)  # (out, in)
 
-    def branch(self, x: Tensor) -> Tensor:
+    def rebuilt(self, x: Tensor) -> Tensor:
+        """W' x."""
         U, M, V = self.factors()
-        x = self.frod_dropout(self.cast(x, U))
-        return F.linear(F.linear(x @ V, M), U) - self.base.apply(x, self.base.read()[0])  # (..., out)
+        return F.linear(F.linear(self.cast(x, U) @ V, M), U)  # (..., out)
+
+    def branch(self, x: Tensor) -> Tensor:
+        x = self.frod_dropout(self.cast(x, self.frod_lambda_l))
+        return self.rebuilt(x) - self.base.apply(x, self.base.read()[0])  # (..., out)
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        dropping = self.frod_dropout.training and self.config.frod_dropout
+        if dropping or inner is not self.base or self.base.module is not self.base.leaf:
+            return super().forward(x, inner, *args, **kwargs)
+        y, b = self.rebuilt(x), self.base.read()[1]  # W x would be added and taken away again
+        return (y if b is None else y + b).to(x.dtype)
 
 
 FrodModel = register_tuner("FrodModel", "FROD")

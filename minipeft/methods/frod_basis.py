@@ -77,7 +77,7 @@ def positions(n: int, rate: float, generator: torch.Generator) -> Tensor:
 
 
 def shared_by_group(config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
-    """V, the positions in S and the size of S, of each group of layers; those of an earlier adapter, if there is one."""
+    """V, the positions in S and the size of S, for each group of layers; those of an earlier adapter if there is one."""
     groups: dict[str, dict[int, Tensor]] = {}
     for count, (path, base) in enumerate(found):
         # PEFT: of several layers of a group in one block only the last counts
@@ -90,9 +90,9 @@ def shared_by_group(config: Any, found: list[tuple[str, Base]], existing: Any) -
     for name in progress_bar(sorted(groups), "FRoD: decomposing weights", config.progressbar):
         W = next(iter(groups[name].values()))
         place = positions(W.shape[1], config.sparse_rate, generator).to(W.device)
-        if box := existing(f"frod_V.{name}"):  # PEFT: adapters share V, whatever their `regularization_alpha`
-            V = next(iter(box.values()))
-            other = next(iter(existing(f"frod_s_indices.{name}").values()))
+        if box := existing(f"frod_V.{name}"):  # PEFT: adapters start with one V, whatever their `regularization_alpha`
+            V = next(iter(box.values())).clone()
+            other = next(iter(existing(f"frod_s_indices.{name}").values())).clone()
             place = other if other.shape == place.shape else place
         else:
             V = basis([W for _, W in sorted(groups[name].items())], config.regularization_alpha).to(W)

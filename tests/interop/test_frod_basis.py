@@ -68,7 +68,16 @@ def test_second_adapter_has_its_own_rate(lib):
     boxes = model.base_model.shared_slots()
     assert [len(t[0]) for t in boxes["frod_s_indices.q"].values()] == [6, 32]
     V = boxes["frod_V.q"]
-    assert V["default"] is V["other"]
+    assert torch.equal(V["default"], V["other"])
+
+
+def test_loading_one_adapter_leaves_the_other(lib):
+    model = H.move(H.add(lib, H.adapt(lib, CASE), CASE, "other"), 0.3, only=H.adapter_or_trainable)
+    model.set_adapter("default")
+    before = H.run(model, H.inputs(CASE))
+    state = turned(lib.get_peft_model_state_dict(model, adapter_name="other"))
+    lib.set_peft_model_state_dict(model, state, adapter_name="other")
+    H.close(H.run(model, H.inputs(CASE)), before, 0)
 
 
 def test_one_width_for_a_group():
