@@ -77,7 +77,7 @@ def positions(n: int, rate: float, generator: torch.Generator) -> Tensor:
 
 
 def shared_by_group(config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
-    """V, the positions in S and the size of S, for each group of layers; those of an earlier adapter if there is one."""
+    """V, the positions in S and the size of S for each group of layers; an earlier adapter's, if there is one."""
     groups: dict[str, dict[int, Tensor]] = {}
     for count, (path, base) in enumerate(found):
         # PEFT: of several layers of a group in one block only the last counts
