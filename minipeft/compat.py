@@ -22,7 +22,7 @@ What peft's own dotted paths offer then is what transformers, diffusers, acceler
 
 Classes of which minipeft has none of its own, such as `LoraLayer` or `peft.tuners.lora.Linear`, say by `isinstance`
 what a layer is; they cannot be instantiated or derived from. Not offered, so that importing it fails: the layer classes
-of quantisation backends but for bitsandbytes, DoRA's caching (`DoraCaching`), `MontecloraTrainerMixin`, KappaTune, what
+of quantisation backends but for bitsandbytes, `DoraCaching`, `MontecloraTrainerMixin`, `KappaTuneSelector`, what
 peft keeps for itself (`update_layer`, `_create_and_replace`, `register_peft_method`, ...), and the conversion of
 checkpoints that were saved for the separate experts of transformers 4.
 """
@@ -56,6 +56,12 @@ from .tuner import TUNERS, BaseTuner
 
 VERSION = "0.21.2"  # of the reference
 PARTS = ("config", "model", "layer")  # of a method's folder in peft
+IN_PEFT_AT = {  # public functions of minipeft, where peft defines them
+    "peft.helpers": "find_kappa_target_modules",
+    "peft.utils": "replace_lora_weights_loftq",
+    "peft.tuners.lora": """convert_to_lora save_as_lora create_arrow_model preprocess_loraga
+        get_eva_state_dict initialize_lora_eva_weights""",
+}
 LOOKS_ONCE = ("transformers", "accelerate", "diffusers")  # what looks for peft when it is imported, and remembers
 
 # ---------------------------------------------------------------------------------------------------- kinds of layers
@@ -204,6 +210,8 @@ def offered() -> dict[str, dict[str, Any]]:
         paths[f"peft.tuners.{name}"] = offers
     paths["peft.tuners.lora"].update(_public(lora_configs))
     paths["peft.tuners.lora.conversion"] = {n: getattr(conversion, n) for n in ("convert_to_lora", "save_as_lora")}
+    for path, names in IN_PEFT_AT.items():
+        paths[path].update({name: everything[name] for name in names.split() if name in everything})
     paths["peft.tuners.lokr"]["factorization"] = lokr.factorization
     paths["peft.tuners.adalora"]["RankAllocator"] = adalora_budget.RankAllocator
     return paths

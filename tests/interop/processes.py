@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
 
 
-def run(*arguments, check=True, timeout=120, **env):
+def run(*arguments, check=True, timeout=300, **env):
     """A Python process in the repository; the environment is this one's and `env`."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **env}
     command = [sys.executable, *map(str, arguments)]
