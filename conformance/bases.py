@@ -41,8 +41,8 @@ def states(argument, *layers, **given):
 
 
 def language_model(model, **more):
-    return {"model": model, "vocab": 13, "hidden": 8, "heads": 2, "depth": 2, **more,
-            "input": {"shape": [2, 5], "below": 13}}
+    return {"model": model, "vocab": 13, "hidden": 8, "heads": 2, "depth": 2,
+            "input": {"shape": [2, 5], "below": 13}, **more}
 
 
 BASES = {
@@ -103,4 +103,6 @@ BASES = {
     "encoder-decoder": language_model("encoder_decoder", positions=17),
     "decoder-llama": language_model("decoder", names="llama", kv_heads=1, depth=3),
     "decoder-gpt2": language_model("decoder", names="gpt2", depth=3),
+    "decoder-three": language_model("decoder", names="llama", kv_heads=1, depth=3,
+                                    input={"shape": [3, 5], "below": 13}),
 }

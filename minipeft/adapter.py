@@ -63,6 +63,7 @@ class Adapter:
     autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
     alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     kept_if: ClassVar[dict[str, str]] = {}  # slots that are saved only if the field of that name is set
+    together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
 
     layer: Layer

@@ -336,6 +336,8 @@ class Layer(Switch, Slots):
             )
         groups = self.context.groups(len(x), names)
         assert groups is not None
+        if (together := getattr(next(iter(self.adapters.values()), None), "together", None)) is not None:
+            return together(self, groups, x, *args, **kwargs)
         if self.base.opaque:
             kind = type(self.base.leaf).__name__
             raise BatchError(f"Mixed batches are not possible on a {kind}: it does not map one tensor to one.")

@@ -98,6 +98,7 @@ METHOD = Method(
     name="adaption_prompt", peft_type="ADAPTION_PROMPT", title="Adaption prompt",
     paper="https://arxiv.org/abs/2303.16199", equation="y = Attention(x) + g softmax(Q K_P^T / sqrt(d)) V_P W_O",
     rows=ROWS, shapes=lambda site, c: {}, shared=shared, route=route, faults=FAULTS, merges=False, stacks=False,
-    neutral={GATE: 0.0}, perturb=lambda key, fresh, rng: rng.normal(size=fresh.shape) + 3 * key.endswith(GATE),
-    draw={"adapter_len": [1, 3], "adapter_layers": [1, 2, 3]}, draw_bases=("decoder-llama",),
+    mixed_batch=True, neutral={GATE: 0.0},
+    perturb=lambda key, fresh, rng: rng.normal(size=fresh.shape) + 3 * key.endswith(GATE),
+    draw={"adapter_len": [1, 3], "adapter_layers": [1, 2, 3]}, draw_bases=("decoder-three",),
 )

@@ -158,8 +158,8 @@ def idle(key, c):
 METHOD = Method(
     name="shadow", peft_type="SHADOW", title="Shadow", paper="https://arxiv.org/abs/2604.19254",
     equation="h_l = F_l(h + a U D (h - s)), s_l = (1 - g) s + g t", rows=ROWS, shapes=lambda site, c: {},
-    shared=shared, route=route, faults=FAULTS, merges=False, stacks=False, perturb=perturb,
+    shared=shared, route=route, faults=FAULTS, merges=False, stacks=False, mixed_batch=True, perturb=perturb,
     neutral={f"{UP}.weight": 0.0}, idle=idle,
     draw={"r": [1, 3], "shadow_alpha": [0.5, 1.0], "update_hidden_size": [None, 2],
-          "shadow_hidden_size": [None, 4], "share_embeddings": [True, False]}, draw_bases=("decoder-llama",),
+          "shadow_hidden_size": [None, 4], "share_embeddings": [True, False]}, draw_bases=("decoder-three",),
 )

@@ -15,18 +15,18 @@ It goes around the blocks F_l of a decoder, which must follow each other; all bu
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapter import Routed
 from ..config import PeftConfig, TaskType
 from ..errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
-from ..layer import Context, walk
+from ..layer import BASE, Context, walk
 from ..targets import Targets
 from ..tuner import BaseTuner
 from . import shadow_backbone as network
@@ -167,18 +167,41 @@ class Shadow(Routed, config=ShadowConfig):
             if start is None:
                 return inner(x, *args, **kwargs)
             x = Pair(x, start(x) if callable(start) else start)
-            if x.hidden.shape[:-1] != x.shadow.shape[:-1]:
-                shapes = f"{tuple(x.shadow.shape)} and {tuple(x.hidden.shape)}"
-                raise BatchError(f"The shadow and the model see inputs of other lengths ({shapes}): pass on the cache.")
-        h, s, dtype = x.hidden, x.shadow, self.shadow_down.weight.dtype
-        d = self.shadow_up(self.shadow_down(self.shadow_dropout((h - s).to(dtype))))
-        output = inner(h + (self.shadow_alpha * d).to(h.dtype), *args, **kwargs)
-        h = output if isinstance(output, Tensor) else output[0]
-        y: Any = h
+            _check_lengths(x.hidden, x.shadow)
+        output = inner(self.inject(x.hidden, x.shadow), *args, **kwargs)
+        y = h = output if isinstance(output, Tensor) else output[0]
         if not self.shadow_last:
-            t, g = self.shadow_update_transform(h.to(dtype)), self.shadow_update_gate(h.to(dtype)).sigmoid()
-            y = Pair(h, ((1 - g) * s.to(dtype) + g * t).to(s.dtype))
+            y = Pair(h, self.advance(h, x.shadow))
         return y if isinstance(output, Tensor) else (y, *output[1:])
+
+    def inject(self, h: Tensor, s: Tensor) -> Tensor:
+        d = self.shadow_up(self.shadow_down(self.shadow_dropout((h - s).to(self.shadow_down.weight.dtype))))
+        return h + (self.shadow_alpha * d).to(h.dtype)
+
+    def advance(self, h: Tensor, s: Tensor) -> Tensor:
+        h, before = h.to(self.shadow_down.weight.dtype), s
+        t, g = self.shadow_update_transform(h), self.shadow_update_gate(h).sigmoid()
+        return ((1 - g) * s.to(h.dtype) + g * t).to(before.dtype)
+
+    @staticmethod
+    def together(layer: Any, groups: dict[str, list[int]], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """One pass of the block for all samples, the state of each kept in the context."""
+        here = {n: torch.tensor(rows, device=x.device) for n, rows in groups.items() if n in layer.adapters}
+        for name, rows in here.items():
+            _check_lengths(x, layer.context.start)
+            x = x.index_copy(0, rows, layer.adapters[name].inject(x[rows], layer.context.start[rows]))
+        output = layer.base_layer(x, *args, **kwargs)
+        h = output if isinstance(output, Tensor) else output[0]
+        for name, rows in here.items():
+            s = layer.context.start
+            layer.context.start = s.index_copy(0, rows, layer.adapters[name].advance(h[rows], s[rows]))
+        return output
+
+
+def _check_lengths(hidden: Tensor, shadow: Tensor) -> None:
+    if hidden.shape[:-1] != shadow.shape[:-1]:
+        shapes = f"{tuple(shadow.shape)} and {tuple(hidden.shape)}"
+        raise BatchError(f"The shadow and the model see inputs of different lengths, {shapes}: pass on the cache.")
 
 
 def _in_range(config: Any, path: str) -> bool:
@@ -200,7 +223,7 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         super()._begin(model)
         self.context = Trajectory()
         self.last_shadow_loss: Tensor | None = None
-        self.past: Any = None  # the shadow's cache, until the model's own is there
+        self.pasts: dict[str, Any] = {}  # the shadows' caches, until the model's own is there
         self.hooks: list[Any] = []
         for slot in BESIDE:
             self.register(slot, nn.ModuleDict(), trained=True)
@@ -223,32 +246,46 @@ class ShadowModel(BaseTuner, method="SHADOW"):
     # ------------------------------------------------------------------------------------------------------- running
     def _begin_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Compute s_0, and give the model its own part of the cache."""
-        self.context.start = self.past = None
-        shadow_past = None
-        if isinstance(cache := kwargs.get("past_key_values"), network.ShadowCache):
-            kwargs, shadow_past = {**kwargs, "past_key_values": cache.base}, cache.shadow
-        if self._disabled or not self.active_adapters:
+        self.context.start, self.pasts = None, {}
+        pasts: dict[str, Any] = {}
+        cache: Any = kwargs.get("past_key_values")
+        if isinstance(cache, network.ShadowCache):
+            kwargs, cache, pasts = {**kwargs, "past_key_values": cache.base}, cache.base, cache.shadows
+        mixed = self.context.adapter_names
+        names = [name for name in dict.fromkeys(mixed or self.active_adapters) if name != BASE]
+        if self._disabled or not names:
             return args, kwargs
         ids, embeds = kwargs.get("input_ids", args[0] if args else None), kwargs.get("inputs_embeds")
         if ids is None and embeds is None:
             embeds = kwargs.get(getattr(self.model, "main_input_name", ""))
         if ids is None and embeds is None:  # a diffusion transformer
-            self.context.start = lambda hidden: self._start(None, hidden).last_hidden_state
+            if mixed is not None:
+                raise BatchError("Mixed batches are not possible on a diffusion transformer with a shadow.")
+            self.context.start = lambda hidden: self._start(names[0], None, hidden).last_hidden_state
             return args, kwargs
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = bool(getattr(getattr(self.model, "config", None), "use_cache", False))
+        if hasattr(cache, "get_seq_length") and cache.get_seq_length() and (lacking := set(names) - set(pasts)):
+            raise BatchError(f"The cache lacks what the shadow of {sorted(lacking)} has seen: pass on one of its own.")
         given = {name: kwargs[name] for name in ("position_ids",) if kwargs.get(name) is not None}
-        mask = kwargs.get("attention_mask")
-        given |= {"attention_mask": mask, "use_cache": use_cache, "past_key_values": shadow_past}
-        output = self._start(ids, embeds, **given)
-        self.context.start = output.last_hidden_state
-        self.past = getattr(output, "past_key_values", None) if use_cache else None
+        given |= {"attention_mask": kwargs.get("attention_mask"), "use_cache": use_cache}
+        starts = {}
+        for name in names:  # each sees the whole batch, so that all caches have its rows
+            output = self._start(name, ids, embeds, past_key_values=pasts.get(name), **given)
+            starts[name] = output.last_hidden_state
+            if use_cache and (past := getattr(output, "past_key_values", None)) is not None:
+                self.pasts[name] = past
+        start = starts[names[0]]
+        for name, rows in (self.context.groups(len(start), None) or {}).items():
+            if name in starts:
+                index = torch.tensor(rows, device=start.device)
+                start = start.index_copy(0, index, starts[name][index])
+        self.context.start = start
         return args, kwargs
 
-    def _start(self, ids: Any, embeds: Any, **given: Any) -> Any:
+    def _start(self, name: str, ids: Any, embeds: Any, **given: Any) -> Any:
         """The shadow's output, with s_0 in the place of its own hidden states."""
-        name = self.active_adapters[0]
         backbone = self.shadow_backbone[name]
         if embeds is None and network.shares_embeddings(self.model, backbone, self.peft_config[name]):
             embeds = self.model.get_input_embeddings()(ids)
@@ -260,9 +297,9 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         return output
 
     def _end_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        past, self.past = self.past, None
-        if past is not None and hasattr(output, "past_key_values"):
-            output.past_key_values = network.ShadowCache(output.past_key_values, past)
+        pasts, self.pasts = self.pasts, {}
+        if pasts and hasattr(output, "past_key_values"):
+            output.past_key_values = network.ShadowCache(output.past_key_values, pasts)
         return output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -271,6 +308,8 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         self.last_shadow_loss = None
         labels, start = kwargs.get("labels"), self.context.start
         if labels is None or getattr(output, "loss", None) is None or not isinstance(start, Tensor):
+            return output
+        if self.context.adapter_names is not None:  # there is no one shadow
             return output
         loss = self.shadow_auxiliary_loss(labels, kwargs.get("attention_mask"))
         if loss is not None:
@@ -295,13 +334,6 @@ class ShadowModel(BaseTuner, method="SHADOW"):
             return self.shadow_head[name]
         of_words = self.peft_config[name].task_type == TaskType.CAUSAL_LM
         return self.model.get_output_embeddings() if of_words else None
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise BatchError("SHADOW runs one adapter for the whole batch: `adapter_names` cannot be given.")
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            yield
 
     # ------------------------------------------------------------------------------------------------- which adapter
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

@@ -173,40 +173,44 @@ def last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------------------- cache
 class ShadowCache:
-    """The cache of a model and that of its shadow, in one. What is asked of it is answered by the model's own."""
+    """The cache of a model and those of its shadows, by adapter. What is asked of it is answered by the model's own."""
 
     is_compileable = False
 
-    def __init__(self, base: Any, shadow: Any):
-        self.base, self.shadow = base, shadow
+    def __init__(self, base: Any, shadows: dict[str, Any]):
+        self.base, self.shadows = base, shadows
 
-    def _both(self, method: str, *args: Any) -> None:
-        for cache in (self.base, self.shadow):
-            if cache is not None:
-                getattr(cache, method)(*args)
+    @property
+    def shadow(self) -> Any:
+        """That of the one active adapter."""
+        return next(iter(self.shadows.values()))
+
+    def _all(self, method: str, *args: Any) -> None:
+        for cache in (self.base, *self.shadows.values()):
+            getattr(cache, method)(*args)
 
     def reset(self) -> None:
-        """Empty both."""
-        self._both("reset")
+        """Empty all."""
+        self._all("reset")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Go on with these rows in the place of all, as beam search wants it."""
-        self._both("reorder_cache", beam_idx)
+        self._all("reorder_cache", beam_idx)
 
     def crop(self, tokens: int) -> None:
         """Forget the last -`tokens` tokens (of older caches: all after the first `tokens`)."""
-        self._both("crop", tokens)
+        self._all("crop", tokens)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Make several rows of each."""
-        self._both("batch_repeat_interleave", repeats)
+        self._all("batch_repeat_interleave", repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
-        self._both("batch_select_indices", indices)
+        self._all("batch_select_indices", indices)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("base", "shadow") or name.startswith("__"):  # half built, by copy or pickle
+        if name in ("base", "shadows") or name.startswith("__"):  # half built, by copy or pickle
             raise AttributeError(name)
         return getattr(self.base, name)
 

@@ -5,7 +5,7 @@ from .case import Refused, rows
 
 META = {"low memory": "low_cpu_mem_usage=True raises NotImplementedError: the shadow is on the meta device"}
 WRAPPED = {**META, "restore": "unload() leaves the wrappers of modules_to_save in the model"}
-_row = rows("shadow", "ShadowConfig", r=3, merges=False, stacks=False, mixed=None, own_loss=True, disputed=META)
+_row = rows("shadow", "ShadowConfig", r=3, merges=False, stacks=False, own_loss=True, disputed=META)
 
 
 def shadow(id, base, **given):
