@@ -20,7 +20,7 @@ from ..errors import ConfigError, UnsupportedFeatureError
 from ..replicate import replicate_layers
 from ..targets import pattern_value
 from .lora_configs import LoraConfig as LoraConfig
-from .lora_init import initialise, to_plain
+from .lora_init import changes_base, initialise, to_plain
 from .lora_model import LoraModel as LoraModel
 
 
@@ -62,7 +62,7 @@ class Factors(Adapter):
             initialise(self, c.init_lora_weights)
 
     def initial_scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+        return self.lora_alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input of A: with dropout while training, in A's dtype. Indices stay as they are."""
@@ -81,7 +81,7 @@ class LowRank(Factors, Delta):
 
     @classmethod
     def changes_base(cls, config: Any) -> bool:
-        return isinstance(config.init_lora_weights, str) and config.init_lora_weights.startswith(("pissa", "olora"))
+        return changes_base(config.init_lora_weights)
 
 
 class LoRA(LowRank, config=LoraConfig):

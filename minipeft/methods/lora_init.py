@@ -6,6 +6,7 @@
                  Meng et al., 2024, https://arxiv.org/abs/2404.02948
     "olora"      B A = the first r columns of a QR decomposition of W
                  Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775
+    "loftq"      B A makes up for quantising W: lora_loftq.py
 
 PiSSA and OLoRA take s B A out of the frozen weight, so that the model starts unchanged.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import math
 import re
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -22,8 +24,14 @@ from torch import Tensor, nn
 from ..base import kaiming
 from ..errors import ConfigError, UnsupportedFeatureError
 
-LATER = ("eva", "corda", "loftq", "lora_ga", "mica")
-INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|{'|'.join(LATER)}")
+MODULES = {"loftq": "lora_loftq"}  # those that have a file of their own
+LATER = ("eva", "corda", "lora_ga", "mica")
+INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|{'|'.join((*MODULES, *LATER))}")
+
+
+def changes_base(how: bool | str) -> bool:
+    """Whether that start writes to the frozen weights."""
+    return isinstance(how, str) and how.startswith(("pissa", "olora", "loftq"))
 
 
 def initialise(adapter: Any, how: bool | str) -> None:
@@ -63,12 +71,18 @@ def _initialise(adapter: Any, how: bool | str) -> None:
         W = base.read()[0].detach()
         if W.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ConfigError(f"init_lora_weights={how!r} needs a float32, float16 or bfloat16 weight, got {W.dtype}.")
-        W = W.float()
-        a, b = olora(W, adapter.r) if how == "olora" else pissa(W, adapter.r, adapter.scaling, how)
+        a, b, rest = factors(adapter, W.float(), how)
         if not adapter.blank:
             A.weight.data, B.weight.data = a, b
-        rest = W - adapter.scaling * b @ a
         adapter.at_commit(lambda: (base.write(rest, None), base.forget()))
+
+
+def factors(adapter: Any, W: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A (r, in), B (out, r) and what is left in the frozen layer, for its weight W (out, in)."""
+    if how in MODULES:
+        return import_module(f".{MODULES[how]}", __package__).start(adapter, W)
+    a, b = olora(W, adapter.r) if how == "olora" else pissa(W, adapter.r, adapter.scaling, how)
+    return a, b, W - adapter.scaling * b @ a
 
 
 def orthogonal(n_in: int, n_out: int, r: int) -> tuple[Tensor, Tensor]:
@@ -103,6 +117,8 @@ def to_plain(config: Any, tensors: dict[str, Tensor], initial: dict[str, Tensor]
 
     `initial` are the tensors of the untrained adapter, under the same keys. Returns its configuration and tensors.
     """
+    if config.init_lora_weights == "loftq":
+        raise ConfigError("LoftQ also rounded the base weights, which no LoRA on the unchanged model can make good.")
     if config.use_dora or (config.use_rslora and (config.rank_pattern or config.alpha_pattern)):
         raise ConfigError("A PiSSA or OLoRA adapter with DoRA, or rsLoRA and patterns, cannot be made a plain LoRA.")
     if tensors.keys() != initial.keys():
