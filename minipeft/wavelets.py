@@ -70,7 +70,7 @@ def taps(family: str) -> int:
     first, last = {"db": (1, 38), "sym": (2, 20), "coif": (1, 17)}[match[1]] if match else (1, 0)
     if not match or not first <= int(match[2]) <= last:
         names = "db1 to db38, sym2 to sym20, coif1 to coif17"
-        raise ConfigError(f"`wavelet_family` must be one of {names}, got {family!r}.")
+        raise ConfigError(f"{family!r} is no wavelet family; `wavelet_family` must be one of {names}.")
     return (6 if match[1] == "coif" else 2) * int(match[2])
 
 
