@@ -1,4 +1,4 @@
-"""Which singular values AdaLoRA keeps. Zhang et al., 2023, https://arxiv.org/abs/2303.10512, eq. 7 to 11 and appendix A.
+"""Which singular values AdaLoRA keeps. Zhang et al., 2023, https://arxiv.org/abs/2303.10512, eq. 7 to 11, appendix A.
 
     I = |w dL/dw|                        of every entry w of A, E and B
     I' <- beta1 I' + (1 - beta1) I       U <- beta2 U + (1 - beta2) |I - I'|
