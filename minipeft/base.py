@@ -593,7 +593,7 @@ class Block(Whole):
 
 def _depth(module: Any) -> int:
     depth = 0
-    while hasattr(module, "base_layer"):
+    while "base_layer" in module._modules:
         module, depth = module.base_layer, depth + 1
     return depth
 
@@ -603,9 +603,9 @@ def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None
 
     `whole`: Whole or Block, to take it for that whatever it is.
     """
-    inside = getattr(module, "base", None) if hasattr(module, "base_layer") else None
+    inside = getattr(module, "base", None) if "base_layer" in module._modules else None
     leaf = module
-    while hasattr(leaf, "base_layer"):
+    while "base_layer" in leaf._modules:
         leaf = leaf.base_layer
     if parameter is not None:
         base = Param.__new__(Param)

@@ -711,20 +711,18 @@ def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     `path` is what the module was called before any adapter came; `live` is what it is called now.
     """
     seen: set[int] = set()
-
-    def visit(module: nn.Module, path: str, live: str) -> Iterator[tuple[str, str, nn.Module]]:
+    ahead = [("", "", model)]  # the next one last
+    while ahead:
+        path, live, module = ahead.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
         yield path, live, module
         if (inside := _INSIDE.get(type(module))) is not None:
-            yield from visit(getattr(module, inside), path, _join(live, inside))
-            return
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from visit(child, _join(path, name), _join(live, name))
-
-    yield from visit(model, "", "")
+            ahead.append((path, _join(live, inside), getattr(module, inside)))
+        elif module._modules:
+            children = [(n, child) for n, child in module._modules.items() if child is not None]
+            ahead += [(_join(path, name), _join(live, name), child) for name, child in reversed(children)]
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
