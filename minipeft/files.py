@@ -172,3 +172,12 @@ def _pending_config(folder: Path) -> Path | None:
     except Exception:
         return None
     return next((path for path in candidates if path.name == f".{CONFIG_NAME}.{digest}"), None)
+
+
+def saved_at(model_id: str | os.PathLike, subfolder: str | None, **options: Any) -> str | None:
+    """The folder with the files of a saved adapter, or None when they are not there."""
+    try:
+        find_config(model_id, subfolder, **options)
+        return str(find_weights(model_id, subfolder, **options).parent)
+    except CheckpointError:
+        return None

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ..adapter import Routed
 from ..config import ABOVE_ZERO, PeftConfig, Positive, Probability
-from ..errors import BatchError, CheckpointError, PeftWarning
-from ..files import find_config, find_weights
+from ..errors import BatchError, PeftWarning
+from ..files import saved_at
 from .lora import Factors
 from .xlora_model import XLoraModel as XLoraModel
 
@@ -77,15 +77,6 @@ class XLoraConfig(PeftConfig, method="XLORA"):
             if self.use_trainable_adapters or not saved_at(named, None, **options):
                 inside = f"{subfolder}/{number}" if subfolder else str(number)
                 self.adapters[name] = saved_at(model_id, inside, **options) or named
-
-
-def saved_at(model_id: str | PathLike, subfolder: str | None, **options: Any) -> str | None:
-    """The folder with the files of a saved adapter, or None when they are not there."""
-    try:
-        find_config(model_id, subfolder, **options)
-        return str(find_weights(model_id, subfolder, **options).parent)
-    except CheckpointError:
-        return None
 
 
 class XLoRA(Routed, Factors, config=XLoraConfig):
