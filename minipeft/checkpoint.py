@@ -43,8 +43,11 @@ class Entry:
         return self.box[self.key]
 
     def fill(self, value: Tensor) -> None:
-        """Take over `value`. A tensor without storage (meta) is replaced, any other is written to."""
+        """Take over `value`. A tensor without storage (meta), or shared with other adapters, is replaced."""
         old = self.tensor
+        if any(tensor is old for key, tensor in self.box.items() if key != self.key):
+            self.box[self.key] = own(old, value)
+            return
         if old.is_meta and (self.layer is None or self.layer.base.device.type != "meta"):
             new = value.detach().clone()
             if self.layer is not None:
@@ -53,6 +56,14 @@ class Entry:
         else:
             with torch.no_grad():
                 old.copy_(value)
+
+
+def own(tensor: Tensor, value: Tensor) -> Tensor:
+    """`tensor` if it holds `value` already, otherwise a copy of `value` in its dtype and on its device."""
+    value = value.detach().to(tensor, copy=True)
+    if torch.equal(tensor, value):
+        return tensor
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def entries_of_module(module: nn.Module, saved: str, live: str) -> Iterator[Entry]:

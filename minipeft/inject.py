@@ -27,6 +27,7 @@ from .checkpoint import (
     entries_of_layer,
     entries_of_module,
     entries_of_shared,
+    own,
     strip,
 )
 from .config import PeftConfig
@@ -381,14 +382,6 @@ def _own_slot(cls: Any, slot: str, path: str) -> str | None:
     """Under which name the layer at `path` looks at a shared slot, or None: it belongs to another group."""
     head, _, group = slot.partition(".")
     return head if group in ("", cls.group(path)) else None
-
-
-def own(tensor: Tensor, value: Tensor) -> Tensor:
-    """`tensor` if it holds `value` already, otherwise a copy of `value` in its dtype and on its device."""
-    value = value.to(tensor, copy=True)
-    if torch.equal(tensor, value):
-        return tensor
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def _paths_in(keys: Any, prefix: str, outer: dict[str, Any]) -> list[str]:
