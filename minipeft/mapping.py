@@ -17,6 +17,6 @@ PEFT_TYPE_TO_CONFIG_MAPPING = CONFIGS
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {**TUNERS, **PROMPTS}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {kind: TUNERS[kind] for kind in COMPATIBLE_TUNER_TYPES}
 PEFT_TYPE_TO_PREFIX_MAPPING = {
-    **{kind: f"{kind.value.lower()}_" for kind in PROMPTS},
+    **{kind: f"{kind.value.lower()}_" for kind in CONFIGS},
     **{kind: classes[0].prefix for kind, classes in ADAPTERS.items()},
 }

@@ -135,10 +135,9 @@ class Shadow(Routed, config=ShadowConfig):
         head = next((m for n in ("score", "classifier") if (m := getattr(model, n, None)) is not None), None)
         if config.task_type == TaskType.SEQ_CLS and head is not None:
             made["shadow_head"] = deepcopy(head)
-        for parameter in model.parameters():
-            dtype = parameter.dtype if parameter.dtype.is_floating_point else None
-            return {slot: module.to(parameter.device, dtype) for slot, module in made.items()}
-        return made
+        like = next(model.parameters(), torch.empty(0))
+        dtype = like.dtype if like.dtype.is_floating_point else None
+        return {slot: module.to(like.device, dtype) for slot, module in made.items()}
 
     @classmethod
     def complete(cls, config: Any, adapters: Any) -> None:
@@ -179,9 +178,9 @@ class Shadow(Routed, config=ShadowConfig):
         return h + (self.shadow_alpha * d).to(h.dtype)
 
     def advance(self, h: Tensor, s: Tensor) -> Tensor:
-        h, before = h.to(self.shadow_down.weight.dtype), s
+        h = h.to(self.shadow_down.weight.dtype)
         t, g = self.shadow_update_transform(h), self.shadow_update_gate(h).sigmoid()
-        return ((1 - g) * s.to(h.dtype) + g * t).to(before.dtype)
+        return ((1 - g) * s.to(h.dtype) + g * t).to(s.dtype)
 
     @staticmethod
     def together(layer: Any, groups: dict[str, list[int]], x: Tensor, *args: Any, **kwargs: Any) -> Any:
