@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # a name is imported when it is first asked for, by `__getatt
         MontecloraConfig,
         VeloraConfig,
     )
+    from .methods.lora_eva import get_eva_state_dict, initialize_lora_eva_weights
     from .methods.lora_loftq import replace_lora_weights_loftq
     from .methods.miss import MissConfig, MissModel
     from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -155,9 +156,10 @@ __all__ = [
     "UniLoraModel", "UnsupportedFeatureError", "UnsupportedLayerError", "VBLoRAConfig", "VBLoRAModel", "VeloraConfig",
     "VeraConfig", "VeraModel", "WaveFTConfig", "WaveFTModel", "XLoraConfig", "XLoraModel",
     "bloom_model_postprocess_past_key_value", "cast_mixed_precision_params", "compose_cartridge_adapters",
-    "convert_to_lora", "find_kappa_target_modules", "get_base_model_state_dict", "get_layer_status", "get_model_status",
-    "get_peft_config", "get_peft_model", "get_peft_model_state_dict", "initialize_kv_prefix_from_past_key_values",
-    "initialize_kv_prefix_from_text", "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training",
+    "convert_to_lora", "find_kappa_target_modules", "get_base_model_state_dict", "get_eva_state_dict",
+    "get_layer_status", "get_model_status", "get_peft_config", "get_peft_model", "get_peft_model_state_dict",
+    "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text", "initialize_lora_eva_weights",
+    "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training",
     "prompt_embeddings_from_past_key_values", "replace_lora_weights_loftq", "save_as_lora", "set_base_model_state_dict",
     "set_peft_model_state_dict", "shift_tokens_right",
 ]

@@ -22,7 +22,7 @@ from .errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatur
 from .files import write_checkpoint
 from .layer import Layer, ModulesToSaveWrapper, adapted, walk, widened
 from .methods.lora import LoraConfig
-from .targets import named
+from .targets import exactly
 from .tuner import progress_bar
 
 
@@ -75,7 +75,7 @@ def convert_to_lora(
         lora_alpha=r,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=_targets(root, set(pairs)),
+        target_modules=exactly(set(pairs), [path for path, _, _ in walk(root)]),
         layer_replication=getattr(source, "layer_replication", None),
         modules_to_save=copy.copy(getattr(source, "modules_to_save", None)),
         base_model_name_or_path=source.base_model_name_or_path,
@@ -152,10 +152,3 @@ def _delta(adapter: Any) -> Tensor:
         D, alone = folded - W, adapter.fold(torch.zeros_like(W), b)[0]
     rounding = 4 * torch.finfo(W.dtype).eps * torch.maximum(W.abs(), folded.abs())
     return alone if ((D - alone).abs() <= rounding).all() else D  # an additive one without the rounding of W + dW
-
-
-def _targets(model: nn.Module, paths: set[str]) -> list[str] | str:
-    """What names exactly the layers at `paths`: the paths, or an expression where they would mean others too."""
-    if any(path not in paths and named(path, paths) for path, _, _ in walk(model)):
-        return "|".join(sorted(map(re.escape, paths)))
-    return sorted(paths)

@@ -37,6 +37,13 @@ def named(path: str, names: Iterable[str] | str | None) -> bool:
     return any(tail in names for tail in suffixes(path))
 
 
+def exactly(paths: set[str], known: Iterable[str]) -> Any:
+    """Targets that mean `paths` and no other of the `known` ones: a set, or an expression where tails are ambiguous."""
+    if any(path not in paths and named(path, paths) for path in known):
+        return "|".join(sorted(map(re.escape, paths)))
+    return paths
+
+
 def under(path: str, names: Iterable[str] | None) -> bool:
     """Whether `path` is, or lies under, a module that one of `names` means."""
     parts = path.split(".")

@@ -6,6 +6,7 @@
                  Meng et al., 2024, https://arxiv.org/abs/2404.02948
     "olora"      B A = the first r columns of a QR decomposition of W
                  Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775
+    "eva"        B = 0, until `initialize_lora_eva_weights` gives A: lora_eva.py
     "loftq"      B A makes up for quantising W: lora_loftq.py
 
 PiSSA and OLoRA take s B A out of the frozen weight, so that the model starts unchanged.
@@ -25,8 +26,8 @@ from ..base import kaiming
 from ..errors import ConfigError, UnsupportedFeatureError
 
 MODULES = {"loftq": "lora_loftq"}  # those that have a file of their own
-LATER = ("eva", "corda", "lora_ga", "mica")
-INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|{'|'.join((*MODULES, *LATER))}")
+LATER = ("corda", "lora_ga", "mica")
+INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|eva|{'|'.join((*MODULES, *LATER))}")
 
 
 def changes_base(how: bool | str) -> bool:
@@ -62,6 +63,8 @@ def _initialise(adapter: Any, how: bool | str) -> None:
         for zero in (B.weight, B.bias):
             if zero is not None:
                 nn.init.zeros_(zero)
+    elif how == "eva":
+        nn.init.zeros_(B.weight)
     elif how == "orthogonal":
         a, b = orthogonal(base.inp, base.out, A.weight.shape[0])
         A.weight.data, B.weight.data = a, b
