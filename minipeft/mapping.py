@@ -19,4 +19,6 @@ PEFT_TYPE_TO_MIXED_MODEL_MAPPING = {kind: TUNERS[kind] for kind in COMPATIBLE_TU
 PEFT_TYPE_TO_PREFIX_MAPPING = {
     **{kind: f"{kind.value.lower()}_" for kind in CONFIGS},
     **{kind: classes[0].prefix for kind, classes in ADAPTERS.items()},
+    PeftType.FROD: "frod_",  # PEFT: also of what is not trained
+    PeftType.XLORA: "xlora_",  # PEFT: of nothing that there is
 }

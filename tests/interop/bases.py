@@ -303,3 +303,14 @@ _OPT = {
     "eos_token_id": 2,
 }
 OPT = _hf_base("opt", _hf("OPTConfig", "OPTForCausalLM", **_OPT), _text(labels=_ids(BATCH, 5)))
+ROBERTA = _hf_base("roberta", _hf("RobertaConfig", "RobertaForSequenceClassification", pad_token_id=1, **_BERT),
+                   _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
+DEBERTA = _hf_base("deberta", _hf("DebertaV2Config", "DebertaV2ForSequenceClassification", pad_token_id=0, **_BERT),
+                   _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
+_BART = {
+    "vocab_size": VOCAB, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 40,
+    "decoder_start_token_id": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dropout": 0.0,
+}
+BART = _hf_base("bart", _hf("BartConfig", "BartForConditionalGeneration", **_BART),
+                _text(labels=_ids(BATCH, 4), decoder_input_ids=_ids(BATCH, 4)))

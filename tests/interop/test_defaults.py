@@ -50,6 +50,11 @@ def test_tables_are_those_of_peft(ref):
         assert getattr(defaults, name) == getattr(constants, name), name
 
 
+def test_prefixes_are_those_of_peft(ref, lib):
+    theirs, ours = ref.mapping.PEFT_TYPE_TO_PREFIX_MAPPING, lib.mapping.PEFT_TYPE_TO_PREFIX_MAPPING
+    assert {k.value: v for k, v in ours.items()} == {k.value: v for k, v in theirs.items()}
+
+
 def test_a_table_is_a_copy_and_unknown_names_are_no_attributes():
     from minipeft import defaults
 
