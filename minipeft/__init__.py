@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # a name is imported when it is first asked for, by `__getatt
         VeloraConfig,
     )
     from .methods.lora_eva import get_eva_state_dict, initialize_lora_eva_weights
+    from .methods.lora_ga import preprocess_loraga
     from .methods.lora_loftq import replace_lora_weights_loftq
     from .methods.miss import MissConfig, MissModel
     from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
@@ -159,7 +160,7 @@ __all__ = [
     "convert_to_lora", "find_kappa_target_modules", "get_base_model_state_dict", "get_eva_state_dict",
     "get_layer_status", "get_model_status", "get_peft_config", "get_peft_model", "get_peft_model_state_dict",
     "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text", "initialize_lora_eva_weights",
-    "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training",
+    "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training", "preprocess_loraga",
     "prompt_embeddings_from_past_key_values", "replace_lora_weights_loftq", "save_as_lora", "set_base_model_state_dict",
     "set_peft_model_state_dict", "shift_tokens_right",
 ]

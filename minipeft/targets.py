@@ -121,6 +121,19 @@ class Targets:
             warnings.warn(f"Not all of the checkpoint's target modules {shown} are in the model: {hint}", PeftWarning)
 
 
+def linear_targets(model: Any, config: Any) -> dict[str, Any]:
+    """The base of each linear layer that `config` means, by path, in a model without adapters; no targets: of all."""
+    from .base import Linear, base_of
+
+    bases = {path: base_of(module) for path, module in model.named_modules() if path}
+    linear = {path: base for path, base in bases.items() if isinstance(base, Linear) and not base.opaque}
+    names = config.target_modules
+    wanted: Any = Targets(config)
+    if names is None or (isinstance(names, str) and names.lower() == ALL_LINEAR):
+        wanted = linear if names is None else all_linear(model, config.task_type, bases.items())
+    return {path: base for path, base in linear.items() if path in wanted}
+
+
 def all_linear(model: Any, task_type: Any, paths: Iterable[tuple[str, Any]]) -> set[str]:
     """What "all-linear" means: every linear layer but the output layer. `paths`: (path, base or None)."""
     from .base import Linear

@@ -17,30 +17,20 @@ from ..base import Linear, base_of
 from ..checkpoint import PREFIX
 from ..errors import ConfigError
 from ..layer import Layer
-from ..targets import ALL_LINEAR, Targets, all_linear, pattern_value
+from ..targets import linear_targets, pattern_value
 from .lora_eva_pca import IncrementalPCA
 
 
-def linear_layers(model: Any, config: Any, adapter_name: str) -> dict[str, nn.Module]:
-    """The linear layers that the adapter is on, or would be."""
-    named = dict(model.named_modules())
-    bases = {name: base_of(module) for name, module in named.items() if not isinstance(module, Layer)}
-    linear = {name for name, base in bases.items() if isinstance(base, Linear) and not base.opaque}
-    if any(isinstance(module, Layer) for module in named.values()):
-        found = [
-            name
-            for name, m in named.items()
-            if isinstance(m, Layer) and adapter_name in m.adapters and isinstance(m.base, Linear) and not m.base.opaque
-        ]
-    elif isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
-        wanted = all_linear(model, config.task_type, bases.items())
-        found = [name for name in named if name in wanted]
-    else:
-        targets = Targets(config)
-        found = [name for name in named if name in linear and (config.target_modules is None or name in targets)]
+def linear_layers(model: Any, config: Any, adapter_name: str) -> dict[str, Any]:
+    """The linear layers that the adapter is on, or would be, by name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
+    here = {name: m for name, m in layers.items() if adapter_name in m.adapters}
+    found = {name: m for name, m in here.items() if isinstance(m.base, Linear) and not m.base.opaque}
+    if not layers:
+        found = {path: base.leaf for path, base in linear_targets(model, config).items()}
     if not found:
         raise ConfigError("The adapter has no linear layers, which is what EVA is for.")
-    return {name: named[name] for name in found}
+    return found
 
 
 class Watched:

@@ -7,9 +7,10 @@
     "olora"      B A = the first r columns of a QR decomposition of W
                  Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775
     "eva"        B = 0, until `initialize_lora_eva_weights` gives A: lora_eva.py
+    "lora_ga"    A and B from the gradient that `preprocess_loraga` saw: lora_ga.py
     "loftq"      B A makes up for quantising W: lora_loftq.py
 
-PiSSA and OLoRA take s B A out of the frozen weight, so that the model starts unchanged.
+PiSSA, OLoRA and LoRA-GA take s B A out of the frozen weight, so that the model starts unchanged.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from torch import Tensor, nn
 from ..base import kaiming
 from ..errors import ConfigError, UnsupportedFeatureError
 
-MODULES = {"loftq": "lora_loftq"}  # those that have a file of their own
-LATER = ("corda", "lora_ga", "mica")
+MODULES = {"loftq": "lora_loftq", "lora_ga": "lora_ga"}  # those that have a file of their own
+LATER = ("corda", "mica")
 INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|eva|{'|'.join((*MODULES, *LATER))}")
 
 
 def changes_base(how: bool | str) -> bool:
     """Whether that start writes to the frozen weights."""
-    return isinstance(how, str) and how.startswith(("pissa", "olora", "loftq"))
+    return isinstance(how, str) and how.startswith(("pissa", "olora", *MODULES))
 
 
 def initialise(adapter: Any, how: bool | str) -> None:
@@ -74,14 +75,16 @@ def _initialise(adapter: Any, how: bool | str) -> None:
         W = base.read()[0].detach()
         if W.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ConfigError(f"init_lora_weights={how!r} needs a float32, float16 or bfloat16 weight, got {W.dtype}.")
-        a, b, rest = factors(adapter, W.float(), how)
+        if (found := factors(adapter, W.float(), how)) is None:
+            return initialise(adapter, True)
+        a, b, rest = found
         if not adapter.blank:
             A.weight.data, B.weight.data = a, b
         adapter.at_commit(lambda: (base.write(rest, None), base.forget()))
 
 
-def factors(adapter: Any, W: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor]:
-    """A (r, in), B (out, r) and what is left in the frozen layer, for its weight W (out, in)."""
+def factors(adapter: Any, W: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """A (r, in), B (out, r) and what is left in the frozen layer, for its weight W (out, in); None: start as usual."""
     if how in MODULES:
         return import_module(f".{MODULES[how]}", __package__).start(adapter, W)
     a, b = olora(W, adapter.r) if how == "olora" else pissa(W, adapter.r, adapter.scaling, how)
