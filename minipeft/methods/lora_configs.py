@@ -204,6 +204,8 @@ class LoraConfig(PeftConfig, method="LORA", layers_need_list=True):
             raise ConfigError(f"Unknown initialization init_lora_weights={self.init_lora_weights!r}.")
         if self.init_lora_weights == "eva" and self.eva_config is None:
             self.eva_config = EvaConfig()
+        if self.init_lora_weights == "corda" and self.corda_config is None:
+            self.corda_config = CordaConfig()
         if self.init_lora_weights == "loftq" and not self.loftq_config:
             raise ConfigError("`loftq_config` must be specified when `init_lora_weights` is 'loftq'.")
         if self.lora_bias and (isinstance(self.init_lora_weights, str) or self.use_dora):

@@ -8,9 +8,10 @@
                  Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775
     "eva"        B = 0, until `initialize_lora_eva_weights` gives A: lora_eva.py
     "lora_ga"    A and B from the gradient that `preprocess_loraga` saw: lora_ga.py
+    "corda"      A and B from the inputs that `preprocess_corda` saw: lora_corda.py
     "loftq"      B A makes up for quantising W: lora_loftq.py
 
-PiSSA, OLoRA and LoRA-GA take s B A out of the frozen weight, so that the model starts unchanged.
+PiSSA, OLoRA, LoRA-GA and CorDA take s B A out of the frozen weight, so that the model starts unchanged.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 from ..base import kaiming
 from ..errors import ConfigError, UnsupportedFeatureError
 
-MODULES = {"loftq": "lora_loftq", "lora_ga": "lora_ga"}  # those that have a file of their own
-LATER = ("corda", "mica")
+MODULES = {"loftq": "lora_loftq", "lora_ga": "lora_ga", "corda": "lora_corda"}  # those that have a file of their own
+LATER = ("mica",)
 INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|eva|{'|'.join((*MODULES, *LATER))}")
 
 
