@@ -224,6 +224,10 @@ class Adapter:
         """Whether a slot's tensors belong in a checkpoint."""
         return getattr(config, cls.kept_if[slot]) if slot in cls.kept_if else slot.startswith(cls.prefix)
 
+    def trains(self, slot: str) -> bool:
+        """Whether the parameters of a slot of the method are trained, and not only kept."""
+        return True
+
     @classmethod
     def saved_key(cls, slot: str, rest: str) -> str:
         """The end of a checkpoint key: the slot, and what follows the adapter's name in the live key."""

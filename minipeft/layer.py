@@ -473,9 +473,10 @@ class Layer(Switch, Slots):
     def _train(self, name: str, on: bool) -> None:
         for slot in self.adapter_layer_names:
             if slot.startswith(self.adapters[name].prefix) and (value := self.contents(slot).get(name)) is not None:
+                train = on and self.adapters[name].trains(slot)
                 for p in (value,) if isinstance(value, Tensor) else _parameters(value):
-                    if p.requires_grad is not on and p.is_leaf:
-                        p.requires_grad_(on)
+                    if p.requires_grad is not train and p.is_leaf:
+                        p.requires_grad_(train)
         (self.trained.add if on else self.trained.discard)(name)
 
     def adopt(self, scratch: Layer, name: str) -> None:

@@ -64,6 +64,9 @@ class Factors(Adapter):
     def initial_scaling(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
 
+    def trains(self, slot: str) -> bool:
+        return not (self.config.init_lora_weights == "mica" and slot.endswith("_B"))
+
     def dropped(self, x: Tensor) -> Tensor:
         """The input of A: with dropout while training, in A's dtype. Indices stay as they are."""
         return self.lora_dropout(self.cast(x, self.lora_A.weight)) if self.base.reads_vectors else x

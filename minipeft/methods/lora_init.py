@@ -11,6 +11,9 @@
     "corda"      A and B from the inputs that `preprocess_corda` saw: lora_corda.py
     "loftq"      B A makes up for quantising W: lora_loftq.py
 
+    "mica"       A = 0, B = the left singular vectors of the r smallest singular values of W, which stay as they are
+                 MiCA, https://arxiv.org/abs/2604.01694
+
 PiSSA, OLoRA, LoRA-GA and CorDA take s B A out of the frozen weight, so that the model starts unchanged.
 """
 
@@ -25,11 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base import kaiming
-from ..errors import ConfigError, UnsupportedFeatureError
+from ..errors import ConfigError
 
 MODULES = {"loftq": "lora_loftq", "lora_ga": "lora_ga", "corda": "lora_corda"}  # those that have a file of their own
-LATER = ("mica",)
-INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|eva|{'|'.join((*MODULES, *LATER))}")
+INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|eva|mica|{'|'.join(MODULES)}")
 
 
 def changes_base(how: bool | str) -> bool:
@@ -39,8 +41,6 @@ def changes_base(how: bool | str) -> bool:
 
 def initialise(adapter: Any, how: bool | str) -> None:
     """Set A and B of a freshly built LoRA or DoRA adapter; torch's own initial values are in them."""
-    if how in LATER:
-        raise UnsupportedFeatureError(f"minipeft does not do init_lora_weights={how!r} yet: use another, or peft.")
     if how is True and isinstance(adapter.lora_A, nn.Linear):  # by far the commonest
         kaiming(adapter.lora_A.weight.data)
         for zero in adapter.lora_B._parameters.values():
@@ -53,7 +53,7 @@ def initialise(adapter: Any, how: bool | str) -> None:
 
 def _initialise(adapter: Any, how: bool | str) -> None:
     A, B, base = adapter.lora_A, adapter.lora_B, adapter.base
-    if not base.reads_vectors:  # PEFT: on an embedding A is zero and B normal, whatever the name says
+    if not base.reads_vectors and how != "mica":  # PEFT: on an embedding A is zero and B normal, whatever the name says
         if how is not False:
             nn.init.zeros_(A)
             nn.init.normal_(B)
@@ -80,14 +80,18 @@ def _initialise(adapter: Any, how: bool | str) -> None:
             return initialise(adapter, True)
         a, b, rest = found
         if not adapter.blank:
-            A.weight.data, B.weight.data = a, b
-        adapter.at_commit(lambda: (base.write(rest, None), base.forget()))
+            for factor, value in ((A, a), (B, b)):
+                getattr(factor, "weight", factor).data = value
+        if changes_base(how):
+            adapter.at_commit(lambda: (base.write(rest, None), base.forget()))
 
 
 def factors(adapter: Any, W: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor] | None:
     """A (r, in), B (out, r) and what is left in the frozen layer, for its weight W (out, in); None: start as usual."""
     if how in MODULES:
         return import_module(f".{MODULES[how]}", __package__).start(adapter, W)
+    if how == "mica":
+        return *minor(W, adapter), W
     a, b = olora(W, adapter.r) if how == "olora" else pissa(W, adapter.r, adapter.scaling, how)
     return a, b, W - adapter.scaling * b @ a
 
@@ -117,6 +121,15 @@ def olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r) with B A the part of W = Q R that its first r orthogonal columns carry."""
     Q, R = torch.linalg.qr(W)
     return R[:r].contiguous(), Q[:, :r].contiguous()
+
+
+def minor(W: Tensor, adapter: Any) -> tuple[Tensor, Tensor]:
+    """A = 0 (r, in) and B (out, r), what W (out, in) has the least of in its output."""
+    r = adapter.r
+    if adapter.config.use_dora or r > min(W.shape):
+        raise ConfigError(f"MiCA is not for DoRA, and its rank may not exceed either of {tuple(W.shape)}, got {r}.")
+    U = torch.linalg.svd(W, full_matrices=False)[0]
+    return W.new_zeros(r, W.shape[1]), U[:, -r:].contiguous()
 
 
 def to_plain(config: Any, tensors: dict[str, Tensor], initial: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:

@@ -48,6 +48,9 @@ CASES = [
     lora("linear/init_pissa_niter_4", B.MLP, LINEARS, init_lora_weights="pissa_niter_4", exact_init=False,
          disputed={"reload": "a random factorisation is taken off the base weight again on every load"}),
     lora("linear/init_olora", B.MLP, LINEARS, init_lora_weights="olora", exact_init=False),
+    lora("linear/init_eva", B.MLP, LINEARS, init_lora_weights="eva"),  # A is set later: test_eva.py
+    lora("linear/init_mica", B.MLP, LINEARS, init_lora_weights="mica", exact_init=False),
+    lora("linear/init_mica_rslora", B.MLP, LINEARS, init_lora_weights="mica", use_rslora=True, exact_init=False),
     # targets
     lora("targets/regex", B.STACK, r".*\.(q|down)"),
     lora("targets/full_names", B.STACK, ["layers.0.q", "layers.3.up"]),
@@ -96,11 +99,13 @@ CASES = [
     lora("embedding/with_linear", B.EMBEDDING, ["emb", "lin"]),
     lora("embedding/init_false", B.EMBEDDING, ["emb"], init_lora_weights=False, fresh=False),
     lora("embedding/gaussian", B.EMBEDDING, ["emb"], init_lora_weights="gaussian"),
+    lora("embedding/mica", B.EMBEDDING, ["emb"], init_lora_weights="mica", exact_init=False),
     lora("embedding/rslora", B.EMBEDDING, ["emb"], use_rslora=True),
     # transformers' Conv1D
     lora("hf_conv1d/plain", B.HF_CONV1D, LINEARS, fan_in_fan_out=True),
     lora("hf_conv1d/with_linear", B.HF_CONV1D, [*LINEARS, "head"], fan_in_fan_out=True),
     lora("hf_conv1d/lora_bias", B.HF_CONV1D, LINEARS, fan_in_fan_out=True, lora_bias=True),
+    lora("hf_conv1d/mica", B.HF_CONV1D, LINEARS, fan_in_fan_out=True, init_lora_weights="mica", exact_init=False),
     lora("hf_conv1d/pissa", B.HF_CONV1D, LINEARS, fan_in_fan_out=True, init_lora_weights="pissa", exact_init=False),
     # nn.MultiheadAttention; no mixed batches here and on parameters, whose weight is one for all samples
     lora("attention/plain", B.ATTENTION, ["attn"], mixed=None, disputed=ATTENTION),
@@ -139,6 +144,10 @@ REFUSED = [
     Refused("lora/refused/olora_hf_conv1d", "LoraConfig",
             {"target_modules": ["wide"], "fan_in_fan_out": True, "init_lora_weights": "olora"}, B.HF_CONV1D,
             "run", "RuntimeError"),
+    Refused("lora/refused/mica_dora", "LoraConfig",
+            {"target_modules": ["wide"], "use_dora": True, "init_lora_weights": "mica"}, B.MLP, "inject", "ValueError"),
+    Refused("lora/refused/mica_rank", "LoraConfig",
+            {"target_modules": ["wide"], "r": 100, "init_lora_weights": "mica"}, B.MLP, "inject", "ValueError"),
     Refused("lora/refused/r0", "LoraConfig", {"r": 0, "target_modules": ["wide"]}, B.MLP, "inject", "ValueError"),
     Refused("lora/refused/norm", "LoraConfig", {"target_modules": ["norm"]}, B.STACK, "inject", "ValueError"),
 ]
