@@ -15,6 +15,7 @@ What peft's own dotted paths offer then is what transformers, diffusers, acceler
     peft.config, peft.peft_model, peft.auto, peft.mixed_model, peft.mapping, peft.mapping_func, peft.import_utils
     peft.functional, peft.helpers, peft.optimizers
     peft.tuners.<method>                     configuration, model and layer class, also under .config, .model, .layer
+    peft.tuners.lora.<conversion, corda, eva, loraga>    what prepares, initialises and converts LoRA
     peft.tuners.tuners_utils                 BaseTuner, BaseTunerLayer, and what peft.functional has
     peft.utils, peft.utils.<other, peft_types, save_and_load, merge_utils, constants, error, warning>
     peft.utils.hotswap
@@ -50,7 +51,7 @@ from .config import CONFIGS, PeftType
 from .errors import UnsupportedFeatureError
 from .layer import BufferDict, Layer, ModulesToSaveWrapper, TrainableTokensWrapper
 from .lycoris import LycorisConfig
-from .methods import adalora_budget, lokr, lora_configs
+from .methods import adalora_budget, lokr, lora_configs, lora_corda, lora_eva, lora_ga
 from .prompt import PROMPTS
 from .tuner import TUNERS, BaseTuner
 
@@ -61,6 +62,16 @@ IN_PEFT_AT = {  # public functions of minipeft, where peft defines them
     "peft.utils": "replace_lora_weights_loftq",
     "peft.tuners.lora": """convert_to_lora save_as_lora create_arrow_model preprocess_loraga
         get_eva_state_dict initialize_lora_eva_weights""",
+}
+INSIDE_LORA = {  # what users import from inside peft's LoRA, and where it is here
+    "peft.tuners.lora.conversion": (conversion, "convert_to_lora save_as_lora"),
+    "peft.tuners.lora.corda": (lora_corda, "preprocess_corda"),
+    "peft.tuners.lora.eva": (
+        lora_eva,
+        """get_eva_state_dict initialize_lora_eva_weights forward_fn_dict
+        prepare_model_inputs_fn_language_modeling prepare_layer_inputs_fn_language_modeling""",
+    ),
+    "peft.tuners.lora.loraga": (lora_ga, "preprocess_loraga"),
 }
 LOOKS_ONCE = ("transformers", "accelerate", "diffusers")  # what looks for peft when it is imported, and remembers
 
@@ -209,7 +220,8 @@ def offered() -> dict[str, dict[str, Any]]:
     for name, offers in _methods():
         paths[f"peft.tuners.{name}"] = offers
     paths["peft.tuners.lora"].update(_public(lora_configs))
-    paths["peft.tuners.lora.conversion"] = {n: getattr(conversion, n) for n in ("convert_to_lora", "save_as_lora")}
+    for path, (home, names) in INSIDE_LORA.items():
+        paths[path] = {name: getattr(home, name) for name in names.split()}
     for path, names in IN_PEFT_AT.items():
         paths[path].update({name: everything[name] for name in names.split() if name in everything})
     paths["peft.tuners.lokr"]["factorization"] = lokr.factorization

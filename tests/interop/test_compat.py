@@ -43,6 +43,10 @@ IMPORTS = """
     from peft.tuners.lora import Conv2d, Embedding, Linear, LoraConfig, LoraLayer, LoraModel
     from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
     from peft.tuners.lora.config import LoftQConfig
+    from peft.tuners.lora.conversion import convert_to_lora, save_as_lora
+    from peft.tuners.lora.corda import preprocess_corda
+    from peft.tuners.lora.eva import forward_fn_dict, get_eva_state_dict, initialize_lora_eva_weights
+    from peft.tuners.lora.loraga import preprocess_loraga
     from peft.tuners.lora.layer import LoraLayer
     from peft.tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
     from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
