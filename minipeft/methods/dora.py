@@ -48,9 +48,10 @@ class DoRA(LowRank, config=LoraConfig):
 
     @torch.no_grad()
     def at_start(self) -> Tensor:
-        """The row norms as they are now, (out,); on the accelerator with `ephemeral_gpu_offload`."""
+        """The row norms at the start, (out,); on the accelerator with `ephemeral_gpu_offload`."""
         there = torch.device("cuda") if self.config.runtime_config.ephemeral_gpu_offload else self.base.device
-        W, A, B = (t.to(there) for t in (self.base.read()[0], *self.factors()))
+        W = vars(self).get("left", self.base.read()[0])
+        W, A, B = (t.to(there) for t in (W, *self.factors()))
         return norm(W, A, B, self.scaling, square(W)).to(self.base.device)
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -83,7 +83,8 @@ def _initialise(adapter: Any, how: bool | str) -> None:
             for factor, value in ((A, a), (B, b)):
                 getattr(factor, "weight", factor).data = value
         if changes_base(how):
-            adapter.at_commit(lambda: (base.write(rest, None), base.forget()))
+            vars(adapter)["left"] = rest.to(W.dtype)  # in the frozen layer, once the adapter is accepted
+            adapter.at_commit(lambda: (base.write(vars(adapter).pop("left"), None), base.forget()))
 
 
 def factors(adapter: Any, W: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -44,7 +44,7 @@ def adapted(module, dtype=torch.float32, run=True, **fields):
 
 def compared(model):
     """What does not depend on the signs of singular vectors: base weights, and B A."""
-    found = {k: t for k, t in H.snapshot(model).items() if "lora_" not in k}
+    found = {k: t for k, t in H.snapshot(model).items() if "lora_" not in k or "magnitude" in k}
     for name in TARGETS:
         layer = model.base_model.model.get_submodule(name)
         if hasattr(layer, "lora_A"):
@@ -54,7 +54,7 @@ def compared(model):
 
 
 VARIANTS = [
-    {}, {"corda": {"corda_method": "kpm"}}, {"use_rslora": True}, {"rank_pattern": {"two": 2}}, {"r": 12},
+    {}, {"use_dora": True}, {"corda": {"corda_method": "kpm"}}, {"use_rslora": True}, {"rank_pattern": {"two": 2}}, {"r": 12},
     {"targets": ["two"]}, {"corda": {"use_float16_for_covariance": True}, "dtype": torch.bfloat16},
 ]  # fmt: skip
 

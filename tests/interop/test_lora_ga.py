@@ -71,7 +71,7 @@ def test_same_start(direction, scale, lib, ref):
     torch.testing.assert_close(ours(x), Net()(x), rtol=1e-3, atol=1e-4)  # s B A stands beside W - s B A
 
 
-@pytest.mark.parametrize("fields", [{"use_rslora": True}, {"rank_pattern": {"two": 2}}, {"dtype": torch.bfloat16},
+@pytest.mark.parametrize("fields", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"two": 2}}, {"dtype": torch.bfloat16},
                                     {"targets": ["inner.three"]}, {"count": 1}], ids=str)  # fmt: skip
 def test_same_start_of_variants(fields, lib, ref):
     theirs, ours = (adapted(module, **fields) for module in (ref, lib))

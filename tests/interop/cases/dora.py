@@ -18,6 +18,8 @@ CASES = [
     dora("linear/rslora", B.MLP, LINEARS, use_rslora=True),
     dora("linear/init_false", B.MLP, LINEARS, init_lora_weights=False, fresh=False, exact_init=False),
     dora("linear/gaussian", B.MLP, LINEARS, init_lora_weights="gaussian"),
+    dora("linear/pissa", B.MLP, LINEARS, init_lora_weights="pissa", exact_init=False),
+    dora("linear/olora", B.MLP, LINEARS, init_lora_weights="olora", exact_init=False),
     dora("linear/dropout", B.MLP, LINEARS, lora_dropout=0.4, train=True),
     dora("linear/rank_pattern", B.MLP, LINEARS, rank_pattern={"wide": 3}, alpha_pattern={"thin": 5}, second={}),
     dora("targets/modules_to_save", B.STACK, ["q"], modules_to_save=["head"], stacks=False),
