@@ -54,8 +54,8 @@ def compared(model):
 
 
 VARIANTS = [
-    {}, {"use_dora": True}, {"corda": {"corda_method": "kpm"}}, {"use_rslora": True}, {"rank_pattern": {"two": 2}}, {"r": 12},
-    {"targets": ["two"]}, {"corda": {"use_float16_for_covariance": True}, "dtype": torch.bfloat16},
+    {}, {"use_dora": True}, {"corda": {"corda_method": "kpm"}}, {"use_rslora": True}, {"rank_pattern": {"two": 2}},
+    {"r": 12}, {"targets": ["two"]}, {"corda": {"use_float16_for_covariance": True}, "dtype": torch.bfloat16},
 ]  # fmt: skip
 
 

@@ -71,8 +71,13 @@ def test_same_start(direction, scale, lib, ref):
     torch.testing.assert_close(ours(x), Net()(x), rtol=1e-3, atol=1e-4)  # s B A stands beside W - s B A
 
 
-@pytest.mark.parametrize("fields", [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"two": 2}}, {"dtype": torch.bfloat16},
-                                    {"targets": ["inner.three"]}, {"count": 1}], ids=str)  # fmt: skip
+VARIANTS = [
+    {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"two": 2}}, {"dtype": torch.bfloat16},
+    {"targets": ["inner.three"]}, {"count": 1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
 def test_same_start_of_variants(fields, lib, ref):
     theirs, ours = (adapted(module, **fields) for module in (ref, lib))
     H.close(H.snapshot(ours), H.snapshot(theirs), 4e-2 if "dtype" in fields else 1e-4)
