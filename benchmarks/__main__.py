@@ -32,7 +32,10 @@ def arguments() -> argparse.Namespace:
 
 def measure(name: str, library: str, device: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.measure", name, library, device]
-    returned = {"MALLOC_MMAP_THRESHOLD_": "65536"} if name == "memory" else {}  # glibc: freed memory goes back at once
+    # glibc: freed memory goes back at once where memory is measured, and never where time is: when it goes back depends
+    # on what a process freed before, and fetching it again can cost more than what is measured
+    kept = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**30)}
+    returned = {"MALLOC_MMAP_THRESHOLD_": "65536"} if name == "memory" else kept if name != "imports" else {}
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | returned)
     if done.returncode:
         raise RuntimeError(f"{name} on {library}: {done.stderr.strip().splitlines()[-1]}")

@@ -69,7 +69,10 @@ class Factors(Adapter):
 
     def dropped(self, x: Tensor) -> Tensor:
         """The input of A: with dropout while training, in A's dtype. Indices stay as they are."""
-        return self.lora_dropout(self.cast(x, self.lora_A.weight)) if self.base.reads_vectors else x
+        if not self.base.reads_vectors:
+            return x
+        x, drop = self.cast(x, self.lora_A.weight), self.lora_dropout
+        return x if type(drop) is nn.Identity else drop(x)
 
     def delta(self) -> Tensor:
         return self.base.product(self.lora_A, self.lora_B, self.scaling)  # (out, in)
