@@ -1,5 +1,6 @@
 """The public surface: docstrings, peft's names and configuration fields, and what `import minipeft` leaves alone."""
 
+import ast
 import dataclasses
 import inspect
 import json
@@ -131,6 +132,9 @@ def test_the_table_of_methods_is_whole(peft_type):
     assert peft_type in minipeft.PEFT_TYPE_TO_TUNER_MAPPING
 
 
-def test_all_is_what_the_imports_say():
-    assert sorted(minipeft.__all__) == sorted(minipeft._WHERE)
-    assert all(hasattr(minipeft, name) for name in minipeft.__all__)
+def test_type_checkers_see_the_names_that_there_are():
+    stub = ast.parse(Path(minipeft.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = {a.name: n.module for n in stub.body if isinstance(n, ast.ImportFrom) for a in n.names}
+    listed = next(ast.literal_eval(n.value) for n in stub.body if isinstance(n, ast.Assign))
+    assert imports == {name: module for module, names in minipeft.NAMES.items() for name in names.split()}
+    assert sorted(listed) == minipeft.__all__ and all(hasattr(minipeft, name) for name in minipeft.__all__)
