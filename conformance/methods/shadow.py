@@ -1,4 +1,4 @@
-"""Shadow: Li et al., 2026, https://arxiv.org/abs/2604.19254, eq. 1 to 7: a small decoder whose state goes along."""
+"""Shadow: Li et al., 2026, https://arxiv.org/abs/2604.19254: a small decoder whose state goes along."""
 
 from math import erf
 

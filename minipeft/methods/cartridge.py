@@ -1,5 +1,5 @@
 """Cartridges - Lightweight and General-Purpose Long Context Representations via Self-Study.
-Eyuboglu et al., 2025, https://arxiv.org/abs/2506.06266, section 3.
+Eyuboglu et al., 2025, https://arxiv.org/abs/2506.06266.
 
     attention over [P_k, K], [P_v, V] in every layer      P = [F, T]: (tokens, layers * 2 * dim)
     F: the first tokens, frozen (attention sinks); T: trained. Best begun from the cache of a text.

@@ -1,5 +1,5 @@
 """CPT - Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods.
-Blau et al., 2024, https://arxiv.org/abs/2410.17222, section 3.
+Blau et al., 2024, https://arxiv.org/abs/2410.17222.
 
     model([P + d, e(x)])        P: (tokens, dim), embeddings of examples, frozen
     d: (tokens, dim), trained, with |d_i| <= eps * sqrt(dim / 2048), eps by the token's type

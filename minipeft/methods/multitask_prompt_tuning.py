@@ -1,5 +1,5 @@
 """Multitask prompt tuning - Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning.
-Wang et al., 2023, https://arxiv.org/abs/2303.02861, section 3.2.
+Wang et al., 2023, https://arxiv.org/abs/2303.02861.
 
     model([P_k, e(x)])          P_k = P * (U_k V_k) for task k
     P: (tokens, dim) of all tasks, U: (tasks, tokens, ranks), V: (tasks, ranks, dim)

@@ -1,5 +1,5 @@
 """P-tuning - GPT Understands, Too.
-Liu et al., 2021, https://arxiv.org/abs/2103.10385, section 3.2.
+Liu et al., 2021, https://arxiv.org/abs/2103.10385.
 
     model([P, e(x)])            P = MLP(E) or MLP(BiLSTM(E)) while training, E: (tokens, dim)
     parameters                  num_virtual_tokens num_transformer_submodules token_dim

@@ -1,5 +1,5 @@
 """Shadow - ShadowPEFT: Shadow Network for Parameter-Efficient Fine-Tuning.
-Li et al., 2026, https://arxiv.org/abs/2604.19254, eq. 1 to 9.
+Li et al., 2026, https://arxiv.org/abs/2604.19254.
 
     h_l = F_l(h + alpha W_up W_down (h - s)),   s_l = (1 - g) s + g t       h, s: those of block l - 1
     t = T_l(h_l), g = sigmoid(G_l(h_l))         T, G: two linear layers with a GELU between, u wide inside
