@@ -190,6 +190,14 @@ def check(
     return LoadReport(missing, unexpected)
 
 
+def fill(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> None:
+    """Write a checkpoint's tensors into those entries that it has; the others keep what they have."""
+    given = {strip(key): tensor for key, tensor in weights.items()}
+    for entry in entries:
+        if strip(entry.saved) in given:
+            entry.fill(given[strip(entry.saved)])
+
+
 def _finite(t: Tensor) -> bool:
     """Whether no value is NaN or infinite. A finite sum tells it, and so soon; a sum that overflows does not."""
     t = t.float() if t.dtype.itemsize == 1 else t  # float8 cannot be added up
@@ -432,10 +440,7 @@ def set_peft_model_state_dict(
         if undo is not None:
             undo()
         raise
-    given = {strip(key): tensor for key, tensor in weights.items()}
-    for entry in entries + base:
-        if strip(entry.saved) in given:
-            entry.fill(given[strip(entry.saved)])
+    fill(entries + base, weights)
     for _, _, module in adapted(getattr(tuner_of(model), "model", model)):
         if isinstance(module, Layer) and adapter_name in module.adapters:
             module.adapters[adapter_name].loaded()

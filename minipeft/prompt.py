@@ -400,9 +400,7 @@ def _load(
     given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
     if all(key in given for key in held):
         prompt.load(given)
-    for entry in beside:
-        if checkpoint.strip(entry.saved) in given:
-            entry.fill(given[checkpoint.strip(entry.saved)])
+    checkpoint.fill(beside, tensors)
     return report
 
 

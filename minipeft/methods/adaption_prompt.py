@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import PREFIX, Entry, check, strip
+from ..checkpoint import PREFIX, Entry, check, fill
 from ..config import PeftConfig
 from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from ..inject import check_adapter_name, model_config
@@ -284,8 +284,5 @@ def _entries(prompts: dict[str, AdaptedAttention], prefix: str) -> Iterator[Entr
 def _load(prompts: dict[str, AdaptedAttention], weights: Mapping[str, Tensor], strict: bool) -> Any:
     entries = list(_entries(prompts, PREFIX))
     report = check(entries, weights, strict=strict)
-    given = {strip(key): tensor for key, tensor in weights.items()}
-    for entry in entries:
-        if strip(entry.saved) in given:
-            entry.fill(given[strip(entry.saved)])
+    fill(entries, weights)
     return report

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import ADAPTERS, Adapter, adapter_class
-from ..checkpoint import Entry, base_entries, check, entries_of_module, load_peft_weights, strip
+from ..checkpoint import Entry, base_entries, check, entries_of_module, fill, load_peft_weights, strip
 from ..config import PeftConfig, PeftType
 from ..errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError
 from ..inject import check_adapter_name, model_config
@@ -86,7 +86,10 @@ class XLoraModel(BaseTuner, method="XLORA"):
                 with naming(where):
                     super().add(str(number), own, autocast=autocast, weights=tensors)
             classifier = self.classifier(config, low_cpu_mem_usage)
-            report = fill(list(entries_of(classifier)), weights, strict) if weights is not None else None
+            report = None
+            if weights is not None:
+                report = check(list(entries_of(classifier)), weights, strict=strict)
+                fill(entries_of(classifier), weights)
         except BaseException:
             self.unload()
             self.peft_config = {}
@@ -316,13 +319,3 @@ def entries_of(classifier: nn.Module, prefix: str = "base_model.") -> Iterator[E
     """What a checkpoint holds of the classifier."""
     path = f"{prefix}internal_xlora_classifier"
     return entries_of_module(classifier, path, path)
-
-
-def fill(entries: list[Entry], weights: Any, strict: bool) -> Any:
-    """Write a checkpoint's tensors. Raises `CheckpointError`, and writes nothing, if they do not fit."""
-    report = check(entries, weights, strict=strict)
-    given = {strip(key): tensor for key, tensor in weights.items()}
-    for entry in entries:
-        if entry.saved in given:
-            entry.fill(given[entry.saved])
-    return report
