@@ -371,7 +371,7 @@ class Layer(Switch, Slots):
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
-        names = [n for n in (self._active_adapter if adapter_names is None else adapter_names) if n in self.adapters]
+        names = self._named(adapter_names)
         if self.merged_adapters:
             names = [n for n in names if n not in self.merged_adapters]
             already = ", ".join(self.merged_adapters)
@@ -391,23 +391,26 @@ class Layer(Switch, Slots):
 
     def merges_in_place(self, adapter_names: Sequence[str] | None = None) -> bool:
         """Whether `merge_in_place` can do what `merge` does, and is certain not to fail."""
-        base, names = self.base, self._active_adapter if adapter_names is None else adapter_names
+        base = self.base
         return (
             base.home is base
             and base.overwrites
-            and not (base.apart or self.merged_adapters or isinstance(self.base_layer, Layer))
-            and all(self.adapters[n].folds_in_place for n in names if n in self.adapters)
+            and not (base.apart or self.merged_adapters)
+            and all(self.adapters[n].folds_in_place for n in self._named(adapter_names))
         )
 
     @torch.no_grad()
     def merge_in_place(self, adapter_names: Sequence[str] | None = None) -> None:
         """The same for good, in the frozen weights' own memory where their dtype allows it: no copy is kept."""
         W = _wide(self.base.read())[0]
-        for name in self._active_adapter if adapter_names is None else adapter_names:
-            if name in self.adapters:
-                with widened(self.adapters[name]):
-                    self.adapters[name].fold_in_place(W)
+        for name in self._named(adapter_names):
+            with widened(self.adapters[name]):
+                self.adapters[name].fold_in_place(W)
         self.base.overwrite(W)
+
+    def _named(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """Those of `adapter_names` (default: the active ones) that are on this layer."""
+        return [n for n in (self._active_adapter if adapter_names is None else adapter_names) if n in self.adapters]
 
     @torch.no_grad()
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
