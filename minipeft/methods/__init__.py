@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 METHODS = {
@@ -53,6 +54,7 @@ METHODS = {
 }
 
 
+@functools.cache
 def load(peft_type: str) -> None:
     """Import what a method consists of: its configuration, adapter and tuner classes enter their tables."""
     for name in METHODS.get(peft_type, "").split():
