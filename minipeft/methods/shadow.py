@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Routed
-from ..config import PeftConfig, TaskType
+from ..config import PeftConfig, Positive, Probability, TaskType
 from ..errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
 from ..layer import BASE, Context, walk
 from ..targets import Targets
@@ -35,22 +35,22 @@ BESIDE = ("shadow_backbone", "shadow_projection", "shadow_head")  # what stands 
 
 
 @dataclass
-class ShadowConfig(PeftConfig, method="SHADOW"):
+class ShadowConfig(PeftConfig, method="SHADOW", layers_need_list=True):
     """Fields of Shadow."""
 
     target_modules: list[str] | str | None = None  # blocks, if None all
     exclude_modules: list[str] | str | None = None
-    r: int = 8
+    r: Positive = 8
     shadow_alpha: float = 0.1
-    shadow_dropout: float = 0.2  # on h - s
+    shadow_dropout: Probability = 0.2  # on h - s
     init_weights: bool = True  # W_up = 0
     shadow_model: str = "mirror"  # a decoder like the model's own, or a folder or hub id of a trained one
-    shadow_num_hidden_layers: int | None = None  # of a mirror: 1 if None, and for the next three as in the model
-    shadow_hidden_size: int | None = None
-    shadow_num_attention_heads: int | None = None
-    shadow_intermediate_size: int | None = None
+    shadow_num_hidden_layers: Positive | None = None  # of a mirror: 1 if None, and for the next three as in the model
+    shadow_hidden_size: Positive | None = None
+    shadow_num_attention_heads: Positive | None = None
+    shadow_intermediate_size: Positive | None = None
     share_embeddings: bool = True  # a mirror of the same width reads the model's frozen embeddings
-    update_hidden_size: int | None = None  # u, if None r
+    update_hidden_size: Positive | None = None  # u, if None r
     auxiliary_loss_weight: float = 0.05
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -58,13 +58,10 @@ class ShadowConfig(PeftConfig, method="SHADOW"):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_listed_targets()
-        sizes = [name for name in self.__dataclass_fields__ if re.fullmatch(r"shadow_num_.*|.*_size", name)]
+        sizes = [name for name in self.__dataclass_fields__ if re.fullmatch(r"shadow_num_.*|shadow_.*_size", name)]
         given = [name for name in sizes if getattr(self, name) is not None]
-        self.require_positive("r", *given)
-        self.require_probability("shadow_dropout")
-        if self.shadow_model != "mirror" and (own := [name for name in given if name != "update_hidden_size"]):
-            raise ConfigError(f"`shadow_model` names a trained model of its own sizes; unset {', '.join(own)}.")
+        if self.shadow_model != "mirror" and given:
+            raise ConfigError(f"`shadow_model` names a trained model of its own sizes; unset {', '.join(given)}.")
 
 
 class Trajectory(Context):
