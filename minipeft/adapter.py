@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .config import PeftConfig, PeftType
 from .errors import ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
+from .methods import VARIANTS, load_variant
 
 if TYPE_CHECKING:
     from .base import Base, Whole
@@ -36,12 +37,19 @@ if TYPE_CHECKING:
 ADAPTERS: dict[PeftType, list[type[Adapter]]] = {}  # more than one class where a field of the configuration chooses
 
 
+def variants(config: PeftConfig) -> list[str]:
+    """The fields of a configuration that ask for a variant of its method: `["use_dora"]`."""
+    return [field for field in VARIANTS.get(config.method.value, ()) if getattr(config, field)]
+
+
 def adapter_class(config: PeftConfig) -> type[Adapter]:
     """The class that a configuration asks for, for example DoRA for a LoRA configuration with `use_dora`.
 
     It is `Adapter` itself for a method that adapts whole modules in a way of its own.
     """
-    return next((cls for cls in ADAPTERS.get(config.method, ()) if cls.chosen_by(config)), Adapter)
+    for field in variants(config):
+        load_variant(config.method.value, field)
+    return next((cls for cls in reversed(ADAPTERS.get(config.method, ())) if cls.chosen_by(config)), Adapter)
 
 
 class Adapter:
@@ -55,11 +63,13 @@ class Adapter:
     prefix: ClassVar[str]  # slots that start with it are trained and saved
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # kinds of base layer it can adapt, by Base class name
     method: ClassVar[PeftType]
+    asked_by: ClassVar[str | None] = None  # of a variant of a method: the field of the configuration that asks for it
     exclusive: ClassVar[bool] = False  # True: at most one adapter of this method may be active
     shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
     ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
     renames: ClassVar[bool] = True  # False: its matrices have the same names on an embedding as elsewhere
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
+    minds_blank: ClassVar[bool] = False  # True: where `blank`, `build` itself makes its tensors on the meta device
     autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
     alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     kept_if: ClassVar[dict[str, str]] = {}  # slots that are saved only if the field of that name is set
@@ -73,11 +83,11 @@ class Adapter:
     path: str
     found: dict[str, Any]  # slots looked up so far
 
-    def __init_subclass__(cls, config: type[PeftConfig] | None = None, **kwargs: Any):
+    def __init_subclass__(cls, config: type[PeftConfig] | None = None, variant: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if config is not None:
             assert config._method is not None
-            cls.method = config._method
+            cls.method, cls.asked_by = config._method, variant
             ADAPTERS.setdefault(cls.method, []).append(cls)
 
     def __init__(self, layer: Layer, name: str, config: PeftConfig, path: str):
@@ -102,6 +112,10 @@ class Adapter:
         except KeyError:
             raise AttributeError(f"{self!r} has no {slot!r}") from None
 
+    def note(self, **values: Any) -> None:
+        """Store several plain values at once: what setting them one by one does, in less time."""
+        self.layer.note(self.name, values)
+
     def move_to(self, layer: Layer) -> None:
         """Stand on `layer` from now on, which has taken over the slots."""
         vars(self).update(layer=layer, base=layer.base, found={})
@@ -109,8 +123,8 @@ class Adapter:
     # ------------------------------------------------------------------------------------------ what a method gives
     @classmethod
     def chosen_by(cls, config: Any) -> bool:
-        """Whether `config` means this class, where several share a peft_type."""
-        return True
+        """Whether `config` means this class, where several share a peft_type. The last one that it means is taken."""
+        return cls.asked_by is None or bool(getattr(config, cls.asked_by))
 
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:

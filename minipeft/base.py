@@ -16,6 +16,8 @@ runs the layer with other weights, and knows the low-rank factors that suit its 
 from __future__ import annotations
 
 import math
+import sys
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -111,7 +113,7 @@ class Base:
     # ---------------------------------------------------------------------------------------------------- its layout
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The layer's own weight and bias tensors."""
-        return getattr(self.leaf, self.weight_name), getattr(self.leaf, self.bias_name, None)
+        return self.frozen, getattr(self.leaf, self.bias_name, None)
 
     def canonical(self, W: Tensor) -> Tensor:
         """Between the stored and the canonical layout; its own inverse."""
@@ -147,14 +149,20 @@ class Base:
         return W.flatten(1)
 
     @property
+    def frozen(self) -> Tensor:
+        """The layer's own weight tensor."""
+        weight = self.leaf._parameters.get(self.weight_name)  # looked up here, as nn.Module.__getattr__ takes long
+        return getattr(self.leaf, self.weight_name) if weight is None else weight
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype that new adapter parameters take."""
-        return getattr(self.leaf, self.weight_name).dtype
+        return self.frozen.dtype
 
     @property
     def device(self) -> torch.device:
         """Device that new adapter parameters take."""
-        return getattr(self.leaf, self.weight_name).device
+        return self.frozen.device
 
     def slot(self, name: str) -> str:
         """The name under which PEFT keeps a method's slot on this kind of layer."""
@@ -168,6 +176,27 @@ class Base:
     def up(self, r: int, bias: bool = False) -> Any:
         """The factor B of a product B A."""
         return linear(r, self.out, bias)
+
+    def factors(self, r: int, bias: bool = False) -> tuple[Any, Any]:
+        """Both factors of a product B A."""
+        return self.down(r), self.up(r, bias)
+
+    def start(self, r: int, bias: bool = False, blank: bool = False) -> tuple[Any, Any]:
+        """Factors A and B as LoRA starts them: A as torch does, B zero. `blank`: on the meta device."""
+        with torch.device("meta") if blank else nullcontext():
+            factors = self.factors(r, bias)
+        if not blank:
+            self.restart(*factors)
+        return factors
+
+    @staticmethod
+    @torch.no_grad()
+    def restart(A: Any, B: Any) -> None:
+        """Give factors the values of `start`."""
+        nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
+        for zero in B._parameters.values():
+            if zero is not None:
+                zero.zero_()
 
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         """scale * B A, shaped like W."""
@@ -220,13 +249,12 @@ class Base:
 
 _MADE = vars(nn.Module())
 _BOXES = [(name, type(value)) for name, value in _MADE.items() if isinstance(value, (dict, set))]
-_VALUES = {name: value for name, value in _MADE.items() if not isinstance(value, (dict, set))}
 
 
 def begin(module: nn.Module) -> None:
     """What nn.Module.__init__ does to a module, in less time."""
     own = module.__dict__
-    own.update(_VALUES)
+    own.update(_MADE)
     for name, make in _BOXES:
         own[name] = make()
 
@@ -240,13 +268,27 @@ def bare(cls: Any) -> Any:
 
 def linear(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
     """What nn.Linear(n_in, n_out, bias) gives, the same random values included, in a third of its time."""
-    module = bare(nn.Linear)
-    vars(module).update(in_features=n_in, out_features=n_out)
     weight = kaiming(torch.empty(n_out, n_in))
-    module._parameters["weight"] = nn.Parameter(weight)
     bound = 1 / math.sqrt(n_in) if n_in > 0 else 0
-    module._parameters["bias"] = nn.Parameter(torch.empty(n_out).uniform_(-bound, bound)) if bias else None
+    return linear_of(weight, torch.empty(n_out).uniform_(-bound, bound) if bias else None)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """An nn.Linear with these values: weight (out, in), bias (out,)."""
+    module = bare(nn.Linear)
+    vars(module).update(in_features=weight.shape[1], out_features=weight.shape[0])
+    parameters = module._parameters
+    parameters["weight"] = nn.Parameter(weight)
+    parameters["bias"] = None if bias is None else nn.Parameter(bias)
     return module
+
+
+def spend(count: int, like: Tensor) -> None:
+    """Leave torch's random generator as it is after `count` uniform values in the dtype and on the device of `like`."""
+    if like.device.type == "cpu" and like.dtype == torch.float32:  # a number takes 32 bits: two of them in one draw
+        torch.empty(count // 2, dtype=torch.int64).random_()
+        count %= 2
+    like.new_empty(count).uniform_()
 
 
 def dropout(p: float) -> nn.Module:
@@ -271,6 +313,15 @@ class Linear(Base):
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def start(self, r: int, bias: bool = False, blank: bool = False) -> tuple[Any, Any]:
+        n_in, n_out, device = self.inp, self.out, "meta" if blank else None
+        A, B = torch.empty(r, n_in, device=device), torch.empty(n_out, r, device=device)
+        if not blank:  # PEFT: both are drawn as nn.Linear draws them, then A again
+            spend(r * n_in + n_out * (r + bias), A)
+            kaiming(A)
+            B.zero_()
+        return linear_of(A), linear_of(B, torch.zeros(n_out, device=device) if bias else None)
 
     def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
         if B.bias is not None:
@@ -451,6 +502,12 @@ class Embedding(Base):
             raise UnsupportedLayerError("`lora_bias=True` is not supported for embeddings.")
         return nn.Parameter(torch.randn(self.out, r))
 
+    @staticmethod
+    @torch.no_grad()
+    def restart(A: Any, B: Any) -> None:
+        A.zero_()  # PEFT: on an embedding A is zero and B normal
+        B.normal_()
+
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         return B @ (A * scale)
 
@@ -613,9 +670,11 @@ def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None
         return base
     if whole is not None:
         return whole(module, inside)
-    from .quant import quantised
+    kind = None
+    if "bitsandbytes" in sys.modules:
+        from .quant import quantised
 
-    kind = quantised(leaf)
+        kind = quantised(leaf)
     if kind is None:
         if isinstance(leaf, nn.Linear):
             kind = Linear

@@ -24,6 +24,7 @@ from .errors import AdapterNameError, CheckpointError, PeftWarning, nearest
 from .files import find_weights
 from .layer import Layer, ModulesToSaveWrapper, adapted
 
+READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
 PREFIX = "base_model.model."
 LoadReport = namedtuple("LoadReport", ["missing_keys", "unexpected_keys"])
 
@@ -45,13 +46,11 @@ class Entry:
     def fill(self, value: Tensor) -> None:
         """Take over `value`. A tensor without storage (meta), or shared with other adapters, is replaced."""
         old = self.tensor
-        if any(tensor is old for key, tensor in self.box.items() if key != self.key):
+        if len(self.box) > 1 and any(tensor is old for key, tensor in self.box.items() if key != self.key):
             self.box[self.key] = own(old, value)
             return
         if old.is_meta and (self.layer is None or self.layer.base.device.type != "meta"):
-            new = value.detach().clone()
-            if self.layer is not None:
-                new = self.layer.settle(new)
+            new = value.detach().clone() if self.layer is None else self.layer.settle(value.detach(), copy=True)
             self.box[self.key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         else:
             with torch.no_grad():
@@ -218,9 +217,11 @@ def read_weights_file(path: Path, device: Any = None) -> dict[str, Tensor]:
             return torch.load(path, map_location=device, weights_only=True)
         except Exception as error:
             raise CheckpointError(f"'{path}' cannot be read as a pickle of tensors: {error}") from error
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
     try:
+        if device == "cpu" and path.stat().st_size <= READ_WHOLE:
+            return load(path.read_bytes())
         return load_file(path, device=device)
     except Exception as error:
         with open(path, "rb") as file:

@@ -81,11 +81,7 @@ def inject_adapter_in_model(
         raise UnsupportedFeatureError(
             f"{peft_config.method.value} keeps tensors that all layers share beside the model; use get_peft_model."
         )
-    tuner_cls = TUNERS[peft_config.method]
-    tuner = tuner_cls.__new__(tuner_cls)
-    nn.Module.__init__(tuner)
-    tuner._begin(model)
-    tuner.train(model.training)
+    tuner = TUNERS[peft_config.method].around(model)
     existing = vars(model).get("peft_config")
     if existing:  # a further adapter beside injected ones
         tuner.peft_config = existing

@@ -146,6 +146,7 @@ class Plan:
             self.modules = _paths_in(keys, cls.prefix, outer)
         self.modules = self.ties.order(self.modules)
         whole = next((kind for kind in (Whole, Block) if kind.__name__ in cls.bases), None)
+        fits: dict[type, bool] = {}  # kinds of base met so far
         found: list[tuple[str, str, nn.Module, Any]] = []
         wanted = set(self.modules)
         for path in self.modules:
@@ -154,7 +155,10 @@ class Plan:
             if parent in wanted and isinstance(base_of(outer[parent][1]), Attention):
                 continue  # the out_proj of an attention module comes with it
             base = base_of(module, whole=whole)
-            if base is None or not set(cls.bases) & {kind.__name__ for kind in type(base).__mro__}:
+            kind = type(base)
+            if kind not in fits:
+                fits[kind] = any(k.__name__ in cls.bases for k in kind.__mro__)
+            if base is None or not fits[kind]:
                 raise unsupported(cls, module, path)
             cls.check_layer(config, path, base)
             found.append((path, live, module, base))
@@ -223,7 +227,8 @@ class Plan:
     def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         """A layer around `module` with the one new adapter, not yet part of the model."""
         scratch = Layer(module, base, cls.method.value, self.tuner.context)
-        vars(scratch).update(blank=self.empty or base.device.type == "meta", autocast=self.autocast)
+        blank = self.empty or base.device.type == "meta"
+        vars(scratch).update(blank=blank, autocast=self.autocast)
         adapter = cls(scratch, self.name, config, path)
         scratch.adapters[self.name] = adapter
         for slot, value in self.shared.items() if cls is self.cls else ():
@@ -231,9 +236,10 @@ class Plan:
                 scratch.put(slot, self.name, value)
             elif mine:
                 vars(scratch)[mine] = {self.name: value}
-        with torch.device("meta") if scratch.blank else nullcontext():
+        with torch.device("meta") if blank and not cls.minds_blank else nullcontext():
             adapter.build()
-        scratch.settle_all(self.name)
+        if not (blank and cls.minds_blank):
+            scratch.settle_all(self.name)
         return scratch
 
     def copy_modules(self) -> None:
@@ -340,7 +346,8 @@ class Plan:
                     scratch._modules[slot] = tuner._modules[slot]
                 elif mine:
                     vars(scratch)[mine] = tuner.grouped[slot]._buffers
-            adapter.move_to(scratch)
+            if self.shared:
+                adapter.move_to(scratch)
             for action in scratch.at_commit:
                 action()
             scratch.at_commit.clear()
@@ -374,8 +381,8 @@ class Plan:
         if parent is None:
             parent = self.parents[head] = self.model.get_submodule(head)
         parent._modules[last] = module
-        if isinstance(module, Layer):
-            module.read_through = isinstance(parent, nn.MultiheadAttention)
+        if isinstance(parent, nn.MultiheadAttention) and isinstance(module, Layer):
+            module.read_through = True
 
 
 def _own_slot(cls: Any, slot: str, path: str) -> str | None:

@@ -15,7 +15,7 @@ from .base import Base, bare, begin
 from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
 
 BASE = "__base__"  # in a mixed batch: a sample for the bare model
-LOW_PRECISION = tuple(
+LOW_PRECISION = frozenset(
     getattr(torch, name)
     for name in "float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
     if hasattr(torch, name)
@@ -150,10 +150,15 @@ class Slots(nn.Module):
             box: Any = self._modules[slot]
             box[name] = value  # the container sees to what it needs
         else:
-            contents = self.contents(slot)
-            if contents is None:
-                self.register(slot, contents := {}, trained=False)
-            contents[name] = value
+            self.note(name, {slot: value})
+
+    def note(self, name: str, values: dict[str, Any]) -> None:
+        """Store plain values (neither tensors nor modules) for adapter `name`, by slot."""
+        own = self.__dict__
+        for slot, value in values.items():
+            if slot not in own:
+                self.register(slot, {}, trained=False)
+            own[slot][name] = value
 
     def register(self, slot: str, box: Any, trained: bool) -> None:
         """Add the container of a slot."""
@@ -165,10 +170,7 @@ class Slots(nn.Module):
     def contents(self, slot: str) -> Any:
         """What the container of a slot holds, as a plain dict by adapter name; None when there is no such slot."""
         box = self._modules.get(slot)
-        if box is None:
-            return self.__dict__.get(slot)
-        kind = type(box)
-        return box._modules if kind is nn.ModuleDict else box._parameters if kind is nn.ParameterDict else box._buffers
+        return self.__dict__.get(slot) if box is None else _contents(box)
 
     def take(self, slot: str, name: str) -> Any:
         """The value of adapter `name`. Raises `AttributeError` when there is none."""
@@ -184,25 +186,29 @@ class Slots(nn.Module):
             if name in box:
                 del box[name]
 
-    def boxes(self, name: str) -> Iterator[tuple[str, Any, Any]]:
+    def boxes(self, name: str) -> list[tuple[str, Any, Any]]:
         """(slot, container, value) of every module slot that adapter `name` has."""
+        found = []
         for slot in self.adapter_layer_names + self.other_param_names:
-            if (box := self._modules.get(slot)) is not None and name in (contents := self.contents(slot)):
-                yield slot, box, contents[name]
+            box = self._modules.get(slot)
+            if box is not None and name in (contents := _contents(box)):
+                found.append((slot, box, contents[name]))
+        return found
 
-    def tensors(self, name: str, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, name: str, prefix: str = "") -> list[tuple[str, Tensor]]:
         """(slot, tensor) of every tensor of adapter `name`, in slots that start with `prefix`."""
+        found: list[tuple[str, Tensor]] = []
         for slot, _, value in self.boxes(name):
             if slot.startswith(prefix):
-                if isinstance(value, Tensor):
-                    yield slot, value
-                elif not value._modules:
+                if not isinstance(value, nn.Module):
+                    found.append((slot, value))
+                elif value._modules:
+                    found += [(slot, tensor) for tensor in (*value.parameters(), *value.buffers())]
+                else:
                     for tensor in (*value._parameters.values(), *value._buffers.values()):
                         if tensor is not None:
-                            yield slot, tensor
-                else:
-                    yield from ((slot, p) for p in value.parameters())
-                    yield from ((slot, b) for b in value.buffers())
+                            found.append((slot, tensor))
+        return found
 
 
 class Switch:
@@ -271,12 +277,12 @@ class Layer(Switch, Slots):
         )
 
     # ------------------------------------------------------------------------------------------------- being built
-    def settle(self, tensor: Tensor) -> Tensor:
+    def settle(self, tensor: Tensor, copy: bool = False) -> Tensor:
         """`tensor` on the device of the frozen layer, and in the dtype that an adapter's tensors have there."""
         dtype, device = self.base.dtype, self.base.device
         if not (tensor.is_floating_point() and dtype.is_floating_point):
-            return tensor.to(device)
-        return tensor.to(device, torch.float32 if self.autocast and dtype in LOW_PRECISION else dtype)
+            return tensor.to(device, copy=copy)
+        return tensor.to(device, torch.float32 if self.autocast and dtype in LOW_PRECISION else dtype, copy=copy)
 
     def settle_all(self, name: str) -> None:
         """Move all tensors of adapter `name` that have values there, by way of the frozen layer's dtype."""
@@ -474,11 +480,12 @@ class Layer(Switch, Slots):
                 self._train(name, True)
 
     def _train(self, name: str, on: bool) -> None:
+        adapter = self.adapters[name]
         for slot in self.adapter_layer_names:
-            if slot.startswith(self.adapters[name].prefix) and (value := self.contents(slot).get(name)) is not None:
-                train = on and self.adapters[name].trains(slot)
-                for p in (value,) if isinstance(value, Tensor) else _parameters(value):
-                    if p.requires_grad is not train and p.is_leaf:
+            if slot.startswith(adapter.prefix) and (value := _contents(self._modules[slot]).get(name)) is not None:
+                train = on and adapter.trains(slot)
+                for p in _parameters(value) if isinstance(value, nn.Module) else (value,):
+                    if p is not None and p.requires_grad is not train and p.is_leaf:
                         p.requires_grad_(train)
         (self.trained.add if on else self.trained.discard)(name)
 
@@ -512,7 +519,7 @@ class Layer(Switch, Slots):
 
     def train(self, mode: bool = True) -> Layer:
         """Set training mode as nn.Module.train does, in less time."""
-        _set_training(self, mode)
+        set_training(self, mode)
         return self
 
     # ------------------------------------------------------------------------------ what other code reads off a layer
@@ -749,16 +756,22 @@ def _join(path: str, name: str) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
-def _set_training(module: nn.Module, mode: bool) -> None:
+def _contents(box: Any) -> Any:
+    kind = type(box)
+    return box._modules if kind is nn.ModuleDict else box._parameters if kind is nn.ParameterDict else box._buffers
+
+
+def set_training(module: nn.Module, mode: bool) -> None:
+    """Do what nn.Module.train does, in less time."""
     module.__dict__["training"] = mode
     for child in module._modules.values():
         if child is not None:
             plain = type(child).train in (nn.Module.train, Layer.train)
-            _set_training(child, mode) if plain else child.train(mode)
+            set_training(child, mode) if plain else child.train(mode)
 
 
-def _parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    return module.parameters() if module._modules else (p for p in module._parameters.values() if p is not None)
+def _parameters(module: nn.Module) -> Iterable[nn.Parameter | None]:
+    return module.parameters() if module._modules else module._parameters.values()
 
 
 def _tensors(pair: Any) -> Iterator[Tensor]:

@@ -47,10 +47,7 @@ class PeftMixedModel(nn.Module):
 
     def _setup(self, model: nn.Module, config: PeftConfig, name: str, **options: Any) -> None:
         _check_compatible(config)
-        tuner = MixedModel.__new__(MixedModel)
-        nn.Module.__init__(tuner)
-        tuner._begin(model)
-        tuner.train(model.training)
+        tuner = MixedModel.around(model)
         tuner.add(name, config, **options)
         self.base_model = tuner
         self.training = model.training

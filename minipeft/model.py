@@ -18,7 +18,7 @@ from .adapter import adapter_class
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .files import make_folder, write_checkpoint, write_text
-from .layer import Layer
+from .layer import Layer, set_training
 from .tuner import TUNERS
 
 FORWARD_ONLY = {"adapter_names", "alora_offsets"}  # arguments of PeftModel.forward that the model never sees
@@ -74,10 +74,7 @@ class PeftModel(nn.Module):
         else:
             if config.peft_type not in TUNERS:
                 raise UnsupportedFeatureError(f"peft_type {config.peft_type!r} is not in this release of minipeft.")
-            tuner = TUNERS[config.method].__new__(TUNERS[config.method])
-            nn.Module.__init__(tuner)
-            tuner._begin(model)
-            tuner.train(model.training)
+            tuner = TUNERS[config.method].around(model)
             tuner.add(name, config, low_cpu_mem_usage, autocast, weights=weights, strict=strict)
             self.base_model = tuner
             self.active_adapter = name
@@ -265,6 +262,11 @@ class PeftModel(nn.Module):
         with self._enable_peft_forward_hooks(*args, **kwargs):
             kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
             return self.base_model.generate(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode as nn.Module.train does, in less time."""
+        set_training(self, mode)
+        return self
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -23,8 +23,10 @@ EMBEDDINGS = ("embed_tokens", "lm_head")
 
 def suffixes(path: str) -> list[str]:
     """The path and each of its tails: "a.b.c", "b.c", "c"."""
-    parts = path.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts))]
+    tails = [path]
+    while dot := path.find(".") + 1:
+        tails.append(path := path[dot:])
+    return tails
 
 
 def named(path: str, names: Iterable[str] | str | None) -> bool:

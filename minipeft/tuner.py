@@ -76,6 +76,15 @@ class BaseTuner(Slots):
         self.grouped: dict[str, BufferDict] = {}  # what groups of layers share: slot -> container
         self.on_unload: list[Any] = []  # what undoes changes to the model beside its layers
 
+    @classmethod
+    def around(cls, model: nn.Module) -> Any:
+        """A tuner around a model, without any adapter yet."""
+        tuner = cls.__new__(cls)
+        nn.Module.__init__(tuner)
+        tuner._begin(model)
+        tuner.training = model.training
+        return tuner
+
     def place(self, model: Any) -> None:
         """Put the base model where all live names begin."""
         self.model = model

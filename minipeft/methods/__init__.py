@@ -27,7 +27,7 @@ METHODS = {
     "LN_TUNING": "ln_tuning",
     "LOHA": "loha",
     "LOKR": "lokr",
-    "LORA": "lora dora",
+    "LORA": "lora",
     "MISS": "miss",
     "MULTITASK_PROMPT_TUNING": "multitask_prompt_tuning",
     "OFT": "oft",
@@ -54,6 +54,20 @@ METHODS = {
 }
 
 
+VARIANTS = {  # of methods that a field of the configuration changes: by peft_type, the module for each such field
+    "LORA": {
+        "alora_invocation_tokens": "",
+        "arrow_config": "",
+        "kasa_config": "",
+        "monteclora_config": "",
+        "use_bdlora": "",
+        "use_dora": "dora",
+        "use_qalora": "",
+        "velora_config": "",
+    },
+}
+
+
 @functools.cache
 def load(peft_type: str) -> None:
     """Import what a method consists of: its configuration, adapter and tuner classes enter their tables."""
@@ -61,7 +75,16 @@ def load(peft_type: str) -> None:
         importlib.import_module(f".{name}", __name__)
 
 
+@functools.cache
+def load_variant(peft_type: str, field: str) -> None:
+    """Import the variant of a method that a field of its configuration asks for."""
+    if name := VARIANTS[peft_type][field]:
+        importlib.import_module(f".{name}", __name__)
+
+
 def load_all() -> None:
-    """Import every method."""
+    """Import every method and variant."""
     for peft_type in METHODS:
         load(peft_type)
+        for field in VARIANTS.get(peft_type, ()):
+            load_variant(peft_type, field)

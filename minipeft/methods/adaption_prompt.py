@@ -70,7 +70,7 @@ class AdaptedAttention(nn.Module):
         self.model = model
         self.adaption_prompt = nn.Parameter(torch.empty(1, tokens, width, **new).normal_())
         self.adaption_gate = nn.Parameter(torch.zeros(1, **new))
-        self.train(model.training)
+        self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _added(self.model(*args, **kwargs), lambda y: y + self.attend(**_inputs(args, kwargs)))

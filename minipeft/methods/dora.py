@@ -27,12 +27,8 @@ class Magnitude(nn.Module):
         self.weight = nn.Parameter(weight)
 
 
-class DoRA(LowRank, config=LoraConfig):
+class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding")
-
-    @classmethod
-    def chosen_by(cls, config: Any) -> bool:
-        return config.use_dora
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
@@ -43,7 +39,7 @@ class DoRA(LowRank, config=LoraConfig):
     def build(self) -> None:
         super().build()
         self.settle()
-        m = torch.empty(self.base.out) if self.blank else self.at_start()
+        m = torch.empty(self.base.out, device="meta") if self.blank else self.at_start()
         self.lora_magnitude_vector = Magnitude(m.view(self.base.magnitude_shape()))
 
     @torch.no_grad()

@@ -13,30 +13,37 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Delta
+from ..adapter import Adapter, Delta, variants
 from ..base import dropout
 from ..checkpoint import read_weights
 from ..errors import ConfigError, UnsupportedFeatureError
 from ..replicate import replicate_layers
 from ..targets import pattern_value
+from . import VARIANTS
 from .lora_configs import LoraConfig as LoraConfig
 from .lora_init import changes_base, initialise, to_plain
 from .lora_model import LoraModel as LoraModel
+
+
+def scale(r: int, alpha: float, stabilised: bool) -> float:
+    """alpha / r; `stabilised` (rsLoRA): alpha / sqrt(r)."""
+    return alpha / (math.sqrt(r) if stabilised else r)
 
 
 class Factors(Adapter):
     """The factors A and B."""
 
     prefix = "lora_"
+    minds_blank = True
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
 
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:
-        later = ["megatron_config", "velora_config", "alora_invocation_tokens", "use_qalora", "monteclora_config"]
-        later += ["use_bdlora", "arrow_config", "kasa_config"]
-        for name in later:
-            if getattr(config, name):
-                raise UnsupportedFeatureError(f"minipeft does not do LoRA with `{name}` yet; leave it, or use peft.")
+        if len(asked := variants(config)) > 1:
+            raise ConfigError(f"An adapter can be one variant of LoRA, not {' and '.join(asked)} at once.")
+        for field in asked + ["megatron_config"] * bool(config.megatron_config):
+            if not VARIANTS["LORA"].get(field):
+                raise UnsupportedFeatureError(f"minipeft does not do LoRA with `{field}`; leave it, or use peft.")
         return replicate_layers(model, config.layer_replication) if config.layer_replication else None
 
     @classmethod
@@ -51,18 +58,21 @@ class Factors(Adapter):
 
     def build(self) -> None:
         c = self.config
-        self.r = pattern_value(c.rank_pattern, self.path, c.r)
-        self.lora_alpha = pattern_value(c.alpha_pattern, self.path, c.lora_alpha)
-        self.use_rslora, self.use_dora, self.lora_bias = c.use_rslora, c.use_dora, c.lora_bias
-        self.scaling = self.initial_scaling()
+        r = pattern_value(c.rank_pattern, self.path, c.r)
+        alpha = pattern_value(c.alpha_pattern, self.path, c.lora_alpha)
+        scaling = scale(r, alpha, c.use_rslora)
+        flags = {"use_rslora": c.use_rslora, "use_dora": c.use_dora, "lora_bias": c.lora_bias}
+        self.note(r=r, lora_alpha=alpha, scaling=scaling, **flags)
         self.lora_dropout = dropout(c.lora_dropout)
-        self.lora_A = self.base.down(self.r)  # (r, in)
-        self.lora_B = self.base.up(self.r, c.lora_bias)  # (out, r)
-        if not self.blank or self.changes_base(c):
+        usual = c.init_lora_weights is True
+        blank = self.blank
+        start = self.base.start(r, c.lora_bias, blank) if usual or blank else self.base.factors(r, c.lora_bias)
+        self.lora_A, self.lora_B = start  # (r, in), (out, r)
+        if not usual and (not self.blank or self.changes_base(c)):
             initialise(self, c.init_lora_weights)
 
     def initial_scaling(self) -> float:
-        return self.lora_alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+        return scale(self.r, self.lora_alpha, self.config.use_rslora)
 
     def trains(self, slot: str) -> bool:
         return not (self.config.init_lora_weights == "mica" and slot.endswith("_B"))
@@ -91,10 +101,6 @@ class LowRank(Factors, Delta):
 
 
 class LoRA(LowRank, config=LoraConfig):
-    @classmethod
-    def chosen_by(cls, config: Any) -> bool:
-        return not config.use_dora
-
     def follow(self, source: Any, fresh: bool = False) -> None:
         A, B = source.lora_A, source.lora_B  # (r, tokens), (dim, r)
         if not self.base.reads_vectors:

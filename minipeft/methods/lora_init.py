@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base import kaiming
 from ..errors import ConfigError
 
 MODULES = {"loftq": "lora_loftq", "lora_ga": "lora_ga", "corda": "lora_corda"}  # those that have a file of their own
@@ -39,32 +38,18 @@ def changes_base(how: bool | str) -> bool:
     return isinstance(how, str) and how.startswith(("pissa", "olora", *MODULES))
 
 
+@torch.no_grad()
 def initialise(adapter: Any, how: bool | str) -> None:
     """Set A and B of a freshly built LoRA or DoRA adapter; torch's own initial values are in them."""
-    if how is True and isinstance(adapter.lora_A, nn.Linear):  # by far the commonest
-        kaiming(adapter.lora_A.weight.data)
-        for zero in adapter.lora_B._parameters.values():
-            if zero is not None:
-                zero.data.zero_()
-    else:
-        with torch.no_grad():
-            _initialise(adapter, how)
-
-
-def _initialise(adapter: Any, how: bool | str) -> None:
     A, B, base = adapter.lora_A, adapter.lora_B, adapter.base
-    if not base.reads_vectors and how != "mica":  # PEFT: on an embedding A is zero and B normal, whatever the name says
-        if how is not False:
-            nn.init.zeros_(A)
-            nn.init.normal_(B)
-    elif how is True or how == "gaussian":
-        if how is True:
-            nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
-        else:
-            nn.init.normal_(A.weight, std=1 / adapter.r)
-        for zero in (B.weight, B.bias):
-            if zero is not None:
-                nn.init.zeros_(zero)
+    if how is False:
+        return
+    if how is True or (not base.reads_vectors and how != "mica"):  # PEFT: any other name means True on an embedding
+        base.restart(A, B)
+    elif how == "gaussian":
+        nn.init.normal_(A.weight, std=1 / adapter.r)
+        for zero in B.parameters():
+            nn.init.zeros_(zero)
     elif how == "eva":
         nn.init.zeros_(B.weight)
     elif how == "orthogonal":
