@@ -99,18 +99,16 @@ class Adapter:
 
     def __getattr__(self, slot: str) -> Any:
         own = self.__dict__
-        if slot.startswith("__") or "found" not in own:  # half built, by copy or pickle
-            raise AttributeError(slot)
-        contents = own["found"].get(slot)
-        if contents is None:
-            contents = self.layer.contents(self.base.slot(slot) if self.renames else slot)
-            if contents is None or self.name not in contents:
-                raise AttributeError(f"{self!r} has no {slot!r}")
-            own["found"][slot] = contents
         try:
-            return contents[self.name]
+            return own["found"][slot][own["name"]]
         except KeyError:
-            raise AttributeError(f"{self!r} has no {slot!r}") from None
+            if slot.startswith("__") or "found" not in own:  # half built, by copy or pickle
+                raise AttributeError(slot) from None
+        contents = self.layer.contents(self.base.slot(slot) if self.renames else slot)
+        if contents is None or self.name not in contents:
+            raise AttributeError(f"{self!r} has no {slot!r}")
+        own["found"][slot] = contents
+        return contents[self.name]
 
     def note(self, **values: Any) -> None:
         """Store several plain values at once: what setting them one by one does, in less time."""

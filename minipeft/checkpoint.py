@@ -65,14 +65,19 @@ def own(tensor: Tensor, value: Tensor) -> Tensor:
     return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
-def entries_of_module(module: nn.Module, saved: str, live: str) -> Iterator[Entry]:
-    """An entry for each parameter and persistent buffer of a module."""
-    for name, sub in module.named_modules():
+def tensors_of_module(module: nn.Module) -> Iterator[tuple[str, Any, str]]:
+    """(path, box, key) of each parameter and persistent buffer of a module: it lies at `box[key]`."""
+    for name, sub in module.named_modules() if module._modules else [("", module)]:
         for box, skip in ((sub._parameters, ()), (sub._buffers, sub._non_persistent_buffers_set)):
             for key, tensor in box.items():
                 if tensor is not None and key not in skip:
-                    path = f"{name}.{key}" if name else key
-                    yield Entry(f"{saved}.{path}", f"{live}.{path}", box, key)
+                    yield f"{name}.{key}" if name else key, box, key
+
+
+def entries_of_module(module: nn.Module, saved: str, live: str) -> Iterator[Entry]:
+    """An entry for each parameter and persistent buffer of a module."""
+    for path, box, key in tensors_of_module(module):
+        yield Entry(f"{saved}.{path}", f"{live}.{path}", box, key)
 
 
 def entries_of_layer(
@@ -90,10 +95,9 @@ def entries_of_layer(
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
             yield Entry(f"{path}.{adapter.saved_key(slot, '')}", f"{live}.{slot}.{name}", inner, name, layer)
         else:
-            head = f"{path}.{slot}"
-            for entry in entries_of_module(value, head, f"{live}.{slot}.{name}"):
-                rest = entry.saved[len(head) + 1 :]
-                yield Entry(f"{path}.{adapter.saved_key(slot, rest)}", entry.live, entry.box, entry.key, layer)
+            for rest, inner, key in tensors_of_module(value):
+                saved = f"{path}.{adapter.saved_key(slot, rest)}"
+                yield Entry(saved, f"{live}.{slot}.{name}.{rest}", inner, key, layer)
 
 
 def entries_of_shared(cls: Any, slot: str, name: str, value: Any, box: Any, key: str) -> Iterator[Entry]:

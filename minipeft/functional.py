@@ -9,7 +9,7 @@ from torch import nn
 from .checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from .errors import MergeError
 from .factory import inject_adapter_in_model
-from .layer import LOW_PRECISION, Layer, ModulesToSaveWrapper
+from .layer import Layer, ModulesToSaveWrapper
 
 __all__ = [
     "cast_adapter_dtype",
@@ -66,6 +66,4 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """Turn an adapter's float16, bfloat16 and float8 tensors into float32, unless `autocast_adapter_dtype` is False."""
     for module in model.modules() if autocast_adapter_dtype else ():
         if isinstance(module, Layer):
-            for _, tensor in module.tensors(adapter_name):
-                if tensor.dtype in LOW_PRECISION:
-                    tensor.data = tensor.data.float()
+            module.widen(adapter_name)

@@ -98,6 +98,7 @@ class Plan:
         self.copies: list[tuple[str, nn.Module, nn.Module]] = []  # live path, module there now, its trained copy
         self.tokens: list[tuple[str, Layer, Layer | None]] = []  # the same as `new`, to be put into a wrapper
         self.after: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
+        self.seen: list[nn.Module] = []  # every module of the model, without those of adapters
         self.live_paths: dict[int, str] = {}
         self.placed: list[Layer | ModulesToSaveWrapper] = []  # once it is in place: everything that holds the adapter
         self.parents: dict[str, nn.Module] = {}  # live path, module: those met so far while putting things in place
@@ -133,6 +134,7 @@ class Plan:
         cls = self.cls
         outer: dict[str, tuple[str, nn.Module]] = {}
         for path, live, module in walk(self.model):
+            self.seen.append(module)
             outer.setdefault(path, (live, module))
             self.live_paths[id(module)] = live
         default_targets(config, self.model, model_config(self.model).get("model_type"))
@@ -313,12 +315,11 @@ class Plan:
         report = check(expected, weights, [e.saved for e in later], strict, stored)
         given = {strip(key): tensor for key, tensor in weights.items()}
         for entry in entries:
-            if strip(entry.saved) in given:
-                value = given[strip(entry.saved)]
-                if entry.box is self.shared:  # earlier adapters look at the same tensor
-                    entry.box[entry.key] = own(entry.tensor, value)
-                else:
-                    entry.fill(value)
+            value = given.get(strip(entry.saved))
+            if value is not None and entry.box is self.shared:  # earlier adapters look at the same tensor
+                entry.box[entry.key] = own(entry.tensor, value)
+            elif value is not None:
+                entry.fill(value)
         self.after += [(entry, given[strip(entry.saved)]) for entry in later if strip(entry.saved) in given]
         return report
 

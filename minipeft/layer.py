@@ -210,6 +210,12 @@ class Slots(nn.Module):
                             found.append((slot, tensor))
         return found
 
+    def widen(self, name: str) -> None:
+        """float16, bfloat16 and float8 tensors of adapter `name` become float32, which training needs."""
+        for _, tensor in self.tensors(name):
+            if tensor.dtype in LOW_PRECISION:
+                tensor.data = tensor.data.float()
+
 
 class Switch:
     """What other code reads off a layer about which of its adapters are on."""
@@ -729,7 +735,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, live, module
-        if (inside := _INSIDE.get(type(module))) is not None:
+        if (inside := INSIDE.get(type(module))) is not None:
             ahead.append((path, _join(live, inside), getattr(module, inside)))
         elif module._modules:
             children = [(n, child) for n, child in module._modules.items() if child is not None]
@@ -748,7 +754,7 @@ def layers(model: nn.Module) -> list[Layer]:
     return [module for _, _, module in walk(model) if isinstance(module, Layer)]
 
 
-_INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
+INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
 
 
 def _join(path: str, name: str) -> str:

@@ -19,7 +19,6 @@ from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
 from .inject import Plan, check_adapter_name, model_config
 from .layer import (
     BASE,
-    LOW_PRECISION,
     BufferDict,
     Context,
     Layer,
@@ -130,7 +129,7 @@ class BaseTuner(Slots):
         if plan.undo is not None:
             self.on_unload.append(plan.undo)
         if first:
-            self._freeze_base()
+            self._freeze_base(plan.seen)
             self.active_adapter = name
         self._own_biases(name, config)
         plan.finish()
@@ -202,8 +201,9 @@ class BaseTuner(Slots):
             if name in box:
                 del box[name]
 
-    def _freeze_base(self) -> None:
-        for _, _, module in walk(self.model):
+    @staticmethod
+    def _freeze_base(modules: Iterable[nn.Module]) -> None:
+        for module in modules:
             if not isinstance(module, (Layer, ModulesToSaveWrapper)):
                 for parameter in module._parameters.values():
                     if parameter is not None:
@@ -213,9 +213,7 @@ class BaseTuner(Slots):
         """float16, bfloat16 and float8 tensors of an adapter become float32, which training needs."""
         if autocast_adapter_dtype and adapter_class(self.peft_config[adapter_name]).autocasts:
             for owner in (self, *layers(self.model)):
-                for _, tensor in owner.tensors(adapter_name):
-                    if tensor.dtype in LOW_PRECISION:
-                        tensor.data = tensor.data.float()
+                owner.widen(adapter_name)
 
     # ----------------------------------------------------------------------------------------------- trained biases
     def _own_biases(self, name: str, config: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checkpoint import LoadReport
 from .errors import BatchError, PeftWarning, UnsupportedFeatureError
-from .layer import _INSIDE
+from .layer import INSIDE
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -127,7 +127,7 @@ def _original(module: Any, live: str) -> str | None:
     """What a tensor was called before adapters came; None for a tensor of an adapter."""
     path = []
     for part in live.split("."):
-        inside = _INSIDE.get(type(module))
+        inside = INSIDE.get(type(module))
         if inside is None:
             path.append(part)
         elif part != inside:

@@ -31,7 +31,7 @@ from ..checkpoint import PREFIX, Entry, check, fill
 from ..config import PeftConfig
 from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from ..inject import check_adapter_name, model_config
-from ..layer import _INSIDE, walk
+from ..layer import INSIDE, walk
 from ..targets import named
 from ..tuner import BaseTuner
 
@@ -127,7 +127,7 @@ def _added(output: Any, add: Any) -> Any:
     return (add(output[0]).to(output[0].dtype), *output[1:])
 
 
-_INSIDE.update({AdaptedAttention: "model", MixedAttention: "model"})
+INSIDE.update({AdaptedAttention: "model", MixedAttention: "model"})
 
 
 class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
@@ -168,7 +168,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         self.targeted_module_names[:] = dict.fromkeys([*self.targeted_module_names, *prompts])
         self.set_requires_grad(name, not config.inference_mode)
         if len(self.peft_config) == 1:
-            self._freeze_base()
+            self._freeze_base(module for _, _, module in walk(self.model))
             self.active_adapter = name
             self._show()
         return report

@@ -87,6 +87,11 @@ class Factors(Adapter):
     def delta(self) -> Tensor:
         return self.base.product(self.lora_A, self.lora_B, self.scaling)  # (out, in)
 
+    def shifted(self, b: Tensor | None) -> Tensor | None:
+        """b plus the bias of B, if that has one."""
+        bias = getattr(self.lora_B, "bias", None)
+        return b if bias is None else self.scaling * bias + (0 if b is None else b)
+
 
 class LowRank(Factors, Delta):
     """What LoRA and DoRA share: they change W by way of the factors."""
@@ -127,13 +132,11 @@ class LoRA(LowRank, config=LoraConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
-        return self.base.add_through(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling).to(y.dtype)
+        added = self.base.add_through(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling)
+        return added if added.dtype == y.dtype else added.to(y.dtype)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        bias = getattr(self.lora_B, "bias", None)
-        if bias is not None:
-            b = self.scaling * bias + (0 if b is None else b)
-        return W + self.delta(), b
+        return W + self.delta(), self.shifted(b)
 
     @property
     def folds_in_place(self) -> bool:
