@@ -45,6 +45,11 @@ def orthonormal(U: Tensor) -> Tensor:
     return torch.stack(V, 1)
 
 
+def from_orthonormal(A: Tensor) -> Tensor:
+    """|A A^T - I| in the Frobenius norm: how far the rows of A (r, n) are from being orthonormal."""
+    return torch.linalg.norm(A @ A.mT - torch.eye(len(A), dtype=A.dtype, device=A.device))
+
+
 class BlockDropout(nn.Module):
     """While training, a share p of the blocks (r, b, b), chosen at random, becomes I. A single block stays."""
 

@@ -1,4 +1,4 @@
-"""What a model with LoRA adapters can do besides: combine several of them into a new one.
+"""What a model with LoRA adapters can do besides: combine several of them into a new one, and regularise variants.
 
 Combining works on the factors or on the deltas D_i = s_i B_i A_i, with f one of the functions of merging.py:
 
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .. import merging
-from ..errors import ConfigError, PeftWarning, UnsupportedFeatureError
-from ..layer import widened
+from ..errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedFeatureError
+from ..layer import layers, widened
 from ..tuner import BaseTuner
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -36,6 +36,22 @@ TYPES = ("svd", "cat", *FUNCTIONS, *(f"{name}_svd" for name in FUNCTIONS if name
 
 class LoraModel(BaseTuner, method="LORA"):
     """A model with LoRA adapters."""
+
+    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
+        """The sum of KaSA's regularisation over all layers, a scalar to be added to the loss; 0.0 without KaSA.
+
+        Of the adapters `adapter_names` (default: the active ones). Raises `AdapterNameError` for names not there.
+        """
+        return sum(self._losses("kasa_config", adapter_names), 0.0)
+
+    def _losses(self, field: str, adapter_names: str | list[str] | None) -> list[Tensor]:
+        """`loss()` of each adapter, layer by layer, whose variant the configuration's `field` asks for."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        if unknown := [name for name in names or () if name not in self.peft_config]:
+            raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
+        names = self.active_adapters if names is None else names
+        found = [layer.adapters[name] for layer in layers(self.model) for name in names if name in layer.adapters]
+        return [adapter.loss() for adapter in found if adapter.asked_by == field]
 
     def add_weighted_adapter(
         self,
@@ -137,11 +153,11 @@ class Combine:
 
     def check(self, own: list[tuple[float, Any]]) -> None:
         """Raise `PeftError` for adapters of one layer that cannot be combined."""
-        from .lora import LoRA
+        from .lora import Summed
 
         path = own[0][1].path
         for _, adapter in own:
-            if type(adapter) is not LoRA:
+            if not isinstance(adapter, Summed):
                 raise UnsupportedFeatureError(
                     f"{type(adapter).__name__} adapters do not add up so they cannot be combined ({adapter.name!r})."
                 )
