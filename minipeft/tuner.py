@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,22 @@ from .layer import (
 )
 
 TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """While it is open, Python does not look for garbage.
+
+    An adapter is thousands of objects that all stay. Making them would set off collections, one of all objects among
+    them, which takes several times as long as the adapter itself.
+    """
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 class BaseTuner(Slots):
@@ -97,6 +114,7 @@ class BaseTuner(Slots):
         check_adapter_name(name, self.model)
 
     # -------------------------------------------------------------------------------------------------------- adding
+    @uncollected()
     def add(
         self,
         name: str,
