@@ -68,6 +68,7 @@ class Adapter:
     shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
     ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
     renames: ClassVar[bool] = True  # False: its matrices have the same names on an embedding as elsewhere
+    rewrites: ClassVar[bool] = False  # True: the frozen weights change for good, not by a start that may be converted
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
     minds_blank: ClassVar[bool] = False  # True: where `blank`, `build` itself makes its tensors on the meta device
     autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
@@ -358,7 +359,7 @@ class Routed(Adapter):
     """Depends on the input, so no fixed weight does the same: merging is refused."""
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        raise MergeError(f"{self.method.value} depends on its input and cannot be merged into weights ({self.path}).")
+        raise MergeError(f"{type(self).__name__} depends on its input and cannot be merged into weights ({self.path}).")
 
 
 class Replacement(Adapter):
@@ -399,5 +400,5 @@ def unsupported(cls: type[Adapter], module: nn.Module, path: str) -> Unsupported
     """The error for a layer whose kind `cls` cannot adapt."""
     kind = type(getattr(getattr(module, "base", None), "leaf", module)).__name__
     return UnsupportedLayerError(
-        f"{cls.method.value} cannot adapt '{path}', a {kind}. It adapts layers of kind {', '.join(cls.bases)}."
+        f"{cls.__name__} cannot adapt '{path}', a {kind}. It adapts layers of kind {', '.join(cls.bases)}."
     )
