@@ -330,15 +330,16 @@ class Linear(Base):
         down = A.weight
         if isinstance(scale, Tensor):
             down, scale = down * scale, 1.0
-        h = down @ x.reshape(-1, x.shape[-1]).t()  # (r, tokens): the faster way round
+        x, training = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
+        h = x @ down.t() if training else (down @ x.t()).t()  # (tokens, r): the faster way round, there and back
         if up.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
             h = h.to(up.dtype)
         if y.dtype != h.dtype:
-            return y + scale * (up @ h).t().view(y.shape)
-        if not torch.is_grad_enabled() and y.dtype == up.dtype and self.gives_new_tensors and y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(h.t(), up.t(), alpha=scale)
+            return y + scale * (h @ up.t()).view(y.shape)
+        if not training and y.dtype == up.dtype and self.gives_new_tensors and y.is_contiguous():
+            y.view(-1, y.shape[-1]).addmm_(h, up.t(), alpha=scale)
             return y
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h.t(), up.t(), alpha=scale).view(y.shape)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t(), alpha=scale).view(y.shape)
 
     @property
     def gives_new_tensors(self) -> bool:
