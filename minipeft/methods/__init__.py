@@ -60,7 +60,7 @@ VARIANTS = {  # of methods that a field of the configuration changes: by peft_ty
         "arrow_config": "",
         "kasa_config": "",
         "monteclora_config": "",
-        "use_bdlora": "",
+        "use_bdlora": "bdlora",
         "use_dora": "dora",
         "use_qalora": "",
         "velora_config": "",

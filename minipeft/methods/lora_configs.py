@@ -116,6 +116,12 @@ class BdLoraConfig(Record):
     nblocks: int = 1
     match_strict: bool = True
 
+    def __post_init__(self):
+        lists = {name: getattr(self, name) for name in ("target_modules_bd_a", "target_modules_bd_b")}
+        self.require(nblocks=self.nblocks > 0, **{k: not isinstance(v, str) for k, v in lists.items()})
+        if both := set.intersection(*(set(v or ()) for v in lists.values())):
+            raise ConfigError(f"{' and '.join(lists)} overlap: {', '.join(sorted(both))}.")
+
 
 @dataclass
 class ArrowConfig(Record):
