@@ -63,7 +63,7 @@ VARIANTS = {  # of methods that a field of the configuration changes: by peft_ty
         "use_bdlora": "bdlora",
         "use_dora": "dora",
         "use_qalora": "",
-        "velora_config": "",
+        "velora_config": "velora",
     },
 }
 

@@ -105,7 +105,22 @@ class LowRank(Factors, Delta):
         return changes_base(config.init_lora_weights)
 
 
-class LoRA(LowRank, config=LoraConfig):
+class Summed(LowRank):
+    """What LoRA shares with variants that are merged as it is: W' = W + s B A."""
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return W + self.delta(), self.shifted(b)
+
+    @property
+    def folds_in_place(self) -> bool:
+        return self.base.overwrites and self.lora_B.bias is None
+
+    def fold_in_place(self, W: Tensor) -> None:
+        A, B = self.lora_A.weight, self.lora_B.weight
+        W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=self.scaling)
+
+
+class LoRA(Summed, config=LoraConfig):
     def follow(self, source: Any, fresh: bool = False) -> None:
         A, B = source.lora_A, source.lora_B  # (r, tokens), (dim, r)
         if not self.base.reads_vectors:
@@ -134,14 +149,3 @@ class LoRA(LowRank, config=LoraConfig):
         y = inner(x, *args, **kwargs)  # (..., out)
         added = self.base.add_through(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling)
         return added if added.dtype == y.dtype else added.to(y.dtype)
-
-    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return W + self.delta(), self.shifted(b)
-
-    @property
-    def folds_in_place(self) -> bool:
-        return self.base.overwrites and self.lora_B.bias is None
-
-    def fold_in_place(self, W: Tensor) -> None:
-        A, B = self.lora_A.weight, self.lora_B.weight
-        W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=self.scaling)
