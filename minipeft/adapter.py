@@ -52,6 +52,11 @@ def adapter_class(config: PeftConfig) -> type[Adapter]:
     return next((cls for cls in reversed(ADAPTERS.get(config.method, ())) if cls.chosen_by(config)), Adapter)
 
 
+def method_class(config: PeftConfig) -> type[Adapter]:
+    """The class of a configuration's method, whichever of its variants it asks for."""
+    return ADAPTERS.get(config.method, [Adapter])[0]
+
+
 class Adapter:
     """One adapter on one layer: a column of the layer's slots.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import tying
-from .adapter import ADAPTERS, Adapter, adapter_class
+from .adapter import ADAPTERS, Adapter, adapter_class, method_class
 from .checkpoint import Entry
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
@@ -272,7 +272,7 @@ class BaseTuner(Slots):
     @property
     def takes_task_ids(self) -> bool:
         """Whether `forward` needs `task_ids`, because a method routes by task."""
-        return any(adapter_class(config).by_task for config in self.peft_config.values())
+        return any(method_class(config).by_task for config in self.peft_config.values())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; takes `task_ids` as `forward` does."""
@@ -322,7 +322,7 @@ class BaseTuner(Slots):
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         if len(names) > 1:
             for name in names:
-                if next(iter(ADAPTERS[self.peft_config[name].method])).exclusive:
+                if method_class(self.peft_config[name]).exclusive:
                     method = self.peft_config[name].method.value
                     raise AdapterNameError(f"{method} allows one active adapter, got {names}.")
         found = [layer for _, _, layer in adapted(self.model)]
