@@ -28,6 +28,7 @@ NAMES = {  # module: what it gives to this package. A name is imported when it i
     "methods.adalora": "AdaLoraConfig AdaLoraModel",
     "methods.adamss": "AdamssConfig AdamssModel",
     "methods.adaption_prompt": "AdaptionPromptConfig AdaptionPromptModel",
+    "methods.arrow": "create_arrow_model",
     "methods.beft": "BeftConfig BeftModel",
     "methods.boft": "BOFTConfig BOFTModel",
     "methods.c3a": "C3AConfig C3AModel",

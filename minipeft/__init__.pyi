@@ -35,6 +35,7 @@ from .mapping import (
 from .methods.adalora import AdaLoraConfig, AdaLoraModel
 from .methods.adamss import AdamssConfig, AdamssModel
 from .methods.adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
+from .methods.arrow import create_arrow_model
 from .methods.beft import BeftConfig, BeftModel
 from .methods.boft import BOFTConfig, BOFTModel
 from .methods.c3a import C3AConfig, C3AModel
@@ -149,8 +150,9 @@ __all__ = [
     "UniLoraModel", "UnsupportedFeatureError", "UnsupportedLayerError", "VBLoRAConfig", "VBLoRAModel", "VeloraConfig",
     "VeraConfig", "VeraModel", "WaveFTConfig", "WaveFTModel", "XLoraConfig", "XLoraModel",
     "bloom_model_postprocess_past_key_value", "cast_mixed_precision_params", "compose_cartridge_adapters",
-    "convert_to_lora", "find_kappa_target_modules", "get_base_model_state_dict", "get_eva_state_dict",
-    "get_layer_status", "get_model_status", "get_peft_config", "get_peft_model", "get_peft_model_state_dict",
+    "convert_to_lora", "create_arrow_model", "find_kappa_target_modules", "get_base_model_state_dict",
+    "get_eva_state_dict", "get_layer_status", "get_model_status", "get_peft_config", "get_peft_model",
+    "get_peft_model_state_dict",
     "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text", "initialize_lora_eva_weights",
     "inject_adapter_in_model", "load_peft_weights", "prepare_model_for_kbit_training", "preprocess_loraga",
     "prompt_embeddings_from_past_key_values", "replace_lora_weights_loftq", "save_as_lora", "set_base_model_state_dict",

@@ -51,7 +51,7 @@ from .config import CONFIGS, PeftType
 from .errors import UnsupportedFeatureError
 from .layer import BufferDict, Layer, ModulesToSaveWrapper, TrainableTokensWrapper
 from .lycoris import LycorisConfig
-from .methods import adalora_budget, lokr, lora_configs, lora_corda, lora_eva, lora_ga
+from .methods import adalora_budget, arrow, lokr, lora_configs, lora_corda, lora_eva, lora_ga
 from .prompt import PROMPTS
 from .tuner import TUNERS, BaseTuner
 
@@ -64,6 +64,7 @@ IN_PEFT_AT = {  # public functions of minipeft, where peft defines them
         get_eva_state_dict initialize_lora_eva_weights""",
 }
 INSIDE_LORA = {  # what users import from inside peft's LoRA, and where it is here
+    "peft.tuners.lora.arrow": (arrow, "create_arrow_model"),
     "peft.tuners.lora.conversion": (conversion, "convert_to_lora save_as_lora"),
     "peft.tuners.lora.corda": (lora_corda, "preprocess_corda"),
     "peft.tuners.lora.eva": (
@@ -223,7 +224,7 @@ def offered() -> dict[str, dict[str, Any]]:
     for path, (home, names) in INSIDE_LORA.items():
         paths[path] = {name: getattr(home, name) for name in names.split()}
     for path, names in IN_PEFT_AT.items():
-        paths[path].update({name: everything[name] for name in names.split() if name in everything})
+        paths[path].update({name: everything[name] for name in names.split()})
     paths["peft.tuners.lokr"]["factorization"] = lokr.factorization
     paths["peft.tuners.adalora"]["RankAllocator"] = adalora_budget.RankAllocator
     return paths

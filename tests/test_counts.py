@@ -64,6 +64,7 @@ VALUES = {  # of the fields that the counts name, none of them a default
 }
 CHOOSE = {  # by class
     "AdaptionPromptConfig": {"target_modules": "attention"},
+    "Arrow": {"arrow_config": {}},
     "Bat": {"init_weights": "bat"},
     "DoRA": {"use_dora": True},
     "OFT": {"r": 0},

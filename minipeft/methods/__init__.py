@@ -57,7 +57,7 @@ METHODS = {
 VARIANTS = {  # of methods that a field of the configuration changes: by peft_type, the module for each such field
     "LORA": {
         "alora_invocation_tokens": "",
-        "arrow_config": "",
+        "arrow_config": "arrow",
         "kasa_config": "",
         "monteclora_config": "",
         "use_bdlora": "bdlora",
