@@ -54,6 +54,7 @@ def hotswap_adapter(
     hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config)
 
 
+@torch.no_grad()
 def hotswap_adapter_from_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Tensor],
@@ -77,10 +78,10 @@ def hotswap_adapter_from_state_dict(
     for key, entry in entries.items():
         old = entry.tensor
         if key not in new:
-            old.data.zero_()
+            old.zero_()
             continue
         if new[key].shape == old.shape:
-            old.data.copy_(new[key])
+            old.copy_(new[key])
         else:
             old.data = new[key].to(old)
         assert entry.layer is not None

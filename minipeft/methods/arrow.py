@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Routed, unsupported
-from ..errors import AdapterNameError, ConfigError, UnsupportedFeatureError
+from ..errors import AdapterNameError, ConfigError, ConfigTypeError, UnsupportedFeatureError
 from ..layer import layers
 from .lora import Factors, LoRA, LoraConfig
 from .lora_configs import ArrowConfig
@@ -151,6 +151,8 @@ def create_arrow_model(
     """
     from ..model import PeftModel
 
+    if not isinstance(arrow_config, ArrowConfig):
+        raise ConfigTypeError(f"`arrow_config` must be an ArrowConfig, got {type(arrow_config).__name__}.")
     general_adapter_paths = general_adapter_paths if arrow_config.use_gks else []
     if isinstance(task_specific_adapter_paths, str) or not task_specific_adapter_paths:
         raise ConfigError("`task_specific_adapter_paths` must be a list of at least one saved adapter.")

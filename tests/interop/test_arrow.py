@@ -221,6 +221,19 @@ def test_expert_changed(ref, lib, saved):
         assert H.differ(H.run(used, batch()), H.run(fresh, batch()), 1e-6) == (module is ref)
 
 
+def test_expert_replaced(lib, saved, tmp_path):
+    """By another checkpoint, loaded or hot-swapped into it."""
+    from minipeft.hotswap import hotswap_adapter
+
+    folder = expert(lib, tmp_path, "new", 24)
+    want = H.run(create(lib, ([folder, *saved[0][1:]], saved[1]), use_gks=True), batch())
+    for replace in (lambda model: model.load_adapter(folder, "task_0"), lambda m: hotswap_adapter(m, folder, "task_0")):
+        ours = create(lib, saved, use_gks=True)
+        assert H.differ(H.run(ours, batch()), want, 1e-2)
+        replace(ours)
+        H.identical(H.run(ours, batch()), want)
+
+
 def test_experts_of_other_ranks(ref, lib, saved, tmp_path):
     """What the formula gives; peft stacks the factors, and cannot."""
     folder = expert(lib, tmp_path, "new", 3, r=3)
@@ -490,6 +503,11 @@ def test_bad_arguments(ref, lib, saved, tmp_path):
         if refused:
             with pytest.raises((ValueError, TypeError, RuntimeError, OSError)):
                 H.run(create(ref, paths, **fields), batch())
+
+
+def test_config_of_another_kind(lib, saved):
+    with pytest.raises(lib.ConfigTypeError, match="must be an ArrowConfig, got LoraConfig"):
+        lib.create_arrow_model(B.MLP_2D.build(), saved[0], lib.LoraConfig())
 
 
 def test_router_of_a_kind_that_cannot_be(lib):
