@@ -23,9 +23,9 @@ What peft's own dotted paths offer then is what transformers, diffusers, acceler
 
 Classes of which minipeft has none of its own, such as `LoraLayer` or `peft.tuners.lora.Linear`, say by `isinstance`
 what a layer is; they cannot be instantiated or derived from. Not offered, so that importing it fails: the layer classes
-of quantisation backends but for bitsandbytes, `DoraCaching`, `MontecloraTrainerMixin`, `KappaTuneSelector`, what
-peft keeps for itself (`update_layer`, `_create_and_replace`, `register_peft_method`, ...), and the conversion of
-checkpoints that were saved for the separate experts of transformers 4.
+of quantisation backends but for bitsandbytes, `DoraCaching`, `KappaTuneSelector`, what peft keeps for itself
+(`update_layer`, `_create_and_replace`, `register_peft_method`, ...), and the conversion of checkpoints that were saved
+for the separate experts of transformers 4.
 """
 
 from __future__ import annotations

@@ -61,6 +61,19 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
             layer["cast_input_dtype_enabled"] = value
 
 
+class MontecloraTrainerMixin:
+    """Puts MonteCLoRA's loss into a trainer of transformers: `class T(MontecloraTrainerMixin, Trainer)`."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The task's loss and that of MonteCLoRA; with `return_outputs` (loss, outputs)."""
+        from .methods.lora_model import LoraModel
+
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)  # type: ignore[misc]
+        losses = [module._get_monteclora_loss() for module in model.modules() if isinstance(module, LoraModel)]
+        extra = sum(losses) / max(len(losses), 1)
+        return (result[0] + extra, result[1]) if return_outputs else result + extra
+
+
 def update_forward_signature(model: Any) -> None:
     """Give `model.forward` the signature and docstring of the base model's, if its own is (*args, **kwargs)."""
     _adopt(model, "forward", [["args", "kwargs"]])

@@ -59,7 +59,7 @@ VARIANTS = {  # of methods that a field of the configuration changes: by peft_ty
         "alora_invocation_tokens": "",
         "arrow_config": "arrow",
         "kasa_config": "",
-        "monteclora_config": "",
+        "monteclora_config": "monteclora",
         "use_bdlora": "bdlora",
         "use_dora": "dora",
         "use_qalora": "",

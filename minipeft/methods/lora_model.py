@@ -44,6 +44,14 @@ class LoraModel(BaseTuner, method="LORA"):
         """
         return sum(self._losses("kasa_config", adapter_names), 0.0)
 
+    def _get_monteclora_loss(self, adapter_names: str | list[str] | None = None) -> Tensor | float:
+        """The mean of MonteCLoRA's divergences over all layers, a scalar to be added to the loss; 0.0 in eval mode.
+
+        Of the adapters `adapter_names` (default: the active ones). Raises `AdapterNameError` for names not there.
+        """
+        losses = self._losses("monteclora_config", adapter_names)
+        return sum(losses, 0.0) / max(len(losses), 1)
+
     def _losses(self, field: str, adapter_names: str | list[str] | None) -> list[Tensor]:
         """`loss()` of each adapter, layer by layer, whose variant the configuration's `field` asks for."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
