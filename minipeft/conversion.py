@@ -131,9 +131,10 @@ def _check(config: Any, adapters: list[Any]) -> None:
             what = f"'{adapter.path}' is {base.label}"
             raise UnsupportedLayerError(f"Only adapters of linear layers can be converted to LoRA, but {what}.")
         if adapter.changes_base(config):
+            how = " Convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
             raise UnsupportedFeatureError(
                 f"The adapter on '{adapter.path}' changed the base weights, so a LoRA of it would not fit the original "
-                "model. Convert it first: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
+                f"model.{'' if adapter.rewrites else how}"
             )
 
 

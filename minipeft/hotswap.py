@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .adapter import variants
 from .base import Conv, Conv1D, Linear
 from .checkpoint import Entry, entries_of_model, infer_device, load_peft_weights, strip
 from .config import PeftConfig, PeftType
@@ -32,6 +33,8 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
         old, new = getattr(config0, field), getattr(config1, field)
         if old != new:
             raise ConfigError(f"Configs are incompatible: for {field}, {old!r} != {new!r}.")
+    if (old := variants(config0)) != (new := variants(config1)):
+        raise ConfigError(f"Configs are incompatible: their variants of LoRA are {old} and {new}.")
 
 
 def hotswap_adapter(

@@ -201,7 +201,11 @@ class Plan:
                     why = "is a parameter of the outermost module; it cannot be adapted"
                     raise NoMatchingPeftModuleError(f"'{name}' {why}.")
                 met |= hits
-                found.append((names[-1], live, module, base_of(module, name)))
+                base: Any = base_of(module, name)
+                if "Param" not in self.cls.bases:
+                    raise unsupported(self.cls, module, names[-1])
+                self.cls.check_layer(self.config, names[-1], base)
+                found.append((names[-1], live, module, base))
         if missing := sorted(wanted - met):
             known = {tail for name in names for tail in suffixes(name)}
             hints = " ".join(f"{key!r} matches nothing.{nearest(key, known)}" for key in missing)

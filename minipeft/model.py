@@ -19,9 +19,7 @@ from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .files import make_folder, write_checkpoint, write_text
 from .layer import Layer, set_training
-from .tuner import TUNERS
-
-FORWARD_ONLY = {"adapter_names", "alora_offsets"}  # arguments of PeftModel.forward that the model never sees
+from .tuner import FORWARD_ONLY, TUNERS
 
 
 class PeftModel(nn.Module):
@@ -308,13 +306,13 @@ class PeftModel(nn.Module):
         return status.get_model_status(self)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether every layer's change of W is additive, so that a LoRA could stand for it."""
+        """Whether every layer's change of W is additive, and W still there, so that a LoRA could stand for it."""
         from .adapter import Delta
 
         if self._is_prompt_learning:
             return False
         found = [a for m in self.modules() if isinstance(m, Layer) for a in m.adapters.values()]
-        return bool(found) and all(isinstance(adapter, Delta) for adapter in found)
+        return bool(found) and all(isinstance(adapter, Delta) and not adapter.rewrites for adapter in found)
 
     # --------------------------------------------------------------------------------------------------------- prompts
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
@@ -470,7 +468,9 @@ class PeftModel(nn.Module):
     def _check_new_adapter_config(self, config: PeftConfig, is_trainable: bool = False) -> None:
         other: Any
         for other in [config, *self.peft_config.values()]:
-            if len(self.peft_config) and not other.is_prompt_learning and adapter_class(other).changes_base(other):
+            if not len(self.peft_config) or other.is_prompt_learning or adapter_class(other).rewrites:
+                continue
+            if adapter_class(other).changes_base(other):
                 warnings.warn(
                     f"init_lora_weights={other.init_lora_weights!r} changes the base weights, so it should not be used "
                     "beside other adapters. Save it with path_initial_model_for_weight_conversion to make a plain LoRA "

@@ -58,7 +58,7 @@ VARIANTS = {  # of methods that a field of the configuration changes: by peft_ty
     "LORA": {
         "alora_invocation_tokens": "",
         "arrow_config": "arrow",
-        "kasa_config": "",
+        "kasa_config": "kasa",
         "monteclora_config": "monteclora",
         "use_bdlora": "bdlora",
         "use_dora": "dora",

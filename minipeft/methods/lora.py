@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Delta, variants
+from ..adapter import Adapter, Delta, adapter_class, variants
 from ..base import dropout
 from ..checkpoint import read_weights
 from ..errors import ConfigError, UnsupportedFeatureError
@@ -39,8 +39,9 @@ class Factors(Adapter):
 
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:
-        if len(asked := variants(config)) > 1:
-            raise ConfigError(f"An adapter can be one variant of LoRA, not {' and '.join(asked)} at once.")
+        asked = variants(config)
+        if len(several := asked + ["init_lora_weights='mica'"] * (config.init_lora_weights == "mica")) > 1:
+            raise ConfigError(f"An adapter can be one variant of LoRA, not {' and '.join(several)} at once.")
         for field in asked + ["megatron_config"] * bool(config.megatron_config):
             if not VARIANTS["LORA"].get(field):
                 raise UnsupportedFeatureError(f"minipeft does not do LoRA with `{field}`; leave it, or use peft.")
@@ -49,6 +50,11 @@ class Factors(Adapter):
     @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
         for name, other in others.items():
+            kind = adapter_class(other)
+            if kind is not cls and other.peft_type == config.peft_type and (kind.rewrites or cls.rewrites):
+                one, two = (cls, kind) if cls.rewrites else (kind, cls)
+                both = f"beside adapter '{name}' there would be {one.__name__} and {two.__name__}"
+                raise ConfigError(f"{one.__name__} changes the frozen weights, so all adapters must be of it: {both}.")
             if config.layer_replication and config.layer_replication != getattr(other, "layer_replication", None):
                 raise ConfigError(f"layer_replication rebuilds the model; it cannot be used beside adapter '{name}'.")
             mine, theirs = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
@@ -68,7 +74,7 @@ class Factors(Adapter):
         blank = self.blank
         start = self.base.start(r, c.lora_bias, blank) if usual or blank else self.base.factors(r, c.lora_bias)
         self.lora_A, self.lora_B = start  # (r, in), (out, r)
-        if not usual and (not self.blank or self.changes_base(c)):
+        if not usual and (not self.blank or changes_base(c.init_lora_weights)):
             initialise(self, c.init_lora_weights)
 
     def initial_scaling(self) -> float:

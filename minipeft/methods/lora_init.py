@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MergeError
 
 MODULES = {"loftq": "lora_loftq", "lora_ga": "lora_ga", "corda": "lora_corda"}  # those that have a file of their own
 INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|eva|mica|{'|'.join(MODULES)}")
@@ -68,8 +68,28 @@ def initialise(adapter: Any, how: bool | str) -> None:
             for factor, value in ((A, a), (B, b)):
                 getattr(factor, "weight", factor).data = value
         if changes_base(how):
-            vars(adapter)["left"] = rest.to(W.dtype)  # in the frozen layer, once the adapter is accepted
-            adapter.at_commit(lambda: (base.write(vars(adapter).pop("left"), None), base.forget()))
+            leave(adapter, rest.to(base.dtype))
+
+
+def leave(adapter: Any, W: Tensor) -> None:
+    """Let W (out, in) be what is in the frozen layer, once the adapter is accepted; till then it is `adapter.left`."""
+    check_unmerged(adapter)
+    own = vars(adapter)
+    if "left" not in own:
+        adapter.at_commit(lambda: replace(adapter.base, own.pop("left")))
+    own["left"] = W
+
+
+def replace(base: Any, W: Tensor) -> None:
+    """Make W (out, in) the frozen weight, for good."""
+    base.write(W, None)
+    base.forget()
+
+
+def check_unmerged(adapter: Any) -> None:
+    """Raise `MergeError` where a merge is on, which could not be undone once the frozen weight is another."""
+    if adapter.base.home.original is not None:
+        raise MergeError(f"{adapter!r} changes the frozen weight, in which an adapter is merged. Unmerge that first.")
 
 
 def factors(adapter: Any, W: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -112,8 +132,8 @@ def olora(W: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def minor(W: Tensor, adapter: Any) -> tuple[Tensor, Tensor]:
     """A = 0 (r, in) and B (out, r), what W (out, in) has the least of in its output."""
     r = adapter.r
-    if adapter.config.use_dora or r > min(W.shape):
-        raise ConfigError(f"MiCA is not for DoRA, and its rank may not exceed either of {tuple(W.shape)}, got {r}.")
+    if r > min(W.shape):
+        raise ConfigError(f"The rank of MiCA may not exceed either of {tuple(W.shape)}, got {r}.")
     U = torch.linalg.svd(W, full_matrices=False)[0]
     return W.new_zeros(r, W.shape[1]), U[:, -r:].contiguous()
 

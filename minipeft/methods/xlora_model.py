@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import ADAPTERS, Adapter, adapter_class
+from ..adapter import ADAPTERS, Adapter, adapter_class, variants
 from ..checkpoint import Entry, base_entries, check, entries_of_module, fill, load_peft_weights, strip
 from ..config import PeftConfig, PeftType
 from ..errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError
@@ -273,14 +273,15 @@ def check_expert(config: Any) -> None:
     """Raise `PeftError` unless a configuration is that of a LoRA which changes nothing but the layers it is on."""
     if config.peft_type != PeftType.LORA:
         raise ConfigError(f"it must be a LoRA, but is {config.peft_type}.")
+    if asked := variants(config):
+        raise UnsupportedFeatureError(f"{asked[0]}={getattr(config, asked[0])!r} cannot be weighed for each token.")
     if adapter_class(config).changes_base(config):
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r} changes the frozen weights. Save it as a plain LoRA: "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
-    plain: dict[str, Any] = {"bias": "none", "use_dora": False}
     others = ("modules_to_save", "trainable_token_indices", "layer_replication", "target_parameters")
-    for field, value in {**plain, **dict.fromkeys(others)}.items():
+    for field, value in {"bias": "none", **dict.fromkeys(others)}.items():
         if (getattr(config, field) or value) != value:
             raise UnsupportedFeatureError(f"{field}={getattr(config, field)!r} cannot be weighed for each token.")
 
