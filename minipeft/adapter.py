@@ -131,6 +131,11 @@ class Adapter:
         return cls.asked_by is None or bool(getattr(config, cls.asked_by))
 
     @classmethod
+    def on(cls, base: Base) -> type[Adapter]:
+        """The class for layers of that kind: a variant of a method may leave some to the method itself."""
+        return cls
+
+    @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:
         """Complete or refuse a configuration before any layer is looked for.
 

@@ -672,7 +672,7 @@ def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None
     if whole is not None:
         return whole(module, inside)
     kind = None
-    if "bitsandbytes" in sys.modules:
+    if "bitsandbytes" in sys.modules or "gptqmodel" in sys.modules:
         from .quant import quantised
 
         kind = quantised(leaf)

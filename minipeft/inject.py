@@ -162,7 +162,7 @@ class Plan:
                 fits[kind] = any(k.__name__ in cls.bases for k in kind.__mro__)
             if base is None or not fits[kind]:
                 raise unsupported(cls, module, path)
-            cls.check_layer(config, path, base)
+            cls.on(base).check_layer(config, path, base)
             found.append((path, live, module, base))
             if isinstance(base, Attention):
                 out = base.leaf.out_proj
@@ -204,7 +204,7 @@ class Plan:
                 base: Any = base_of(module, name)
                 if "Param" not in self.cls.bases:
                     raise unsupported(self.cls, module, names[-1])
-                self.cls.check_layer(self.config, names[-1], base)
+                self.cls.on(base).check_layer(self.config, names[-1], base)
                 found.append((names[-1], live, module, base))
         if missing := sorted(wanted - met):
             known = {tail for name in names for tail in suffixes(name)}
@@ -235,7 +235,7 @@ class Plan:
         scratch = Layer(module, base, cls.method.value, self.tuner.context)
         blank = self.empty or base.device.type == "meta"
         vars(scratch).update(blank=blank, autocast=self.autocast)
-        adapter = cls(scratch, self.name, config, path)
+        adapter = cls.on(base)(scratch, self.name, config, path)
         scratch.adapters[self.name] = adapter
         for slot, value in self.shared.items() if cls is self.cls else ():
             if (mine := _own_slot(cls, slot, path)) == slot:

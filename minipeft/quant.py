@@ -2,6 +2,7 @@
 
     bitsandbytes.nn.Linear4bit      NF4 and FP4
     bitsandbytes.nn.Linear8bitLt    LLM.int8()
+    gptqmodel's linear layers       GPTQ, where they can be dequantised; nothing is written to them
 
 Reading dequantises; writing quantises anew, from float32 and with the layer's own settings. A merge is undone by
 putting the old quantised weight back, so no bit changes. Adapter tensors on these layers are float32.
@@ -17,24 +18,27 @@ import torch
 from torch import Tensor, nn
 
 from .base import Base, Linear
+from .errors import MergeError
 
 
 def quantised(module: nn.Module) -> type[Base] | None:
     """The kind of base for a quantised layer, or None when it is not one."""
-    bnb = sys.modules.get("bitsandbytes")
-    if bnb is None:
-        return None
-    if isinstance(module, bnb.nn.Linear4bit):
+    bnb, gptq = sys.modules.get("bitsandbytes"), sys.modules.get("gptqmodel.nn_modules.qlinear")
+    if bnb is not None and isinstance(module, bnb.nn.Linear4bit):
         return Linear4bit
-    if isinstance(module, bnb.nn.Linear8bitLt):
+    if bnb is not None and isinstance(module, bnb.nn.Linear8bitLt):
         return Linear8bitLt
+    if gptq is not None and isinstance(module, gptq.BaseQuantLinear):
+        methods = [getattr(method, "value", method) for method in module.SUPPORTS_METHODS or ()]
+        return GPTQ if "gptq" in methods and hasattr(module, "dequantize_weight") else None
     return None
 
 
 def backend_name(module: nn.Module) -> str | None:
     """The name that `get_layer_status` reports for a layer's quantisation."""
     kind = quantised(module)
-    return None if kind is None else {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}[kind.__name__]
+    names = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit", "GPTQ": "gptq"}
+    return None if kind is None else names[kind.__name__]
 
 
 class _Quantised(Linear):
@@ -138,3 +142,21 @@ class Linear8bitLt(_Quantised):
     def detach(self, weight: Any) -> None:
         if getattr(weight, "SCB", None) is None and self.leaf.state.SCB is not None:
             weight.CB, weight.SCB = weight.data, self.leaf.state.SCB
+
+
+class GPTQ(_Quantised):
+    """A linear layer of gptqmodel: integers, with a scale and a zero for each group of inputs."""
+
+    label = "GPTQLoraLinear"
+    weight_name = "qweight"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype = getattr(getattr(self.leaf, "weight", None), "dtype", torch.int32)  # that of what is dequantised
+        return dtype if dtype.is_floating_point else torch.float32
+
+    def dequantise(self, weight: Any) -> Tensor:
+        return self.leaf.dequantize_weight().t()  # (out, in)
+
+    def write(self, W: Tensor, b: Tensor | None) -> None:
+        raise MergeError("Adapters cannot be merged into GPTQ layers: quantising anew needs the data it was fitted to.")

@@ -62,7 +62,7 @@ VARIANTS = {  # of methods that a field of the configuration changes: by peft_ty
         "monteclora_config": "monteclora",
         "use_bdlora": "bdlora",
         "use_dora": "dora",
-        "use_qalora": "",
+        "use_qalora": "qalora",
         "velora_config": "velora",
     },
 }

@@ -18,6 +18,7 @@ NOT_EQUAL = {  # why peft's conversion gives something else
     "bdlora": "takes the blocks for the whole matrix, and fails",
     "dora": "leaves the magnitude out",
     "lora": "a LoRA that took its start out of the base weights is converted without them",
+    "qalora": "on plain layers a LoRA, see there",
     "miss": "ignores the rank",
     "c3a": "the singular values come in pairs, of which a truncation takes either",
 }
@@ -80,7 +81,7 @@ def test_nothing_is_lost_at_full_rank(case, lib, is_ref):
 
 
 BEYOND = ("lora_bias", "trainable_token_indices", "target_parameters")  # what no LoRA on linear layers can say
-ADDITIVE = set("lora bdlora dora adalora loha lokr hira vera fourierft c3a gralora vblora unilora".split())
+ADDITIVE = set("lora bdlora qalora dora adalora loha lokr hira vera fourierft c3a gralora vblora unilora".split())
 
 
 def test_methods_are_covered():
