@@ -70,6 +70,8 @@ class Context:
         self.task_ids: Any = None  # (batch,)
         self.scalings: Any = None  # (batch, length, layers, adapters): weights of adapters that are mixed by token
         self.beams = 1  # rows that `generate` makes of one sample
+        self.by_sample: dict[str, Tensor | None] = {}  # what an adapter noticed: by name, (batch, ...) or nothing
+        self.grown = 0  # how many tokens later than the input of `generate` the tokens of this pass end
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(Context())  # a copy is made for passes of its own
@@ -104,16 +106,60 @@ class Context:
             )
         return ids.repeat_interleave(size // len(ids))
 
+    def noticed(self, name: str, size: int) -> Tensor | None:
+        """What adapter `name` noticed, for each row of a batch of `size`; each sample may stand for several rows."""
+        values = self.by_sample.get(name)
+        if values is None:
+            return None
+        if not len(values) or size % len(values):
+            raise BatchError(f"The input of adapter '{name}' has {len(values)} samples, that of a layer {size}.")
+        return values.repeat_interleave(size // len(values), 0)
+
     @contextmanager
     def only(self, rows: list[int], size: int) -> Iterator[None]:
         """While it is open, the samples are those of some rows of the batch of `size`."""
-        ids = self.task_ids
+        ids, by_sample = self.task_ids, self.by_sample
         if ids is not None:
             self.task_ids = self.tasks(size)[rows]
+        if by_sample:
+            every = {name: self.noticed(name, size) for name in by_sample}
+            self.by_sample = {name: None if values is None else values[rows] for name, values in every.items()}
         try:
             yield
         finally:
-            self.task_ids = ids
+            self.task_ids, self.by_sample = ids, by_sample
+
+    @contextmanager
+    def kept(self, model: nn.Module) -> Iterator[None]:
+        """While it is open, blocks of transformers under gradient checkpointing keep what this pass tells.
+
+        They are run again in the backward pass, which may come after other forward passes.
+        """
+        told, found = dict(vars(self)), []
+
+        def keeping(checkpoint: Any) -> Any:
+            return lambda block, *args, **kwargs: checkpoint(again(block), *args, **kwargs)
+
+        def again(block: Any) -> Any:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                now = dict(vars(self))
+                vars(self).update(told)
+                try:
+                    return block(*args, **kwargs)
+                finally:
+                    vars(self).update(now)
+
+            return run
+
+        for module in model.modules():
+            if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
+                found.append((vars(module), checkpoint))
+                vars(module)["_gradient_checkpointing_func"] = keeping(checkpoint)
+        try:
+            yield
+        finally:
+            for own, checkpoint in found:
+                own["_gradient_checkpointing_func"] = checkpoint
 
 
 def run_groups(x: Tensor, groups: dict[str, list[int]], run: Callable[[str, Tensor], Tensor]) -> Tensor:

@@ -19,9 +19,7 @@ from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .files import make_folder, write_checkpoint, write_text
 from .layer import Layer, set_training
-from .tuner import TUNERS
-
-FORWARD_ONLY = {"adapter_names", "alora_offsets"}  # arguments of PeftModel.forward that the model never sees
+from .tuner import FORWARD_ONLY, TUNERS
 
 
 class PeftModel(nn.Module):

@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -30,8 +30,10 @@ from .layer import (
     layers,
     walk,
 )
+from .prompt import cached_tokens
 
 TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
+FORWARD_ONLY = {"adapter_names", "alora_offsets"}  # arguments of PeftModel.forward that the model never sees
 
 
 @contextmanager
@@ -266,8 +268,7 @@ class BaseTuner(Slots):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; `task_ids` (batch,) for methods that route by task, `adapter_names` as in PeftModel."""
         with self._enable_peft_forward_hooks(*args, **kwargs), self._for_tasks(kwargs):
-            kwargs.pop("adapter_names", None)
-            return self.model(*args, **kwargs)
+            return self.model(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY})
 
     @property
     def takes_task_ids(self) -> bool:
@@ -275,9 +276,29 @@ class BaseTuner(Slots):
         return any(method_class(config).by_task for config in self.peft_config.values())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own generate; takes `task_ids` as `forward` does."""
-        with self._for_tasks(kwargs):
-            return self.model.generate(*args, **kwargs)
+        """The model's own generate; takes `task_ids` and `adapter_names` as `forward` does."""
+        hooks = self._enable_peft_forward_hooks(*args, **kwargs)
+        with hooks, self._for_tasks(kwargs), self._growing(args, kwargs):
+            return self.model.generate(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY})
+
+    @contextmanager
+    def _growing(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+        """While `generate` runs, note in the context of each pass how far beyond the given input it reaches."""
+        length = length_of(args, kwargs)
+        if not self.context.by_sample or length is None:
+            yield
+            return
+
+        def note(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            now, cache = length_of(args, kwargs) or 0, kwargs.get("past_key_values")
+            self.context.grown = (max(now, length) if cache is None else cached_tokens(cache) + now) - length
+
+        hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+            self.context.grown = 0
 
     @contextmanager
     def _for_tasks(self, kwargs: dict[str, Any]) -> Iterator[None]:
@@ -292,22 +313,41 @@ class BaseTuner(Slots):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """While it is open, `adapter_names` gives every sample of the batch its adapter."""
+        """While it is open, `adapter_names` gives every sample of the batch its adapter; adapters know the inputs."""
         names = kwargs.get("adapter_names")
-        if names is None:
+        if names is not None:
+            self._check_names(names)
+        context = self.context
+        by_sample = context.by_sample or self._noticed(names or self.active_adapters, args, kwargs)
+        if names is None and (not by_sample or context.by_sample):  # nothing is new: PeftModel has entered it already
             yield
             return
+        before = context.adapter_names, context.beams, context.by_sample
+        context.by_sample = by_sample
+        if names is not None:
+            context.adapter_names, context.beams = list(names), kwargs.get("num_beams") or 1
+        try:
+            with context.kept(self.model) if by_sample and torch.is_grad_enabled() else nullcontext():
+                yield
+        finally:
+            context.adapter_names, context.beams, context.by_sample = before
+
+    def _check_names(self, names: Any) -> None:
         if self.training:
             raise BatchError("Cannot pass `adapter_names` when the model is in training mode.")
         if isinstance(names, str) or not isinstance(names, Sequence):
             raise BatchError(f"`adapter_names` must be a list with one name for each sample, got {names!r}.")
         if unknown := sorted(set(names) - set(self.peft_config) - {BASE}):
             raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
-        self.context.adapter_names, self.context.beams = list(names), kwargs.get("num_beams") or 1
-        try:
-            yield
-        finally:
-            self.context.adapter_names, self.context.beams = None, 1
+
+    def _noticed(self, names: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """What the adapters `names` make of the arguments of a pass; see `Context.by_sample`."""
+        found = {}
+        for name in dict.fromkeys(names):
+            config = self.peft_config.get(name)
+            if config is not None and (notice := adapter_class(config).notice) is not None:
+                found[name] = notice(config, {"input_ids": args[0], **kwargs} if args else kwargs)
+        return found
 
     # ----------------------------------------------------------------------------------------------- which adapter
     @property
@@ -503,6 +543,13 @@ class BaseTuner(Slots):
             if name in ("model", child) or child not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
+
+
+def length_of(args: tuple, kwargs: dict[str, Any]) -> int | None:
+    """How many tokens a model's arguments hold for each sample, or None when they hold none."""
+    names = "inputs_embeds", "input_ids", "inputs"
+    given = next((t for t in (*map(kwargs.get, names), *args[:1]) if isinstance(t, Tensor)), None)
+    return None if given is None else given.shape[min(1, given.dim() - 1)]
 
 
 def progress_bar(items: list[Any], title: str, show: bool) -> Iterator[Any]:
