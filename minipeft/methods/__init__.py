@@ -56,7 +56,7 @@ METHODS = {
 
 VARIANTS = {  # of methods that a field of the configuration changes: by peft_type, the module for each such field
     "LORA": {
-        "alora_invocation_tokens": "",
+        "alora_invocation_tokens": "alora",
         "arrow_config": "arrow",
         "kasa_config": "kasa",
         "monteclora_config": "monteclora",
