@@ -80,6 +80,21 @@ def test_draws(r, samples, lib, ref):
             torch.testing.assert_close(S[i], drawn["z_wishart"].diag(), rtol=1e-6, atol=1e-6)
 
 
+def test_limits(lib, ref):
+    """Variances and concentrations that are next to nothing are raised to a least value, and get no gradient."""
+    models = H.pair(ref, lib, PLAIN, torch.float64)
+    found = []
+    for model in models:
+        for name, p in model.named_parameters():
+            if name.endswith("std_prior"):
+                p.data[:2] = -9.0
+            elif name.endswith("expert_weights_prior"):
+                p.data[:1] = -16.0
+        found.append(trained(model, H.inputs(PLAIN, torch.float64), 1e3) | moments(model))
+    assert any(n.endswith("gaussian_var_prior") and v[0, 0] == 1e-3 for n, v in found[0].items())
+    H.close(found[1], found[0], 1e-6)
+
+
 def test_formula(lib):
     """The perturbation and the loss, in plain numbers, from the draws that are in use."""
     case = monteclora("training/formula", B.MLP, ["wide"], monteclora_config=OTHER)
