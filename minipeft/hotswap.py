@@ -77,7 +77,7 @@ def hotswap_adapter_from_state_dict(
     given = {key.removeprefix("_orig_mod."): tensor for key, tensor in state_dict.items()}
     if unexpected := [key for key in given if key not in entries]:
         raise CheckpointError(f"Hot swapping needs the same layers; unexpected keys found: {', '.join(unexpected)}.")
-    new = {key: _resized(entries[key], key, value) for key, value in given.items()}
+    new = {key: _resized(entries[key], key, value, adapter_name) for key, value in given.items()}
     for key, entry in entries.items():
         old = entry.tensor
         if key not in new:
@@ -118,6 +118,7 @@ def prepare_model_for_compiled_hotswap(
     for layer in found if target_rank is not None else ():
         if type(layer.base) in (Linear, Conv1D, Conv):  # PEFT: no other kind
             for adapter in layer.adapters.values():
+                _check_pads(adapter)
                 for slot in ("lora_A", "lora_B"):
                     factor = getattr(adapter, slot)
                     padded.append((factor, slot, _padded(layer, factor, slot, target_rank or 0)))
@@ -154,7 +155,7 @@ def _set_scaling(layer: Layer, name: str, config: Any) -> None:
         layer.scaling[name] = scaling
 
 
-def _resized(entry: Entry, key: str, value: Tensor) -> Tensor:
+def _resized(entry: Entry, key: str, value: Tensor, name: str) -> Tensor:
     """`value` with the rank of the tensor that it replaces, if that is larger; otherwise as it is."""
     old, groups = entry.tensor, getattr(getattr(entry.layer, "base", None), "leaf", None)
     if value.shape == old.shape:
@@ -165,7 +166,14 @@ def _resized(entry: Entry, key: str, value: Tensor) -> Tensor:
         raise CheckpointError(f"'{key}' has shape {tuple(value.shape)}, but {tuple(old.shape)} is in its place.")
     if value.shape[rank] > old.shape[rank]:
         return value
+    assert entry.layer is not None
+    _check_pads(entry.layer.adapters[name])
     return _pad(value, old.shape[rank], rank, getattr(groups, "groups", 1) if rank == 0 else 1)
+
+
+def _check_pads(adapter: Any) -> None:
+    if not adapter.pads:
+        raise UnsupportedFeatureError(f"The rank of {adapter!r} cannot be raised: zeros would not stand in its blocks.")
 
 
 def _padded(layer: Layer, factor: Any, slot: str, rank: int) -> Tensor:

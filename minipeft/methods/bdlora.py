@@ -41,6 +41,7 @@ class BlockDiagonalLinear(nn.Module):
 
 
 class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
+    pads = False
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # PEFT: on bitsandbytes' layers a plain LoRA
 
     @classmethod

@@ -98,6 +98,48 @@ def test_they_do_not_add_up(kind, lib, is_ref):
         model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum", combination_type=kind)
 
 
+@pytest.mark.parametrize("rank", [4, 6, 2])
+def test_hot_swapping(rank, lib, is_ref, tmp_path):
+    """An equal or a larger rank takes the place; a smaller one would need zeros within the blocks."""
+    if is_ref:
+        pytest.skip("peft puts the zeros behind all blocks, where they are those of other inputs")
+    new = H.move(H.adapt(lib, case(r=rank), at=5))
+    H.saved(new, tmp_path)
+    model = H.move(H.adapt(lib, case()))
+    before = H.snapshot(model)
+    if rank < 4:
+        for act in (lambda: lib.hotswap.hotswap_adapter(model, tmp_path, "default", torch_device="cpu"),
+                    lambda: lib.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)):
+            with pytest.raises(NotImplementedError, match="rank"):
+                act()
+            H.identical(H.snapshot(model), before)
+        return
+    lib.hotswap.hotswap_adapter(model, tmp_path, "default", torch_device="cpu")
+    H.close(H.run(model, B.MLP.inputs()), H.run(new, B.MLP.inputs()), 2e-5)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised(bits, lib, is_ref):
+    """peft leaves the blocks out on bitsandbytes' layers, without a word."""
+    if is_ref:
+        pytest.skip("peft has a plain LoRA there")
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 32)
+    quantised = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32) if bits == 4 else bnb.nn.Linear8bitLt(
+        64, 32, has_fp16_weights=False)
+    quantised.load_state_dict(plain.state_dict())
+    blocks = {"target_modules_bd_a": ["lin"], "nblocks": 4}
+    config = lib.LoraConfig(target_modules=["lin"], use_bdlora=blocks, r=4)
+    model = H.move(lib.get_peft_model(B.Chain(lin=quantised.to("cpu")), config)).train()
+    lin, x = layer(model, "lin"), torch.randn(5, 64)
+    assert lin.lora_A["default"].weight.shape == (4, 16)
+    running, bare = lin(x), lin.base_layer(x)
+    read = lin.base.apply(x, *lin.operator().read()) - lin.base.apply(x, *lin.base.read())
+    torch.testing.assert_close(running - bare, read, rtol=1e-3, atol=1e-3)
+    assert read.abs().max() > 0.1
+
+
 def test_blocks_beside_plain_lora(lib, ref):
     """One adapter of each sort on a layer: running, switching, merging."""
     plain = case()
