@@ -3,6 +3,7 @@
 import ast
 import math
 import re
+from collections import ChainMap
 from types import SimpleNamespace
 
 import pytest
@@ -65,9 +66,13 @@ VALUES = {  # of the fields that the counts name, none of them a default
 CHOOSE = {  # by class
     "AdaptionPromptConfig": {"target_modules": "attention"},
     "Arrow": {"arrow_config": {}},
+    "BDLoRA": {"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["q"]}},
     "Bat": {"init_weights": "bat"},
     "DoRA": {"use_dora": True},
+    "KaSA": {"kasa_config": {}},
+    "MonteCLoRA": {"monteclora_config": {"num_samples": 3}},
     "OFT": {"r": 0},
+    "QALoRA": {"use_qalora": True, "qalora_group_size": 1},  # a plain LoRA on these layers, as groups of one would be
     "Shadow": {"target_modules": r"layers\.\d+"},
 }
 CASES = [
@@ -136,7 +141,9 @@ def evaluated(expression, config):
         ends = re.fullmatch(r"[\w.]+|\)", before) and before not in FUNCTIONS
         code += ["*"] * bool(ends and re.fullmatch(r"[\w.]+|\(", token))
         code.append({"in": "IN", "^": "**"}.get(token, token))
-    return eval(" ".join(code), {**vars(config), **FUNCTIONS, "IN": IN, "out": OUT, "dim": OUT, "shadow": SHADOW})
+    records = [vars(value) for value in vars(config).values() if hasattr(value, "__dataclass_fields__")]
+    names = dict(ChainMap(vars(config), *records))
+    return eval(" ".join(code), {**names, **FUNCTIONS, "IN": IN, "out": OUT, "dim": OUT, "shadow": SHADOW})
 
 
 def save_loras(config, depth, folder):

@@ -78,8 +78,7 @@ def load(peft_type: str) -> None:
 @functools.cache
 def load_variant(peft_type: str, field: str) -> None:
     """Import the variant of a method that a field of its configuration asks for."""
-    if name := VARIANTS[peft_type][field]:
-        importlib.import_module(f".{name}", __name__)
+    importlib.import_module(f".{VARIANTS[peft_type][field]}", __name__)
 
 
 def load_all() -> None:

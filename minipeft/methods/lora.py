@@ -19,7 +19,6 @@ from ..checkpoint import read_weights
 from ..errors import ConfigError, UnsupportedFeatureError
 from ..replicate import replicate_layers
 from ..targets import pattern_value
-from . import VARIANTS
 from .lora_configs import LoraConfig as LoraConfig
 from .lora_init import changes_base, initialise, to_plain
 from .lora_model import LoraModel as LoraModel
@@ -42,9 +41,8 @@ class Factors(Adapter):
         asked = variants(config)
         if len(several := asked + ["init_lora_weights='mica'"] * (config.init_lora_weights == "mica")) > 1:
             raise ConfigError(f"An adapter can be one variant of LoRA, not {' and '.join(several)} at once.")
-        for field in asked + ["megatron_config"] * bool(config.megatron_config):
-            if not VARIANTS["LORA"].get(field):
-                raise UnsupportedFeatureError(f"minipeft does not do LoRA with `{field}`; leave it, or use peft.")
+        if config.megatron_config:
+            raise UnsupportedFeatureError("minipeft does not adapt Megatron's layers: leave `megatron_config` out.")
         return replicate_layers(model, config.layer_replication) if config.layer_replication else None
 
     @classmethod

@@ -5,7 +5,7 @@
     V  = diag(max(exp(2 rho) S, 1e-3))      rho: (r,), S: (r,) the diagonal of a draw from Wishart(r, I)
     w  = softmax(log a - mean(log a) + D^1/2 u)         a = exp(pi), pi: (num_samples,)
     D  = diag((1 - 2 / N) / a + sum(1 / a) / N^2)       N = num_samples
-    parameters                              r (in + out) + r + num_samples, + out with lora_bias=True
+    parameters                              r (in + out + 1) + num_samples
 
 Z_n (in, r) and u (num_samples,) are standard normal. All draws come from a buffer that is filled for buffer_size passes
 at once. rho and pi are trained; `LoraModel._get_monteclora_loss` gives the term that holds them to their priors.

@@ -2,7 +2,7 @@
 
     W' = W + s k B A P         A: (r, k), B: (out, r), B = 0 at the start, s as in LoRA; k = in / g groups of inputs
     P x                        mean of each group of g = qalora_group_size inputs; P: (k, in), entries 0 and 1 / g
-    parameters                 r (k + out)
+    parameters                 r (in / qalora_group_size + out)
 
 W' - W is constant within a group, as is the zero that a GPTQ layer keeps for each group. PEFT does this on GPTQ layers
 alone: on all others `use_qalora` leaves a plain LoRA.
