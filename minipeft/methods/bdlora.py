@@ -6,8 +6,8 @@
     B = diag(B_1 .. B_n)       in layers that are split by output: B_i (out / n, r / n), as rows of (out, r / n)
     parameters                 r (in / nblocks + out)
 
-That is for layers split by input; those split by output train r (in + out / nblocks). Each of n devices that hold a part
-of W then needs its own blocks alone. The factor that has no blocks is LoRA's.
+That is for layers split by input; those split by output train r (in + out / nblocks). Each of n devices that hold a
+part of W then needs its own blocks alone. The factor that has no blocks is LoRA's.
 """
 
 from __future__ import annotations
