@@ -136,6 +136,8 @@ class PeftApi(Driver):
     def run(self, first, more):
         with self.context():
             model = self.model
+            if not hasattr(model, "peft_config"):
+                more = {k: v for k, v in more.items() if k != "alora_offsets"}  # for adapters alone
             if "task_ids" in more and not hasattr(model, "prompt_encoder"):
                 # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
                 model, more = (model.base_model, more) if hasattr(model, "peft_config") else (model, {})

@@ -1,7 +1,7 @@
 """aLoRA - Activated LoRA: Fine-tuned LLMs for Intrinsics. Greenewald et al., 2025, https://arxiv.org/abs/2504.12397.
 
-    y_t = W x_t + b               for tokens t before the invocation sequence
-    y_t = W x_t + b + s B A x_t   from its first token on, and for all that is generated; A, B, s as in LoRA
+    y_t = W x_t + b + s B A x_t   for tokens t from the invocation sequence on, generated ones too; A, B, s as in LoRA
+    y_t = W x_t + b               for those before it
     parameters                    r (in + out), or r (in + out) + out with lora_bias=True
 
 The sequence is `alora_invocation_tokens`. In each sample its last occurrence counts; a sample without it runs on the
