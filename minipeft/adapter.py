@@ -173,6 +173,12 @@ class Adapter:
     @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
         """Refuse a configuration that cannot stand beside the ones already on the model, by adapter name."""
+        for name, other in others.items():
+            kind = adapter_class(other)
+            if kind is not cls and other.peft_type == config.peft_type and (kind.rewrites or cls.rewrites):
+                one, two = (cls, kind) if cls.rewrites else (kind, cls)
+                both = f"beside adapter '{name}' there would be {one.__name__} and {two.__name__}"
+                raise ConfigError(f"{one.__name__} changes the frozen weights, so all adapters must be of it: {both}.")
         for field in cls.alike:
             for name, other in others.items():
                 if getattr(other, field) != getattr(config, field):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Delta, adapter_class, variants
+from ..adapter import Adapter, Delta, variants
 from ..base import dropout
 from ..checkpoint import read_weights
 from ..errors import ConfigError, UnsupportedFeatureError
@@ -47,12 +47,8 @@ class Factors(Adapter):
 
     @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        super().check_beside(config, others)
         for name, other in others.items():
-            kind = adapter_class(other)
-            if kind is not cls and other.peft_type == config.peft_type and (kind.rewrites or cls.rewrites):
-                one, two = (cls, kind) if cls.rewrites else (kind, cls)
-                both = f"beside adapter '{name}' there would be {one.__name__} and {two.__name__}"
-                raise ConfigError(f"{one.__name__} changes the frozen weights, so all adapters must be of it: {both}.")
             if config.layer_replication and config.layer_replication != getattr(other, "layer_replication", None):
                 raise ConfigError(f"layer_replication rebuilds the model; it cannot be used beside adapter '{name}'.")
             mine, theirs = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
@@ -64,15 +60,13 @@ class Factors(Adapter):
         c = self.config
         r = pattern_value(c.rank_pattern, self.path, c.r)
         alpha = pattern_value(c.alpha_pattern, self.path, c.lora_alpha)
-        scaling = scale(r, alpha, c.use_rslora)
-        flags = {"use_rslora": c.use_rslora, "use_dora": c.use_dora, "lora_bias": c.lora_bias}
-        self.note(r=r, lora_alpha=alpha, scaling=scaling, **flags)
+        self.note(r=r, lora_alpha=alpha, scaling=scale(r, alpha, c.use_rslora), use_rslora=c.use_rslora)
+        self.note(use_dora=c.use_dora, lora_bias=c.lora_bias)
         self.lora_dropout = dropout(c.lora_dropout)
-        usual = c.init_lora_weights is True
-        blank = self.blank
+        usual, blank = c.init_lora_weights is True, self.blank
         start = self.base.start(r, c.lora_bias, blank) if usual or blank else self.base.factors(r, c.lora_bias)
         self.lora_A, self.lora_B = start  # (r, in), (out, r)
-        if not usual and (not self.blank or changes_base(c.init_lora_weights)):
+        if not usual and (not blank or changes_base(c.init_lora_weights)):
             initialise(self, c.init_lora_weights)
 
     def initial_scaling(self) -> float:
