@@ -50,7 +50,8 @@ def hotswap_adapter(
     the two do not fit; see `check_hotswap_configs_compatible` and `hotswap_adapter_from_state_dict`.
     """
     config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
-    check_hotswap_configs_compatible(model.active_peft_config, config)
+    # PEFT: looks at the active adapter, whichever is replaced
+    check_hotswap_configs_compatible(model.peft_config.get(adapter_name, model.active_peft_config), config)
     weights = load_peft_weights(model_name_or_path, torch_device or infer_device(), **kwargs)
     live = {strip(entry.saved): entry.live for entry in _entries(model, adapter_name)}
     state_dict = {live.get(strip(key), key): tensor for key, tensor in weights.items()}
