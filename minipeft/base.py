@@ -16,7 +16,6 @@ runs the layer with other weights, and knows the low-rank factors that suit its 
 from __future__ import annotations
 
 import math
-import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -671,11 +670,9 @@ def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None
         return base
     if whole is not None:
         return whole(module, inside)
-    kind = None
-    if "bitsandbytes" in sys.modules or "gptqmodel" in sys.modules:
-        from .quant import quantised
+    from .quant import quantised
 
-        kind = quantised(leaf)
+    kind = quantised(leaf)
     if kind is None:
         if isinstance(leaf, nn.Linear):
             kind = Linear

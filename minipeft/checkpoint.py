@@ -38,6 +38,7 @@ class Entry:
     box: Any
     key: str
     layer: Layer | None = None  # the layer that it belongs to, which says where a new tensor goes
+    shared: bool = False  # True: earlier adapters may look at the same tensor, from elsewhere
 
     @property
     def tensor(self) -> Tensor:
@@ -46,7 +47,8 @@ class Entry:
     def fill(self, value: Tensor) -> None:
         """Take over `value`. A tensor without storage (meta), or shared with other adapters, is replaced."""
         old = self.tensor
-        if len(self.box) > 1 and any(tensor is old for key, tensor in self.box.items() if key != self.key):
+        beside = len(self.box) > 1 and any(tensor is old for key, tensor in self.box.items() if key != self.key)
+        if self.shared or beside:
             self.box[self.key] = own(old, value)
             return
         if old.is_meta and (self.layer is None or self.layer.base.device.type != "meta"):

@@ -27,7 +27,7 @@ from .checkpoint import (
     entries_of_layer,
     entries_of_module,
     entries_of_shared,
-    own,
+    fill,
     strip,
 )
 from .config import PeftConfig
@@ -288,7 +288,9 @@ class Plan:
             yield from entries_of_layer(scratch, self.name, PREFIX + where, skip=self.shared)
         for slot, value in self.shared.items():
             if self.cls.keeps(slot, self.config):
-                yield from entries_of_shared(self.cls, slot, self.name, value, self.shared, slot)
+                for entry in entries_of_shared(self.cls, slot, self.name, value, self.shared, slot):
+                    entry.shared = entry.box is self.shared
+                    yield entry
         for slot, module in self.beside.items():
             yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot)
         for live, _, copied in self.copies:
@@ -317,13 +319,8 @@ class Plan:
         later = [e for e in self.bias_entries() if strip(e.saved) not in have] + base_entries(self.model, weights)
         expected = entries + [e for e in later if e.key == "bias"]
         report = check(expected, weights, [e.saved for e in later], strict, stored)
+        fill(entries, weights)
         given = {strip(key): tensor for key, tensor in weights.items()}
-        for entry in entries:
-            value = given.get(strip(entry.saved))
-            if value is not None and entry.box is self.shared:  # earlier adapters look at the same tensor
-                entry.box[entry.key] = own(entry.tensor, value)
-            elif value is not None:
-                entry.fill(value)
         self.after += [(entry, given[strip(entry.saved)]) for entry in later if strip(entry.saved) in given]
         return report
 

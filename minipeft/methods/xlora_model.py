@@ -88,8 +88,9 @@ class XLoraModel(BaseTuner, method="XLORA"):
             classifier = self.classifier(config, low_cpu_mem_usage)
             report = None
             if weights is not None:
-                report = check(list(entries_of(classifier)), weights, strict=strict)
-                fill(entries_of(classifier), weights)
+                entries = list(entries_of(classifier))
+                report = check(entries, weights, strict=strict)
+                fill(entries, weights)
         except BaseException:
             self.unload()
             self.peft_config = {}

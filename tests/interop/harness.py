@@ -6,6 +6,7 @@ import warnings
 import zlib
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 
@@ -212,3 +213,17 @@ def same_config(got: dict, want: dict):
     same_names(got, want)
     wrong = {k: (got[k], want[k]) for k in want if got[k] != want[k] or type(got[k]) is not type(want[k])}
     assert not wrong, f"field: (got, wanted): {wrong}"
+
+
+def on_four_bits(lib, **fields):
+    """A moved LoRA with `fields` on one of bitsandbytes' 4-bit layers, in train mode, and an input for it (5, 64)."""
+    bnb = pytest.importorskip("bitsandbytes")
+    base = torch.nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
+    return move(lib.get_peft_model(base, lib.LoraConfig(target_modules=["0"], **fields))).train(), torch.randn(5, 64)
+
+
+def assert_adds_its_delta(model, x):
+    """In eval mode the adapted layer adds x times its delta to what the frozen layer gives."""
+    layer = model.eval().base_model.model[0]
+    added = model(x) - layer.base_layer(x)
+    torch.testing.assert_close(added, x @ layer.get_delta_weight("default").T, rtol=1e-3, atol=1e-4)

@@ -241,14 +241,9 @@ def test_trainer_mixin(lib, ref):
 
 def test_quantised_layer(lib, is_ref):
     """On bitsandbytes' layers too; in peft it is a plain LoRA there, without a word."""
-    bnb = pytest.importorskip("bitsandbytes")
     if is_ref:
         pytest.skip("peft leaves it out")
-    base = torch.nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
-    model = H.move(lib.get_peft_model(base, lib.LoraConfig(target_modules=["0"], monteclora_config=STRONG)))
-    x = torch.randn(5, 64)
-    perturbed = model.train()(x)
-    layer = model.eval().base_model.model[0]
-    added = model(x) - layer.base_layer(x)
-    torch.testing.assert_close(added, x @ layer.get_delta_weight("default").T, rtol=1e-3, atol=1e-4)
+    model, x = H.on_four_bits(lib, monteclora_config=STRONG)
+    perturbed = model(x)
+    H.assert_adds_its_delta(model, x)
     assert (perturbed - model(x)).abs().max() > 1e-2

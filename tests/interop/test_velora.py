@@ -179,14 +179,9 @@ def test_weighted(kind, lib, ref):
 
 def test_quantised_layer(lib, is_ref):
     """On bitsandbytes' layers too, which peft refuses."""
-    bnb = pytest.importorskip("bitsandbytes")
     if is_ref:
         pytest.skip("peft refuses it")
-    base = torch.nn.Sequential(bnb.nn.Linear4bit(64, 64, quant_type="nf4", compute_dtype=torch.float32)).to("cpu")
-    model = H.move(lib.get_peft_model(base, lib.LoraConfig(target_modules=["0"], velora_config=GROUPS)))
-    x = torch.randn(5, 64)
-    model.train()(x).sum().backward()
+    model, x = H.on_four_bits(lib, velora_config=GROUPS)
+    model(x).sum().backward()
     assert projections(model).popitem()[1].norm() == pytest.approx(1)
-    layer = model.eval().base_model.model[0]
-    added = model(x) - layer.base_layer(x)
-    torch.testing.assert_close(added, x @ layer.get_delta_weight("default").T, rtol=1e-3, atol=1e-4)
+    H.assert_adds_its_delta(model, x)
