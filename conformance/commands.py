@@ -12,7 +12,7 @@ from .method import methods
 
 
 def do_record(args: list[str]) -> int:
-    """Record packs anew, or `--check` that recording gives the same tensors again."""
+    """Record packs anew, or `--check` that recording gives the same again."""
     check = "--check" in args
     chosen = [a for a in args if not a.startswith("-")] or list(methods())
     driver, bad = open_driver("peft"), []
@@ -21,10 +21,8 @@ def do_record(args: list[str]) -> int:
         for name in chosen:
             bad += record.record_method(methods()[name], driver, folder)
             if check:
-                new = store.Pack(folder / "methods" / f"{name}.json").data
-                old = store.packs()[name].data if name in store.packs() else {}
-                if new["tensor_sha256"] != old.get("tensor_sha256") or new["cases"] != old.get("cases"):
-                    bad.append(f"{name}: recorded anew, it differs from the stored pack")
+                new, old = store.Pack(folder / "methods" / f"{name}.json"), store.packs().get(name)
+                bad += record.differences(new, old) if old else [f"{name}: there is no such pack"]
             print(f"{name}: {len(methods()[name].rows)} cases", flush=True)
     print("\n".join(bad) if bad else ("all packs are as recorded" if check else "recorded"))
     return 1 if bad else 0

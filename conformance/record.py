@@ -16,13 +16,15 @@ import numpy as np
 from . import formulas, numpy_model, store
 from .bases import BASES
 from .checks import lifecycle
-from .compare import distance
+from .compare import distance, first_difference
 from .drivers.oracle import Oracle
 from .method import KEY, Method, Row, turned
 
 AGREE = "float32"  # formula and reference must agree to rounding of this dtype at least; most do to float64's
 SMALLEST_MARGIN = 10.0
 SMALLEST_EFFECT = 0.05
+DRAWN = ("base", "adapter", "second", "input", "cotangent")  # parts of a case that are drawn; the others are computed
+MEASURED = ("effect", "margin", "agreement", "nearest_fault")  # figures of a case that rounding may change
 
 
 def bf16(a):
@@ -271,6 +273,32 @@ def margin_of(method, row, base, weights, adapter, config, inputs, y, plain, tar
         return float("inf"), ""
     nearest = min(measured, key=lambda name: measured[name])
     return min(measured[nearest], 1e9), nearest
+
+
+def differences(new: store.Pack, old: store.Pack) -> list[str]:
+    """How a pack recorded anew differs from the stored one.
+
+    What was drawn must be equal bit for bit. What was computed from it may differ by rounding, which another processor
+    does in another order.
+    """
+    found = []
+    dtype = {c["id"]: "float64" if "float64" in c["dtypes"] else "float32" for c in old.data["cases"]}
+    for a, b in zip(new.data["cases"], old.data["cases"]):
+        found += [f"{b['id']}: {k} is now {a.get(k)!r}, stored {b.get(k)!r}" for k in {**a, **b}
+                  if k not in MEASURED and a.get(k) != b.get(k)]
+        found += [f"{b['id']}: {k} is now {a[k]}, stored {b[k]}" for k in ("effect", "margin")
+                  if not np.isclose(a[k], b[k], rtol=0.01)]
+    if (now := [c["id"] for c in new.data["cases"]]) != (before := [c["id"] for c in old.data["cases"]]):
+        found.append(f"{old.data['method']}: the cases are now {now}, stored {before}")
+    for name in sorted(new.tensors.keys() | old.tensors.keys()):
+        a, b, (case, part, _) = new.tensors.get(name), old.tensors.get(name), name.split("|", 2)
+        if a is None or b is None:
+            found.append(f"{name}: {'not recorded any more' if a is None else 'not stored'}")
+        elif part in DRAWN:
+            found += [] if np.array_equal(a, b) else [f"{name}: drawn otherwise, {first_difference(a, b)}"]
+        elif distance(a, b, dtype.get(case, "float64"), floor=1) > 1:
+            found.append(f"{name}: {first_difference(a, b)}")
+    return found
 
 
 def provenance(driver) -> dict:

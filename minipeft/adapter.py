@@ -20,6 +20,7 @@ Shapes: W is (out, in) or (out, in / groups, *kernel) or, for an embedding, (dim
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -84,7 +85,6 @@ class Adapter:
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
 
-    layer: Layer
     base: Base
     name: str
     config: Any
@@ -99,7 +99,13 @@ class Adapter:
             ADAPTERS.setdefault(cls.method, []).append(cls)
 
     def __init__(self, layer: Layer, name: str, config: PeftConfig, path: str):
-        vars(self).update(layer=layer, base=layer.base, name=name, config=config, path=path, found={})
+        vars(self).update(name=name, config=config, path=path)
+        self.move_to(layer)
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that it stands on. That holds it, and not the other way round: a dropped model goes at once."""
+        return self.__dict__["place"]()
 
     def __setattr__(self, slot: str, value: Any) -> None:
         slot = self.base.slot(slot) if self.renames else slot
@@ -118,13 +124,22 @@ class Adapter:
         own["found"][slot] = contents
         return contents[self.name]
 
+    def values(self, *slots: str) -> list[Any]:
+        """Several slots at once: what reading them one by one gives, in less time."""
+        own = self.__dict__
+        found, name = own["found"], own["name"]
+        return [found[slot][name] if slot in found else getattr(self, slot) for slot in slots]
+
     def note(self, **values: Any) -> None:
         """Store several plain values at once: what setting them one by one does, in less time."""
         self.layer.note(self.name, values)
 
     def move_to(self, layer: Layer) -> None:
         """Stand on `layer` from now on, which has taken over the slots."""
-        vars(self).update(layer=layer, base=layer.base, found={})
+        vars(self).update(place=weakref.ref(layer), base=layer.base, found={})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "place": None, "found": {}}  # a copied layer moves its adapters to itself
 
     # ------------------------------------------------------------------------------------------ what a method gives
     @classmethod

@@ -45,9 +45,14 @@ class Base:
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         self.module = module
-        self.home: Base = inside.home if inside is not None else self  # the one Base that keeps `original`
-        self.leaf: Any = self.home.leaf if inside is not None else module
+        self.inside = None if inside is None else inside.home
+        self.leaf: Any = module if inside is None else inside.leaf
         self.label = self.label or type(self).__name__
+
+    @property
+    def home(self) -> Base:
+        """The one Base that keeps `original`, of those of nested layers."""
+        return self if self.inside is None else self.inside
 
     # -------------------------------------------------------------------------------------------------- the operator
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -282,12 +287,19 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return module
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """module.weight, found in less time than nn.Module.__getattr__ takes where it is a plain parameter."""
+    weight = module._parameters.get("weight")
+    return module.weight if weight is None else weight  # type: ignore[return-value]
+
+
 def spend(count: int, like: Tensor) -> None:
     """Leave torch's random generator as it is after `count` uniform values in the dtype and on the device of `like`."""
     if like.device.type == "cpu" and like.dtype == torch.float32:  # a number takes 32 bits: two of them in one draw
         torch.empty(count // 2, dtype=torch.int64).random_()
         count %= 2
-    like.new_empty(count).uniform_()
+    if count:
+        like.new_empty(count).uniform_()
 
 
 def dropout(p: float) -> nn.Module:
@@ -315,29 +327,33 @@ class Linear(Base):
 
     def start(self, r: int, bias: bool = False, blank: bool = False) -> tuple[Any, Any]:
         n_in, n_out, device = self.inp, self.out, "meta" if blank else None
-        A, B = torch.empty(r, n_in, device=device), torch.empty(n_out, r, device=device)
+        A, B = torch.empty(r, n_in, device=device), torch.zeros(n_out, r, device=device)
         if not blank:  # PEFT: both are drawn as nn.Linear draws them, then A again
             spend(r * n_in + n_out * (r + bias), A)
             kaiming(A)
-            B.zero_()
         return linear_of(A), linear_of(B, torch.zeros(n_out, device=device) if bias else None)
 
     def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
         if B.bias is not None:
             return super().add_through(y, x, A, B, scale, gain)
-        up = B.weight if gain is None else gain[:, None] * B.weight  # (out, r)
-        down = A.weight
+        down, up = weight_of(A), weight_of(B)  # (r, in), (out, r)
+        if gain is not None:
+            up = gain[:, None] * up
         if isinstance(scale, Tensor):
             down, scale = down * scale, 1.0
-        x, training = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
-        h = x @ down.t() if training else (down @ x.t()).t()  # (tokens, r): the faster way round, there and back
+        x = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled():  # the faster way round, there and back
+            h = x @ down.t()  # (tokens, r)
+        else:
+            h = down @ x.t()
+            if h.dtype == up.dtype == y.dtype and self.gives_new_tensors and y.is_contiguous():
+                y.view(-1, y.shape[-1]).t().addmm_(up, h, alpha=scale)
+                return y
+            h = h.t()
         if up.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
             h = h.to(up.dtype)
         if y.dtype != h.dtype:
             return y + scale * (h @ up.t()).view(y.shape)
-        if not training and y.dtype == up.dtype and self.gives_new_tensors and y.is_contiguous():
-            y.view(-1, y.shape[-1]).addmm_(h, up.t(), alpha=scale)
-            return y
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t(), alpha=scale).view(y.shape)
 
     @property
@@ -558,7 +574,7 @@ class Param(Base):
 
     def __init__(self, module: nn.Module, inside: Base | None = None, name: str = ""):
         super().__init__(module, inside)
-        self.home, self.weight_name, self.bias_name = self, name, ""
+        self.inside, self.weight_name, self.bias_name = None, name, ""
         W = getattr(self.leaf, name)
         if W.dim() not in (2, 3):
             raise UnsupportedLayerError(f"Only 2-D and 3-D parameters can be adapted, but '{name}' is {W.dim()}-D.")

@@ -46,14 +46,12 @@ class Entry:
 
     def fill(self, value: Tensor) -> None:
         """Take over `value`. A tensor without storage (meta), or shared with other adapters, is replaced."""
-        old = self.tensor
-        beside = len(self.box) > 1 and any(tensor is old for key, tensor in self.box.items() if key != self.key)
-        if self.shared or beside:
-            self.box[self.key] = own(old, value)
-            return
-        if old.is_meta and (self.layer is None or self.layer.base.device.type != "meta"):
-            new = value.detach().clone() if self.layer is None else self.layer.settle(value.detach(), copy=True)
+        old, layer = self.tensor, self.layer
+        if old.is_meta and not self.shared and (layer is None or layer.base.device.type != "meta"):
+            new = value.detach().clone() if layer is None else layer.settle(value.detach(), copy=True)
             self.box[self.key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        elif self.shared or any(tensor is old for key, tensor in self.box.items() if key != self.key):
+            self.box[self.key] = own(old, value)
         else:
             with torch.no_grad():
                 old.copy_(value)
@@ -199,8 +197,8 @@ def fill(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> None:
     """Write a checkpoint's tensors into those entries that it has; the others keep what they have."""
     given = {strip(key): tensor for key, tensor in weights.items()}
     for entry in entries:
-        if strip(entry.saved) in given:
-            entry.fill(given[strip(entry.saved)])
+        if (value := given.get(strip(entry.saved))) is not None:
+            entry.fill(value)
 
 
 def _finite(t: Tensor) -> bool:

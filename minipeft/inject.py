@@ -242,10 +242,12 @@ class Plan:
                 scratch.put(slot, self.name, value)
             elif mine:
                 vars(scratch)[mine] = {self.name: value}
-        with torch.device("meta") if blank and not cls.minds_blank else nullcontext():
+        if blank and cls.minds_blank:
             adapter.build()
-        if not (blank and cls.minds_blank):
-            scratch.settle_all(self.name)
+            return scratch
+        with torch.device("meta") if blank else nullcontext():
+            adapter.build()
+        scratch.settle_all(self.name)
         return scratch
 
     def copy_modules(self) -> None:
@@ -315,21 +317,28 @@ class Plan:
         """Fill the adapter with a checkpoint's tensors. Raises `CheckpointError` when they do not fit."""
         stored, weights = weights, self.cls.convert_for_load(self.config, dict(weights))
         entries = list(self.entries())
-        have = {strip(entry.saved) for entry in entries}
-        later = [e for e in self.bias_entries() if strip(e.saved) not in have] + base_entries(self.model, weights)
+        later = list(self.bias_entries())
+        if later:
+            have = {strip(entry.saved) for entry in entries}
+            later = [entry for entry in later if strip(entry.saved) not in have]
+        later += base_entries(self.model, weights)
         expected = entries + [e for e in later if e.key == "bias"]
         report = check(expected, weights, [e.saved for e in later], strict, stored)
         fill(entries, weights)
-        given = {strip(key): tensor for key, tensor in weights.items()}
-        self.after += [(entry, given[strip(entry.saved)]) for entry in later if strip(entry.saved) in given]
+        if later:
+            given = {strip(key): tensor for key, tensor in weights.items()}
+            self.after += [(entry, given[strip(entry.saved)]) for entry in later if strip(entry.saved) in given]
         return report
 
-    @property
-    def incomplete(self) -> bool:
-        """Whether some tensor has no values yet."""
+    def incomplete(self, report: LoadReport) -> bool:
+        """Whether some tensor has no values after `load`: the checkpoint lacked it, or such tensors are never saved."""
+        built = [(scratch, scratch.adapters[self.name]) for _, scratch, _ in self.new + self.tokens]
+        slots = {(type(adapter), slot) for scratch, adapter in built for slot in scratch._modules}
+        if not report.missing_keys and all(s == "base_layer" or cls.keeps(s, self.config) for cls, s in slots):
+            return False
         return any(
             tensor.is_meta and scratch.base.device.type != "meta"
-            for _, scratch, _ in self.new + self.tokens
+            for scratch, _ in built
             for _, tensor in scratch.tensors(self.name)
         )
 

@@ -201,9 +201,11 @@ class Slots(nn.Module):
     def note(self, name: str, values: dict[str, Any]) -> None:
         """Store plain values (neither tensors nor modules) for adapter `name`, by slot."""
         own = self.__dict__
+        new = [slot for slot in values if slot not in own]
+        if new:
+            own.update((slot, {}) for slot in new)
+            own["other_param_names"] = (*self.other_param_names, *new)
         for slot, value in values.items():
-            if slot not in own:
-                self.register(slot, {}, trained=False)
             own[slot][name] = value
 
     def register(self, slot: str, box: Any, trained: bool) -> None:
@@ -299,7 +301,7 @@ class Layer(Switch, Slots):
     adapters: dict[str, Adapter]
     trained: set[str]
     merged_adapters: list[str]
-    folded: list[tuple[Layer, str]]
+    folded: list[Adapter]
     read_through: bool
     blank: bool
     autocast: bool
@@ -327,6 +329,11 @@ class Layer(Switch, Slots):
             _active_adapter=[],
             _disable_adapters=False,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for adapter in self.adapters.values():
+            adapter.move_to(self)
 
     # ------------------------------------------------------------------------------------------------- being built
     def settle(self, tensor: Tensor, copy: bool = False) -> Tensor:
@@ -379,7 +386,10 @@ class Layer(Switch, Slots):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None or self.context.adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
-        return self._run(self.running, x, *args, **kwargs)
+        names = self.running
+        if len(names) == 1 and not self.base.opaque:  # what `_run` does, without making the operator
+            return self.adapters[names[0]].forward(x, self.base, *args, **kwargs)
+        return self._run(names, x, *args, **kwargs)
 
     def _run(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         op = self.operator(names)
@@ -444,7 +454,7 @@ class Layer(Switch, Slots):
         # what follows another layer is merged there
         own = [n for n in names if home.base.apart or "follows" not in vars(self.adapters[n])]
         if own:
-            self._fold(home.folded + [(self, name) for name in own], safe_merge)
+            self._fold(home.folded + [self.adapters[name] for name in own], safe_merge)
         self.merged_adapters.extend(names)
 
     def merges_in_place(self, adapter_names: Sequence[str] | None = None) -> bool:
@@ -477,21 +487,21 @@ class Layer(Switch, Slots):
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning)
             return
         names = list(self.merged_adapters if adapter_names is None else adapter_names)
-        self._fold([(layer, n) for layer, n in self._home.folded if layer is not self or n not in names], False)
+        self._fold([a for a in self._home.folded if a.layer is not self or a.name not in names], False)
         self.merged_adapters = [n for n in self.merged_adapters if n not in names]
 
-    def _fold(self, folded: list[tuple[Layer, str]], safe: bool) -> None:
+    def _fold(self, folded: list[Adapter], safe: bool) -> None:
         home = self._home
         if not folded:
             home.base.restore()
         else:
             W, b = _wide(home.base.read())
-            for layer, name in folded:
-                with widened(layer.adapters[name]):
-                    W, b = layer.adapters[name].fold(W, b)
+            for adapter in folded:
+                with widened(adapter):
+                    W, b = adapter.fold(W, b)
             if safe and not all(torch.isfinite(t).all() for t in _tensors((W, b))):
                 raise MergeError(
-                    f"NaNs detected in the merged weights. The adapter {folded[-1][1]} seems to be broken (safe_merge)."
+                    f"NaNs detected in the merged weights. Adapter {folded[-1].name} seems to be broken (safe_merge)."
                 )
             home.base.write(W, b)
         home.folded = folded

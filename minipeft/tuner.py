@@ -38,7 +38,7 @@ FORWARD_ONLY = {"adapter_names", "alora_offsets"}  # arguments of PeftModel.forw
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """While it is open, Python does not look for garbage.
+    """While it is open, Python does not look for garbage; what there is when it closes counts as old.
 
     An adapter is thousands of objects that all stay. Making them would set off collections, one of all objects among
     them, which takes several times as long as the adapter itself.
@@ -49,6 +49,9 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if on:
+            if not gc.get_freeze_count():  # somebody's frozen objects stay so
+                gc.freeze()
+                gc.unfreeze()  # into the oldest generation, without a look at each
             gc.enable()
 
 
@@ -158,10 +161,11 @@ class BaseTuner(Slots):
         for layer in plan.placed:
             active = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
             vars(layer).update(_active_adapter=active, _disable_adapters=self._disabled)
-            layer.set_requires_grad([name], training)
-            for _, _, value in layer.boxes(name) if isinstance(layer, Layer) else [(0, 0, layer.adapters[name])]:
-                if isinstance(value, nn.Module) and (value._modules or value.training is not self.training):
-                    value.train(self.training)  # added to a model in eval(), it is in eval()
+            layer.set_requires_grad(name, training)
+            if not self.training:  # added to a model in eval(), it is in eval()
+                for _, _, value in layer.boxes(name) if isinstance(layer, Layer) else [(0, 0, layer.adapters[name])]:
+                    if isinstance(value, nn.Module):
+                        value.eval()
         return report
 
     def _plan_loaded(self, name: str, config: Any, autocast: bool, weights: Any, strict: bool) -> tuple[Plan, Any]:
@@ -170,7 +174,7 @@ class BaseTuner(Slots):
         plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
         try:
             report = plan.load(weights, strict)
-            if plan.incomplete:
+            if plan.incomplete(report):
                 plan.give_up()
                 plan = Plan(self, name, config, loading=True, autocast=autocast)
                 with warnings.catch_warnings():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -18,6 +19,26 @@ def test_distance_is_per_row():
     off[1, 1] += 0.01  # 5e-5 of its own row, 5e-6 of the largest value
     assert compare.distance(off, want, "float32") > 1
     assert compare.distance(want * (1 + 2.0**-22), want, "float32") < 1
+
+
+def recorded(**changes):
+    """A pack of one case, as if it had been recorded, with changes of its tensors by part or of its fields."""
+    tensors = {f"m/c|{part}|y": np.linspace(1, 2, 6).reshape(2, 3) for part in ("adapter", "out")}
+    for part in tensors.keys() & {f"m/c|{part}|y" for part in changes}:
+        tensors[part] = tensors[part] * changes[part.split("|")[1]]
+    case = {"id": "m/c", "dtypes": ["float64"], "count": [1, 2], "effect": 0.5, "margin": 20.0, "agreement": 1e-16}
+    case |= {key: value for key, value in changes.items() if key in case}
+    return SimpleNamespace(data={"method": "m", "cases": [case]}, tensors=tensors)
+
+
+@pytest.mark.parametrize(
+    "change, fits",
+    [({}, True), ({"out": 1 + 2.0**-52}, True), ({"agreement": 2e-16}, True), ({"margin": 20.01}, True),
+     ({"out": 1 + 1e-12}, False), ({"adapter": 1 + 2.0**-52}, False), ({"margin": 12.0}, False),
+     ({"count": [1, 3]}, False)],
+)
+def test_recording_anew_allows_for_rounding_alone(change, fits):
+    assert (record.differences(recorded(**change), recorded()) == []) is fits
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 3)), np.full((2, 2), np.nan), np.full((2, 2), np.inf)])

@@ -64,6 +64,7 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
     prefix = "lora_"
     bases = ("Linear", "Conv1D", "Conv")
     patterns = ()
+    convert_for_save, resize = staticmethod(pruned), staticmethod(take_ranks)
 
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:
@@ -111,11 +112,3 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
         if not self.base.pointwise:
             return super().branch(x)
         return F.linear(F.linear(x, self.lora_A * self.lora_E) * self.scale, self.lora_B)  # (..., out)
-
-    @classmethod
-    def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return pruned(model, name, tensors)
-
-    @classmethod
-    def resize(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> Any:
-        return take_ranks(model, name, tensors)

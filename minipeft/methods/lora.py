@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Delta, variants
-from ..base import dropout
+from ..base import dropout, weight_of
 from ..checkpoint import read_weights
 from ..errors import ConfigError, UnsupportedFeatureError
 from ..replicate import replicate_layers
@@ -60,8 +60,8 @@ class Factors(Adapter):
         c = self.config
         r = pattern_value(c.rank_pattern, self.path, c.r)
         alpha = pattern_value(c.alpha_pattern, self.path, c.lora_alpha)
-        self.note(r=r, lora_alpha=alpha, scaling=scale(r, alpha, c.use_rslora), use_rslora=c.use_rslora)
-        self.note(use_dora=c.use_dora, lora_bias=c.lora_bias)
+        flags = {"use_rslora": c.use_rslora, "use_dora": c.use_dora, "lora_bias": c.lora_bias}
+        self.note(r=r, lora_alpha=alpha, scaling=scale(r, alpha, c.use_rslora), **flags)
         self.lora_dropout = dropout(c.lora_dropout)
         usual, blank = c.init_lora_weights is True, self.blank
         start = self.base.start(r, c.lora_bias, blank) if usual or blank else self.base.factors(r, c.lora_bias)
@@ -79,7 +79,8 @@ class Factors(Adapter):
         """The input of A: with dropout while training, in A's dtype. Indices stay as they are."""
         if not self.base.reads_vectors:
             return x
-        x, drop = self.cast(x, self.lora_A.weight), self.lora_dropout
+        A, drop = self.values("lora_A", "lora_dropout")
+        x = self.cast(x, weight_of(A))
         return x if type(drop) is nn.Identity else drop(x)
 
     def delta(self) -> Tensor:
@@ -145,5 +146,5 @@ class LoRA(Summed, config=LoraConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
-        added = self.base.add_through(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling)
+        added = self.base.add_through(y, self.dropped(x), *self.values("lora_A", "lora_B", "scaling"))
         return added if added.dtype == y.dtype else added.to(y.dtype)
