@@ -327,7 +327,7 @@ class Linear(Base):
 
     def start(self, r: int, bias: bool = False, blank: bool = False) -> tuple[Any, Any]:
         n_in, n_out, device = self.inp, self.out, "meta" if blank else None
-        A, B = torch.empty(r, n_in, device=device), torch.zeros(n_out, r, device=device)
+        A, B = torch.empty(r, n_in, device=device), (torch.empty if blank else torch.zeros)(n_out, r, device=device)
         if not blank:  # PEFT: both are drawn as nn.Linear draws them, then A again
             spend(r * n_in + n_out * (r + bias), A)
             kaiming(A)

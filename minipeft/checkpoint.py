@@ -47,9 +47,10 @@ class Entry:
     def fill(self, value: Tensor) -> None:
         """Take over `value`. A tensor without storage (meta), or shared with other adapters, is replaced."""
         old, layer = self.tensor, self.layer
-        if old.is_meta and not self.shared and (layer is None or layer.base.device.type != "meta"):
+        if old.is_meta and not self.shared:
             new = value.detach().clone() if layer is None else layer.settle(value.detach(), copy=True)
-            self.box[self.key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            if not new.is_meta:  # as it is where the frozen layer is on the meta device too
+                self.box[self.key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         elif self.shared or any(tensor is old for key, tensor in self.box.items() if key != self.key):
             self.box[self.key] = own(old, value)
         else:

@@ -825,11 +825,19 @@ def _contents(box: Any) -> Any:
 
 def set_training(module: nn.Module, mode: bool) -> None:
     """Do what nn.Module.train does, in less time."""
-    module.__dict__["training"] = mode
-    for child in module._modules.values():
-        if child is not None:
-            plain = type(child).train in (nn.Module.train, Layer.train)
-            set_training(child, mode) if plain else child.train(mode)
+    plain: dict[type, bool] = {}  # types met so far: whether their `train` does nothing else
+    ahead = [module]
+    for module in ahead:
+        module.__dict__["training"] = mode
+        for child in module._modules.values():
+            if child is not None:
+                kind = type(child)
+                if kind not in plain:
+                    plain[kind] = kind.train in (nn.Module.train, Layer.train)
+                if plain[kind]:
+                    ahead.append(child)
+                else:
+                    child.train(mode)
 
 
 def _parameters(module: nn.Module) -> Iterable[nn.Parameter | None]:
