@@ -262,7 +262,7 @@ class Adapter:
         return False
 
     def fold_in_place(self, W: Tensor) -> None:
-        """Make W that of the adapted operator. Only where `folds_in_place`."""
+        """Make W, in at least float32, that of the adapted operator. Only where `folds_in_place`."""
         raise NotImplementedError
 
     @classmethod

@@ -334,9 +334,12 @@ class Linear(Base):
         return linear_of(A), linear_of(B, torch.zeros(n_out, device=device) if bias else None)
 
     def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
-        if B.bias is not None:
+        a, b = A._parameters, B._parameters  # looked up here, as nn.Module.__getattr__ takes long
+        down, up, bias = a.get("weight"), b.get("weight"), b.get("bias")  # (r, in), (out, r), None
+        if down is None or up is None:  # parametrised or sharded: they stand elsewhere
+            down, up, bias = A.weight, B.weight, B.bias
+        if bias is not None:
             return super().add_through(y, x, A, B, scale, gain)
-        down, up = weight_of(A), weight_of(B)  # (r, in), (out, r)
         if gain is not None:
             up = gain[:, None] * up
         if isinstance(scale, Tensor):

@@ -467,13 +467,11 @@ class Layer(Switch, Slots):
             and all(self.adapters[n].folds_in_place for n in self._named(adapter_names))
         )
 
-    @torch.no_grad()
     def merge_in_place(self, adapter_names: Sequence[str] | None = None) -> None:
         """The same for good, in the frozen weights' own memory where their dtype allows it: no copy is kept."""
-        W = _wide(self.base.read())[0]
+        W = _widen(self.base.read()[0])
         for name in self._named(adapter_names):
-            with widened(self.adapters[name]):
-                self.adapters[name].fold_in_place(W)
+            self.adapters[name].fold_in_place(W)
         self.base.overwrite(W)
 
     def _named(self, adapter_names: Sequence[str] | None) -> list[str]:
@@ -791,11 +789,12 @@ def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             continue
         seen.add(id(module))
         yield path, live, module
+        head, live_head = path and f"{path}.", live and f"{live}."
         if (inside := INSIDE.get(type(module))) is not None:
-            ahead.append((path, _join(live, inside), getattr(module, inside)))
+            ahead.append((path, live_head + inside, getattr(module, inside)))
         elif module._modules:
-            children = [(n, child) for n, child in module._modules.items() if child is not None]
-            ahead += [(_join(path, name), _join(live, name), child) for name, child in reversed(children)]
+            children = [(head + n, live_head + n, child) for n, child in module._modules.items() if child is not None]
+            ahead += reversed(children)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
@@ -811,10 +810,6 @@ def layers(model: nn.Module) -> list[Layer]:
 
 
 INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
@@ -852,8 +847,13 @@ def _tensors(pair: Any) -> Iterator[Tensor]:
 
 def _wide(pair: Any) -> Any:
     """(W, b) in at least float32."""
-    widen = lambda t: t if t is None or not t.is_floating_point() else t.to(torch.promote_types(t.dtype, torch.float32))
-    return tuple({k: widen(t) for k, t in p.items()} if isinstance(p, dict) else widen(p) for p in pair)
+    return tuple({k: _widen(t) for k, t in p.items()} if isinstance(p, dict) else _widen(p) for p in pair)
+
+
+def _widen(t: Any) -> Any:
+    if t is None or t.dtype == torch.float32 or not t.is_floating_point():
+        return t
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 @contextmanager

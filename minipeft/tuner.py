@@ -453,6 +453,7 @@ class BaseTuner(Slots):
         """
         self._merge(layers(self.model), safe_merge, adapter_names)
 
+    @torch.no_grad()
     def _merge(
         self, todo: list[Layer], safe: bool, names: list[str] | None, progress: bool = False, for_good: bool = False
     ) -> None:
@@ -510,7 +511,8 @@ class BaseTuner(Slots):
         return model
 
     def _unload(self, names: list[str]) -> nn.Module:
-        for _, live, module in reversed(list(walk(self.model))):
+        at = {live: module for _, live, module in walk(self.model)}
+        for live, module in reversed(at.items()):
             if isinstance(module, Layer):
                 module.base.forget()
                 replacement = module.base_layer
@@ -522,7 +524,7 @@ class BaseTuner(Slots):
             else:
                 continue
             head, _, last = live.rpartition(".")
-            self.model.get_submodule(head)._modules[last] = replacement
+            at[head]._modules[last] = replacement
         if "peft_config" in vars(self.model):
             del self.model.peft_config
         return self.model

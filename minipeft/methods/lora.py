@@ -75,12 +75,14 @@ class Factors(Adapter):
     def trains(self, slot: str) -> bool:
         return not (self.config.init_lora_weights == "mica" and slot.endswith("_B"))
 
-    def dropped(self, x: Tensor) -> Tensor:
+    def dropped(self, x: Tensor, A: Any = None, drop: Any = None) -> Tensor:
         """The input of A: with dropout while training, in A's dtype. Indices stay as they are."""
         if not self.base.reads_vectors:
             return x
-        A, drop = self.values("lora_A", "lora_dropout")
-        x = self.cast(x, weight_of(A))
+        if A is None:
+            A, drop = self.values("lora_A", "lora_dropout")
+        if x.dtype != (W := weight_of(A)).dtype:
+            x = self.cast(x, W)
         return x if type(drop) is nn.Identity else drop(x)
 
     def delta(self) -> Tensor:
@@ -146,5 +148,6 @@ class LoRA(Summed, config=LoraConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
-        added = self.base.add_through(y, self.dropped(x), *self.values("lora_A", "lora_B", "scaling"))
+        A, B, scaling, drop = self.values("lora_A", "lora_B", "scaling", "lora_dropout")
+        added = self.base.add_through(y, self.dropped(x, A, drop), A, B, scaling)
         return added if added.dtype == y.dtype else added.to(y.dtype)
