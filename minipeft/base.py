@@ -349,7 +349,9 @@ class Linear(Base):
             h = x @ down.t()  # (tokens, r)
         else:
             h = down @ x.t()
-            if h.dtype == up.dtype == y.dtype and self.gives_new_tensors and y.is_contiguous():
+            # nobody else can hold the output of a plain layer, so that it may be written to
+            own = type(self.module) is nn.Linear and not self.module._forward_hooks
+            if own and h.dtype == up.dtype == y.dtype and y.is_contiguous():
                 y.view(-1, y.shape[-1]).t().addmm_(up, h, alpha=scale)
                 return y
             h = h.t()
@@ -358,11 +360,6 @@ class Linear(Base):
         if y.dtype != h.dtype:
             return y + scale * (h @ up.t()).view(y.shape)
         return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t(), alpha=scale).view(y.shape)
-
-    @property
-    def gives_new_tensors(self) -> bool:
-        """Whether nobody else can hold the layer's output, so that it may be written to."""
-        return type(self.module) is nn.Linear and not self.module._forward_hooks
 
 
 class Conv1D(Linear):

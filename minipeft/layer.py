@@ -386,10 +386,10 @@ class Layer(Switch, Slots):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None or self.context.adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
-        names = self.running
-        if len(names) == 1 and not self.base.opaque:  # what `_run` does, without making the operator
-            return self.adapters[names[0]].forward(x, self.base, *args, **kwargs)
-        return self._run(names, x, *args, **kwargs)
+        names, base = self._active_adapter, self.base
+        if len(names) == 1 and not self.merged_adapters and not base.opaque and names[0] in self.adapters:
+            return self.adapters[names[0]].forward(x, base, *args, **kwargs)  # as `_run`, without making the operator
+        return self._run(self.running, x, *args, **kwargs)
 
     def _run(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         op = self.operator(names)
