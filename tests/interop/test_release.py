@@ -11,6 +11,7 @@ from . import harness as H
 from .cases import CASES, each_case
 
 HOOKED = {"shadow"}  # hooks on the base model keep its tuner, which keeps the base model
+KEPT_BY_PEFT = {"monteclora", "oft", "osf", "shira", "supertuning"}  # their layers there refer to themselves
 
 
 def firsts(parts: int):
@@ -44,7 +45,9 @@ def used(lib, case):
 
 
 @each_case(lambda case: case.id in EACH_BASE and case.id.split("/")[0] not in HOOKED)
-def test_a_dropped_model_goes_at_once(case, lib, uncollected):
+def test_a_dropped_model_goes_at_once(case, lib, is_ref, uncollected):
+    if is_ref and case.id.split("/")[0] in KEPT_BY_PEFT:
+        pytest.skip("the reference keeps it until Python looks for cycles")
     for _ in range(2):  # libraries keep something of the first model of a kind
         model, references = used(lib, case)
         del model
