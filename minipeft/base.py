@@ -155,8 +155,7 @@ class Base:
     @property
     def frozen(self) -> Tensor:
         """The layer's own weight tensor."""
-        weight = self.leaf._parameters.get(self.weight_name)  # looked up here, as nn.Module.__getattr__ takes long
-        return getattr(self.leaf, self.weight_name) if weight is None else weight
+        return weight_of(self.leaf, self.weight_name)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -287,10 +286,10 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return module
 
 
-def weight_of(module: nn.Module) -> Tensor:
+def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """module.weight, found in less time than nn.Module.__getattr__ takes where it is a plain parameter."""
-    weight = module._parameters.get("weight")
-    return module.weight if weight is None else weight  # type: ignore[return-value]
+    weight = module._parameters.get(name)
+    return getattr(module, name) if weight is None else weight
 
 
 def spend(count: int, like: Tensor) -> None:
@@ -334,12 +333,9 @@ class Linear(Base):
         return linear_of(A), linear_of(B, torch.zeros(n_out, device=device) if bias else None)
 
     def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
-        a, b = A._parameters, B._parameters  # looked up here, as nn.Module.__getattr__ takes long
-        down, up, bias = a.get("weight"), b.get("weight"), b.get("bias")  # (r, in), (out, r), None
-        if down is None or up is None:  # parametrised or sharded: they stand elsewhere
-            down, up, bias = A.weight, B.weight, B.bias
-        if bias is not None:
+        if B.bias is not None:
             return super().add_through(y, x, A, B, scale, gain)
+        down, up = weight_of(A), weight_of(B)  # (r, in), (out, r)
         if gain is not None:
             up = gain[:, None] * up
         if isinstance(scale, Tensor):

@@ -215,6 +215,19 @@ def same_config(got: dict, want: dict):
     assert not wrong, f"field: (got, wanted): {wrong}"
 
 
+def quantised_linear(bits):
+    """One of bitsandbytes' layers, 64 to 32 features, with the same drawn weights whichever it is."""
+    bnb = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 32)
+    if bits == 4:
+        layer = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32)
+    else:
+        layer = bnb.nn.Linear8bitLt(64, 32, has_fp16_weights=False)
+    layer.load_state_dict(plain.state_dict())
+    return layer.to("cpu")
+
+
 def on_four_bits(lib, **fields):
     """A moved LoRA with `fields` on one of bitsandbytes' 4-bit layers, in train mode, and an input for it (5, 64)."""
     bnb = pytest.importorskip("bitsandbytes")

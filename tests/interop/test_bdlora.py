@@ -123,15 +123,9 @@ def test_quantised(bits, lib, is_ref):
     """peft leaves the blocks out on bitsandbytes' layers, without a word."""
     if is_ref:
         pytest.skip("peft has a plain LoRA there")
-    bnb = pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    plain = torch.nn.Linear(64, 32)
-    quantised = bnb.nn.Linear4bit(64, 32, compute_dtype=torch.float32) if bits == 4 else bnb.nn.Linear8bitLt(
-        64, 32, has_fp16_weights=False)
-    quantised.load_state_dict(plain.state_dict())
     blocks = {"target_modules_bd_a": ["lin"], "nblocks": 4}
     config = lib.LoraConfig(target_modules=["lin"], use_bdlora=blocks, r=4)
-    model = H.move(lib.get_peft_model(B.Chain(lin=quantised.to("cpu")), config)).train()
+    model = H.move(lib.get_peft_model(B.Chain(lin=H.quantised_linear(bits)), config)).train()
     lin, x = layer(model, "lin"), torch.randn(5, 64)
     assert lin.lora_A["default"].weight.shape == (4, 16)
     running, bare = lin(x), lin.base_layer(x)

@@ -261,18 +261,12 @@ def test_status(lib, is_ref):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes(bits, lib, ref):
     """A plain LoRA, in peft as here."""
-    bnb = pytest.importorskip("bitsandbytes")
     models = []
     for module in (ref, lib):
-        torch.manual_seed(0)
-        plain = nn.Linear(64, 32)
-        kind, options = (bnb.nn.Linear4bit, {"compute_dtype": torch.float32}) if bits == 4 else (
-            bnb.nn.Linear8bitLt, {"has_fp16_weights": False})
-        net = B.Chain(lin=kind(64, 32, **options))
-        net.lin.load_state_dict(plain.state_dict())
+        net = B.Chain(lin=H.quantised_linear(bits))
         net.is_loaded_in_4bit, net.is_loaded_in_8bit = bits == 4, bits == 8
         config = module.LoraConfig(target_modules=["lin"], use_qalora=True, r=4)
-        models.append(H.move(module.get_peft_model(net.to("cpu"), config)).train())
+        models.append(H.move(module.get_peft_model(net, config)).train())
     theirs, ours = (dict(m.named_parameters()) for m in models)
     assert ours["base_model.model.lin.lora_A.default.weight"].shape == (4, 64)
     H.identical({n: p for n, p in ours.items() if "lora" in n}, {n: p for n, p in theirs.items() if "lora" in n})
