@@ -128,7 +128,10 @@ class Adapter:
         """Several slots at once: what reading them one by one gives, in less time."""
         own = self.__dict__
         found, name = own["found"], own["name"]
-        return [found[slot][name] if slot in found else getattr(self, slot) for slot in slots]
+        try:
+            return [found[slot][name] for slot in slots]
+        except KeyError:
+            return [getattr(self, slot) for slot in slots]
 
     def note(self, **values: Any) -> None:
         """Store several plain values at once: what setting them one by one does, in less time."""

@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +124,7 @@ class PeftModel(nn.Module):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """Whether an adapter takes part in `forward`."""
-        return bool(self.active_adapters) and not self._adapters_disabled
+        return not self._adapters_disabled and bool(self.active_adapters)
 
     @property
     def base_model_torch_dtype(self) -> torch.dtype | None:
@@ -230,13 +230,10 @@ class PeftModel(nn.Module):
             self._adapters_disabled = before
 
     # --------------------------------------------------------------------------------------------------------- running
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         if self._is_prompt_learning or not self.has_active_enabled_adapter:
-            yield
-        else:
-            with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
-                yield
+            return nullcontext()
+        return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with the active adapters; `adapter_names=[...]` gives each sample its own.
@@ -249,9 +246,10 @@ class PeftModel(nn.Module):
             return self._inner(*args, **{k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args})
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_prompt_learning and self.base_model.takes_task_ids:
-            return self.base_model(*args, **kwargs)
-        return self.get_base_model()(*args, **kwargs)
+        inner = self.base_model
+        if not self._is_prompt_learning and not inner.takes_task_ids:
+            inner = inner.model
+        return inner(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with the active adapters; takes `adapter_names` as `forward` does."""

@@ -6,7 +6,7 @@ import gc
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -88,6 +88,7 @@ class BaseTuner(Slots):
         self.place(model)
         self.context = Context()
         self.peft_config: dict[str, PeftConfig] = {}
+        self.kinds: dict[str, type[Adapter]] = {}  # the classes of adapters on layers, by name
         self.active_adapter: str | Sequence[str] = []
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
@@ -144,7 +145,7 @@ class BaseTuner(Slots):
             plan, report = self._plan_loaded(name, config, autocast, weights, strict)
         first = not self.peft_config
         plan.commit()
-        self.peft_config[name] = config
+        self.peft_config[name], self.kinds[name] = config, plan.cls
         self.model.peft_config = self.peft_config
         both = (self.targeted_module_names, plan.modules), (self.targeted_parameter_names, plan.parameters)
         for into, paths in both:
@@ -277,7 +278,7 @@ class BaseTuner(Slots):
     @property
     def takes_task_ids(self) -> bool:
         """Whether `forward` needs `task_ids`, because a method routes by task."""
-        return any(method_class(config).by_task for config in self.peft_config.values())
+        return any(kind.by_task for kind in self.kinds.values())
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; takes `task_ids` and `adapter_names` as `forward` does."""
@@ -315,21 +316,23 @@ class BaseTuner(Slots):
             if not torch.is_grad_enabled():
                 self.context.task_ids = None
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """While it is open, `adapter_names` gives every sample of the batch its adapter; adapters know the inputs."""
         names = kwargs.get("adapter_names")
         if names is not None:
             self._check_names(names)
+        by_sample = self.context.by_sample or self._noticed(names or self.active_adapters, args, kwargs)
+        if names is None and (not by_sample or self.context.by_sample):  # nothing is new: PeftModel has told it already
+            return nullcontext()
+        return self._telling(names, kwargs.get("num_beams") or 1, by_sample)
+
+    @contextmanager
+    def _telling(self, names: Any, beams: int, by_sample: dict[str, Any]) -> Iterator[None]:
         context = self.context
-        by_sample = context.by_sample or self._noticed(names or self.active_adapters, args, kwargs)
-        if names is None and (not by_sample or context.by_sample):  # nothing is new: PeftModel has entered it already
-            yield
-            return
         before = context.adapter_names, context.beams, context.by_sample
         context.by_sample = by_sample
         if names is not None:
-            context.adapter_names, context.beams = list(names), kwargs.get("num_beams") or 1
+            context.adapter_names, context.beams = list(names), beams
         try:
             with context.kept(self.model) if by_sample and torch.is_grad_enabled() else nullcontext():
                 yield
@@ -347,10 +350,11 @@ class BaseTuner(Slots):
     def _noticed(self, names: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the adapters `names` make of the arguments of a pass; see `Context.by_sample`."""
         found = {}
-        for name in dict.fromkeys(names):
-            config = self.peft_config.get(name)
-            if config is not None and (notice := adapter_class(config).notice) is not None:
-                found[name] = notice(config, {"input_ids": args[0], **kwargs} if args else kwargs)
+        for name in names:
+            kind = self.kinds.get(name)
+            if kind is not None and kind.notice is not None and name not in found:
+                inputs = {"input_ids": args[0], **kwargs} if args else kwargs
+                found[name] = kind.notice(self.peft_config[name], inputs)
         return found
 
     # ----------------------------------------------------------------------------------------------- which adapter
@@ -433,6 +437,7 @@ class BaseTuner(Slots):
             layer.delete_adapter(adapter_name)
         self.drop(adapter_name)
         del self.peft_config[adapter_name]
+        self.kinds.pop(adapter_name, None)  # X-LoRA has none of its own
         was = self.active_adapters
         self.active_adapter = active
         if active != was:
