@@ -89,7 +89,7 @@ class Adapter:
     name: str
     config: Any
     path: str
-    found: dict[str, Any]  # slots looked up so far
+    found: dict[str, Any]  # slots looked up so far: {adapter name: value} by slot
 
     def __init_subclass__(cls, config: type[PeftConfig] | None = None, variant: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -123,15 +123,6 @@ class Adapter:
             raise AttributeError(f"{self!r} has no {slot!r}")
         own["found"][slot] = contents
         return contents[self.name]
-
-    def values(self, *slots: str) -> list[Any]:
-        """Several slots at once: what reading them one by one gives, in less time."""
-        own = self.__dict__
-        found, name = own["found"], own["name"]
-        try:
-            return [found[slot][name] for slot in slots]
-        except KeyError:
-            return [getattr(self, slot) for slot in slots]
 
     def note(self, **values: Any) -> None:
         """Store several plain values at once: what setting them one by one does, in less time."""

@@ -292,6 +292,15 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     return getattr(module, name) if weight is None else weight
 
 
+def weights_of(A: Any, B: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(A.weight, B.weight, B.bias), found as `weight_of` finds them."""
+    a, b = A._parameters, B._parameters
+    try:
+        return a["weight"], b["weight"], b["bias"]
+    except KeyError:
+        return A.weight, B.weight, B.bias
+
+
 def spend(count: int, like: Tensor) -> None:
     """Leave torch's random generator as it is after `count` uniform values in the dtype and on the device of `like`."""
     if like.device.type == "cpu" and like.dtype == torch.float32:  # a number takes 32 bits: two of them in one draw
@@ -333,9 +342,9 @@ class Linear(Base):
         return linear_of(A), linear_of(B, torch.zeros(n_out, device=device) if bias else None)
 
     def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
-        if B.bias is not None:
+        down, up, bias = weights_of(A, B)  # (r, in), (out, r), (out,)
+        if bias is not None:
             return super().add_through(y, x, A, B, scale, gain)
-        down, up = weight_of(A), weight_of(B)  # (r, in), (out, r)
         if gain is not None:
             up = gain[:, None] * up
         if isinstance(scale, Tensor):

@@ -80,7 +80,7 @@ class Factors(Adapter):
         if not self.base.reads_vectors:
             return x
         if A is None:
-            A, drop = self.values("lora_A", "lora_dropout")
+            A, drop = self.lora_A, self.lora_dropout
         if x.dtype != (W := weight_of(A)).dtype:
             x = self.cast(x, W)
         return x if type(drop) is nn.Identity else drop(x)
@@ -148,6 +148,10 @@ class LoRA(Summed, config=LoraConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
-        A, B, scaling, drop = self.values("lora_A", "lora_B", "scaling", "lora_dropout")
+        of, name = self.found, self.name
+        try:  # as below, in less time
+            A, B, scaling, drop = of["lora_A"][name], of["lora_B"][name], of["scaling"][name], of["lora_dropout"][name]
+        except KeyError:  # looked up for the first time
+            A, B, scaling, drop = self.lora_A, self.lora_B, self.scaling, self.lora_dropout
         added = self.base.add_through(y, self.dropped(x, A, drop), A, B, scaling)
         return added if added.dtype == y.dtype else added.to(y.dtype)
