@@ -143,8 +143,7 @@ class LoRA(Summed, config=LoraConfig):
     def agrees(self, source: Any) -> bool:
         if not self.base.reads_vectors:
             return super().agrees(source)
-        a, b = self.lora_A.weight, self.lora_B.weight
-        return torch.equal(a, source.lora_B.t()) and torch.equal(b, source.lora_A.t())
+        return torch.equal(self.lora_A.weight, source.lora_B.t()) and torch.equal(self.lora_B.weight, source.lora_A.t())
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
