@@ -629,9 +629,12 @@ def prepare_generation(
     mask = mask if mask is not None and mask.dim() == 2 else inputs.get("attention_mask")
     if mask is not None:
         inputs["attention_mask"] = pad_mask(mask, tokens)
-    _positions(inputs, prompt, tokens, token_types=False, warn=False)
-    if inputs.get("position_ids") is not None and ids is not None:
-        inputs["position_ids"] = inputs["position_ids"][..., -ids.shape[1] :]
+        _warn_of_window(peft_model, mask, tokens, first=past == 0)
+    inputs.pop("token_type_ids", None)
+    positions = inputs.get("position_ids")
+    if positions is not None:
+        positions = positions + tokens
+        inputs["position_ids"] = positions if ids is None else positions[..., -ids.shape[1] :]
     steps = inputs.pop("cache_position", None)  # of transformers before 5; a model finds it itself
     if steps is not None and prompt.gives_cache:
         inputs["cache_position"] = steps if past else steps + tokens
@@ -643,11 +646,27 @@ def prepare_generation(
         else:
             inputs["inputs_embeds"] = in_front(virtual[:, :tokens], _embedded(peft_model, ids, embeds))
             inputs["input_ids"] = None
+            if positions is not None:  # those of the input leave out its padding; the prompt stands before that too
+                first = torch.arange(tokens, device=positions.device).expand(*positions.shape[:-1], tokens)
+                inputs["position_ids"] = torch.cat([first, inputs["position_ids"]], dim=-1)
             if getattr(inputs.get("past_key_values"), "is_compileable", False):  # of fixed size: no room for the prompt
                 from transformers import DynamicCache
 
                 inputs["past_key_values"] = DynamicCache(config=peft_model.base_model.config.get_text_config())
     return inputs
+
+
+def _warn_of_window(peft_model: Any, mask: Tensor, tokens: int, first: bool) -> None:
+    """Say once that padding, which stands between prompt and input, takes room in a sliding window of attention."""
+    config = getattr(peft_model.base_model, "config", None)
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    window, length = getattr(text, "sliding_window", None), tokens + mask.shape[1]
+    if window and length > window and (first or length == window + 1) and not mask.bool().all():
+        warnings.warn(
+            f"With padding, {length} tokens do not fit the model's sliding window of {window}: a padded row sees less of "
+            "its prompt than it would alone.",
+            PeftWarning,
+        )
 
 
 def prepare_encoder(peft_model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
