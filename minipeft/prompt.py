@@ -663,8 +663,8 @@ def _warn_of_window(peft_model: Any, mask: Tensor, tokens: int, first: bool) -> 
     window, length = getattr(text, "sliding_window", None), tokens + mask.shape[1]
     if window and length > window and (first or length == window + 1) and not mask.bool().all():
         warnings.warn(
-            f"With padding, {length} tokens do not fit the model's sliding window of {window}: a padded row sees less of "
-            "its prompt than it would alone.",
+            f"With padding, {length} tokens do not fit the model's sliding window of {window}: a padded row sees less "
+            "of its prompt than it would alone.",
             PeftWarning,
         )
 

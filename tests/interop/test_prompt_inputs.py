@@ -134,7 +134,7 @@ def test_generate(base, method, ref, lib):
 @decoders
 @methods
 def test_a_padded_row_generates_what_it_does_alone(base, method, lib, is_ref):
-    """Positions leave out the padding between prompt and input; of a sliding window it takes its share, with a warning."""
+    """Positions leave out the padding behind the prompt. Of a sliding window it takes its share, with a warning."""
     if is_ref:
         pytest.skip("with embeddings, peft's positions count the padding")
     model = H.move(pair(lib, lib, base, method)[0], 0.5)
