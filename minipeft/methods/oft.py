@@ -1,8 +1,8 @@
 """OFT - Orthogonal Fine-Tuning. Qiu et al., 2023, https://arxiv.org/abs/2306.07280, eq. 2 to 4.
 Cayley-Neumann: OFTv2, Qiu et al., 2025, https://arxiv.org/abs/2506.19847, section 3.3.
 
-    y = W (R^T x) + b            R = diag(R_1, ..., R_r), R_i: (b, b) orthogonal, r b = in
-    y' = R^T y                   on an embedding, r b = dim
+    W' = W R^T                   R = diag(R_1, ..., R_r), R_i: (b, b) orthogonal, r b = in
+    y' = R^T y                   y: what is looked up, on an embedding, r b = dim
     R_i = (I - Q)(I + Q)^-1      Q_i: (b, b) skew-symmetric, its upper triangle stored: (b (b - 1) / 2)
     R_i = I + 2 Q + ... + 2 Q^(p-1) + Q^p      Cayley-Neumann, p + 1 terms of the series of (I + Q)(I - Q)^-1
     |Q_i| <= eps / sqrt(r)       CoFT
