@@ -14,6 +14,7 @@ import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True  # a matrix that leaves one out has not passed
 nox.options.sessions = ["tests", "conformance", "lint", "types"]
 
 CONSTRAINTS = Path(__file__).with_name("constraints.txt").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Literal, overload
 
 from torch import Tensor, nn
 
@@ -17,6 +18,38 @@ from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from .tuner import TUNERS
 
 
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: Literal[False] = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel: ...
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    mixed: Literal[True],
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftMixedModel: ...
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    mixed: bool,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel | PeftMixedModel: ...
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,

@@ -658,8 +658,8 @@ def prepare_generation(
 
 def _warn_of_window(peft_model: Any, mask: Tensor, tokens: int, first: bool) -> None:
     """Say once that padding, which stands between prompt and input, takes room in a sliding window of attention."""
-    config = getattr(peft_model.base_model, "config", None)
-    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: Any = getattr(peft_model.base_model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
     window, length = getattr(text, "sliding_window", None), tokens + mask.shape[1]
     if window and length > window and (first or length == window + 1) and not mask.bool().all():
         warnings.warn(
