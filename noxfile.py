@@ -57,6 +57,15 @@ def conformance(session, torch=TORCHS[0]):
     session.run("python", "-m", "conformance", *session.posargs, env=ONE_THREAD)
 
 
+@nox.session(python=PYTHONS)
+def oldest(session):
+    """The core profile, and the tests that need neither peft nor transformers, on the oldest versions of what is needed."""
+    session.install("-q", "-c", "constraints-oldest.txt", "-e", ".[conformance]")
+    session.run("python", "-m", "conformance", "--profile", "core", env=ONE_THREAD)
+    tests = session.posargs or ["tests", "conformance/tests", "--ignore=tests/interop"]
+    session.run("pytest", *tests, env=ONE_THREAD)
+
+
 @matrix
 def interop(session, torch=TORCHS[0]):
     """Checkpoints, numbers and names exchanged with peft and transformers."""

@@ -809,6 +809,12 @@ def layers(model: nn.Module) -> list[Layer]:
     return [module for _, _, module in walk(model) if isinstance(module, Layer)]
 
 
+def put_at(model: nn.Module, live: str, module: nn.Module) -> None:
+    """Put `module` where a model has another, by live path (torch has `set_submodule` since 2.5)."""
+    parent, _, last = live.rpartition(".")
+    model.get_submodule(parent)._modules[last] = module
+
+
 INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
 
 

@@ -45,7 +45,7 @@ from . import checkpoint
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .inject import check_adapter_name, model_config
-from .layer import BASE, Context, ModulesToSaveWrapper, adapted, walk
+from .layer import BASE, Context, ModulesToSaveWrapper, adapted, put_at, walk
 from .targets import named
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
@@ -164,7 +164,7 @@ def add_prompt(
         if not isinstance(module, ModulesToSaveWrapper):
             wrapper = ModulesToSaveWrapper(module, peft_model.prompt_context)
             wrapper.train(module.training)
-            base.set_submodule(live, wrapper)
+            put_at(base, live, wrapper)
         wrapper.modules_to_save[name] = copied
     if backbone is not None:
         peft_model.transformer_backbone_name = backbone

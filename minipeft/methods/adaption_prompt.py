@@ -31,7 +31,7 @@ from ..checkpoint import PREFIX, Entry, check, fill
 from ..config import PeftConfig
 from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from ..inject import check_adapter_name, model_config
-from ..layer import INSIDE, walk
+from ..layer import INSIDE, put_at, walk
 from ..targets import named
 from ..tuner import BaseTuner
 
@@ -206,7 +206,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
             on = [] if self._disabled else [n for n in self.active_adapters if n in here]
             if mixed:
                 module = MixedAttention(module, here, self.context)
-            self.model.set_submodule(path, here[on[0]] if on and not mixed else module)
+            put_at(self.model, path, here[on[0]] if on and not mixed else module)
 
     # ----------------------------------------------------------------------------------------------- which adapter
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
