@@ -59,7 +59,7 @@ def conformance(session, torch=TORCHS[0]):
 
 @nox.session(python=PYTHONS)
 def oldest(session):
-    """The core profile, and the tests that need neither peft nor transformers, on the oldest versions of what is needed."""
+    """The core profile, and the tests that need no peft, on the oldest versions that are allowed."""
     session.install("-q", "-c", "constraints-oldest.txt", "-e", ".[conformance]")
     session.run("python", "-m", "conformance", "--profile", "core", env=ONE_THREAD)
     tests = session.posargs or ["tests", "conformance/tests", "--ignore=tests/interop"]
