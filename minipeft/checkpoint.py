@@ -8,6 +8,7 @@ A saved key is the live key without the adapter's name, taken out of the one pla
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections import namedtuple
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from .adapter import adapter_class
 from .errors import AdapterNameError, CheckpointError, PeftWarning, nearest
-from .files import find_weights
+from .files import find_weights, of_one_version
 from .layer import Layer, ModulesToSaveWrapper, adapted
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
@@ -211,7 +212,8 @@ def _finite(t: Tensor) -> bool:
 # -------------------------------------------------------------------------------------------------- reading, writing
 def read_weights(model_id: Any, device: Any = None, **options: Any) -> dict[str, Tensor]:
     """The tensors of a saved adapter. Raises `CheckpointError` when the file cannot be read as what it claims to be."""
-    return read_weights_file(find_weights(model_id, **options), device)
+    read = lambda: read_weights_file(find_weights(model_id, **options), device)
+    return of_one_version(model_id, options.get("subfolder"), read)
 
 
 def read_weights_file(path: Path, device: Any = None) -> dict[str, Tensor]:
@@ -236,30 +238,27 @@ def read_weights_file(path: Path, device: Any = None) -> dict[str, Tensor]:
         raise CheckpointError(f"'{path}' is not a complete safetensors file ({error}).{hint}") from error
 
 
-def serialiser(tensors: Mapping[str, Tensor], safe: bool = True) -> Any:
-    """A function from metadata to the bytes of a weights file: safetensors, or with `safe=False` a pickle."""
+def serialise(tensors: Mapping[str, Tensor], safe: bool = True) -> bytes:
+    """The content of a weights file: safetensors, or with `safe=False` a pickle.
 
-    def to_bytes(metadata: dict[str, str]) -> bytes:
-        if not safe:
-            import io
-
-            buffer = io.BytesIO()
-            torch.save(dict(tensors), buffer)
-            return buffer.getvalue()
+    Raises `CheckpointError` for a sharded tensor.
+    """
+    own, seen = {}, set()
+    for key, tensor in tensors.items():  # each for itself: neither views nor shared memory
+        if hasattr(tensor, "full_tensor"):  # a DTensor
+            how = "get_model_state_dict(..., options=StateDictOptions(full_state_dict=True)) of torch gives it"
+            raise CheckpointError(f"'{key}' is sharded over processes: pass the full `state_dict=`; {how}.")
+        tensor = tensor.detach().contiguous()
+        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        own[key] = tensor.clone() if place in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        seen.add(place)
+    if safe:
         from safetensors.torch import save
 
-        own, seen = {}, set()
-        for key, tensor in tensors.items():  # safetensors takes neither views nor shared memory
-            if hasattr(tensor, "full_tensor"):  # a DTensor
-                how = "get_model_state_dict(..., options=StateDictOptions(full_state_dict=True)) of torch gives it"
-                raise CheckpointError(f"'{key}' is sharded over processes: pass the full `state_dict=`; {how}.")
-            tensor = tensor.detach().contiguous()
-            place = (tensor.device, tensor.untyped_storage().data_ptr())
-            own[key] = tensor.clone() if place in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-            seen.add(place)
-        return save(own, metadata)
-
-    return to_bytes
+        return save(own, {"format": "pt"})
+    buffer = io.BytesIO()
+    torch.save(own, buffer)
+    return buffer.getvalue()
 
 
 def load_peft_weights(

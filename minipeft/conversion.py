@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Linear
-from .checkpoint import PREFIX, serialiser, tuner_of
+from .checkpoint import PREFIX, serialise, tuner_of
 from .errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from .files import write_checkpoint
 from .layer import Layer, ModulesToSaveWrapper, adapted, walk, widened
@@ -105,7 +105,7 @@ def save_as_lora(
     """
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     config.inference_mode = True
-    write_checkpoint(path, config.to_json(None), serialiser(tensors))
+    write_checkpoint(path, config.to_json(None), serialise(tensors))
 
 
 def truncated(D: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:

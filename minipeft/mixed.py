@@ -12,6 +12,7 @@ from torch import nn
 from . import checkpoint, status
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, ConfigError, UnsupportedFeatureError
+from .files import of_one_version
 from .model import PeftModel, configuration
 from .tuner import BaseTuner
 
@@ -152,10 +153,15 @@ class PeftMixedModel(nn.Module):
         **kwargs: Any,
     ) -> PeftMixedModel:
         """`model` with a saved adapter, like PeftModel.from_pretrained; adapters of other methods may be added."""
-        config = configuration(model_id, config, kwargs.pop("ephemeral_gpu_offload", False), **kwargs)
-        _check_compatible(config)
+        offload, device = kwargs.pop("ephemeral_gpu_offload", False), kwargs.pop("torch_device", None) or "cpu"
+
+        def read() -> tuple[Any, Any]:
+            own = configuration(model_id, config, offload, **kwargs)
+            _check_compatible(own)
+            return own, checkpoint.load_peft_weights(model_id, device, **kwargs)
+
+        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
         config.inference_mode = not is_trainable
-        weights = checkpoint.load_peft_weights(model_id, kwargs.pop("torch_device", None) or "cpu", **kwargs)
         mixed = cls.__new__(cls)
         nn.Module.__init__(mixed)
         options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}

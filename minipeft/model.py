@@ -17,7 +17,7 @@ from . import card, checkpoint, prompt, status
 from .adapter import adapter_class
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
-from .files import make_folder, write_checkpoint, write_text
+from .files import make_folder, of_one_version, write_checkpoint, write_text
 from .layer import Layer, set_training
 from .tuner import FORWARD_ONLY, TUNERS
 
@@ -372,7 +372,7 @@ class PeftModel(nn.Module):
             if config.task_type is None:
                 mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            data = checkpoint.serialiser(tensors, safe_serialization)
+            data = checkpoint.serialise(tensors, safe_serialization)
             write_checkpoint(folder, config.to_json(mapping), data, safe_serialization)
         self.create_or_update_model_card(save_directory)
 
@@ -402,16 +402,18 @@ class PeftModel(nn.Module):
 
         Raises `CheckpointError` when the files cannot be read or do not fit; `model` is then as it was.
         """
-        config = configuration(model_id, config, ephemeral_gpu_offload, **kwargs)
-        config.inference_mode = not is_trainable
-        if config.is_prompt_learning and is_trainable:
-            raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
         from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-        if key_mapping is None and not config.is_prompt_learning:
-            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        def read() -> tuple[Any, dict[str, Tensor]]:
+            own, mapping = configuration(model_id, config, ephemeral_gpu_offload, **kwargs), key_mapping
+            _check_trainable(own, is_trainable)
+            if mapping is None and not own.is_prompt_learning:
+                mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+            return own, checkpoint.load_peft_weights(model_id, device, mapping, **kwargs)
+
         device = kwargs.pop("torch_device", None) or "cpu"
-        weights = checkpoint.load_peft_weights(model_id, device, key_mapping, **kwargs)
+        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
+        config.inference_mode = not is_trainable
         peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)._loaded(
             model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, weights, kwargs.get("strict", True)
         )
@@ -448,12 +450,15 @@ class PeftModel(nn.Module):
             ignore, strict = kwargs.get("ignore_mismatched_sizes", False), kwargs.get("strict", True)
             report = checkpoint.set_peft_model_state_dict(self, weights, adapter_name, ignore, strict=strict)
         else:
-            config = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
+
+            def read() -> tuple[Any, dict[str, Tensor]]:
+                own = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
+                _check_trainable(own, is_trainable)
+                return own, checkpoint.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
+
+            config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
             config.inference_mode = not is_trainable
-            if config.is_prompt_learning and is_trainable:
-                raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
             self._check_new_adapter_config(config)
-            weights = checkpoint.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
             report = self._add(
                 adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, weights, kwargs.get("strict", True)
             )
@@ -476,6 +481,11 @@ class PeftModel(nn.Module):
                     PeftWarning,
                 )
                 return
+
+
+def _check_trainable(config: PeftConfig, is_trainable: bool) -> None:
+    if config.is_prompt_learning and is_trainable:
+        raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
 
 
 def configuration(model_id: Any, config: PeftConfig | None, offload: bool, **kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ Gradient checkpointing needs `use_reentrant=False`, and a backward pass before t
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from ..adapter import ADAPTERS, Adapter, adapter_class, variants
 from ..checkpoint import Entry, base_entries, check, entries_of_module, fill, load_peft_weights, strip
 from ..config import PeftConfig, PeftType
 from ..errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError
+from ..files import of_one_version
 from ..inject import check_adapter_name, model_config
 from ..layer import layers
 from ..tuner import BaseTuner
@@ -254,9 +256,8 @@ def read_adapters(config: Any, name: str, model: nn.Module) -> list[tuple[str, A
     found = []
     for given, folder in config.adapters.items():
         with naming(where := f"Adapter {given!r} of X-LoRA, from '{folder}'"):
-            own: Any = PeftConfig.from_pretrained(folder)
-            check_expert(own)
-            found.append((where, own, without_embeddings(load_peft_weights(folder, "cpu"), model)))
+            own, weights = of_one_version(folder, None, functools.partial(read_expert, folder))
+            found.append((where, own, without_embeddings(weights, model)))
         own.inference_mode = False
     return found
 
@@ -268,6 +269,13 @@ def naming(what: str) -> Iterator[None]:
         yield
     except PeftError as error:
         raise type(error)(f"{what}: {error}") from error
+
+
+def read_expert(folder: str) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and tensors of a saved LoRA. Raises `PeftError` for what cannot be one of X-LoRA's."""
+    config = PeftConfig.from_pretrained(folder)
+    check_expert(config)
+    return config, load_peft_weights(folder, "cpu")
 
 
 def check_expert(config: Any) -> None:
