@@ -60,11 +60,10 @@ def find_weights(
     if not folder.is_dir():
         return _from_hub(model_id, wanted, subfolder, options)
     present = _weights_in(folder)
-    path = present.get(wanted, folder / wanted)
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise CheckpointError(f"'{path}' is a directory, not a file.")
+    if wanted in present:
+        if present[wanted].is_dir():
+            raise CheckpointError(f"'{present[wanted]}' is a directory, not a file.")
+        return present[wanted]
     if use_safetensors is not False and WEIGHTS_NAME in present:
         raise CheckpointError(
             f"'{folder}' holds only {WEIGHTS_NAME}, a pickle. If you trust where it comes from, "

@@ -16,6 +16,7 @@ from .base import Conv, Conv1D, Linear
 from .checkpoint import Entry, entries_of_model, infer_device, load_peft_weights, strip
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, MergeError, PeftWarning, UnsupportedFeatureError
+from .files import of_one_version
 from .layer import Layer
 from .targets import pattern_value
 
@@ -49,10 +50,17 @@ def hotswap_adapter(
     Further options go to the reading of its configuration and weights. Raises `PeftError`, with nothing changed, when
     the two do not fit; see `check_hotswap_configs_compatible` and `hotswap_adapter_from_state_dict`.
     """
-    config = PeftConfig.from_pretrained(model_name_or_path, **kwargs)
+    device = torch_device or infer_device()
+    config, weights = of_one_version(
+        model_name_or_path,
+        kwargs.get("subfolder"),
+        lambda: (
+            PeftConfig.from_pretrained(model_name_or_path, **kwargs),
+            load_peft_weights(model_name_or_path, device, **kwargs),
+        ),
+    )
     # PEFT: looks at the active adapter, whichever is replaced
     check_hotswap_configs_compatible(model.peft_config.get(adapter_name, model.active_peft_config), config)
-    weights = load_peft_weights(model_name_or_path, torch_device or infer_device(), **kwargs)
     live = {strip(entry.saved): entry.live for entry in _entries(model, adapter_name)}
     state_dict = {live.get(strip(key), key): tensor for key, tensor in weights.items()}
     hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config)

@@ -377,8 +377,12 @@ class PeftModel(nn.Module):
         self.create_or_update_model_card(save_directory)
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
-        """Write README.md with the card's metadata, keeping the text and the metadata that are there already."""
-        write_text(output_dir, "README.md", card.model_card(self, Path(output_dir, "README.md")))
+        """Write README.md with the card's metadata, keeping the text and the metadata that are there already.
+
+        Warns, and leaves it as it is, when its metadata cannot be changed without a parser of YAML.
+        """
+        if (text := card.model_card(self, Path(output_dir, "README.md"))) is not None:
+            write_text(output_dir, "README.md", text)
 
     # --------------------------------------------------------------------------------------------------------- loading
     @classmethod
