@@ -17,8 +17,9 @@ from .errors import PeftWarning
 FRAME = "### Framework versions"
 PLAIN = re.compile(r"[A-Za-z_/][\w./+-]*(:[\w./+-]+)*", re.ASCII)  # what YAML takes for text without quotes,
 OTHER = re.compile(r"y|n|yes|no|on|off|true|false|null", re.IGNORECASE)  # but for these
-KEY = re.compile(r"([A-Za-z_][\w-]*):(?=[ \t]|$)(.*)", re.ASCII)
-COMMENT = re.compile(r"[ \t]+#.*|[ \t]*")
+KEY = re.compile(r"([A-Za-z_](?:[\w .-]*[\w.-])?):(?:[ \t].*)?", re.ASCII)
+EMPTY = re.compile(r"[ \t]+#.*|[ \t]*")
+FLOW = re.compile(r"[ \t]+\[(.*)\]([ \t]+#.*|[ \t]*)")  # a list on the line of its key
 SCALAR = re.compile(  # a value of one line: '' or "" without escapes, or plain text; then maybe a comment
     r"""(?:'(?P<single>[^']*)'|"(?P<double>[^"\\]*)"|(?P<plain>[^\s'"\[\]{}&*!|>%@`#,?:-](?:[^:#]|:(?=\S)|(?<=\S)\#)*?))"""
     r"(?P<rest>[ \t]+\#.*|[ \t]*)"
@@ -32,11 +33,12 @@ class NotUnderstood(Exception):
 def model_card(model: Any, path: Path) -> str | None:
     """The text of the card of a PeftModel: that of `path`, if it is there, with its metadata brought up to date.
 
-    None, with a `PeftWarning`, when the card that is there is not understood.
+    None when it needs no change, and, with a `PeftWarning`, when the card that is there is not understood.
     """
     try:
-        text = path.read_bytes().decode() if path.exists() else ""
-        return _updated(text, model)
+        text = path.read_bytes().decode() if path.is_file() else ""
+        updated = _updated(text, model)
+        return None if updated == text else updated
     except (NotUnderstood, UnicodeDecodeError) as error:
         warnings.warn(f"The model card '{path}' is left as it is, without metadata for PEFT: {error}.", PeftWarning)
         return None
@@ -62,13 +64,13 @@ def _updated(text: str, model: Any) -> str:
     front.extend("tags", sorted(tags))
     if not body.strip():
         body = newline.join(["# Adapter", "", f"A {method} adapter in the format of PEFT.", ""])
-    lines, version = body.splitlines(), f"- PEFT {PEFT_VERSION}"
-    if version not in lines:
-        if FRAME in lines:
-            body = re.sub(rf"^{FRAME}(\r?\n)", rf"{FRAME}\1\1{version}\1", body, count=1, flags=re.MULTILINE)
-        else:
-            end = "" if body.endswith("\n") else newline
-            body += newline.join([end, FRAME, "", version, ""])
+    version = f"- PEFT {PEFT_VERSION}"
+    if not re.search(rf"^{re.escape(version)}[ \t\r]*$", body, re.M):
+        if not re.search(rf"^{FRAME}[ \t\r]*$", body, re.M):
+            body += newline.join(["" if body.endswith("\n") else newline, FRAME, "", ""])
+        before, title, after = re.split(rf"^({FRAME}[ \t\r]*(?:\n(?:[ \t\r]*\n)?|\Z))", body, maxsplit=1, flags=re.M)
+        gap = "" if title.endswith("\n") else newline * 2
+        body = f"{before}{title}{gap}{version}{newline}{after}"
     return f"---{newline}{front.text()}---{newline}{body}"
 
 
@@ -112,14 +114,14 @@ class _Front:
         if key not in self.entries:
             self.entries[key] = [f"{key}: {scalar(value)}{self.newline}"]
             return
-        head = self.entries[key][0].rstrip("\r\n")
-        old = SCALAR.fullmatch(head[len(key) + 1 :].lstrip())
-        if old is None or any(_means_something(line) for line in self.entries[key][1:]):
-            items = self._items(key)
-            if value not in items:
-                raise NotUnderstood(f"`{key}` has another value than {value!r}, which is not on one line")
-        elif _value(old) != value:
-            self.entries[key][0] = f"{key}: {scalar(value)}{old['rest'].rstrip()}{self.newline}"
+        head, rest = self._parts(key)
+        old = SCALAR.fullmatch(head.lstrip())
+        if not rest and (old or EMPTY.fullmatch(head)):
+            if old is None or _value(old) != value:
+                comment = (old["rest"] if old else head).rstrip()
+                self.entries[key][0] = f"{key}: {scalar(value)}{comment}{self.newline}"
+        elif value not in self._items(key):
+            raise NotUnderstood(f"`{key}` is a list without {value!r}")
 
     def extend(self, key: str, values: list[str]) -> None:
         """Add to the list at `key` those of `values` that are not in it."""
@@ -128,36 +130,36 @@ class _Front:
         lines = self.entries.setdefault(key, [f"{key}:{self.newline}"])
         items = self._items(key)
         new = [scalar(value) for value in values if value not in items]
-        flow = re.match(r"[\w-]+:[ \t]+\[[ \t]*(.*?)[ \t]*,?[ \t]*\]", lines[0])
+        flow = FLOW.fullmatch(self._parts(key)[0])
         if flow and new:
-            inside = ", ".join([flow[1], *new] if flow[1] else new)
-            lines[0] = f"{key}: [{inside}]{lines[0][flow.end() :]}"
+            inside = flow[1].strip().removesuffix(",").rstrip()
+            lines[0] = f"{key}: [{', '.join([inside, *new] if inside else new)}]{flow[2]}{self.newline}"
         elif new:
             last = max((at for at, line in enumerate(lines) if _means_something(line)), default=0)
             indent = re.match(r"[ \t]*", lines[last])[0]  # type: ignore[index]
             lines[last + 1 : last + 1] = [f"{indent}- {value}{self.newline}" for value in new]
 
+    def _parts(self, key: str) -> tuple[str, list[str]]:
+        """What stands behind the key on its own line, and the lines after it that mean something."""
+        first, *others = (line.rstrip("\r\n") for line in self.entries[key])
+        return first[len(key) + 1 :], [line for line in others if _means_something(line)]
+
     def _items(self, key: str) -> list[str]:
         """The items of a list of simple values."""
-        lines = self.entries[key]
-        head = lines[0].rstrip("\r\n")[len(key) + 1 :]
-        rest = [line.rstrip("\r\n") for line in lines[1:] if _means_something(line)]
-        found = []
-        if COMMENT.fullmatch(head):
-            found = [re.match(r"([ \t]*)-[ \t]+(.*)", line) for line in rest]
-            if None in found or len({item[1] for item in found if item}) > 1:
-                raise NotUnderstood(f"`{key}` is not a list of simple values")
-            texts = [item[2] for item in found if item]
+        head, rest = self._parts(key)
+        if EMPTY.fullmatch(head):
+            lines = [re.fullmatch(r"([ \t]*)-[ \t]+(.*)", line) for line in rest]
+            texts = [line[2] for line in lines if line]
+            simple = None not in lines and len({line[1] for line in lines if line}) <= 1
         else:
-            flow = re.fullmatch(r"[ \t]+\[(.*)\]([ \t]+#.*|[ \t]*)", head)
-            if flow is None or rest:
-                raise NotUnderstood(f"`{key}` is not a list of simple values")
-            texts = [part.strip() for part in flow[1].split(",")]
-            texts = texts[:-1] if not texts[-1] else texts
-        scalars = [SCALAR.fullmatch(text) for text in texts]
-        if None in scalars:
+            flow = FLOW.fullmatch(head)
+            texts = [part.strip() for part in flow[1].split(",")] if flow else []
+            texts = texts[:-1] if texts and not texts[-1] else texts
+            simple = flow is not None and not rest and not any(re.match(r"[^'\"].*[\[\]{}]", text) for text in texts)
+        found = [SCALAR.fullmatch(text) for text in texts]
+        if not simple or None in found:
             raise NotUnderstood(f"`{key}` is not a list of simple values")
-        return [_value(item) for item in scalars if item]
+        return [_value(item) for item in found if item]
 
 
 def scalar(text: str) -> str:
