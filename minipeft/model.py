@@ -20,6 +20,7 @@ from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning,
 from .files import make_folder, of_one_version, write_checkpoint, write_text
 from .layer import Layer, set_training
 from .tuner import FORWARD_ONLY, TUNERS
+from .utils import require_grad
 
 
 class PeftModel(nn.Module):
@@ -279,7 +280,7 @@ class PeftModel(nn.Module):
         if not quantised and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         elif not quantised and hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+            model.get_input_embeddings().register_forward_hook(require_grad)
         return model
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import tying
+from . import methods, tying
 from .adapter import ADAPTERS, Adapter, adapter_class, method_class
 from .checkpoint import Entry
 from .config import PeftConfig, PeftType
@@ -574,4 +574,5 @@ def progress_bar(items: list[Any], title: str, show: bool) -> Iterator[Any]:
 
 def register_tuner(name: str, method: str) -> type[BaseTuner]:
     """A plain tuner class of that name, for a method whose models have no abilities of their own."""
-    return type(name, (BaseTuner,), {"__doc__": BaseTuner.__doc__, "__module__": __name__}, method=method)
+    home = f"{methods.__name__}.{methods.METHODS[method]}"  # where it is, as pickle must know
+    return type(name, (BaseTuner,), {"__doc__": BaseTuner.__doc__, "__module__": home}, method=method)

@@ -25,6 +25,11 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
         parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
 
 
+def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    """A forward hook: gradients begin at the output."""
+    output.requires_grad_(True)
+
+
 def prepare_model_for_kbit_training(
     model: Any,
     use_gradient_checkpointing: bool = True,
@@ -55,7 +60,7 @@ def prepare_model_for_kbit_training(
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         else:
-            model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+            model.get_input_embeddings().register_forward_hook(require_grad)
     takes_options = "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters
     if takes_options:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -1,4 +1,4 @@
-"""Loaded and saved again, an adapter's files are those that peft wrote, byte for byte where peft's bytes are defined."""
+"""Loaded and saved again, an adapter's files are what peft wrote, byte for byte where peft's bytes are defined."""
 
 import json
 
