@@ -1,4 +1,4 @@
-"""A copy of a model computes, trains and saves as the model does: copy.deepcopy, torch.save, pickle to another process."""
+"""A copy of a model computes, trains and saves as the model does: by deepcopy, torch.save, or in another process."""
 
 import copy
 import io
