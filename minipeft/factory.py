@@ -9,8 +9,8 @@ from typing import Literal, overload
 from torch import Tensor, nn
 
 from .adapter import adapter_class
-from .config import PeftConfig
-from .errors import ConfigError, PeftWarning, UnsupportedFeatureError
+from .config import PeftConfig, check_config
+from .errors import PeftWarning, UnsupportedFeatureError
 from .layer import Layer
 from .mixed import PeftMixedModel
 from .model import PeftModel
@@ -66,8 +66,7 @@ def get_peft_model(
 
     Raises `PeftError` when anything does not fit; `model` is then as it was.
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise ConfigError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
+    check_config(peft_config)
     before, now = peft_config.base_model_name_or_path, vars(model).get("name_or_path") or None
     peft_config.base_model_name_or_path = now
     if before is not None and before != now:
@@ -106,6 +105,7 @@ def inject_adapter_in_model(
     `state_dict`: adapt the layers that its keys speak of, whatever `target_modules` says; its values are not used.
     Not for prompt learning, nor for methods whose layers share tensors.
     """
+    check_config(peft_config)
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise UnsupportedFeatureError("`inject_adapter_in_model` does not support prompt learning and adaption prompt.")
     if peft_config.peft_type not in TUNERS:

@@ -30,7 +30,7 @@ from .checkpoint import (
     fill,
     strip,
 )
-from .config import PeftConfig
+from .config import check_config
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
 from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
@@ -85,8 +85,7 @@ class Plan:
         autocast: bool = False,
         keys: Any = None,
     ):
-        if not isinstance(config, PeftConfig):
-            raise ConfigError(f"An adapter needs a PeftConfig, got {type(config).__name__}.")
+        check_config(config)
         tuner.check_name(name)
         self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
         self.cls = tuner.adapter_class(config)

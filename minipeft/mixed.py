@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import checkpoint, status
-from .config import PeftConfig, PeftType
+from .config import PeftConfig, PeftType, check_config
 from .errors import AdapterNameError, ConfigError, UnsupportedFeatureError
 from .files import of_one_version
 from .model import PeftModel, configuration
@@ -189,8 +189,9 @@ class PeftMixedModel(nn.Module):
 
 
 def _check_compatible(config: Any) -> None:
-    if not isinstance(config, PeftConfig) or config.peft_type not in COMPATIBLE_TUNER_TYPES:
-        kind = getattr(getattr(config, "peft_type", None), "value", type(config).__name__)
+    check_config(config)
+    if config.peft_type not in COMPATIBLE_TUNER_TYPES:
+        kind = getattr(config.peft_type, "value", type(config).__name__)
         raise ConfigError(
             f"The provided `peft_type` '{kind}' is not compatible with the `PeftMixedModel`. "
             f"Compatible types are: {', '.join(t.value for t in COMPATIBLE_TUNER_TYPES)}."

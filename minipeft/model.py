@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import card, checkpoint, prompt, status
 from .adapter import adapter_class
-from .config import PeftConfig, PeftType
+from .config import PeftConfig, PeftType, check_config
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .files import make_folder, of_one_version, write_checkpoint, write_text
 from .layer import Layer, set_training
@@ -58,8 +58,7 @@ class PeftModel(nn.Module):
         weights: Mapping[str, Tensor] | None = None,
         strict: bool = True,
     ) -> None:
-        if not isinstance(config, PeftConfig):
-            raise ConfigError(f"peft_config must be a PeftConfig, got {type(config).__name__}.")
+        check_config(config)
         self._is_prompt_learning = config.is_prompt_learning
         self.peft_type = config.peft_type
         self.special_peft_forward_args = set(FORWARD_ONLY)
@@ -162,8 +161,7 @@ class PeftModel(nn.Module):
     ) -> Any:
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
-        if not isinstance(config, PeftConfig):
-            raise ConfigError(f"peft_config must be a PeftConfig, got {type(config).__name__}.")
+        check_config(config)
         if config.peft_type != self.peft_type:
             raise ConfigError(
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}. "
@@ -498,8 +496,7 @@ def configuration(model_id: Any, config: PeftConfig | None, offload: bool, **kwa
         own = ("torch_device", "strict", "ignore_mismatched_sizes", "use_safetensors")
         options = {k: v for k, v in kwargs.items() if k not in own}
         config = PeftConfig.from_pretrained(model_id, **options)
-    elif not isinstance(config, PeftConfig):
-        raise ConfigError(f"The input config must be a PeftConfig, got {type(config).__name__}.")
+    check_config(config)
     if hasattr(config, "runtime_config"):
         config.runtime_config.ephemeral_gpu_offload = offload
     elif offload:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from conformance import bases, models, store
 
 EXAMPLE = f"cmd:{sys.executable} conformance/examples/numpy_lora.py"
@@ -22,3 +24,12 @@ def test_shapes_of_base_models_are_those_of_the_models():
         made = {key: tuple(p.shape) for key, p in models.make(base).named_parameters()}
         assert list(made.items()) == list(store.base_shapes(base).items()), name
     assert len(store.bases()) == len(bases.BASES)
+
+
+@pytest.mark.parametrize("lacking", [["rich"], ["numpy"], ["hypothesis", "rich", "tqdm"]], ids=str)
+def test_what_to_install_is_said(lacking):
+    without = f"import sys, runpy; sys.modules.update(dict.fromkeys({lacking}));"
+    command = [sys.executable, "-c", without + "runpy.run_module('conformance', run_name='__main__', alter_sys=True)"]
+    seen = subprocess.run(command, capture_output=True, text=True, cwd=store.folder().parent, timeout=120)
+    assert seen.returncode == 1 and "Traceback" not in seen.stderr
+    assert f"needs {', '.join(lacking)}: pip install 'minipeft[conformance]'" in seen.stderr
