@@ -81,7 +81,7 @@ class Adapter:
     alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     kept_if: ClassVar[dict[str, str]] = {}  # slots that are saved only if the field of that name is set
     together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
-    notice: ClassVar[Any] = None  # notice(config, inputs) is what a pass means to each sample: see Context.by_sample
+    notice: ClassVar[Any] = None  # notice(config, inputs) is what a pass means to each sample: see Pass.by_sample
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
 
