@@ -16,7 +16,8 @@ runs the layer with other weights, and knows the low-rank factors that suit its 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -248,6 +249,16 @@ class Base:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.leaf})"
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """While it is open, torch.inference_mode() is off: the tensors that are made can be trained."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False):
+        yield
 
 
 _MADE = vars(nn.Module())

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .base import lasting
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .inject import check_adapter_name, model_config
@@ -117,6 +118,7 @@ class Joins:
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
+@lasting()
 def add_prompt(
     peft_model: Any, name: str, config: Any, weights: Mapping[str, Tensor] | None = None, strict: bool = True
 ) -> Any:

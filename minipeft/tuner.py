@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import tying
 from .adapter import ADAPTERS, Adapter, adapter_class, method_class
+from .base import lasting
 from .checkpoint import Entry
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
@@ -121,6 +122,7 @@ class BaseTuner(Slots):
         check_adapter_name(name, self.model)
 
     # -------------------------------------------------------------------------------------------------------- adding
+    @lasting()
     @uncollected()
     def add(
         self,
@@ -162,6 +164,13 @@ class BaseTuner(Slots):
         plan.finish()
         names = self.active_adapters
         training = name in names and not config.inference_mode and not self._disabled
+        held = [p for module in plan.seen for p in module._parameters.values() if p is not None] if first else []
+        if training and any(p.is_inference() for p in held):
+            warnings.warn(
+                "The base model was made under torch.inference_mode(), so that torch computes no gradients through it. "
+                "To train the adapter, make or load the base model outside of it.",
+                PeftWarning,
+            )
         for layer in plan.placed:
             active = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
             vars(layer).update(_active_adapter=active, _disable_adapters=self._disabled)
@@ -237,6 +246,7 @@ class BaseTuner(Slots):
                     if parameter is not None:
                         parameter.requires_grad = False
 
+    @lasting()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """float16, bfloat16 and float8 tensors of an adapter become float32, which training needs."""
         if autocast_adapter_dtype and adapter_class(self.peft_config[adapter_name]).autocasts:
@@ -256,6 +266,7 @@ class BaseTuner(Slots):
                 self.biases[key] = (parameter, parameter.data.clone())
                 parameter.requires_grad = not config.inference_mode and name in self.active_adapters
 
+    @lasting()
     def _use_biases(self) -> None:
         """Swap trained and original biases so that the trained ones are in use while their adapter is."""
         on = self.bias_owner in self.active_adapters and not self._disabled
@@ -421,6 +432,7 @@ class BaseTuner(Slots):
         if active != was:
             self.set_adapter(active)
 
+    @lasting()
     def _restore_biases(self) -> None:
         for parameter, other in self.biases.values():
             if self.biases_on:

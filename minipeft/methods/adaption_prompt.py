@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..base import lasting
 from ..checkpoint import PREFIX, Entry, check, fill
 from ..config import PeftConfig
 from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
@@ -154,6 +155,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         """Add an untrained adapter. It becomes active if it is the only one."""
         self.add(adapter_name, config)
 
+    @lasting()
     def add(
         self,
         name: str,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Routed
+from ..base import lasting
 from ..config import PeftConfig, Positive, Probability, TaskType
 from ..errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
 from ..layer import BASE, walk
@@ -225,6 +226,7 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         for slot in BESIDE:
             self.register(slot, nn.ModuleDict(), trained=True)
 
+    @lasting()
     def add(self, name: str, config: Any, *args: Any, **kwargs: Any) -> Any:
         """See `BaseTuner.add`."""
         report = super().add(name, config, *args, **kwargs)

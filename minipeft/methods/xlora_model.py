@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import ADAPTERS, Adapter, adapter_class, variants
+from ..base import lasting
 from ..checkpoint import Entry, base_entries, check, entries_of_module, fill, load_peft_weights, strip
 from ..config import PeftConfig, PeftType
 from ..errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError
@@ -64,6 +65,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
     def check_name(self, name: Any) -> None:
         """The names "0", "1", ... of the LoRA adapters may well be names of modules too."""
 
+    @lasting()
     def add(
         self,
         name: str,
