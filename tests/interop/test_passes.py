@@ -1,5 +1,7 @@
-"""What a call tells the layers belongs to that call and its thread: other threads, copies, later calls and gradients that
-run layers again see their own."""
+"""What a call tells the layers belongs to that call and its thread.
+
+Other threads, copies, later calls, and gradients that run layers again, see their own.
+"""
 
 import copy
 import functools
@@ -39,7 +41,7 @@ def mixes(case):
     return case.second is not None and case.mixed is not None
 
 
-mixed = once_each(lambda case: mixes(case) and not case.prompt or case.method == "prompt_tuning")
+mixed = once_each(lambda case: (mixes(case) and not case.prompt) or case.method == "prompt_tuning")
 
 
 def two(lib, case):

@@ -21,7 +21,7 @@ def tried(case, everywhere=True):
     name = case.id.partition("/")[2]
     if case.prompt or case.base.transformers or "task_ids" in case.inputs:  # Poly looks at the values of `task_ids`
         return False
-    return name == "linear/plain" or everywhere and case.method in CLOSEST and name in USUAL
+    return name == "linear/plain" or (everywhere and case.method in CLOSEST and name in USUAL)
 
 
 each = each_case(tried)
@@ -60,7 +60,8 @@ def gradients(model, *args):
     """By autograd, zero where there is none."""
     model.zero_grad()
     model(*args).square().sum().backward()
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters() if p.requires_grad}
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trained}
 
 
 @each
