@@ -16,7 +16,8 @@ runs the layer with other weights, and knows the low-rank factors that suit its 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -77,8 +78,8 @@ class Base:
             bias.data = b.to(bias.dtype).contiguous()
 
     def check_bias(self, b: Tensor | None) -> None:
-        """Raise `MergeError` when there is a bias to write and the layer has none."""
-        if b is not None and self.stored()[1] is None:
+        """Raise `MergeError` when there is a bias to write, other than zero, and the layer has none."""
+        if b is not None and self.stored()[1] is None and b.any():
             raise MergeError(
                 f"The adapter gives the {type(self.leaf).__name__} a bias, but the layer has none to write it to. "
                 "Make the layer with bias=True, or keep the adapter unmerged."
@@ -250,6 +251,16 @@ class Base:
         return f"{type(self).__name__}({self.leaf})"
 
 
+@contextmanager
+def lasting() -> Iterator[None]:
+    """While it is open, torch.inference_mode() is off: the tensors that are made can be trained."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False):
+        yield
+
+
 _MADE = vars(nn.Module())
 _BOXES = [(name, type(value)) for name, value in _MADE.items() if isinstance(value, (dict, set))]
 
@@ -350,12 +361,13 @@ class Linear(Base):
         if isinstance(scale, Tensor):
             down, scale = down * scale, 1.0
         x = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():  # the faster way round, there and back
+        if torch.is_grad_enabled() or torch.jit.is_tracing():  # the faster way round, there and back
             h = x @ down.t()  # (tokens, r)
         else:
             h = down @ x.t()
             # nobody else can hold the output of a plain layer, so that it may be written to
             own = type(self.module) is nn.Linear and not self.module._forward_hooks
+            own = own and torch._C._functorch.maybe_current_level() is None  # vmap: y may be that of several h
             if own and h.dtype == up.dtype == y.dtype and y.is_contiguous():
                 y.view(-1, y.shape[-1]).t().addmm_(up, h, alpha=scale)
                 return y

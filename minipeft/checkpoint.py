@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import adapter_class
+from .base import lasting
 from .errors import AdapterNameError, CheckpointError, PeftWarning, nearest
 from .files import find_weights, of_one_version
 from .layer import Layer, ModulesToSaveWrapper, adapted
@@ -406,6 +407,7 @@ def resized(root: nn.Module, config: Any) -> bool:
         return json.load(file).get("vocab_size", own) != own
 
 
+@lasting()
 def set_peft_model_state_dict(
     model: Any,
     peft_model_state_dict: Mapping[str, Tensor],

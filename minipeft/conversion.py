@@ -148,7 +148,7 @@ def _delta(adapter: Any) -> Tensor:
             folded, bias = adapter.fold(W, b)
         except MergeError as error:
             raise UnsupportedLayerError(f"The adapter on '{adapter.path}' cannot be made a LoRA: {error}") from error
-        if (bias is None) != (b is None) or (b is not None and not torch.equal(bias, b)):
+        if bias is not None and not torch.equal(bias, torch.zeros_like(bias) if b is None else b):
             raise UnsupportedLayerError(f"The adapter changes the bias of '{adapter.path}', which no LoRA can do.")
         D, alone = folded - W, adapter.fold(torch.zeros_like(W), b)[0]
     rounding = 4 * torch.finfo(W.dtype).eps * torch.maximum(W.abs(), folded.abs())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import variants
-from .base import Conv, Conv1D, Linear
+from .base import Conv, Conv1D, Linear, lasting
 from .checkpoint import Entry, entries_of_model, infer_device, load_peft_weights, strip
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, MergeError, PeftWarning, UnsupportedFeatureError
@@ -66,6 +66,7 @@ def hotswap_adapter(
     hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config)
 
 
+@lasting()
 @torch.no_grad()
 def hotswap_adapter_from_state_dict(
     model: nn.Module,
@@ -95,11 +96,12 @@ def hotswap_adapter_from_state_dict(
         if new[key].shape == old.shape:
             old.copy_(new[key])
         else:
-            old.data = new[key].to(old)
+            old.data = new[key].to(old, copy=True)
         assert entry.layer is not None
         _set_scaling(entry.layer, adapter_name, config)
 
 
+@lasting()
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,

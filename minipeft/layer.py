@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapter import Adapted, Adapter
 from .base import Base, bare, begin
 from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
+from .passes import Context as Context
 
 BASE = "__base__"  # in a mixed batch: a sample for the bare model
 LOW_PRECISION = frozenset(
@@ -60,106 +61,6 @@ class BufferDict(nn.Module):
 
     def items(self) -> Iterable[tuple[str, Tensor]]:
         return self._buffers.items()
-
-
-class Context:
-    """What one forward pass of the whole model tells every layer: who takes which sample, and for which task."""
-
-    def __init__(self) -> None:
-        self.adapter_names: Sequence[str] | None = None  # one name for each sample of the batch
-        self.task_ids: Any = None  # (batch,)
-        self.scalings: Any = None  # (batch, length, layers, adapters): weights of adapters that are mixed by token
-        self.beams = 1  # rows that `generate` makes of one sample
-        self.by_sample: dict[str, Tensor | None] = {}  # what an adapter noticed: by name, (batch, ...) or nothing
-        self.grown = 0  # how many tokens later than the input of `generate` the tokens of this pass end
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(Context())  # a copy is made for passes of its own
-
-    def groups(self, size: int, names: Sequence[str] | None) -> dict[str, list[int]] | None:
-        """Rows of a batch of `size` by adapter name, or None when the batch is not mixed.
-
-        With beam search each name stands for as many rows as there are beams, except in an encoder.
-        """
-        names = self.adapter_names if names is None else names
-        if names is None:
-            return None
-        if not names or size not in (len(names), len(names) * self.beams):
-            raise BatchError(
-                "Length of `adapter_names` should be the same as the number of inputs, "
-                f"but got {len(names)} and {size} respectively."
-            )
-        rows: dict[str, list[int]] = {}
-        for row in range(size):
-            rows.setdefault(names[row * len(names) // size], []).append(row)
-        return rows
-
-    def tasks(self, size: int) -> Tensor:
-        """The task of each row of a batch of `size`; as in `groups`, each id may stand for several rows."""
-        if self.task_ids is None:
-            raise BatchError("This adapter differs by task: `task_ids` must be given, one number for each sample.")
-        ids = torch.as_tensor(self.task_ids)
-        if ids.dim() != 1 or ids.is_floating_point() or not len(ids) or size % len(ids):
-            raise BatchError(
-                f"`task_ids` must hold one whole number for each of {size} samples, "
-                f"got {ids.dtype} of shape {tuple(ids.shape)}."
-            )
-        return ids.repeat_interleave(size // len(ids))
-
-    def noticed(self, name: str, size: int) -> Tensor | None:
-        """What adapter `name` noticed, for each row of a batch of `size`; each sample may stand for several rows."""
-        values = self.by_sample.get(name)
-        if values is None:
-            return None
-        if not len(values) or size % len(values):
-            raise BatchError(f"The input of adapter '{name}' has {len(values)} samples, that of a layer {size}.")
-        return values.repeat_interleave(size // len(values), 0)
-
-    @contextmanager
-    def only(self, rows: list[int], size: int) -> Iterator[None]:
-        """While it is open, the samples are those of some rows of the batch of `size`."""
-        ids, by_sample = self.task_ids, self.by_sample
-        if ids is not None:
-            self.task_ids = self.tasks(size)[rows]
-        if by_sample:
-            every = {name: self.noticed(name, size) for name in by_sample}
-            self.by_sample = {name: None if values is None else values[rows] for name, values in every.items()}
-        try:
-            yield
-        finally:
-            self.task_ids, self.by_sample = ids, by_sample
-
-    @contextmanager
-    def kept(self, model: nn.Module) -> Iterator[None]:
-        """While it is open, blocks of transformers under gradient checkpointing keep what this pass tells.
-
-        They are run again in the backward pass, which may come after other forward passes.
-        """
-        told, found = dict(vars(self)), []
-
-        def keeping(checkpoint: Any) -> Any:
-            return lambda block, *args, **kwargs: checkpoint(again(block), *args, **kwargs)
-
-        def again(block: Any) -> Any:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                now = dict(vars(self))
-                vars(self).update(told)
-                try:
-                    return block(*args, **kwargs)
-                finally:
-                    vars(self).update(now)
-
-            return run
-
-        for module in model.modules():
-            if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
-                found.append((vars(module), checkpoint))
-                vars(module)["_gradient_checkpointing_func"] = keeping(checkpoint)
-        try:
-            yield
-        finally:
-            for own, checkpoint in found:
-                own["_gradient_checkpointing_func"] = checkpoint
 
 
 def run_groups(x: Tensor, groups: dict[str, list[int]], run: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -384,7 +285,7 @@ class Layer(Switch, Slots):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None or self.context.adapter_names is not None:
+        if adapter_names is not None or self.context.opened[-1].adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
         names, base = self._active_adapter, self.base
         if len(names) == 1 and not self.merged_adapters and not base.opaque and names[0] in self.adapters:
@@ -402,7 +303,8 @@ class Layer(Switch, Slots):
             raise BatchError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        groups = self.context.groups(len(x), names)
+        now = self.context.now
+        groups = now.groups(len(x), names)
         assert groups is not None
         if (together := getattr(next(iter(self.adapters.values()), None), "together", None)) is not None:
             return together(self, groups, x, *args, **kwargs)
@@ -412,7 +314,7 @@ class Layer(Switch, Slots):
 
         def run(name: str, part: Tensor) -> Any:
             nested = {"adapter_names": [name] * len(part)} if isinstance(self.base_layer, Layer) else {}
-            with self.context.only(groups[name], len(x)):
+            with self.context.telling(**now.of_rows(groups[name], len(x))):
                 return self._run([] if name == BASE else [name], part, *args, **nested, **kwargs)
 
         return run_groups(x, groups, run)
@@ -680,7 +582,7 @@ class ModulesToSaveWrapper(Switch, nn.Module):
         args = args if x is None else (x, *args)
         if self._disable_adapters:
             return self.original_module(*args, **kwargs)
-        groups = self.context.groups(len(x), adapter_names) if isinstance(x, Tensor) else None
+        groups = self.context.now.groups(len(x), adapter_names) if isinstance(x, Tensor) else None
         if groups is not None:
             pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module
             return run_groups(x, groups, lambda name, part: pick(name)(part, *args[1:], **kwargs))

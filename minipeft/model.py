@@ -232,7 +232,7 @@ class PeftModel(nn.Module):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         if self._is_prompt_learning or not self.has_active_enabled_adapter:
             return nullcontext()
-        return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+        return self.base_model._tell(args, kwargs, anew=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with the active adapters; `adapter_names=[...]` gives each sample its own.
@@ -242,7 +242,9 @@ class PeftModel(nn.Module):
         if self._is_prompt_learning and self.has_active_enabled_adapter:
             return prompt.forward(self, *args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self._inner(*args, **{k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args})
+            own = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+            output = self._inner(*args, **own)
+            return output if self._is_prompt_learning else self.base_model.context.kept(output)
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
         inner = self.base_model

@@ -42,6 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .base import lasting
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .inject import check_adapter_name, model_config
@@ -117,6 +118,7 @@ class Joins:
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
+@lasting()
 def add_prompt(
     peft_model: Any, name: str, config: Any, weights: Mapping[str, Tensor] | None = None, strict: bool = True
 ) -> Any:
@@ -430,7 +432,7 @@ def _virtual_tokens(peft_model: Any, batch_size: int, task_ids: Tensor | None) -
             return prompt(rows.expand(count, -1), tasks.to(rows.device))
         return prompt(rows).expand(count, -1, -1)  # (batch, tokens, width)
 
-    groups = peft_model.prompt_context.groups(batch_size, None)
+    groups = peft_model.prompt_context.now.groups(batch_size, None)
     if groups is None:
         return of(peft_model.active_adapters[0], batch_size, task_ids)
     parts, order = [], []
@@ -500,11 +502,8 @@ def mixed(peft_model: Any, adapter_names: Sequence[str] | None) -> Iterator[None
         raise BatchError(f"'{BASE}' cannot stand in a batch with prompts: without one a sample is shorter.")
     if unknown := sorted(set(adapter_names) - set(peft_model.peft_config)):
         raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
-    peft_model.prompt_context.adapter_names = list(adapter_names)
-    try:
+    with peft_model.prompt_context.telling(adapter_names=list(adapter_names)):
         yield
-    finally:
-        peft_model.prompt_context.adapter_names = None
 
 
 def forward(
@@ -546,7 +545,8 @@ def forward(
         inputs = {key: value for key, value in inputs.items() if value is not None}
         if prompt.gives_cache and joins.head:
             return peft_model._with_head(inputs)
-        return prompt.finish(peft_model.base_model(**inputs), inputs.get("labels"), own)
+        output = peft_model.prompt_context.kept(peft_model.base_model(**inputs))
+        return prompt.finish(output, inputs.get("labels"), own)
 
 
 def _positions(inputs: dict[str, Any], prompt: Prompt, tokens: int, token_types: bool, warn: bool = True) -> None:

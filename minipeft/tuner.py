@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import methods, tying
 from .adapter import ADAPTERS, Adapter, adapter_class, method_class
+from .base import lasting
 from .checkpoint import Entry
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
@@ -96,6 +97,7 @@ class BaseTuner(Slots):
         self.bias_owner: str | None = None  # the adapter that trains the biases
         self.biases_on = True
         self.grouped: dict[str, BufferDict] = {}  # what groups of layers share: slot -> container
+        self.growth: Any = None  # the hook that says how far `generate` is, for adapters that need to know
         self.on_unload: list[Any] = []  # what undoes changes to the model beside its layers
 
     @classmethod
@@ -120,6 +122,7 @@ class BaseTuner(Slots):
         check_adapter_name(name, self.model)
 
     # -------------------------------------------------------------------------------------------------------- adding
+    @lasting()
     @uncollected()
     def add(
         self,
@@ -152,6 +155,8 @@ class BaseTuner(Slots):
             into[:] = dict.fromkeys([*into, *paths])
         if plan.undo is not None:
             self.on_unload.append(plan.undo)
+        if plan.cls.notice is not None and self.growth is None:
+            self.growth = self.model.register_forward_pre_hook(Growth(self.context), with_kwargs=True)
         if first:
             self._freeze_base(plan.seen)
             self.active_adapter = name
@@ -159,6 +164,13 @@ class BaseTuner(Slots):
         plan.finish()
         names = self.active_adapters
         training = name in names and not config.inference_mode and not self._disabled
+        held = [p for module in plan.seen for p in module._parameters.values() if p is not None] if first else []
+        if training and any(p.is_inference() for p in held):
+            warnings.warn(
+                "The base model was made under torch.inference_mode(), so that torch computes no gradients through it. "
+                "To train the adapter, make or load the base model outside of it.",
+                PeftWarning,
+            )
         for layer in plan.placed:
             active = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
             vars(layer).update(_active_adapter=active, _disable_adapters=self._disabled)
@@ -234,6 +246,7 @@ class BaseTuner(Slots):
                     if parameter is not None:
                         parameter.requires_grad = False
 
+    @lasting()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """float16, bfloat16 and float8 tensors of an adapter become float32, which training needs."""
         if autocast_adapter_dtype and adapter_class(self.peft_config[adapter_name]).autocasts:
@@ -253,6 +266,7 @@ class BaseTuner(Slots):
                 self.biases[key] = (parameter, parameter.data.clone())
                 parameter.requires_grad = not config.inference_mode and name in self.active_adapters
 
+    @lasting()
     def _use_biases(self) -> None:
         """Swap trained and original biases so that the trained ones are in use while their adapter is."""
         on = self.bias_owner in self.active_adapters and not self._disabled
@@ -273,7 +287,7 @@ class BaseTuner(Slots):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; `task_ids` (batch,) for methods that route by task, `adapter_names` as in PeftModel."""
         with self._enable_peft_forward_hooks(*args, **kwargs), self._for_tasks(kwargs):
-            return self.model(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY})
+            return self.context.kept(self.model(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY}))
 
     @property
     def takes_task_ids(self) -> bool:
@@ -286,58 +300,33 @@ class BaseTuner(Slots):
         with hooks, self._for_tasks(kwargs), self._growing(args, kwargs):
             return self.model.generate(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY})
 
-    @contextmanager
-    def _growing(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-        """While `generate` runs, note in the context of each pass how far beyond the given input it reaches."""
-        length = length_of(args, kwargs)
-        if not self.context.by_sample or length is None:
-            yield
-            return
+    def _growing(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """While `generate` runs, each pass notes how far beyond the given input it reaches: see `Growth`."""
+        length = length_of(args, kwargs) if self.context.now.by_sample else None
+        return nullcontext() if length is None else self.context.telling(given=length)
 
-        def note(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            now, cache = length_of(args, kwargs) or 0, kwargs.get("past_key_values")
-            self.context.grown = (max(now, length) if cache is None else cached_tokens(cache) + now) - length
+    def _for_tasks(self, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Take `task_ids` out of a call's arguments, and tell them."""
+        if not self.takes_task_ids:
+            return nullcontext()
+        return self.context.telling(task_ids=kwargs.pop("task_ids", None))
 
-        hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-            self.context.grown = 0
-
-    @contextmanager
-    def _for_tasks(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Take `task_ids` out of a call's arguments. Gradient checkpointing needs them until the backward pass."""
-        if self.takes_task_ids:
-            self.context.task_ids = kwargs.pop("task_ids", None)
-        try:
-            yield
-        finally:
-            if not torch.is_grad_enabled():
-                self.context.task_ids = None
-
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         """While it is open, `adapter_names` gives every sample of the batch its adapter; adapters know the inputs."""
+        return self._tell(args, kwargs)
+
+    def _tell(self, args: tuple, kwargs: dict[str, Any], anew: bool = False) -> AbstractContextManager[Any]:
+        """The same; inputs that a PeftModel has told of already count, unless it is one that asks (`anew`)."""
         names = kwargs.get("adapter_names")
         if names is not None:
             self._check_names(names)
-        by_sample = self.context.by_sample or self._noticed(names or self.active_adapters, args, kwargs)
-        if names is None and (not by_sample or self.context.by_sample):  # nothing is new: PeftModel has told it already
-            return nullcontext()
-        return self._telling(names, kwargs.get("num_beams") or 1, by_sample)
-
-    @contextmanager
-    def _telling(self, names: Any, beams: int, by_sample: dict[str, Any]) -> Iterator[None]:
-        context = self.context
-        before = context.adapter_names, context.beams, context.by_sample
-        context.by_sample = by_sample
+        told: dict[str, Any] = {}
         if names is not None:
-            context.adapter_names, context.beams = list(names), beams
-        try:
-            with context.kept(self.model) if by_sample and torch.is_grad_enabled() else nullcontext():
-                yield
-        finally:
-            context.adapter_names, context.beams, context.by_sample = before
+            told.update(adapter_names=list(names), beams=kwargs.get("num_beams") or 1)
+        if anew or not self.context.now.by_sample:
+            if by_sample := self._noticed(names or self.active_adapters, args, kwargs):
+                told["by_sample"] = by_sample
+        return self.context.telling(**told) if told else nullcontext()
 
     def _check_names(self, names: Any) -> None:
         if self.training:
@@ -348,7 +337,7 @@ class BaseTuner(Slots):
             raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
 
     def _noticed(self, names: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the adapters `names` make of the arguments of a pass; see `Context.by_sample`."""
+        """What the adapters `names` make of the arguments of a pass; see `Pass.by_sample`."""
         found = {}
         for name in names:
             kind = self.kinds.get(name)
@@ -443,6 +432,7 @@ class BaseTuner(Slots):
         if active != was:
             self.set_adapter(active)
 
+    @lasting()
     def _restore_biases(self) -> None:
         for parameter, other in self.biases.values():
             if self.biases_on:
@@ -532,6 +522,9 @@ class BaseTuner(Slots):
             at[head]._modules[last] = replacement
         if "peft_config" in vars(self.model):
             del self.model.peft_config
+        if self.growth is not None:
+            self.growth.remove()
+            self.growth = None
         return self.model
 
     # ---------------------------------------------------------------------------------------------------------- other
@@ -554,6 +547,19 @@ class BaseTuner(Slots):
             if name in ("model", child) or child not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
+
+
+class Growth:
+    """A hook before a model's passes: while `generate` runs, it notes how far beyond the given input each reaches."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        told = self.context.now
+        if told.given is not None:
+            now, cache = length_of(args, kwargs) or 0, kwargs.get("past_key_values")
+            told.grown = (max(now, told.given) if cache is None else cached_tokens(cache) + now) - told.given
 
 
 def length_of(args: tuple, kwargs: dict[str, Any]) -> int | None:

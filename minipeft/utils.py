@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import lasting
 from .checkpoint import LoadReport
 from .errors import BatchError, PeftWarning, UnsupportedFeatureError
 from .layer import INSIDE
@@ -19,6 +20,7 @@ from .layer import INSIDE
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
+@lasting()
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Frozen parameters become `dtype` (float16 or bfloat16), trained ones float32."""
     for parameter in model.parameters():
@@ -30,6 +32,7 @@ def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
+@lasting()
 def prepare_model_for_kbit_training(
     model: Any,
     use_gradient_checkpointing: bool = True,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..base import Linear
+from ..base import Linear, lasting
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
 from ..rotations import from_orthonormal
 from ..svd import leading
@@ -60,6 +60,7 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
                 left[id(W)] = truncated(before, adapter.r)
                 leave(adapter, left[id(W)])
 
+    @lasting()
     def catch_up(self) -> None:
         """Truncate a weight that had no values yet when the adapter was added."""
         if self.base.device.type == "meta":

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base import lasting
 from ..errors import CheckpointError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError, nearest
 from ..layer import Layer, adapted
 from ..quant import Linear4bit
@@ -62,6 +63,7 @@ def closest(D: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
+@lasting()
 @torch.no_grad()
 def replace_lora_weights_loftq(
     peft_model: Any,

@@ -113,11 +113,15 @@ class OFT(Activation, config=OFTConfig):
     def pre(self, x: Tensor) -> Tensor:
         return self.rotate(x) if self.base.reads_vectors else x  # (..., in)
 
+    def adjoint(self, rows: Tensor) -> Tensor:
+        return self.rotate(rows, back=True) if self.base.reads_vectors else rows
+
     def post(self, y: Tensor) -> Tensor:
         return y if self.base.reads_vectors else self.rotate(y)  # (..., dim)
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, back: bool = False) -> Tensor:
         R = self.oft_dropout(self.oft_R.blocks())  # (r, b, b)
+        R = R.mT if back else R
         x = self.cast(x, R).unflatten(-1, (-1, R.shape[-1]))  # (..., r, b)
         return torch.einsum("...rk,rkc->...rc", x, R).flatten(-2)
 

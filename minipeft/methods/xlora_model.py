@@ -7,7 +7,7 @@ The base model may be any module whose forward
 - hands (batch, length, ...) to every adapted layer, token by token; an embedding is given (batch, length) indices
 - keeps no cache of earlier tokens: `config.use_cache`, if there is one, must be False
 
-Gradient checkpointing needs `use_reentrant=False`, and a backward pass before the next forward pass.
+Gradient checkpointing needs `use_reentrant=False`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import ADAPTERS, Adapter, adapter_class, variants
+from ..base import lasting
 from ..checkpoint import Entry, base_entries, check, entries_of_module, fill, load_peft_weights, strip
 from ..config import PeftConfig, PeftType
 from ..errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError
@@ -66,6 +67,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
     def check_name(self, name: Any) -> None:
         """The names "0", "1", ... of the LoRA adapters may well be names of modules too."""
 
+    @lasting()
     def add(
         self,
         name: str,
@@ -125,25 +127,26 @@ class XLoraModel(BaseTuner, method="XLORA"):
     # --------------------------------------------------------------------------------------------------------- running
     def route(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the model runs: find out the weights of the adapters, by running it without gradients."""
+        now = self.context.open()
         if self._disabled:
             return
         if kwargs.get("past_key_values") is not None:
             raise BatchError("X-LoRA runs the model twice, so it cannot go on from a cache; pass use_cache=False.")
         classifier = self.internal_xlora_classifier
         more = {"output_hidden_states": True} | ({"return_dict": True} if accepts(model, "return_dict") else {})
-        self.context.scalings = classifier.weights(classifier.constant())
+        now.scalings = classifier.weights(classifier.constant())
         with torch.no_grad():
             output = model.forward(*args, **{**kwargs, **more})
         states = output.get("hidden_states") if isinstance(output, dict) else getattr(output, "hidden_states", None)
         if states is None:
             raise BatchError(f"X-LoRA needs `hidden_states`, but {type(model).__name__} returned none.")
-        self.internal_xlora_scalings = classifier(states[-1])
-        self.context.scalings = classifier.weights(self.internal_xlora_scalings)
+        self.internal_xlora_scalings = scalings = classifier(states[-1])
+        now.scalings = classifier.weights(scalings)
 
-    def forget(self, *args: Any) -> None:
-        """After the model has run: the weights were for this run. Gradient checkpointing needs them once more."""
-        if not torch.is_grad_enabled():
-            self.context.scalings = None
+    def forget(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After the model has run, or failed: the weights were for this run."""
+        self.context.kept(output)
+        self.context.close()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate, without a cache: each token asks for weights of all tokens."""

@@ -286,12 +286,29 @@ def test_plain_module_of_no_task(lib, ref):
             assert any(changed_from(got, ours(input_ids=IDS))) is bool(given)
 
 
-def test_refuses_checkpointing_of_another_kind(lib, is_ref):
+def test_checkpointing_of_another_kind(lib, is_ref):
     if is_ref:
         pytest.skip("peft forgets the offsets there")
-    ours = plain(lib, again=True).train()
+    grads = []
+    for again in (False, True):
+        ours = H.move(plain(lib, again)).train()
+        one, two = ours(input_ids=IDS), ours(input_ids=IDS.flip(0))  # the second before the first's gradients
+        one.cos().sum().backward()
+        two.sin().sum().backward()
+        grads.append({n: p.grad for n, p in ours.named_parameters() if p.grad is not None})
+    H.identical(grads[1], grads[0])
+    assert all(grad.any() for grad in grads[0].values())
+
+
+def test_refuses_checkpointing_that_it_cannot_see(lib, is_ref):
+    """The gradients go round the model's output."""
+    if is_ref:
+        pytest.skip("peft forgets the offsets there")
+    ours, inside = plain(lib, again=True).train(), []
+    ours.get_base_model().inner.register_forward_hook(lambda module, args, output: inside.append(output))
+    ours(input_ids=IDS)
     with pytest.raises(lib.PeftError, match="gradient checkpointing"):
-        ours(input_ids=IDS).sum().backward()
+        inside[0].sum().backward()
 
 
 def test_warnings(lib, ref, both):
@@ -314,7 +331,7 @@ def test_bad_offsets(lib, is_ref, both):
     for offsets, what in (([1, -2, None, 3], "at least 0"), ([1, 2, 3], "3 samples, that of a layer 4")):
         with pytest.raises(lib.BatchError, match=what):
             logits(both[1], alora_offsets=offsets)
-    assert both[1].base_model.context.by_sample == {}
+    assert both[1].base_model.context.now.by_sample == {}
 
 
 def test_is_no_plain_lora(lib, is_ref, both):
