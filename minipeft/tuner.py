@@ -163,6 +163,8 @@ class BaseTuner(Slots):
             active = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
             vars(layer).update(_active_adapter=active, _disable_adapters=self._disabled)
             layer.set_requires_grad(name, training)
+            if self._disabled and name in names and not config.inference_mode:
+                layer.paused.add(name)
             if not self.training:  # added to a model in eval(), it is in eval()
                 for _, _, value in layer.boxes(name) if isinstance(layer, Layer) else [(0, 0, layer.adapters[name])]:
                     if isinstance(value, nn.Module):
@@ -257,6 +259,9 @@ class BaseTuner(Slots):
         """Swap trained and original biases so that the trained ones are in use while their adapter is."""
         on = self.bias_owner in self.active_adapters and not self._disabled
         if on != self.biases_on:
+            for layer in layers(self.model):
+                if layer.merged and layer.base.keeps("bias"):  # what it keeps would be the wrong one of the two
+                    layer.unmerge()
             for key, (parameter, other) in self.biases.items():
                 self.biases[key] = (parameter, parameter.data)
                 parameter.data = other.to(parameter)  # the model may have moved since
@@ -454,6 +459,13 @@ class BaseTuner(Slots):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (default: the active ones) into the frozen weights; `unmerge_adapter` takes them out again.
 
+        With some of several active adapters merged the model computes the same as with none or all of them. (peft, and
+        so diffusers' `fuse_lora(adapter_names=...)`, runs the merged weights alone and drops the active adapters that
+        are not in them.) Sharded models (FSDP2): all processes must call this together.
+
+        While anything is merged, `load_state_dict` refuses weights for those layers, and an edit of them makes
+        unmerging raise `MergeError`; moving and casting the model is fine.
+
         When a layer refuses, those merged by this call are unmerged again and `MergeError` is raised.
         """
         self._merge(layers(self.model), safe_merge, adapter_names)
@@ -488,8 +500,22 @@ class BaseTuner(Slots):
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the frozen weights; not one bit of them differs from before."""
-        for layer in layers(self.model):
+        found = layers(self.model)
+        self._check_unedited(found)
+        for layer in found:
             layer.unmerge()
+
+    @staticmethod
+    def _check_unedited(found: Iterable[Layer]) -> None:
+        """Raise `MergeError` before any layer is unmerged, when one cannot be."""
+        for layer in found:
+            layer.base.check_written()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for _, live, layer in adapted(self.model):  # before anything is loaded
+            if isinstance(layer, Layer):
+                layer.check_loads(state_dict, f"{prefix}{self.root}.{live}.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -506,9 +532,10 @@ class BaseTuner(Slots):
 
     def unload(self) -> nn.Module:
         """The base model without any adapter, its weights as they were."""
-        for layer in layers(self.model):
-            if layer.merged:
-                layer.unmerge()
+        merged = [layer for layer in layers(self.model) if layer.merged]
+        self._check_unedited(merged)
+        for layer in merged:
+            layer.unmerge()
         self._restore_biases()
         model = self._unload([])
         while self.on_unload:

@@ -247,7 +247,7 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
                 held[layer.base.leaf].add(vars(adapter).get("follows", adapter))
         apart = any(adapters != next(iter(held.values())) for adapters in held.values())
         for layer in group:
-            if apart and layer.base.home.original is not None and not layer.base.home.apart:
+            if apart and layer.base.changed and not layer.base.home.apart:
                 raise MergeError("Tied layers are merged already, and these adapters are not tied; unmerge first.")
             layer.base.home.apart = apart
 
