@@ -66,7 +66,7 @@ class _Quantised(Linear):
             new = self.quantise(W, self.originals()[0])
         values = {"bias": b} if b is not None and self.replaces_bias(b) else {}
         self.detach(weight)
-        kept = self.keep({name: self.leaf.bias for name in values})
+        kept = self.keep(dict.fromkeys(values, self.leaf.bias))
         if "weight" not in kept:
             kept.add("weight", weight)
         self.attach(new)
