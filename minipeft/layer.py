@@ -549,9 +549,8 @@ class Layer(Switch, Slots):
         """Let the frozen weights hold the adapters `folded`: those of inner layers first, each layer's in its order."""
         home = self._home
         base = home.base
+        self.reshard()
         base.check_written()
-        if not sharded(base.stored()[0]):
-            reshard(base.leaf)
         base.check_whole()
         folded = sorted(folded, key=lambda adapter: adapter.layer.place_of(adapter.name))
         if not folded:
@@ -568,6 +567,11 @@ class Layer(Switch, Slots):
             base.write(W, b)
         home.folded = folded
         home.hold()
+
+    def reshard(self) -> None:
+        """Let FSDP2 hold the frozen weights in shards, as they are to be written."""
+        if not sharded(self.base.stored()[0]):
+            reshard(self.base.leaf)
 
     def hold(self) -> None:
         """Have, as a module, what the frozen weights were before a merge: it moves and is copied with the layer."""
@@ -794,7 +798,8 @@ class ModulesToSaveWrapper(Switch, nn.Module):
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
         self.context = context or Context()
-        self.paused: set[str] = set()  # names of the copies that will be trainable when they are switched on again
+        self.trained: set[str] = set()  # names of the copies that are trainable
+        self.paused: set[str] = set()  # names of those that will be when they are switched on again
         self._active_adapter: list[str] = []
         self._disable_adapters = False
 
@@ -854,19 +859,21 @@ class ModulesToSaveWrapper(Switch, nn.Module):
         """Use the original, with all copies frozen, or again the active copy, trainable if it was before."""
         off, self._disable_adapters = self._disable_adapters, not enabled
         if not (enabled or off):
-            self.paused = {n for n, m in self.modules_to_save.items() if any(p.requires_grad for p in m.parameters())}
+            self.paused = self.trained
         self._train_only((self.paused if off else self._active_adapter) if enabled else ())
 
     def _train_only(self, names: Collection[str]) -> None:
         for name, module in self.modules_to_save.items():
             module.requires_grad_(name in names)
+        self.trained = set(names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make copies trainable, or freeze them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.modules_to_save:
                 self.modules_to_save[name].requires_grad_(requires_grad)
-                (self.paused.add if requires_grad else self.paused.discard)(name)
+                for names in (self.trained, self.paused):
+                    (names.add if requires_grad else names.discard)(name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's copy."""

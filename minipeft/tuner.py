@@ -481,6 +481,8 @@ class BaseTuner(Slots):
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
             raise MergeError("Cannot merge layers that are replicated: their adapters differ, their weight is one.")
+        for layer in todo:
+            layer.reshard()
         tying.part(self, todo, names)
         done: list[tuple[Layer, list[str]]] = []
         in_place = for_good and not safe and all(layer.merges_in_place(names) for layer in todo)

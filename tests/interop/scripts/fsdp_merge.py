@@ -1,0 +1,99 @@
+"""Two processes, a model sharded by FSDP2 over both, merged and unmerged. Prints what is wrong, as JSON."""
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import tempfile
+import warnings
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.fsdp import fully_shard
+
+import minipeft
+from tests.interop import harness as H
+from tests.interop.cases import CASES
+
+
+def whole(model):
+    return {k: t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for k, t in model.state_dict().items()}
+
+
+def frozen(state):
+    return {k: t for k, t in state.items() if ".default" not in k}
+
+
+def differs(got, want, tolerance):
+    try:
+        H.close(got, want, tolerance) if tolerance else H.identical(got, want)
+    except AssertionError as error:
+        return [str(error)]
+    return []
+
+
+def check(case, forward_first, wrap_parts):
+    """What is wrong with the case, a list of sentences."""
+    alone = H.move(H.adapt(minipeft, case), case.scale)
+    batch, before = H.inputs(case), H.snapshot(alone)
+    running = H.weighable(case, H.run(alone, batch))
+    model = H.move(H.adapt(minipeft, case), case.scale)
+    alone.merge_adapter()
+    merged = frozen(H.snapshot(alone))
+    for part in list(model.base_model.model.children()) if wrap_parts else ():
+        if not isinstance(part, torch.nn.ModuleList):
+            fully_shard(part)
+    fully_shard(model)
+    if forward_first:
+        H.run(model, batch)
+    model.merge_adapter()
+    wrong = differs(frozen(whole(model)), merged, 0)
+    wrong += differs(H.weighable(case, H.run(model, batch)), running, 2e-5)
+    saved = whole(model)
+    wrong += [f"saved: {k}" for k, t in saved.items() if k in before and t.shape != before[k].shape]
+    wrong += differs(frozen(saved), merged, 0)
+    model.unmerge_adapter()
+    wrong += differs(whole(model), before, 0)
+    wrong += differs(H.weighable(case, H.run(model, batch)), running, 2e-5)
+    plain = model.merge_and_unload().state_dict()
+    own = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in plain.items()}
+    return wrong + differs(own, alone.merge_and_unload().state_dict(), 1e-6)
+
+
+def work(rank, port, ids, out):
+    faulthandler.dump_traceback_later(120, exit=True)
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    found = {}
+    for case in CASES:
+        if case.id in ids:
+            for forward_first, wrap_parts in ((False, False), (True, False), (True, True)):
+                try:
+                    wrong = check(case, forward_first, wrap_parts)
+                except Exception as error:  # the same in both processes, or the other one waits for ever
+                    wrong = [f"{type(error).__name__}: {error}"[:300]]
+                found.setdefault(case.id, []).extend(wrong)
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank == 0:
+        with open(out, "w") as file:
+            json.dump(found, file)
+
+
+if __name__ == "__main__":
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    out = os.path.join(tempfile.mkdtemp(), "found.json")
+    processes = [mp.get_context("fork").Process(target=work, args=(rank, port, sys.argv[1:], out)) for rank in (0, 1)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        sys.exit(f"exit codes {[process.exitcode for process in processes]}")
+    print(open(out).read())
