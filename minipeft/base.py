@@ -191,8 +191,7 @@ class Base:
             stored.copy_(W)
 
     def restore(self) -> None:
-        """Put back, bit for bit, what `write` replaced. Raises `MergeError` when what it wrote was edited."""
-        self.check_written()
+        """Put back, bit for bit, what `write` replaced. Call `check_written` before."""
         home = self.home
         if home.kept is not None:
             for name, tensor in zip(("weight", "bias"), self.stored()):
@@ -756,7 +755,6 @@ class Whole(Base):
         self.note_written()
 
     def restore(self) -> None:
-        self.check_written()
         if (kept := self.home.kept) is not None:
             for name, tensor in self.tensors(self.leaf).items():
                 put(tensor, kept[name])

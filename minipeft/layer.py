@@ -503,6 +503,7 @@ class Layer(Switch, Slots):
         # what follows another layer is merged there
         sources = {} if home.base.apart else {a: vars(a)["follows"] for a in new if "follows" in vars(a)}
         if own := [adapter for adapter in new if adapter not in sources]:
+            home.base.check_written()
             self._fold(home.folded + own, safe_merge)
         for source in sources.values():
             home.base.source = source.layer._home.base
@@ -535,6 +536,11 @@ class Layer(Switch, Slots):
 
         Raises `MergeError`, with nothing changed, when the weights were edited while the adapters were in them.
         """
+        self.base.check_written()
+        self.unmerge_checked(adapter_names)
+
+    def unmerge_checked(self, adapter_names: Sequence[str] | None = None) -> None:
+        """The same after `base.check_written`, which takes most of its time."""
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning)
             return
@@ -550,7 +556,6 @@ class Layer(Switch, Slots):
         home = self._home
         base = home.base
         self.reshard()
-        base.check_written()
         base.check_whole()
         folded = sorted(folded, key=lambda adapter: adapter.layer.place_of(adapter.name))
         if not folded:

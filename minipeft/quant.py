@@ -75,7 +75,6 @@ class _Quantised(Linear):
         self.note_written()
 
     def restore(self) -> None:
-        self.check_written()
         if (kept := self.home.kept) is not None:
             self.attach(kept["weight"])
             if "bias" in kept:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1 << 16  # words of 8 bytes that are looked at together
+CHUNK = 1 << 14  # words of 8 bytes that are looked at together
 
 
 class Kept(nn.Module):
@@ -61,6 +61,11 @@ def whole(tensor: Any) -> Any:
     return tensor.full_tensor() if sharded(tensor) else tensor
 
 
+def memory(tensor: Tensor) -> int:
+    """A number that two tensors have in common when one would be overwritten with the other."""
+    return id(tensor) if sharded(tensor) or tensor.is_meta else tensor.data_ptr() or id(tensor)
+
+
 def reshard(module: nn.Module) -> None:
     """Let FSDP2 hold `module` in shards again: what is written into gathered parameters is lost with them."""
     states = sys.modules.get("torch.distributed._composable_state")
@@ -80,11 +85,13 @@ def fingerprint(tensor: Tensor) -> tuple[torch.dtype, int] | None:
     if tensor.is_meta:
         return None
     flat = tensor.contiguous().flatten().view(torch.uint8)
-    if rest := flat.numel() % 8:
-        flat = torch.cat([flat, flat.new_zeros(8 - rest)])
+    if over := flat.numel() % 8:
+        flat = torch.cat([flat, flat.new_zeros(8 - over)])
     words = (flat.clone() if flat.storage_offset() % 8 else flat).view(torch.int64)
-    odd = _odd(torch.arange(min(CHUNK, len(words)), device=words.device))
-    sums = torch.stack([(part * odd[: len(part)]).sum() for part in words.split(CHUNK)] or [words.sum()])
+    count, odd = len(words) // CHUNK, _odd(torch.arange(CHUNK, device=words.device))
+    whole_rows, rest = words[: count * CHUNK].view(count, CHUNK), words[count * CHUNK :]
+    rows = whole_rows.split(1 if words.device.type == "cpu" else 256)  # on a CPU, what its cache can hold
+    sums = torch.cat([*[(part * odd).sum(1) for part in rows if len(part)], (rest * odd[: len(rest)]).sum()[None]])
     return dtype, int((sums * _odd(torch.arange(len(sums), device=words.device))).sum())
 
 

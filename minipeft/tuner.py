@@ -502,16 +502,15 @@ class BaseTuner(Slots):
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the frozen weights; not one bit of them differs from before."""
-        found = layers(self.model)
-        self._check_unedited(found)
-        for layer in found:
-            layer.unmerge()
+        self._unmerge(layers(self.model))
 
-    @staticmethod
-    def _check_unedited(found: Iterable[Layer]) -> None:
-        """Raise `MergeError` before any layer is unmerged, when one cannot be."""
-        for layer in found:
+    @torch.no_grad()
+    def _unmerge(self, todo: list[Layer]) -> None:
+        for layer in todo:  # before any layer is unmerged
+            layer.reshard()
             layer.base.check_written()
+        for layer in todo:
+            layer.unmerge_checked()
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         for _, live, layer in adapted(self.model):  # before anything is loaded
@@ -534,10 +533,7 @@ class BaseTuner(Slots):
 
     def unload(self) -> nn.Module:
         """The base model without any adapter, its weights as they were."""
-        merged = [layer for layer in layers(self.model) if layer.merged]
-        self._check_unedited(merged)
-        for layer in merged:
-            layer.unmerge()
+        self._unmerge([layer for layer in layers(self.model) if layer.merged])
         self._restore_biases()
         model = self._unload([])
         while self.on_unload:

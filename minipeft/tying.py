@@ -17,6 +17,7 @@ from torch import nn
 from .base import base_of
 from .errors import ConfigError, MergeError, PeftWarning
 from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .stored import memory
 from .targets import EMBEDDINGS, named, suffixes
 
 
@@ -232,10 +233,10 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
     for _, _, module in walk(tuner.model):
         for parameter in module._parameters.values():
             if parameter is not None:
-                users.setdefault(id(parameter), set()).add(module)
+                users.setdefault(memory(parameter), set()).add(module)
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
-        groups.setdefault(id(layer.base.home.stored()[0]), []).append(layer)
+        groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
     for weight, group in groups.items():
         if len(users.get(weight, ())) < 2:
             continue

@@ -170,7 +170,8 @@ def test_merging_under_inference_mode(case, lib):
 def test_a_base_made_under_inference_mode(case, lib):
     with torch.inference_mode():
         base = copy.deepcopy(case.base.build())
-    model = H.move(H.adapt(lib, case, base=base), case.scale, only=lambda n, p: p.requires_grad and not p.is_inference())
+    own = lambda name, p: p.requires_grad and not p.is_inference()
+    model = H.move(H.adapt(lib, case, base=base), case.scale, only=own)
     before, batch = H.snapshot(model), H.inputs(case)
     running = H.weighable(case, H.run(model, batch))
     model.merge_adapter()
@@ -191,16 +192,12 @@ def assert_merging_one_changes_nothing(model, batch, names, tolerance, weighable
     before, want = H.snapshot(model), weighable(H.run(model, batch))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        merge = lambda name: model.base_model.merge_adapter([name])
+        out = lambda name: unmerge(model, name)
         for one, other in (names, names[::-1]):
-            for step in (
-                lambda: model.base_model.merge_adapter([one]),
-                lambda: model.base_model.merge_adapter([other]),
-                lambda: unmerge(model, one),
-                lambda: model.base_model.merge_adapter([one]),
-                lambda: unmerge(model, other),
-                lambda: unmerge(model, one),
-            ):
-                step()
+            steps = ((merge, one), (merge, other), (out, one), (merge, one), (out, other), (out, one))
+            for step, name in steps:
+                step(name)
                 H.close(weighable(H.run(model, batch)), want, tolerance)
     H.identical(H.snapshot(model), before)
 
@@ -260,6 +257,21 @@ def test_one_of_several_merged_into_a_tied_weight(follows, lib):
     assert_merging_one_changes_nothing(model, B.LLAMA_TIED.inputs(torch.float64), ["default", "other"], 2e-6)
     inner = model.base_model.model
     assert inner.lm_head.weight is inner.model.embed_tokens.weight, "after unmerging it is one tensor again"
+
+
+def test_one_of_two_weights_in_the_same_memory(lib):
+    """Merging into one of two parameters that are one piece of memory leaves the other as it is."""
+    base = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Linear(6, 6))
+    base[1].weight = torch.nn.Parameter(base[0].weight.data)
+    model = lib.get_peft_model(base, lib.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    before, batch = H.snapshot(model), {"input": torch.randn(2, 6)}
+    want = H.run(model, batch)
+    model.merge_adapter()
+    H.close(H.run(model, batch), want, 1e-5)
+    assert torch.equal(base[1].weight, before["base_model.model.1.weight"])
+    model.unmerge_adapter()
+    H.identical(H.snapshot(model), before)
+    assert base[0].base_layer.weight.data_ptr() == base[1].weight.data_ptr()
 
 
 # ------------------------------------------------------------------------------------------------------- frozen stays

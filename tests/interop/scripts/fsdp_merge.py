@@ -1,5 +1,6 @@
 """Two processes, a model sharded by FSDP2 over both, merged and unmerged. Prints what is wrong, as JSON."""
 
+import copy
 import faulthandler
 import json
 import os
@@ -11,15 +12,20 @@ import warnings
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
 import minipeft
+from minipeft.errors import MergeError
 from tests.interop import harness as H
 from tests.interop.cases import CASES
 
+HOW = ("before a forward", "after a forward", "in parts, after a forward", "merged first")
+
 
 def whole(model):
-    return {k: t.full_tensor() if hasattr(t, "full_tensor") else t.clone() for k, t in model.state_dict().items()}
+    found = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {name: tensor.clone() for name, tensor in found.items()}
 
 
 def frozen(state):
@@ -34,29 +40,46 @@ def differs(got, want, tolerance):
     return []
 
 
-def check(case, forward_first, wrap_parts):
-    """What is wrong with the case, a list of sentences."""
-    alone = H.move(H.adapt(minipeft, case), case.scale)
-    batch, before = H.inputs(case), H.snapshot(alone)
-    running = H.weighable(case, H.run(alone, batch))
-    model = H.move(H.adapt(minipeft, case), case.scale)
-    alone.merge_adapter()
-    merged = frozen(H.snapshot(alone))
-    for part in list(model.base_model.model.children()) if wrap_parts else ():
+def shard(model, parts):
+    """FSDP2 around the model, with `parts` also around each of its parts; torch refuses parts that share tensors."""
+    shared = len(list(model.parameters())) < len(list(model.named_parameters(remove_duplicate=False)))
+    for part in list(model.base_model.model.children()) if parts and not shared else ():
         if not isinstance(part, torch.nn.ModuleList):
             fully_shard(part)
-    fully_shard(model)
-    if forward_first:
+    return fully_shard(model)
+
+
+def check(case, how):
+    """What is wrong with the case, a list of sentences."""
+    alone = H.move(H.adapt(minipeft, case), case.scale)
+    model = copy.deepcopy(alone)
+    batch, before = H.inputs(case), H.snapshot(alone)
+    running = H.weighable(case, H.run(alone, batch))
+    alone.merge_adapter()
+    merged = frozen(H.snapshot(alone))
+    if how == "merged first":
+        model.merge_adapter()
+    shard(model, parts=how == "in parts, after a forward")
+    if how.endswith("after a forward"):
         H.run(model, batch)
-    model.merge_adapter()
-    wrong = differs(frozen(whole(model)), merged, 0)
-    wrong += differs(H.weighable(case, H.run(model, batch)), running, 2e-5)
+    if how != "merged first":
+        model.merge_adapter()
     saved = whole(model)
-    wrong += [f"saved: {k}" for k, t in saved.items() if k in before and t.shape != before[k].shape]
-    wrong += differs(frozen(saved), merged, 0)
+    wrong = differs(frozen(saved), merged, 0)
+    wrong += differs(H.weighable(case, H.run(model, batch)), running, 2e-5)
+    wrong += differs(frozen(whole(model)), merged, 0)
+    try:
+        set_model_state_dict(model, dict(before), options=StateDictOptions(full_state_dict=True))
+        wrong.append("loaded into a merged model")
+    except MergeError:
+        pass
     model.unmerge_adapter()
     wrong += differs(whole(model), before, 0)
     wrong += differs(H.weighable(case, H.run(model, batch)), running, 2e-5)
+    moved = {k: t + 1 if t.is_floating_point() else t for k, t in before.items()}
+    set_model_state_dict(model, dict(moved), options=StateDictOptions(full_state_dict=True))
+    wrong += differs(whole(model), moved, 0)
+    set_model_state_dict(model, dict(before), options=StateDictOptions(full_state_dict=True))
     plain = model.merge_and_unload().state_dict()
     own = {k: t.full_tensor() if hasattr(t, "full_tensor") else t for k, t in plain.items()}
     return wrong + differs(own, alone.merge_and_unload().state_dict(), 1e-6)
@@ -71,12 +94,12 @@ def work(rank, port, ids, out):
     found = {}
     for case in CASES:
         if case.id in ids:
-            for forward_first, wrap_parts in ((False, False), (True, False), (True, True)):
+            for how in HOW:
                 try:
-                    wrong = check(case, forward_first, wrap_parts)
+                    wrong = check(case, how)
                 except Exception as error:  # the same in both processes, or the other one waits for ever
                     wrong = [f"{type(error).__name__}: {error}"[:300]]
-                found.setdefault(case.id, []).extend(wrong)
+                found.setdefault(case.id, []).extend(f"{how}: {what}" for what in wrong)
     dist.barrier()
     dist.destroy_process_group()
     if rank == 0:
