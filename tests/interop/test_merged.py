@@ -23,7 +23,8 @@ def firsts(cases, parts):
 
 
 PLAIN = [c for c in mergeable if not c.base.transformers]
-EACH_METHOD, EACH_BASE = firsts(PLAIN, 1), firsts(PLAIN, 2)
+EACH_METHOD = firsts(PLAIN, 1)
+EACH_KIND = EACH_METHOD | {case.id for case in {case.base.name: case for case in PLAIN}.values()}
 SEVERAL = firsts([c for c in PLAIN if c.second is not None and c.stacks and "modules_to_save" not in c.kwargs], 2)
 
 
@@ -56,7 +57,7 @@ CHANGES = {
 }
 
 
-@each_case(lambda c: c.id in EACH_BASE)
+@each_case(lambda c: c.id in EACH_KIND)
 def test_what_is_kept_goes_with_the_model(case, lib):
     start, before = merged(lib, case)
     for change in CHANGES.values():
@@ -72,7 +73,7 @@ def test_what_is_kept_goes_with_the_model(case, lib):
             H.identical(model.state_dict(), want)
 
 
-@each_case(lambda c: c.id in EACH_BASE and c.method in ("lora", "ia3"))
+@each_case(lambda c: c.id in EACH_KIND and c.method in ("lora", "ia3"))
 def test_a_merged_model_is_pickled(case, lib):
     model, before = merged(lib, case)
     twin = pickle.loads(pickle.dumps(model))
@@ -80,36 +81,46 @@ def test_a_merged_model_is_pickled(case, lib):
     H.identical(H.snapshot(twin), before)
 
 
-@pytest.mark.parametrize("way", ["in place", "by data", "replaced"])
-@each_case(lambda c: c.id in EACH_BASE)
-def test_an_edit_is_not_lost(case, way, lib):
-    """Unmerging refuses to undo an edit, with nothing changed; merge_and_unload keeps it."""
-    model, before = merged(lib, case)
-    name = next(n for n, p in model.named_parameters() if n in overwritten(model, before))
-    owner = model.get_submodule(name.rpartition(".")[0])
-    tensor = getattr(owner, name.rpartition(".")[2])
-    old = tensor.detach().clone()
+def in_place(owner, name):
     with torch.no_grad():
-        if way == "in place":
-            tensor.view(-1)[-1] += 1
-        elif way == "by data":
-            tensor.data.view(-1)[-1] += 1
-        else:
-            setattr(owner, name.rpartition(".")[2], torch.nn.Parameter(tensor + 1, requires_grad=False))
-    edited = H.snapshot(model)
-    for step in (lambda: model, lambda: model.double().float()):  # moving a model does not hide it
+        getattr(owner, name).view(-1)[-1] += 1
+
+
+def by_data(owner, name):
+    getattr(owner, name).data.view(-1)[-1] += 1
+
+
+def replaced(owner, name):
+    setattr(owner, name, torch.nn.Parameter(getattr(owner, name) + 1, requires_grad=False))
+
+
+@each_case(lambda c: c.id in EACH_KIND)
+def test_an_edit_is_not_lost(case, lib):
+    """Unmerging refuses to undo an edit, with nothing changed; merge_and_unload keeps it; it can be undone by hand."""
+    start, before = merged(lib, case)
+    names = overwritten(start, before)
+    path, _, name = next(n for n, p in start.named_parameters() if n in names).rpartition(".")
+    for edit in (in_place, by_data, replaced):
+        model = copy.deepcopy(start)
+        owner = model.get_submodule(path)
+        old = getattr(owner, name).detach().clone()
+        edit(owner, name)
+        edited = H.snapshot(model)
+        for step in (lambda m: m, lambda m: m.double().float()):  # moving a model does not hide it
+            with pytest.raises(ValueError, match="merge_and_unload"):
+                step(copy.deepcopy(model)).unmerge_adapter()
         with pytest.raises(ValueError, match="merge_and_unload"):
-            step().unmerge_adapter()
+            model.unmerge_adapter()
         H.identical(H.snapshot(model), edited)
-    kept = copy.deepcopy(model).merge_and_unload()
-    assert any(torch.equal(t, edited[name]) for t in kept.state_dict().values())
-    with torch.no_grad():
-        getattr(owner, name.rpartition(".")[2]).copy_(old)
-    if way == "replaced":
-        setattr(owner, name.rpartition(".")[2], tensor)
+        kept = copy.deepcopy(model).merge_and_unload().state_dict().values()
+        assert any(torch.equal(t, edited[f"{path}.{name}"]) for t in kept)
+        with torch.no_grad():
+            getattr(owner, name).copy_(old)
+        model.unmerge_adapter()
+        H.identical(H.snapshot(model), before)
 
 
-@each_case(lambda c: c.id in EACH_BASE)
+@each_case(lambda c: c.id in EACH_KIND)
 def test_loading_into_merged_weights_is_refused(case, lib):
     model, before = merged(lib, case)
     now = H.snapshot(model)
@@ -126,7 +137,7 @@ def test_loading_into_merged_weights_is_refused(case, lib):
 
 
 @pytest.mark.parametrize("inference", [False, True])
-@each_case(lambda c: c.id in EACH_BASE)
+@each_case(lambda c: c.id in EACH_METHOD)
 def test_a_graph_held_across_a_merge(case, inference, lib):
     """Its gradients are right, or torch says that a tensor was changed."""
     model = H.move(H.adapt(lib, case), case.scale)
@@ -149,7 +160,7 @@ def test_a_graph_held_across_a_merge(case, inference, lib):
             {str(i): g for i, g in enumerate(want) if g is not None}, 1e-6)
 
 
-@each_case(lambda c: c.id in EACH_BASE)
+@each_case(lambda c: c.id in EACH_METHOD)
 def test_merging_under_inference_mode(case, lib):
     """Merged inside and unmerged outside, or the reverse, the model is as it was and can be trained."""
     model, batch = H.move(H.adapt(lib, case), case.scale), H.inputs(case)
@@ -276,7 +287,7 @@ def test_one_of_two_weights_in_the_same_memory(lib):
 
 # ------------------------------------------------------------------------------------------------------- frozen stays
 @pytest.mark.parametrize("inference", [True, False])
-@each_case(lambda c: c.id in EACH_METHOD or "modules_to_save" in c.id)
+@each_case(lambda c: c.id in EACH_METHOD or "/modules_to_save" in c.id or c.id == "lora/targets/tying_modules_to_save")
 def test_disabling_leaves_frozen_adapters_frozen(case, inference, lib):
     H.seed(0)
     with warnings.catch_warnings():
@@ -303,13 +314,13 @@ def test_a_disabled_adapter_trains_again_as_it_was_told(lib):
 
 
 # ----------------------------------------------------------------------------------------------------------- sharded
-LINEAR = [c for c in PLAIN if c.base.name in ("mlp", "mlp2d", "norms") and c.exact_init]
-SHARDED = sorted(firsts(LINEAR, 1) & {c.id for c in LINEAR})
+LINEAR = firsts([c for c in PLAIN if c.base.name in ("mlp", "mlp2d", "norms")], 1) | {"lora/targets/modules_to_save"}
+IN_ALL_WAYS = ("lora", "dora", "ia3", "oft", "vera", "lokr")
 
 
 def test_merging_a_sharded_model():
     """FSDP2 in two processes: merged before and after a first forward, the weights of one process to the bit."""
-    done = processes.run(processes.SCRIPTS / "fsdp_merge.py", *SHARDED, "lora/targets/modules_to_save")
-    found = processes.last_line(done)
-    assert len(found) > 20
+    ids = [f"+{id}" if id.split("/")[0] in IN_ALL_WAYS else id for id in sorted(LINEAR)]
+    found = processes.last_line(processes.run(processes.SCRIPTS / "fsdp_merge.py", *ids))
+    assert len(found) == len(ids) > 30
     assert not {case: wrong for case, wrong in found.items() if wrong}
