@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import MergeError, UnsupportedLayerError
+from .stored import Kept, fingerprint, like, own_copy, put, sharded, whole
 
 
 class Base:
@@ -40,9 +41,11 @@ class Base:
     reads_vectors = True  # False: the input is indices, not feature vectors
     label = ""  # the class name that PEFT shows for such a layer
     weight_name, bias_name = "weight", "bias"
-    original: Any = None  # the stored tensors from before a merge: (weight, bias), of a Whole by name
+    kept: Kept | None = None  # what `write` replaced, by name; there while something is written that can be undone
+    written: dict[str, Any] | None = None  # fingerprints of what `write` has stored; None when that was edited
     apart = False  # True: other modules use the weight too, so `write` must leave that tensor to them
     lent: Tensor | None = None  # that tensor, while the layer has one of its own
+    source: Base | None = None  # a layer with the same weight, while what is written is written there
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         self.module = module
@@ -52,7 +55,7 @@ class Base:
 
     @property
     def home(self) -> Base:
-        """The one Base that keeps `original`, of those of nested layers."""
+        """The one Base that keeps what is replaced, of those of nested layers."""
         return self if self.inside is None else self.inside
 
     # -------------------------------------------------------------------------------------------------- the operator
@@ -60,22 +63,99 @@ class Base:
         return self.module(x, *args, **kwargs)
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) of the frozen layer, canonical and dequantised; what was there before a merge, if one is on."""
-        W, b = self.home.original or self.stored()
-        return self.canonical(W), b
+        """(W, b) of the frozen layer, canonical, whole and dequantised; what was there before a merge, if one is on."""
+        W, b = self.originals()
+        return self.canonical(whole(W)), None if b is None else whole(b)
+
+    def originals(self) -> tuple[Any, Any]:
+        """What `stored` gives, or gave before a merge, if one is on."""
+        (W, b), home = self.stored(), self.home
+        if home.source is not None:
+            W = home.source.originals()[0]
+        if home.lent is not None:
+            W = home.lent
+        elif home.kept is not None:
+            W = home.kept.get("weight", W)
+        return W, b if home.kept is None else home.kept.get("bias", b)
+
+    @property
+    def changed(self) -> bool:
+        """Whether something is written that `restore` can undo."""
+        return self.home.kept is not None
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
-        """Store (W, b), in the layer's own layout and dtype, keeping what was there before to `restore` it."""
+        """Store (W, b) in place, in the layer's own layout and dtype.
+
+        The first time, what was there is kept for `restore`, in `kept`: tensors that must move, be cast and be copied
+        with the layer. A bias that already has those values is left alone. Raises `MergeError`, with nothing written,
+        when there is no place for them.
+        """
         self.check_bias(b)
+        values = {"weight": self.canonical(W)}
+        if b is not None and self.replaces_bias(b):
+            values["bias"] = b
+        self.lend()
+        stored: dict[str, Any] = dict(zip(("weight", "bias"), self.stored()))
+        self.keep({name: stored[name] for name in values})
+        for name, value in values.items():
+            put(stored[name], value)
+        self.note_written()
+
+    def replaces_bias(self, b: Tensor) -> bool:
+        """Whether b is not what the layer has, or had before it was written to."""
+        bias = self.stored()[1]
+        return bias is not None and (self.keeps("bias") or not torch.equal(whole(bias), b.to(bias.dtype)))
+
+    def keeps(self, name: str) -> bool:
+        """Whether the tensor of that name is overwritten, and kept."""
+        return self.home.kept is not None and name in self.home.kept
+
+    def lend(self) -> None:
+        """Give the layer a weight of its own, when others use the one it has."""
+        home = self.home
+        if home.apart and home.lent is None:
+            weight = home.lent = self.stored()[0]
+            setattr(self.leaf, self.weight_name, nn.Parameter(own_copy(weight), weight.requires_grad))
+
+    def keep(self, tensors: dict[str, Tensor]) -> Kept:
+        """Keep copies of tensors that are going to be overwritten, by name, unless they are kept already."""
+        home = self.home
+        kept = home.kept = home.kept or Kept()
+        for name, tensor in tensors.items():
+            if name not in kept and not (name == "weight" and home.lent is not None):
+                kept.add(name, own_copy(tensor))
+        return kept
+
+    def check_written(self) -> None:
+        """Raise `MergeError` when the weights were edited since they were written, which `restore` would lose."""
+        if self.edited:
+            raise MergeError(
+                f"The weights of the {type(self.leaf).__name__} were changed while an adapter was merged into them; "
+                "taking it out again would lose that. Change weights while nothing is merged, or keep them as they "
+                "are now with `merge_and_unload`."
+            )
+
+    @property
+    def edited(self) -> bool:
+        """Whether the weights are not those that were written. A cast or a move is no edit."""
+        home = self.home
+        if home.kept is None:
+            return False
+        return home.written is None or any(
+            old is not None and new is not None and old != new and old[0] == new[0]
+            for old, new in ((home.written.get(name), new) for name, new in self.fingerprints().items())
+        )
+
+    def note_written(self) -> None:
+        """Note what is stored now, to notice edits."""
+        if self.home.kept is not None:
+            self.home.written = self.fingerprints()
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Of the tensors that have been written, by name."""
         weight, bias = self.stored()
-        if self.home.apart and self.home.lent is None:
-            self.home.lent, weight = weight, nn.Parameter(weight.data, weight.requires_grad)
-            setattr(self.leaf, self.weight_name, weight)
-        if self.home.original is None:
-            self.home.original = weight.data, None if bias is None else bias.data
-        weight.data = self.canonical(W).to(weight.dtype).contiguous()
-        if bias is not None and b is not None:
-            bias.data = b.to(bias.dtype).contiguous()
+        tensors: dict[str, Any] = {"weight": weight, "bias": bias} if self.keeps("bias") else {"weight": weight}
+        return {name: fingerprint(tensor) for name, tensor in tensors.items()}
 
     def check_bias(self, b: Tensor | None) -> None:
         """Raise `MergeError` when there is a bias to write, other than zero, and the layer has none."""
@@ -85,10 +165,25 @@ class Base:
                 "Make the layer with bias=True, or keep the adapter unmerged."
             )
 
+    def is_stored(self, key: str) -> bool:
+        """Whether a key below the layer's module is that of a tensor that merging may overwrite."""
+        return key in (self.weight_name, self.bias_name)
+
+    def check_whole(self) -> None:
+        """Raise `MergeError` when the weight is not here: with some libraries a process has a flat piece or nothing."""
+        weight = self.stored()[0]
+        if weight.dim() < 2:
+            raise MergeError(
+                f"The weight of the {type(self.leaf).__name__} has the shape {tuple(weight.shape)}: it is spread over "
+                "several processes. Gather it first (`FullyShardedDataParallel.summon_full_params`, "
+                "`deepspeed.zero.GatheredParameters`), or merge before the model is distributed."
+            )
+
     @property
     def overwrites(self) -> bool:
-        """Whether `overwrite` is possible: the stored numbers are those of W."""
-        return type(self) in (Linear, Conv1D)
+        """Whether `overwrite` is possible: the stored numbers are those of W, and all are here."""
+        weight = self.stored()[0]
+        return type(self) in (Linear, Conv1D) and not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
 
     def overwrite(self, W: Tensor) -> None:
         """Store W for good, in the weight's own memory; nothing is left to do if that is where W lies."""
@@ -97,18 +192,23 @@ class Base:
             stored.copy_(W)
 
     def restore(self) -> None:
-        """Put back, bit for bit, what `write` replaced."""
-        if self.home.original is not None:
-            for tensor, old in zip(self.stored(), self.home.original):
-                if tensor is not None:
-                    tensor.data = old
-            if self.home.lent is not None:
-                setattr(self.leaf, self.weight_name, self.home.lent)
-            self.home.original = self.home.lent = None
+        """Put back, bit for bit, what `write` replaced. Call `check_written` before."""
+        home = self.home
+        if home.kept is not None:
+            for name, tensor in zip(("weight", "bias"), self.stored()):
+                if tensor is not None and name in home.kept:
+                    put(tensor, home.kept[name])
+            if home.lent is not None:
+                setattr(self.leaf, self.weight_name, like(home.lent, self.stored()[0]))
+        self.release()
+
+    def release(self) -> None:
+        """Keep nothing any more."""
+        self.home.kept = self.home.lent = self.home.written = None
 
     def forget(self) -> None:
         """Make what was written permanent."""
-        self.home.original = self.home.lent = None
+        self.release()
         self.home.apart = False
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -616,6 +716,9 @@ class Param(Base):
     def stored(self) -> tuple[Tensor, Tensor | None]:
         return getattr(self.leaf, self.weight_name), None
 
+    def is_stored(self, key: str) -> bool:
+        return key == self.path
+
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.module, {self.path: W.to(self.dtype)}, (x, *args), kwargs)
 
@@ -653,19 +756,30 @@ class Whole(Base):
         return self.stored()[0].device
 
     def read(self) -> Any:
-        return dict(self.home.original or self.tensors(self.leaf)), None
+        kept = self.home.kept
+        return {n: whole(t if kept is None else kept.get(n, t)) for n, t in self.tensors(self.leaf).items()}, None
 
     def write(self, W: Any, b: Any = None) -> None:
         own = self.tensors(self.leaf)
-        if self.home.original is None:
-            self.home.original = {name: tensor.data for name, tensor in own.items()}
+        self.keep(own)
         for name, tensor in own.items():
-            tensor.data = W[name].detach().to(tensor.dtype, copy=True)
+            put(tensor, W[name])
+        self.note_written()
 
     def restore(self) -> None:
-        for name, tensor in self.tensors(self.leaf).items() if self.home.original else ():
-            tensor.data = self.home.original[name]
-        self.home.original = None
+        if (kept := self.home.kept) is not None:
+            for name, tensor in self.tensors(self.leaf).items():
+                put(tensor, kept[name])
+        self.release()
+
+    def is_stored(self, key: str) -> bool:
+        return True
+
+    def check_whole(self) -> None:
+        pass  # tensors of any shape
+
+    def fingerprints(self) -> dict[str, Any]:
+        return {name: fingerprint(p) for name, p in self.leaf.named_parameters()}  # buffers may change by running
 
     def apply(self, x: Tensor, W: Any, b: Any = None, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.module, W, (x, *args), kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from .adapter import Adapted, Adapter
 from .base import Base, bare, begin
 from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
 from .passes import Context as Context
+from .stored import reshard, sharded, whole
 
 BASE = "__base__"  # in a mixed batch: a sample for the bare model
 LOW_PRECISION = frozenset(
@@ -159,6 +160,16 @@ class Slots(nn.Module):
                             found.append((slot, tensor))
         return found
 
+    def places(self, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+        """(dict, key) of each tensor of adapter `name`: where its module looks for it."""
+        for _, box, value in self.boxes(name):
+            if not isinstance(value, nn.Module):
+                yield _contents(box), name
+                continue
+            for module in value.modules():
+                for held in (module._parameters, module._buffers):
+                    yield from ((held, key) for key, tensor in held.items() if tensor is not None)
+
     def widen(self, name: str) -> None:
         """float16, bfloat16 and float8 tensors of adapter `name` become float32, which training needs."""
         for _, tensor in self.tensors(name):
@@ -201,6 +212,7 @@ class Layer(Switch, Slots):
     context: Context
     adapters: dict[str, Adapter]
     trained: set[str]
+    paused: set[str]
     merged_adapters: list[str]
     folded: list[Adapter]
     read_through: bool
@@ -218,6 +230,7 @@ class Layer(Switch, Slots):
             context=context or Context(),
             adapters={},
             trained=set(),  # names of the adapters that are trainable
+            paused=set(),  # names of those that will be when adapters are switched on again
             merged_adapters=[],
             folded=[],  # of the innermost layer: what its weights hold, in order
             cast_input_dtype_enabled=True,
@@ -263,19 +276,57 @@ class Layer(Switch, Slots):
     # ------------------------------------------------------------------------------------------------- the operator
     def operator(self, names: Sequence[str] | None = None) -> Any:
         """The operator of the base layer with the adapters `names` around it (default: those that are on)."""
+        names = self.running if names is None else names
         op: Any = self.base
-        for name in self.running if names is None else names:
+        if names and self.base.inside is not None:
+            op = Inside(self.base, self.base_layer)  # type: ignore[arg-type]
+        if names and any(layer.merged_adapters for layer in self.chain):
+            op = self.unmerged_inside()
+        return self._around(op, names)
+
+    def _around(self, op: Any, names: Sequence[str]) -> Any:
+        for name in names:
             if name in self.adapters:
                 op = Adapted(self.adapters[name], op)
         return op
 
+    def unmerged_inside(self) -> Any:
+        """What the adapters of this layer are put around, as if nothing was merged."""
+        inside = self.base_layer
+        if self.base.inside is None or not isinstance(inside, Layer):
+            return Unmerged(self.base)
+        return inside._around(inside.unmerged_inside(), inside.switched_on)
+
     @property
-    def running(self) -> list[str]:
-        """Names that take part in `forward`: active, not disabled, and not already in the weights."""
+    def chain(self) -> list[Layer]:
+        """The layers of several methods around one frozen layer, from this one inwards."""
+        found = [self]
+        while isinstance(inside := found[-1].base_layer, Layer) and found[-1].base.inside is not None:
+            found.append(inside)
+        return found
+
+    @property
+    def switched_on(self) -> list[str]:
+        """Names of the adapters whose effect the layer has, merged or not, in their order."""
         if self._disable_adapters:
             return []
-        merged = self.merged_adapters
-        return [n for n in self._active_adapter if n in self.adapters and n not in merged]
+        active = [n for n in self._active_adapter if n in self.adapters]
+        return [n for n in self.merged_adapters if n not in active] + active
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the adapters that take part in `forward`; none when the frozen weights have them all.
+
+        When some are merged and others are not, all run, with the weights that the layer had before the merge.
+        """
+        on = self.switched_on
+        if on and any(layer.merged_adapters for layer in self.chain) and not self._waiting():
+            return []
+        return on
+
+    def _waiting(self) -> bool:
+        """Whether an adapter that is on, here or further inside, is not merged."""
+        return any(name not in layer.merged_adapters for layer in self.chain for name in layer.switched_on)
 
     def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Output of the adapted layer; `adapter_names` gives each sample of the batch its own adapter."""
@@ -288,7 +339,8 @@ class Layer(Switch, Slots):
         if adapter_names is not None or self.context.opened[-1].adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
         names, base = self._active_adapter, self.base
-        if len(names) == 1 and not self.merged_adapters and not base.opaque and names[0] in self.adapters:
+        plain = base.inside is None and not base.opaque and not self.merged_adapters
+        if plain and len(names) == 1 and names[0] in self.adapters:
             return self.adapters[names[0]].forward(x, base, *args, **kwargs)  # as `_run`, without making the operator
         return self._run(self.running, x, *args, **kwargs)
 
@@ -327,10 +379,7 @@ class Layer(Switch, Slots):
 
     @property
     def _home(self) -> Layer:
-        layer = self
-        while isinstance(layer.base_layer, Layer) and self.base.home is not self.base:
-            layer = layer.base_layer
-        return layer
+        return self.chain[-1]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -352,12 +401,15 @@ class Layer(Switch, Slots):
             )
         if not names:
             return
-        home = self._home
+        home, new = self._home, [self.adapters[name] for name in names]
         # what follows another layer is merged there
-        own = [n for n in names if home.base.apart or "follows" not in vars(self.adapters[n])]
-        if own:
-            self._fold(home.folded + [self.adapters[name] for name in own], safe_merge)
-        self.merged_adapters.extend(names)
+        sources = {} if home.base.apart else {a: vars(a)["follows"] for a in new if "follows" in vars(a)}
+        if own := [adapter for adapter in new if adapter not in sources]:
+            home.base.check_written()
+            self._fold(home.folded + own, safe_merge)
+        for source in sources.values():
+            home.base.source = source.layer._home.base
+        self.merged_adapters = self.merged_adapters + names
 
     def merges_in_place(self, adapter_names: Sequence[str] | None = None) -> bool:
         """Whether `merge_in_place` can do what `merge` does, and is certain not to fail."""
@@ -382,20 +434,36 @@ class Layer(Switch, Slots):
 
     @torch.no_grad()
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Take adapters (default: all of this layer) out of the frozen weights; with none left, not a bit differs."""
+        """Take adapters (default: all of this layer) out of the frozen weights; with none left, not a bit differs.
+
+        Raises `MergeError`, with nothing changed, when the weights were edited while the adapters were in them.
+        """
+        self.base.check_written()
+        self.unmerge_checked(adapter_names)
+
+    def unmerge_checked(self, adapter_names: Sequence[str] | None = None) -> None:
+        """The same after `base.check_written`, which takes most of its time."""
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning)
             return
         names = list(self.merged_adapters if adapter_names is None else adapter_names)
-        self._fold([a for a in self._home.folded if a.layer is not self or a.name not in names], False)
+        home = self._home
+        self._fold([a for a in home.folded if a.layer is not self or a.name not in names], False)
         self.merged_adapters = [n for n in self.merged_adapters if n not in names]
+        if not any(layer.merged_adapters for layer in self.chain):
+            home.base.source = None
 
     def _fold(self, folded: list[Adapter], safe: bool) -> None:
+        """Let the frozen weights hold the adapters `folded`: those of inner layers first, each layer's in its order."""
         home = self._home
+        base = home.base
+        self.reshard()
+        base.check_whole()
+        folded = sorted(folded, key=lambda adapter: adapter.layer.place_of(adapter.name))
         if not folded:
-            home.base.restore()
+            base.restore()
         else:
-            W, b = _wide(home.base.read())
+            W, b = _wide(base.read())
             for adapter in folded:
                 with widened(adapter):
                     W, b = adapter.fold(W, b)
@@ -403,8 +471,54 @@ class Layer(Switch, Slots):
                 raise MergeError(
                     f"NaNs detected in the merged weights. Adapter {folded[-1].name} seems to be broken (safe_merge)."
                 )
-            home.base.write(W, b)
+            base.write(W, b)
         home.folded = folded
+        home.hold()
+
+    def reshard(self) -> None:
+        """Let FSDP2 hold the frozen weights in shards, as they are to be written."""
+        if not sharded(self.base.stored()[0]):
+            reshard(self.base.leaf)
+
+    def hold(self) -> None:
+        """Have, as a module, what the frozen weights were before a merge: it moves and is copied with the layer."""
+        if self.base.kept is None:
+            self._modules.pop("kept", None)
+        else:
+            self._modules["kept"] = self.base.kept
+
+    def place_of(self, name: str) -> tuple[int, int]:
+        """Where adapter `name` acts: how many layers are inside this one, and where among the active ones."""
+        active = self._active_adapter
+        return len(self.chain), active.index(name) if name in active else -1
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Layer:
+        """As nn.Module does it; a cast of merged weights is not an edit of them."""
+        base = self.base
+        if base.kept is None:
+            return super()._apply(fn, recurse)
+        edited = base.edited
+        super()._apply(fn, recurse)
+        base.note_written()
+        if edited:
+            base.written = None
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.check_loads(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def check_loads(self, state_dict: Any, prefix: str) -> None:
+        """Raise `MergeError` when a state dict has weights for the frozen layer and adapters are merged into those."""
+        if not self.chain[-1].folded:
+            return
+        own = f"{prefix}base_layer."
+        if found := [key for key in state_dict if key.startswith(own) and self.base.is_stored(key.removeprefix(own))]:
+            raise MergeError(
+                f"{found[0]!r} cannot be loaded while {', '.join(self.merged_adapters) or 'an adapter'} is merged into "
+                "it: unmerging would put the old weights back. Call `unmerge_adapter()` first, and merge again after "
+                "loading."
+            )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging `adapter` alone adds to the stored weight, in the weight's own layout."""
@@ -419,21 +533,28 @@ class Layer(Switch, Slots):
         if self.merged_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning)
             self.unmerge()
-        self._train_only(() if inference_mode else names)
+        self.paused = set(() if inference_mode else names)
+        self._train_only(self.paused)
         self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on, with the active ones trainable, or off, with all frozen."""
-        self._disable_adapters = not enabled
-        self._train_only(self._active_adapter if enabled else ())
+        """Switch all adapters off, with all frozen, or on again, with those trainable that were before.
+
+        When they are on already, the active ones become trainable.
+        """
+        off, self._disable_adapters = self._disable_adapters, not enabled
+        if not (enabled or off):
+            self.paused = set(self.trained)
+        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them, without activating them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.adapters:
                 self._train(name, requires_grad)
+                (self.paused.add if requires_grad else self.paused.discard)(name)
 
-    def _train_only(self, names: Sequence[str]) -> None:
+    def _train_only(self, names: Collection[str]) -> None:
         """Train the adapters in `names` and freeze the others; only those whose state changes are touched."""
         for name in self.trained - set(names):
             self._train(name, False)
@@ -472,6 +593,7 @@ class Layer(Switch, Slots):
             return
         self.drop(adapter_name)
         self.trained.discard(adapter_name)
+        self.paused.discard(adapter_name)
         if adapter_name in self._active_adapter:
             rest = [n for n in self._active_adapter if n != adapter_name]
             self.set_adapter(rest or sorted(self.adapters)[:1])
@@ -544,6 +666,32 @@ class Layer(Switch, Slots):
         return f"{self.method.lower()}.{self.base.label}"
 
 
+class Inside:
+    """A layer of another method as the operator inside: called as a module, read with its adapters in the weights."""
+
+    def __init__(self, base: Base, layer: Layer):
+        self.base, self.layer = base, layer
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base(x, *args, **kwargs)
+
+    def read(self) -> tuple[Any, Any]:
+        return self.layer.operator().read()
+
+
+class Unmerged:
+    """A frozen layer as the operator that it was before adapters were merged into it."""
+
+    def __init__(self, base: Base):
+        self.base = base
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base.apply(x, *self.read(), *args, **kwargs)
+
+    def read(self) -> tuple[Any, Any]:
+        return self.base.read()
+
+
 class ModulesToSaveWrapper(Switch, nn.Module):
     """A module trained in full: the frozen original, and a copy of it for each adapter (`modules_to_save`)."""
 
@@ -557,6 +705,8 @@ class ModulesToSaveWrapper(Switch, nn.Module):
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
         self.context = context or Context()
+        self.trained: set[str] = set()  # names of the copies that are trainable
+        self.paused: set[str] = set()  # names of those that will be when they are switched on again
         self._active_adapter: list[str] = []
         self._disable_adapters = False
 
@@ -608,21 +758,29 @@ class ModulesToSaveWrapper(Switch, nn.Module):
         here = [n for n in names if n in self.modules_to_save]
         if len(here) > 1:
             raise ValueError(f"Only one adapter can be set at a time for modules_to_save, got {here}.")
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in here and not inference_mode)
+        self.paused = set(() if inference_mode else here)
+        self._train_only(self.paused)
         self._active_adapter = here
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Use the active copy, or with `enabled=False` the original."""
-        self._disable_adapters = not enabled
+        """Use the original, with all copies frozen, or again the active copy, trainable if it was before."""
+        off, self._disable_adapters = self._disable_adapters, not enabled
+        if not (enabled or off):
+            self.paused = self.trained
+        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
+
+    def _train_only(self, names: Collection[str]) -> None:
         for name, module in self.modules_to_save.items():
-            module.requires_grad_(enabled and name in self._active_adapter)
+            module.requires_grad_(name in names)
+        self.trained = set(names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make copies trainable, or freeze them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.modules_to_save:
                 self.modules_to_save[name].requires_grad_(requires_grad)
+                for names in (self.trained, self.paused):
+                    (names.add if requires_grad else names.discard)(name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's copy."""
@@ -766,9 +924,12 @@ def _widen(t: Any) -> Any:
 
 @contextmanager
 def widened(adapter: Adapter) -> Iterator[None]:
-    """The adapter as it is merged: no dropout, and low-precision tensors as float32, so a merge rounds only once."""
+    """The adapter as it is merged: no dropout, whole tensors, and float32 for low precision, so it rounds only once."""
     kept = [m for _, _, m in adapter.layer.boxes(adapter.name) if isinstance(m, nn.Module)]
     training = [m for m in kept if m.training and type(m) not in (nn.Linear, nn.Identity)]
+    parts = [(held, key, held[key]) for held, key in adapter.layer.places(adapter.name) if sharded(held[key])]
+    for held, key, tensor in parts:
+        held[key] = whole(tensor)
     narrow = [(t, t.data) for _, t in adapter.layer.tensors(adapter.name) if t.dtype in (torch.float16, torch.bfloat16)]
     for tensor, data in narrow:
         tensor.data = data.float()
@@ -779,5 +940,7 @@ def widened(adapter: Adapter) -> Iterator[None]:
     finally:
         for tensor, data in narrow:
             tensor.data = data
+        for held, key, tensor in parts:
+            held[key] = tensor
         for module in training:
             module.train()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .base import Base, Linear
 from .errors import MergeError
+from .stored import fingerprint, put
 
 
 def quantised(module: nn.Module) -> type[Base] | None:
@@ -52,30 +53,36 @@ class _Quantised(Linear):
         return weight.dtype if weight.dtype.is_floating_point else torch.float32
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias = self.home.original or self.stored()
+        weight, bias = self.originals()
         return self.dequantise(weight), bias
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
-        weight, bias = self.stored()
+        """As on other layers, but that the stored weight is a new one, and the old one itself is kept."""
         self.check_bias(b)
-        self.detach(weight)
-        if self.home.original is None:
-            self.home.original = weight, None if bias is None else bias.data
-        W = W.detach().contiguous()
+        weight, W = self.stored()[0], W.detach().contiguous()
         if weight.dtype.is_floating_point:
-            self.attach(nn.Parameter(W.to(weight.dtype), requires_grad=False))
+            new = nn.Parameter(W.to(weight.dtype), requires_grad=False)
         else:
-            self.attach(self.quantise(W, self.home.original[0]))
-        if bias is not None and b is not None:
-            bias.data = b.to(bias.dtype)
+            new = self.quantise(W, self.originals()[0])
+        values = {"bias": b} if b is not None and self.replaces_bias(b) else {}
+        self.detach(weight)
+        kept = self.keep(dict.fromkeys(values, self.leaf.bias))
+        if "weight" not in kept:
+            kept.add("weight", weight)
+        self.attach(new)
+        for value in values.values():
+            put(self.leaf.bias, value)
+        self.note_written()
 
     def restore(self) -> None:
-        if self.home.original is not None:
-            weight, bias = self.home.original
-            self.attach(weight)
-            if bias is not None:
-                self.leaf.bias.data = bias
-            self.home.original = None
+        if (kept := self.home.kept) is not None:
+            self.attach(kept["weight"])
+            if "bias" in kept:
+                put(self.leaf.bias, kept["bias"])
+        self.release()
+
+    def fingerprints(self) -> dict[str, Any]:
+        return {"bias": fingerprint(self.leaf.bias)} if self.keeps("bias") else {}  # running may repack the weight
 
     def attach(self, weight: Any) -> None:
         """Make `weight` the stored weight."""

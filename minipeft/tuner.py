@@ -175,6 +175,8 @@ class BaseTuner(Slots):
             active = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
             vars(layer).update(_active_adapter=active, _disable_adapters=self._disabled)
             layer.set_requires_grad(name, training)
+            if self._disabled and name in names and not config.inference_mode:
+                layer.paused.add(name)
             if not self.training:  # added to a model in eval(), it is in eval()
                 for _, _, value in layer.boxes(name) if isinstance(layer, Layer) else [(0, 0, layer.adapters[name])]:
                     if isinstance(value, nn.Module):
@@ -271,6 +273,9 @@ class BaseTuner(Slots):
         """Swap trained and original biases so that the trained ones are in use while their adapter is."""
         on = self.bias_owner in self.active_adapters and not self._disabled
         if on != self.biases_on:
+            for layer in layers(self.model):
+                if layer.merged and layer.base.keeps("bias"):  # what it keeps would be the wrong one of the two
+                    layer.unmerge()
             for key, (parameter, other) in self.biases.items():
                 self.biases[key] = (parameter, parameter.data)
                 parameter.data = other.to(parameter)  # the model may have moved since
@@ -444,6 +449,13 @@ class BaseTuner(Slots):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (default: the active ones) into the frozen weights; `unmerge_adapter` takes them out again.
 
+        With some of several active adapters merged the model computes the same as with none or all of them. (peft, and
+        so diffusers' `fuse_lora(adapter_names=...)`, runs the merged weights alone and drops the active adapters that
+        are not in them.) Sharded models (FSDP2): all processes must call this together.
+
+        While anything is merged, `load_state_dict` refuses weights for those layers, and an edit of them makes
+        unmerging raise `MergeError`; moving and casting the model is fine.
+
         When a layer refuses, those merged by this call are unmerged again and `MergeError` is raised.
         """
         self._merge(layers(self.model), safe_merge, adapter_names)
@@ -459,6 +471,8 @@ class BaseTuner(Slots):
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
             raise MergeError("Cannot merge layers that are replicated: their adapters differ, their weight is one.")
+        for layer in todo:
+            layer.reshard()
         tying.part(self, todo, names)
         done: list[tuple[Layer, list[str]]] = []
         in_place = for_good and not safe and all(layer.merges_in_place(names) for layer in todo)
@@ -478,8 +492,21 @@ class BaseTuner(Slots):
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the frozen weights; not one bit of them differs from before."""
-        for layer in layers(self.model):
-            layer.unmerge()
+        self._unmerge(layers(self.model))
+
+    @torch.no_grad()
+    def _unmerge(self, todo: list[Layer]) -> None:
+        for layer in todo:  # before any layer is unmerged
+            layer.reshard()
+            layer.base.check_written()
+        for layer in todo:
+            layer.unmerge_checked()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for _, live, layer in adapted(self.model):  # before anything is loaded
+            if isinstance(layer, Layer):
+                layer.check_loads(state_dict, f"{prefix}{self.root}.{live}.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -496,9 +523,7 @@ class BaseTuner(Slots):
 
     def unload(self) -> nn.Module:
         """The base model without any adapter, its weights as they were."""
-        for layer in layers(self.model):
-            if layer.merged:
-                layer.unmerge()
+        self._unmerge([layer for layer in layers(self.model) if layer.merged])
         self._restore_biases()
         model = self._unload([])
         while self.on_unload:

@@ -17,6 +17,7 @@ from torch import nn
 from .base import base_of
 from .errors import ConfigError, MergeError, PeftWarning
 from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .stored import memory
 from .targets import EMBEDDINGS, named, suffixes
 
 
@@ -232,10 +233,10 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
     for _, _, module in walk(tuner.model):
         for parameter in module._parameters.values():
             if parameter is not None:
-                users.setdefault(id(parameter), set()).add(module)
+                users.setdefault(memory(parameter), set()).add(module)
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
-        groups.setdefault(id(layer.base.home.stored()[0]), []).append(layer)
+        groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
     for weight, group in groups.items():
         if len(users.get(weight, ())) < 2:
             continue
@@ -247,7 +248,7 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
                 held[layer.base.leaf].add(vars(adapter).get("follows", adapter))
         apart = any(adapters != next(iter(held.values())) for adapters in held.values())
         for layer in group:
-            if apart and layer.base.home.original is not None and not layer.base.home.apart:
+            if apart and layer.base.changed and not layer.base.home.apart:
                 raise MergeError("Tied layers are merged already, and these adapters are not tied; unmerge first.")
             layer.base.home.apart = apart
 

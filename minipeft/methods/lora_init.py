@@ -88,7 +88,7 @@ def replace(base: Any, W: Tensor) -> None:
 
 def check_unmerged(adapter: Any) -> None:
     """Raise `MergeError` where a merge is on, which could not be undone once the frozen weight is another."""
-    if adapter.base.home.original is not None:
+    if adapter.base.changed:
         raise MergeError(f"{adapter!r} changes the frozen weight, in which an adapter is merged. Unmerge that first.")
 
 
