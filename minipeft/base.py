@@ -82,6 +82,11 @@ class Base:
         """Whether something is written that `restore` can undo."""
         return self.home.kept is not None
 
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) as the layer holds them now, merged or not: canonical and dequantised."""
+        W, b = self.stored()
+        return self.canonical(W), b
+
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Store (W, b) in place, in the layer's own layout and dtype.
 
@@ -746,6 +751,9 @@ class Whole(Base):
     def read(self) -> Any:
         kept = self.home.kept
         return {n: whole(t if kept is None else kept.get(n, t)) for n, t in self.tensors(self.leaf).items()}, None
+
+    def held(self) -> Any:
+        return self.tensors(self.leaf), None
 
     def write(self, W: Any, b: Any = None) -> None:
         own = self.tensors(self.leaf)

@@ -56,6 +56,10 @@ class _Quantised(Linear):
         weight, bias = self.originals()
         return self.dequantise(weight), bias
 
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        weight, bias = self.stored()
+        return self.dequantise(weight), bias
+
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """As on other layers, but that the stored weight is a new one, and the old one itself is kept."""
         self.check_bias(b)
