@@ -37,6 +37,7 @@ class Base:
     pointwise = True  # the layer applies W to feature vectors one by one (False: reach it through its weights)
     opaque = False  # True: even an additive adapter must go through the weights
     shown = False  # True: the modules around the layer read its attributes
+    packed: Any = False  # True: the numbers stored are quantised ones, not those of W
     reads_vectors = True  # False: the input is indices, not feature vectors
     label = ""  # the class name that PEFT shows for such a layer
     weight_name, bias_name = "weight", "bias"

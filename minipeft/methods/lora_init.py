@@ -68,7 +68,7 @@ def initialise(adapter: Any, how: bool | str) -> None:
             for factor, value in ((A, a), (B, b)):
                 getattr(factor, "weight", factor).data = value
         if changes_base(how):
-            leave(adapter, rest.to(base.dtype))
+            leave(adapter, rest.to(W.dtype))
 
 
 def leave(adapter: Any, W: Tensor) -> None:
