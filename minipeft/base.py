@@ -37,7 +37,6 @@ class Base:
     pointwise = True  # the layer applies W to feature vectors one by one (False: reach it through its weights)
     opaque = False  # True: even an additive adapter must go through the weights
     shown = False  # True: the modules around the layer read its attributes
-    packed: Any = False  # True: the numbers stored are quantised ones, not those of W
     reads_vectors = True  # False: the input is indices, not feature vectors
     label = ""  # the class name that PEFT shows for such a layer
     weight_name, bias_name = "weight", "bias"
@@ -95,6 +94,7 @@ class Base:
         with the layer. A bias that already has those values is left alone. Raises `MergeError`, with nothing written,
         when there is no place for them.
         """
+        self.check_writes()
         self.check_bias(b)
         values = {"weight": self.canonical(W)}
         if b is not None and self.replaces_bias(b):
@@ -161,6 +161,9 @@ class Base:
         weight, bias = self.stored()
         tensors: dict[str, Any] = {"weight": weight, "bias": bias} if self.keeps("bias") else {"weight": weight}
         return {name: fingerprint(tensor) for name, tensor in tensors.items()}
+
+    def check_writes(self) -> None:
+        """Raise `MergeError` when nothing can be written to the layer's weight."""
 
     def check_bias(self, b: Tensor | None) -> None:
         """Raise `MergeError` when there is a bias to write and the layer has none."""
@@ -272,6 +275,11 @@ class Base:
     def device(self) -> torch.device:
         """Device that new adapter parameters take."""
         return self.frozen.device
+
+    @property
+    def packed(self) -> bool:
+        """Whether the numbers stored are quantised ones, and not those of W."""
+        return False
 
     def slot(self, name: str) -> str:
         """The name under which PEFT keeps a method's slot on this kind of layer."""

@@ -8,8 +8,8 @@
 Reading dequantises; writing quantises anew, from float32 and with the layer's own settings. A merge is undone by
 putting the old quantised weight back, so no bit changes. The dtype of a stored weight says nothing of whether it is
 quantised: packed 4-bit numbers may be stored as bfloat16 (`bnb_4bit_quant_storage`), and torchao's weights give the
-dtype that they stand for. Adapter tensors take that of torchao's weights, `compute_dtype` of 4-bit ones, as in PEFT, and
-else float32.
+dtype that they stand for. As in PEFT, adapter tensors take that of torchao's weights, `compute_dtype` of 4-bit ones,
+and else float32.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ def quantised(module: nn.Module) -> type[Base] | None:
     if gptq is not None and isinstance(module, gptq.BaseQuantLinear):
         methods = [getattr(method, "value", method) for method in module.SUPPORTS_METHODS or ()]
         return GPTQ if "gptq" in methods and hasattr(module, "dequantize_weight") else None
-    ao = sys.modules.get("torchao.utils")
-    if ao is not None and isinstance(module._parameters.get("weight"), ao.TorchAOBaseTensor):
-        return TorchAO
+    ao, weight = sys.modules.get("torchao.utils"), module._parameters.get("weight")
+    if ao is not None and isinstance(weight, ao.TorchAOBaseTensor):
+        readable = type(weight).dequantize not in (Tensor.dequantize, ao.TorchAOBaseTensor.dequantize)
+        return TorchAO if readable and isinstance(module, nn.Linear) else Unreadable
     return None
 
 
@@ -46,14 +47,17 @@ def backend_name(module: nn.Module) -> str | None:
     """The name that `get_layer_status` reports for a layer's quantisation."""
     kind = quantised(module)
     names = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit", "GPTQ": "gptq", "TorchAO": "torchao"}
-    return None if kind is None else names[kind.__name__]
+    return None if kind is None else names.get(kind.__name__)
 
 
 class _Quantised(Linear):
     """A linear layer whose stored weight is not the matrix it stands for."""
 
     leaf: Any
-    packed = True
+
+    @property
+    def packed(self) -> bool:
+        return True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,6 +74,7 @@ class _Quantised(Linear):
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """As on other layers, but that the stored weight is a new one, and the old one itself is kept."""
+        self.check_writes()
         self.check_bias(b)
         weight, values = self.stored()[0], {"bias": b} if b is not None and self.replaces_bias(b) else {}
         self.detach(weight)
@@ -109,7 +114,7 @@ class _Quantised(Linear):
 
 
 class Linear4bit(_Quantised):
-    """bitsandbytes' 4-bit layer. Its weight has a quant_state once it is quantised, which moving it to a device does."""
+    """bitsandbytes' 4-bit layer. Moving it to a device quantises its weight, which then has a quant_state."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,7 +161,7 @@ class Linear4bit(_Quantised):
 
 
 class Linear8bitLt(_Quantised):
-    """bitsandbytes' 8-bit layer. Its weight is int8 once it is quantised, which moving it to a device does."""
+    """bitsandbytes' 8-bit layer. Moving it to a device quantises its weight, which then is int8."""
 
     @property
     def packed(self) -> bool:
@@ -184,18 +189,22 @@ class Linear8bitLt(_Quantised):
             weight.CB, weight.SCB = weight.data, self.leaf.state.SCB
 
 
+class Unreadable(Base):
+    """A layer whose weight is quantised in a way that is not known here. No method adapts it."""
+
+
 class TorchAO(_Quantised):
     """An nn.Linear whose weight `torchao.quantization.quantize_` has made one of torchao's tensors."""
 
     label = "TorchaoLoraLinear"
 
-    def __init__(self, module: nn.Module, inside: Base | None = None):
-        super().__init__(module, inside)
-        kind, leaf = type(self.leaf.weight), type(self.leaf).__name__
-        if not isinstance(self.leaf, nn.Linear):
-            raise UnsupportedLayerError(f"torchao's weights can be adapted in nn.Linear, but this is a {leaf}.")
-        if kind.dequantize in (torch.Tensor.dequantize, sys.modules["torchao.utils"].TorchAOBaseTensor.dequantize):
-            raise UnsupportedLayerError(f"A weight of torchao's kind {kind.__name__} cannot be dequantised.")
+    def check_writes(self) -> None:
+        kind = type(self.leaf.weight)
+        if not issubclass(kind, sys.modules["torchao.quantization"].Int8Tensor):
+            raise MergeError(
+                f"Nothing can be merged into weights of torchao's kind {kind.__name__}: only int8 weights (Int8Tensor) "
+                "can be quantised anew. Keep the adapter unmerged, or dequantise the layer first."
+            )
 
     def dequantise(self, weight: Any) -> Tensor:
         W, before = weight.dequantize(), getattr(weight, "act_pre_scale", None)
@@ -203,11 +212,6 @@ class TorchAO(_Quantised):
 
     def quantise(self, W: Tensor, like: Any) -> Any:
         ao = sys.modules["torchao.quantization"]
-        if not isinstance(like, ao.Int8Tensor):
-            raise MergeError(
-                f"Adapters cannot be merged into weights of torchao's kind {type(like).__name__}: quantising anew is "
-                "known for int8 (Int8Tensor) alone. Keep the adapter unmerged, or dequantise the layer first."
-            )
         if like.act_pre_scale is not None:
             W = W / like.act_pre_scale.to(W.dtype)
         symmetric = like.zero_point is None or not like.zero_point.any()
@@ -236,5 +240,5 @@ class GPTQ(_Quantised):
     def dequantise(self, weight: Any) -> Tensor:
         return self.leaf.dequantize_weight().t()  # (out, in)
 
-    def write(self, W: Tensor, b: Tensor | None) -> None:
+    def check_writes(self) -> None:
         raise MergeError("Adapters cannot be merged into GPTQ layers: quantising anew needs the data it was fitted to.")

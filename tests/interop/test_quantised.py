@@ -163,7 +163,7 @@ def test_starts(start, kind, lib, is_ref):
     if is_ref:
         pytest.skip("peft's layers have no operators")
     base = quantised(FIRST["lora", ""].base.build(), kind)
-    W = {name: m for name, m in base.named_children()}
+    W = dict(base.named_children())
     torch.manual_seed(0)
     config = lib.LoraConfig(r=2, target_modules=["square", "wide", "thin"], init_lora_weights=start)
     plain = {name: layer.base.held()[0] for name, layer in named(lib, copy.deepcopy(base), config, True).items()}
