@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .computed import Computed, computed, plain_class
 from .errors import MergeError, UnsupportedLayerError
 from .stored import Kept, fingerprint, like, own_copy, put, sharded, whole
 
@@ -101,7 +102,11 @@ class Base:
             values["bias"] = b
         self.lend()
         stored: dict[str, Any] = dict(zip(("weight", "bias"), self.stored()))
-        self.keep({name: stored[name] for name in values})
+        before = {name: stored[name] for name in values}
+        if (made := self.computed) is not None:
+            before |= made.copies()
+            made.assign(values.pop("weight"))
+        self.keep(before)
         for name, value in values.items():
             put(stored[name], value)
         self.note_written()
@@ -159,11 +164,21 @@ class Base:
     def fingerprints(self) -> dict[str, Any]:
         """Of the tensors that have been written, by name."""
         weight, bias = self.stored()
-        tensors: dict[str, Any] = {"weight": weight, "bias": bias} if self.keeps("bias") else {"weight": weight}
+        made = self.computed
+        if made is None:
+            tensors: dict[str, Any] = {"weight": weight}
+        else:  # buffers may change by running
+            tensors = {name: tensor for name, tensor in made.tensors().items() if isinstance(tensor, nn.Parameter)}
+        if self.keeps("bias"):
+            tensors["bias"] = bias
         return {name: fingerprint(tensor) for name, tensor in tensors.items()}
 
-    def check_writes(self) -> None:
-        """Raise `MergeError` when nothing can be written to the layer's weight."""
+    def check_writes(self, W: Tensor | None = None) -> None:
+        """Raise `MergeError` when nothing can be written to the layer's weight, or not W (canonical)."""
+        if W is not None and (made := self.computed) is not None:
+            before = made.copies()
+            made.assign(self.canonical(W))
+            made.restore(before)
 
     def check_bias(self, b: Tensor | None) -> None:
         """Raise `MergeError` when there is a bias to write and the layer has none."""
@@ -175,7 +190,8 @@ class Base:
 
     def is_stored(self, key: str) -> bool:
         """Whether a key below the layer's module is that of a tensor that merging may overwrite."""
-        return key in (self.weight_name, self.bias_name)
+        made = self.computed
+        return key in (self.weight_name, self.bias_name) or (made is not None and key in made.tensors())
 
     def check_whole(self) -> None:
         """Raise `MergeError` when the weight is not here: with some libraries a process has a flat piece or nothing."""
@@ -190,8 +206,10 @@ class Base:
     @property
     def overwrites(self) -> bool:
         """Whether `overwrite` is possible: the stored numbers are those of W, and all are here."""
+        if type(self) not in (Linear, Conv1D) or self.computed is not None:
+            return False
         weight = self.stored()[0]
-        return type(self) in (Linear, Conv1D) and not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
+        return not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
 
     def overwrite(self, W: Tensor) -> None:
         """Store W for good, in the weight's own memory; nothing is left to do if that is where W lies."""
@@ -206,6 +224,8 @@ class Base:
             for name, tensor in zip(("weight", "bias"), self.stored()):
                 if tensor is not None and name in home.kept:
                     put(tensor, home.kept[name])
+            if (made := self.computed) is not None:
+                made.restore(home.kept)
             if home.lent is not None:
                 setattr(self.leaf, self.weight_name, like(home.lent, self.stored()[0]))
         self.release()
@@ -265,6 +285,17 @@ class Base:
     def frozen(self) -> Tensor:
         """The layer's own weight tensor."""
         return weight_of(self.leaf, self.weight_name)
+
+    @property
+    def computed(self) -> Computed | None:
+        """How the layer computes its weight, when that is no parameter."""
+        return computed(self.leaf, self.weight_name)
+
+    @property
+    def cell(self) -> Tensor:
+        """The tensor that holds the layer's weight, or the first of those that it is computed from."""
+        made = self.computed
+        return self.frozen if made is None else next(iter(made.tensors().values()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -403,7 +434,10 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """module.weight, found in less time than nn.Module.__getattr__ takes where it is a plain parameter."""
     weight = module._parameters.get(name)
-    return getattr(module, name) if weight is None else weight
+    if weight is None:
+        made = computed(module, name)
+        return getattr(module, name) if made is None else made.value()
+    return weight
 
 
 def weights_of(A: Any, B: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -505,7 +539,7 @@ class Conv(Base):
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         super().__init__(module, inside)
-        self.label = f"Conv{self.leaf.weight.dim() - 2}d"
+        self.label = f"Conv{self.dims}d"
 
     @property
     def inp(self) -> int:
@@ -517,11 +551,17 @@ class Conv(Base):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.leaf.weight.shape)
+        m = self.leaf
+        return m.out_channels, m.in_channels // m.groups, *m.kernel_size
+
+    @property
+    def dims(self) -> int:
+        """Number of dimensions that the kernel moves along."""
+        return len(self.leaf.kernel_size)
 
     @property
     def width(self) -> int:
-        return self.leaf.weight[0].numel()
+        return math.prod(self.shape[1:])
 
     @property
     def patch(self) -> int:
@@ -535,7 +575,7 @@ class Conv(Base):
     def canonical(self, W: Tensor) -> Tensor:
         """The same, with only its own group's channels in each row. W may have all of them: see `apply`."""
         m = self.leaf
-        if W.shape[1] == m.weight.shape[1]:
+        if W.shape[1] == self.shape[1]:
             return W
         parts = W.unflatten(0, (m.groups, -1)).unflatten(2, (m.groups, -1)).movedim(2, 1)  # (g, g, out / g, in / g, *)
         own = torch.eye(m.groups, dtype=torch.bool, device=W.device)
@@ -549,7 +589,7 @@ class Conv(Base):
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         m = self.leaf
         W, b = W.to(x.dtype), None if b is None else b.to(x.dtype)
-        if W.shape[1] == m.weight.shape[1]:
+        if W.shape[1] == self.shape[1]:
             return m._conv_forward(x, W, b)
         padding = m.padding  # W over all input channels: an adapter mixes the groups
         if m.padding_mode != "zeros":
@@ -559,10 +599,10 @@ class Conv(Base):
     def down(self, r: int) -> Any:
         m = self.leaf
         window = (m.kernel_size, m.stride, m.padding, m.dilation)
-        return type(m)(m.in_channels, r, *window, bias=False, padding_mode=m.padding_mode)
+        return plain_class(m)(m.in_channels, r, *window, bias=False, padding_mode=m.padding_mode)
 
     def up(self, r: int, bias: bool = False) -> Any:
-        return type(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
+        return plain_class(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
 
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         if self.leaf.groups > 1:
@@ -570,7 +610,7 @@ class Conv(Base):
                 f"Low-rank factors on a convolution with groups={self.leaf.groups} mix the groups, "
                 "so no weight of the layer does the same; keep the adapter unmerged."
             )
-        return (self.matrix(B) @ (self.matrix(A) * scale)).view(self.leaf.weight.shape)
+        return (self.matrix(B) @ (self.matrix(A) * scale)).view(self.shape)
 
     def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         y = B(A(x) * scale)
@@ -581,13 +621,13 @@ class Conv(Base):
         return factor.weight.flatten(1)
 
     def outward(self, v: Tensor) -> Tensor:
-        return v.view(-1, *[1] * (self.leaf.weight.dim() - 2))
+        return v.view(-1, *[1] * self.dims)
 
     def gain_shape(self, n: int, inward: bool) -> tuple[int, ...]:
-        return (1, n, *[1] * (self.leaf.weight.dim() - 2))
+        return (1, n, *[1] * self.dims)
 
     def magnitude_shape(self) -> tuple[int, ...]:
-        return (1, self.out, *[1] * (self.leaf.weight.dim() - 2))
+        return (1, self.out, *[1] * self.dims)
 
     def spread(self, v: Tensor) -> Tensor:
         m = self.leaf
@@ -669,6 +709,8 @@ class Attention(Linear):
         super().__init__(module, inside)
         if not self.leaf._qkv_same_embed_dim:
             raise UnsupportedLayerError("Only same dim for query/key/value is supported for nn.MultiheadAttention.")
+        if computed(self.leaf, self.weight_name) is not None:
+            raise UnsupportedLayerError("nn.MultiheadAttention cannot be adapted when its in_proj_weight is computed.")
 
     @property
     def inp(self) -> int:
@@ -834,7 +876,7 @@ def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None
             kind = Conv
         elif isinstance(leaf, nn.MultiheadAttention):
             kind = Attention
-        elif type(leaf).__name__ == "Conv1D" and getattr(leaf, "weight", None) is not None and leaf.weight.dim() == 2:
+        elif plain_class(leaf).__name__ == "Conv1D" and getattr(getattr(leaf, "weight", None), "ndim", 0) == 2:
             kind = Conv1D
         else:
             return None

@@ -198,7 +198,7 @@ class TorchAO(_Quantised):
 
     label = "TorchaoLoraLinear"
 
-    def check_writes(self) -> None:
+    def check_writes(self, W: Tensor | None = None) -> None:
         kind = type(self.leaf.weight)
         if not issubclass(kind, sys.modules["torchao.quantization"].Int8Tensor):
             raise MergeError(
@@ -240,5 +240,5 @@ class GPTQ(_Quantised):
     def dequantise(self, weight: Any) -> Tensor:
         return self.leaf.dequantize_weight().t()  # (out, in)
 
-    def check_writes(self) -> None:
+    def check_writes(self, W: Tensor | None = None) -> None:
         raise MergeError("Adapters cannot be merged into GPTQ layers: quantising anew needs the data it was fitted to.")

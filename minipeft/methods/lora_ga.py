@@ -89,6 +89,8 @@ def preprocess_loraga(
     for path, base in targets.items():
         if base.packed:
             raise ConfigError(f"LoRA-GA needs gradients in full precision, but '{path}' is quantised.")
+        if base.computed is not None:
+            raise ConfigError(f"LoRA-GA needs the gradient of a parameter, but '{path}' computes its weight.")
     layers = {path: base.leaf for path, base in targets.items()}
     cache = None if cache_file is None else Path(cache_file)
     if cache is not None and cache.is_file() and cache.stat().st_size:

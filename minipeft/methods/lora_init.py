@@ -74,7 +74,7 @@ def initialise(adapter: Any, how: bool | str) -> None:
 def leave(adapter: Any, W: Tensor) -> None:
     """Let W (out, in) be what is in the frozen layer, once the adapter is accepted; till then it is `adapter.left`."""
     check_unmerged(adapter)
-    adapter.base.check_writes()
+    adapter.base.check_writes(W)
     own = vars(adapter)
     if "left" not in own:
         adapter.at_commit(lambda: replace(adapter.base, own.pop("left")))
