@@ -92,7 +92,8 @@ class Computed:
         self.value()
         raise MergeError(
             f"The layer computes its weight by {self.kind}, which cannot give the weight with the adapter: {why}. Keep "
-            "the adapter unmerged, or make the weight a plain parameter first (`remove_parametrizations` of torch)."
+            "the adapter unmerged, or make the weight a plain parameter first, as `remove_parametrizations`, "
+            "`remove_weight_norm` and the like of torch do."
         )
 
 

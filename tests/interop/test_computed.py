@@ -186,6 +186,46 @@ def check_refused(case, kind, lib, is_ref):
     H.close(run(model, case), want, CLOSE)
 
 
+@pytest.mark.parametrize("kind", INVERTED)
+def test_several_merged(kind, lib, is_ref):
+    """Of two merged adapters one is taken out; the model is copied, cast, edited and loaded while one is in it."""
+    if is_ref:
+        pytest.skip("peft loses what it merges")
+    case = FIRST["lora", "mlp", "None"]
+    model, plain = adapted(lib, case, INVERTED[kind])
+    for each in model, plain:
+        H.move(H.add(lib, each, case, "other"), only=lambda name, p: ".other." in name)
+        each.base_model.set_adapter(["default", "other"])
+    before, both = H.snapshot(model), run(plain, case)
+    plain.set_adapter("default")
+    one = run(plain, case)
+    model.merge_adapter()
+    H.close(run(model, case), both, CLOSE)
+    model.base_model.model.square.unmerge(["other"])
+    model.unmerge_adapter()
+    H.identical(H.snapshot(model), before)
+    model.merge_adapter(["other"])
+    model.merge_adapter(["default"])
+    H.close(run(model, case), both, CLOSE)
+    for layer in model.modules():
+        if hasattr(layer, "merged_adapters") and layer.merged_adapters:
+            layer.unmerge(["other"])
+    twin = copy.deepcopy(model)
+    twin.set_adapter("default")  # which takes out what is merged
+    H.identical(H.snapshot(twin), before)
+    H.close(run(twin, case), one, CLOSE)
+    twin = copy.deepcopy(model).double()
+    twin.unmerge_adapter()
+    H.identical(H.snapshot(twin), {name: tensor.double() for name, tensor in before.items()})
+    frozen = {name: tensor for name, tensor in before.items() if "base_layer" in name and "bias" not in name}
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model.load_state_dict(frozen, strict=False)
+    with torch.no_grad():
+        named_inputs(model)[0][1].mul_(1.5)
+    with pytest.raises(ValueError, match="changed while an adapter was merged"):
+        model.unmerge_adapter()
+
+
 def named_inputs(model):
     """Of each weight that is computed, the parameter that it is proportional to."""
     ends = ("weight_g", "weight.original", "weight.original0")
