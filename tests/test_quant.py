@@ -19,7 +19,6 @@ KINDS = {
     "fp4": {"quant_type": "fp4", "compress_statistics": False},
     "fp4_double": {"quant_type": "fp4", "compress_statistics": True},
     "nf4_bfloat16": {"quant_type": "nf4", "compress_statistics": True, "quant_storage": torch.bfloat16},
-    "nf4_float32": {"quant_type": "nf4", "compress_statistics": False, "quant_storage": torch.float32},
     "fp4_float16": {"quant_type": "fp4", "compress_statistics": False, "quant_storage": torch.float16},
     "int8": None,
 }

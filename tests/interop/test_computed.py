@@ -17,7 +17,7 @@ from . import harness as H
 from .cases import CASES
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-BASES = ("mlp", "conv1d", "conv2d", "conv2d_groups", "embedding", "hf_conv1d")
+BASES = ("mlp", "conv2d", "conv2d_groups", "embedding", "hf_conv1d")
 CLOSE = 2e-5
 FIRST = {}  # one case of each method and base model, and each start that changes the weight
 for _case in CASES:
