@@ -428,7 +428,10 @@ class Adapted:
 
 def unsupported(cls: type[Adapter], module: nn.Module, path: str) -> UnsupportedLayerError:
     """The error for a layer whose kind `cls` cannot adapt."""
-    kind = type(getattr(getattr(module, "base", None), "leaf", module)).__name__
+    leaf = getattr(getattr(module, "base", None), "leaf", module)
+    kind, weight = type(leaf).__name__, leaf._parameters.get("weight")
+    if weight is not None and type(weight) is not nn.Parameter:
+        kind += f" with a weight of class {type(weight).__name__}"
     return UnsupportedLayerError(
         f"{cls.__name__} cannot adapt '{path}', a {kind}. It adapts layers of kind {', '.join(cls.bases)}."
     )

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .computed import Computed, computed, plain_class
 from .errors import MergeError, UnsupportedLayerError
 from .stored import Kept, fingerprint, like, own_copy, put, sharded, whole
 
@@ -83,6 +84,11 @@ class Base:
         """Whether something is written that `restore` can undo."""
         return self.home.kept is not None
 
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) as the layer holds them now, merged or not: canonical and dequantised."""
+        W, b = self.stored()
+        return self.canonical(W), b
+
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Store (W, b) in place, in the layer's own layout and dtype.
 
@@ -90,13 +96,18 @@ class Base:
         with the layer. A bias that already has those values is left alone. Raises `MergeError`, with nothing written,
         when there is no place for them.
         """
+        self.check_writes()
         self.check_bias(b)
         values = {"weight": self.canonical(W)}
         if b is not None and self.replaces_bias(b):
             values["bias"] = b
         self.lend()
         stored: dict[str, Any] = dict(zip(("weight", "bias"), self.stored()))
-        self.keep({name: stored[name] for name in values})
+        before = {name: stored[name] for name in values}
+        if (made := self.computed) is not None:
+            before |= made.copies()
+            made.assign(values.pop("weight"))
+        self.keep(before)
         for name, value in values.items():
             put(stored[name], value)
         self.note_written()
@@ -154,8 +165,21 @@ class Base:
     def fingerprints(self) -> dict[str, Any]:
         """Of the tensors that have been written, by name."""
         weight, bias = self.stored()
-        tensors: dict[str, Any] = {"weight": weight, "bias": bias} if self.keeps("bias") else {"weight": weight}
+        made = self.computed
+        if made is None:
+            tensors: dict[str, Any] = {"weight": weight}
+        else:  # buffers may change by running
+            tensors = {name: tensor for name, tensor in made.tensors().items() if isinstance(tensor, nn.Parameter)}
+        if self.keeps("bias"):
+            tensors["bias"] = bias
         return {name: fingerprint(tensor) for name, tensor in tensors.items()}
+
+    def check_writes(self, W: Tensor | None = None) -> None:
+        """Raise `MergeError` when nothing can be written to the layer's weight, or not W (canonical)."""
+        if W is not None and (made := self.computed) is not None:
+            before = made.copies()
+            made.assign(self.canonical(W))
+            made.restore(before)
 
     def check_bias(self, b: Tensor | None) -> None:
         """Raise `MergeError` when there is a bias to write, other than zero, and the layer has none."""
@@ -167,7 +191,8 @@ class Base:
 
     def is_stored(self, key: str) -> bool:
         """Whether a key below the layer's module is that of a tensor that merging may overwrite."""
-        return key in (self.weight_name, self.bias_name)
+        made = self.computed
+        return key in (self.weight_name, self.bias_name) or (made is not None and key in made.tensors())
 
     def check_whole(self) -> None:
         """Raise `MergeError` when the weight is not here: with some libraries a process has a flat piece or nothing."""
@@ -182,8 +207,10 @@ class Base:
     @property
     def overwrites(self) -> bool:
         """Whether `overwrite` is possible: the stored numbers are those of W, and all are here."""
+        if type(self) not in (Linear, Conv1D) or self.computed is not None:
+            return False
         weight = self.stored()[0]
-        return type(self) in (Linear, Conv1D) and not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
+        return not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
 
     def overwrite(self, W: Tensor) -> None:
         """Store W for good, in the weight's own memory; nothing is left to do if that is where W lies."""
@@ -198,6 +225,8 @@ class Base:
             for name, tensor in zip(("weight", "bias"), self.stored()):
                 if tensor is not None and name in home.kept:
                     put(tensor, home.kept[name])
+            if (made := self.computed) is not None:
+                made.restore(home.kept)
             if home.lent is not None:
                 setattr(self.leaf, self.weight_name, like(home.lent, self.stored()[0]))
         self.release()
@@ -259,6 +288,17 @@ class Base:
         return weight_of(self.leaf, self.weight_name)
 
     @property
+    def computed(self) -> Computed | None:
+        """How the layer computes its weight, when that is no parameter."""
+        return computed(self.leaf, self.weight_name)
+
+    @property
+    def cell(self) -> Tensor:
+        """The tensor that holds the layer's weight, or the first of those that it is computed from."""
+        made = self.computed
+        return self.frozen if made is None else next(iter(made.tensors().values()))
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype that new adapter parameters take."""
         return self.frozen.dtype
@@ -267,6 +307,11 @@ class Base:
     def device(self) -> torch.device:
         """Device that new adapter parameters take."""
         return self.frozen.device
+
+    @property
+    def packed(self) -> bool:
+        """Whether the numbers stored are quantised ones, and not those of W."""
+        return False
 
     def slot(self, name: str) -> str:
         """The name under which PEFT keeps a method's slot on this kind of layer."""
@@ -400,7 +445,10 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """module.weight, found in less time than nn.Module.__getattr__ takes where it is a plain parameter."""
     weight = module._parameters.get(name)
-    return getattr(module, name) if weight is None else weight
+    if weight is None:
+        made = computed(module, name)
+        return getattr(module, name) if made is None else made.value()
+    return weight
 
 
 def weights_of(A: Any, B: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -503,7 +551,7 @@ class Conv(Base):
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         super().__init__(module, inside)
-        self.label = f"Conv{self.leaf.weight.dim() - 2}d"
+        self.label = f"Conv{self.dims}d"
 
     @property
     def inp(self) -> int:
@@ -515,11 +563,17 @@ class Conv(Base):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.leaf.weight.shape)
+        m = self.leaf
+        return m.out_channels, m.in_channels // m.groups, *m.kernel_size
+
+    @property
+    def dims(self) -> int:
+        """Number of dimensions that the kernel moves along."""
+        return len(self.leaf.kernel_size)
 
     @property
     def width(self) -> int:
-        return self.leaf.weight[0].numel()
+        return math.prod(self.shape[1:])
 
     @property
     def patch(self) -> int:
@@ -533,7 +587,7 @@ class Conv(Base):
     def canonical(self, W: Tensor) -> Tensor:
         """The same, with only its own group's channels in each row. W may have all of them: see `apply`."""
         m = self.leaf
-        if W.shape[1] == m.weight.shape[1]:
+        if W.shape[1] == self.shape[1]:
             return W
         parts = W.unflatten(0, (m.groups, -1)).unflatten(2, (m.groups, -1)).movedim(2, 1)  # (g, g, out / g, in / g, *)
         own = torch.eye(m.groups, dtype=torch.bool, device=W.device)
@@ -547,7 +601,7 @@ class Conv(Base):
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         m = self.leaf
         W, b = W.to(x.dtype), None if b is None else b.to(x.dtype)
-        if W.shape[1] == m.weight.shape[1]:
+        if W.shape[1] == self.shape[1]:
             return m._conv_forward(x, W, b)
         padding = m.padding  # W over all input channels: an adapter mixes the groups
         if m.padding_mode != "zeros":
@@ -557,10 +611,10 @@ class Conv(Base):
     def down(self, r: int) -> Any:
         m = self.leaf
         window = (m.kernel_size, m.stride, m.padding, m.dilation)
-        return type(m)(m.in_channels, r, *window, bias=False, padding_mode=m.padding_mode)
+        return plain_class(m)(m.in_channels, r, *window, bias=False, padding_mode=m.padding_mode)
 
     def up(self, r: int, bias: bool = False) -> Any:
-        return type(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
+        return plain_class(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
 
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         if self.leaf.groups > 1:
@@ -568,7 +622,7 @@ class Conv(Base):
                 f"Low-rank factors on a convolution with groups={self.leaf.groups} mix the groups, "
                 "so no weight of the layer does the same; keep the adapter unmerged."
             )
-        return (self.matrix(B) @ (self.matrix(A) * scale)).view(self.leaf.weight.shape)
+        return (self.matrix(B) @ (self.matrix(A) * scale)).view(self.shape)
 
     def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         y = B(A(x) * scale)
@@ -579,13 +633,13 @@ class Conv(Base):
         return factor.weight.flatten(1)
 
     def outward(self, v: Tensor) -> Tensor:
-        return v.view(-1, *[1] * (self.leaf.weight.dim() - 2))
+        return v.view(-1, *[1] * self.dims)
 
     def gain_shape(self, n: int, inward: bool) -> tuple[int, ...]:
-        return (1, n, *[1] * (self.leaf.weight.dim() - 2))
+        return (1, n, *[1] * self.dims)
 
     def magnitude_shape(self) -> tuple[int, ...]:
-        return (1, self.out, *[1] * (self.leaf.weight.dim() - 2))
+        return (1, self.out, *[1] * self.dims)
 
     def spread(self, v: Tensor) -> Tensor:
         m = self.leaf
@@ -667,6 +721,8 @@ class Attention(Linear):
         super().__init__(module, inside)
         if not self.leaf._qkv_same_embed_dim:
             raise UnsupportedLayerError("Only same dim for query/key/value is supported for nn.MultiheadAttention.")
+        if computed(self.leaf, self.weight_name) is not None:
+            raise UnsupportedLayerError("nn.MultiheadAttention cannot be adapted when its in_proj_weight is computed.")
 
     @property
     def inp(self) -> int:
@@ -759,6 +815,9 @@ class Whole(Base):
         kept = self.home.kept
         return {n: whole(t if kept is None else kept.get(n, t)) for n, t in self.tensors(self.leaf).items()}, None
 
+    def held(self) -> Any:
+        return self.tensors(self.leaf), None
+
     def write(self, W: Any, b: Any = None) -> None:
         own = self.tensors(self.leaf)
         self.keep(own)
@@ -829,7 +888,7 @@ def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None
             kind = Conv
         elif isinstance(leaf, nn.MultiheadAttention):
             kind = Attention
-        elif type(leaf).__name__ == "Conv1D" and getattr(leaf, "weight", None) is not None and leaf.weight.dim() == 2:
+        elif plain_class(leaf).__name__ == "Conv1D" and getattr(getattr(leaf, "weight", None), "ndim", 0) == 2:
             kind = Conv1D
         else:
             return None

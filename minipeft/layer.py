@@ -467,11 +467,18 @@ class Layer(Switch, Slots):
             for adapter in folded:
                 with widened(adapter):
                     W, b = adapter.fold(W, b)
-            if safe and not all(torch.isfinite(t).all() for t in _tensors((W, b))):
+            name = folded[-1].name
+            if safe and not finite((W, b)):
                 raise MergeError(
-                    f"NaNs detected in the merged weights. Adapter {folded[-1].name} seems to be broken (safe_merge)."
+                    f"NaNs detected in the merged weights. Adapter {name} seems to be broken (safe_merge)."
                 )
             base.write(W, b)
+            if safe and not finite(base.held()):
+                self._fold(home.folded, False)
+                raise MergeError(
+                    f"The merged weights with adapter {name} do not fit what {folded[-1].path!r} stores them in "
+                    f"({base.dtype}): some would become infinite or NaN (safe_merge)."
+                )
         home.folded = folded
         home.hold()
 
@@ -911,6 +918,11 @@ def _tensors(pair: Any) -> Iterator[Tensor]:
             yield from part.values() if isinstance(part, dict) else (part,)
 
 
+def finite(pair: Any) -> bool:
+    """Whether all numbers of (W, b) are finite."""
+    return all(bool(torch.isfinite(_widen(t)).all()) for t in _tensors(pair))
+
+
 def _wide(pair: Any) -> Any:
     """(W, b) in at least float32."""
     return tuple({k: _widen(t) for k, t in p.items()} if isinstance(p, dict) else _widen(p) for p in pair)
@@ -919,7 +931,7 @@ def _wide(pair: Any) -> Any:
 def _widen(t: Any) -> Any:
     if t is None or t.dtype == torch.float32 or not t.is_floating_point():
         return t
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype.itemsize > 4 else t.float()
 
 
 @contextmanager

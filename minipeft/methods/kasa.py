@@ -52,7 +52,7 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
     def complete(cls, config: Any, adapters: list[Any]) -> None:
         left: dict[int, Tensor] = {}  # by weight: replicated layers share theirs
         for adapter in adapters:
-            W = adapter.base.frozen
+            W = adapter.base.cell
             if W.is_meta:
                 vars(adapter)["late"] = True
             else:

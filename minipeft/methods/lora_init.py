@@ -68,12 +68,13 @@ def initialise(adapter: Any, how: bool | str) -> None:
             for factor, value in ((A, a), (B, b)):
                 getattr(factor, "weight", factor).data = value
         if changes_base(how):
-            leave(adapter, rest.to(base.dtype))
+            leave(adapter, rest.to(W.dtype))
 
 
 def leave(adapter: Any, W: Tensor) -> None:
     """Let W (out, in) be what is in the frozen layer, once the adapter is accepted; till then it is `adapter.left`."""
     check_unmerged(adapter)
+    adapter.base.check_writes(W)
     own = vars(adapter)
     if "left" not in own:
         adapter.at_commit(lambda: replace(adapter.base, own.pop("left")))

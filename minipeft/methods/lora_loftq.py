@@ -33,7 +33,7 @@ def start(adapter: Any, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     c = LoftQConfig.of(c) if isinstance(c, dict) else c
     if c.loftq_bits not in (4, 8) or c.loftq_iter <= 0:
         raise ConfigError(f"LoftQ quantises to 4 or 8 bits, in one or more steps, got {c}.")
-    if not adapter.base.stored()[0].is_floating_point():
+    if adapter.base.packed:
         raise ConfigError(
             f"'{adapter.path}' is quantised already: use `replace_lora_weights_loftq`, not LoftQ's start."
         )
