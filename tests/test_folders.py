@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from torch import nn
 
 import minipeft
@@ -74,6 +75,8 @@ def killed_between_renames(folder, number, safe=True):
 # --------------------------------------------------------------------------------------------- what is visible counts
 def test_hidden_files_mean_nothing(tmp_path):
     version(1).save_pretrained(tmp_path)
+    tensors = minipeft.load_peft_weights(tmp_path, "cpu")
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt", "adapter_config_sha256": "not-even-a-hash"})
     whole = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     version(2).save_pretrained(tmp_path / "two")
     for name in (CONFIG, WEIGHTS):
