@@ -105,6 +105,8 @@ class MixedAttention(nn.Module):
     Passes of other threads, whose batches are not mixed, run `plain`.
     """
 
+    plain: Any
+
     def __init__(self, model: nn.Module, plain: nn.Module, prompts: dict[str, AdaptedAttention], context: Any):
         super().__init__()
         self.model, self.prompts, self.context = model, prompts, context
