@@ -244,7 +244,8 @@ class PeftModel(nn.Module):
             return prompt.forward(self, *args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
             own = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-            return self.base_model.context.kept(self._inner(*args, **own))
+            output = self._inner(*args, **own)
+            return output if self._is_prompt_learning else self.base_model.context.kept(output)
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
         inner = self.base_model

@@ -88,6 +88,7 @@ class Pass:
 
 
 NOTHING = Pass({})
+AGAIN: dict[tuple[int, int], Pass] = {}  # what runs again, by backward pass and context; NOTHING: several passes
 
 
 class Context(threading.local):
@@ -101,8 +102,11 @@ class Context(threading.local):
 
     @property
     def now(self) -> Pass:
-        """The pass that is running."""
-        return self.opened[-1]
+        """The pass that is running. A backward pass over several devices has a thread for each of them."""
+        told = self.opened[-1]
+        if told is NOTHING and AGAIN:
+            told = AGAIN.get((torch._C._current_graph_task_id(), id(self)), told)
+        return told
 
     def open(self, **told: Any) -> Pass:
         """Begin a pass inside the one that is running, which tells what that does but for `told`. To be closed."""
@@ -134,7 +138,7 @@ class Context(threading.local):
         @unserializable_hook
         def again(gradient: Tensor) -> None:
             if self.opened[-1] is not told:
-                torch.autograd.Variable._execution_engine.queue_callback(_Again(self.opened, told))
+                torch.autograd.Variable._execution_engine.queue_callback(_Again(self, told))
 
         for tensor in _tensors(output):
             if tensor.grad_fn is not None:
@@ -145,12 +149,15 @@ class Context(threading.local):
 class _Again:
     """A pass that is open once more until the backward pass lets go of this object, finished or failed."""
 
-    def __init__(self, opened: list[Pass], told: Pass):
-        self.opened = opened
+    def __init__(self, context: Context, told: Pass):
+        self.opened = context.opened
         self.told: Pass | None = told
-        opened.append(told)
+        self.key = torch._C._current_graph_task_id(), id(context)
+        self.opened.append(told)
+        AGAIN[self.key] = told if AGAIN.get(self.key, told) is told else NOTHING
 
     def __call__(self) -> None:
+        AGAIN.pop(self.key, None)
         if self.told is not None and self.told in self.opened:
             self.opened.remove(self.told)
         self.told = None

@@ -297,8 +297,9 @@ class ShadowModel(BaseTuner, method="SHADOW"):
 
     def _end_pass(self, module: nn.Module, args: tuple, output: Any) -> Any:
         now: Any = self.context.now
-        if now.pasts and hasattr(output, "past_key_values"):
-            output.past_key_values = network.ShadowCache(output.past_key_values, now.pasts)
+        pasts, now.pasts = now.pasts, {}
+        if pasts and hasattr(output, "past_key_values"):
+            output.past_key_values = network.ShadowCache(output.past_key_values, pasts)
         self.context.kept(output)
         self.context.close()
         self.context.last = now

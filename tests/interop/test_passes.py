@@ -270,6 +270,38 @@ def test_run_again_for_samples(lib, reentrant, elsewhere):
     same_gradients(model, batches, reentrant, elsewhere)
 
 
+@pytest.mark.parametrize("together", [False, True], ids=["one pass", "two passes"])
+def test_run_again_on_another_device(lib, together):
+    """Autograd has a thread for each device, here played by one where nothing is open; two passes are an error."""
+    case = next(c for c in CASES if c.id == "poly/linear/plain")
+    model, batch = H.move(H.adapt(lib, case), 0.3), H.inputs(case)
+    want = gradients_of_both(model, (batch, batch))[0]
+    model.zero_grad()
+    opened = model.base_model.context.opened
+    first = model.get_base_model().square
+    run = first.forward
+
+    def elsewhere(x):
+        inside = opened[1:] if torch._C._current_graph_task_id() != -1 else []
+        del opened[len(opened) - len(inside) :]
+        try:
+            return run(x)
+        finally:
+            opened.extend(inside)
+
+    first.forward = functools.partial(checkpoint, elsewhere, use_reentrant=False)
+    outputs = [H.call(model, one) for one in ([batch, batch] if together else [batch])]
+    loss = sum((y * torch.sin(y)).sum() for y in outputs)
+    if together:
+        with pytest.raises(lib.BatchError, match="task_ids"):
+            loss.backward()
+    else:
+        loss.backward()
+        H.close({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, want, 1e-5)
+    assert len(opened) == 1
+    assert len(H.run(model, batch)["output"]) == len(batch["x"])
+
+
 # --------------------------------------------------------------------------------------------- calls that end otherwise
 @pytest.fixture
 def lora(lib):
