@@ -88,7 +88,7 @@ class Pass:
 
 
 NOTHING = Pass({})
-AGAIN: dict[tuple[int, int], Pass] = {}  # what runs again, by backward pass and context; NOTHING if it is several passes
+AGAIN: dict[tuple[int, int], Pass] = {}  # what runs again, by backward pass and context; NOTHING: several passes
 
 
 class Context(threading.local):

@@ -272,7 +272,7 @@ def test_run_again_for_samples(lib, reentrant, elsewhere):
 
 @pytest.mark.parametrize("together", [False, True], ids=["one pass", "two passes"])
 def test_run_again_on_another_device(lib, together):
-    """Autograd has a thread for each device, here played by one where nothing is open. Of two passes none is guessed."""
+    """Autograd has a thread for each device, here played by one where nothing is open; two passes are an error."""
     case = next(c for c in CASES if c.id == "poly/linear/plain")
     model, batch = H.move(H.adapt(lib, case), 0.3), H.inputs(case)
     want = gradients_of_both(model, (batch, batch))[0]
