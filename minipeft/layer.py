@@ -276,13 +276,13 @@ class Layer(Switch, Slots):
     # ------------------------------------------------------------------------------------------------- the operator
     def operator(self, names: Sequence[str] | None = None) -> Any:
         """The operator of the base layer with the adapters `names` around it (default: those that are on)."""
-        names = self.running if names is None else names
+        here = self.running if names is None else names
         op: Any = self.base
-        if names and self.base.inside is not None:
-            op = Inside(self.base, self.base_layer)  # type: ignore[arg-type]
-        if names and any(layer.merged_adapters for layer in self.chain):
+        if here and any(layer.merged_adapters for layer in self.chain):
             op = self.unmerged_inside()
-        return self._around(op, names)
+        elif here and self.base.inside is not None:
+            op = Inside(self.base, self.base_layer, names)
+        return self._around(op, here)
 
     def _around(self, op: Any, names: Sequence[str]) -> Any:
         for name in names:
@@ -342,16 +342,16 @@ class Layer(Switch, Slots):
         plain = base.inside is None and not base.opaque and not self.merged_adapters
         if plain and len(names) == 1 and names[0] in self.adapters:
             return self.adapters[names[0]].forward(x, base, *args, **kwargs)  # as `_run`, without making the operator
-        return self._run(self.running, x, *args, **kwargs)
+        return self._run(None, x, *args, **kwargs)
 
-    def _run(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, names: Sequence[str] | None, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         op = self.operator(names)
         if self.base.opaque and op is not self.base:
             return self.base.apply(x, *op.read(), *args, **kwargs)
         return op(x, *args, **kwargs)
 
     def _mixed(self, x: Tensor, names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Tensor:
-        if self.merged_adapters:
+        if any(layer.merged_adapters for layer in self.chain):
             raise BatchError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
@@ -676,14 +676,14 @@ class Layer(Switch, Slots):
 class Inside:
     """A layer of another method as the operator inside: called as a module, read with its adapters in the weights."""
 
-    def __init__(self, base: Base, layer: Layer):
-        self.base, self.layer = base, layer
+    def __init__(self, base: Base, layer: Any, names: Sequence[str] | None):
+        self.base, self.layer, self.names = base, layer, names
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.base(x, *args, **kwargs)
 
     def read(self) -> tuple[Any, Any]:
-        return self.layer.operator().read()
+        return self.layer.operator(self.names).read()
 
 
 class Unmerged:

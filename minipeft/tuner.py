@@ -371,6 +371,9 @@ class BaseTuner(Slots):
         for layer in found:
             if isinstance(layer, ModulesToSaveWrapper) and len([n for n in names if n in layer.modules_to_save]) > 1:
                 raise AdapterNameError(f"Only one of {names} can be active: all train one module (modules_to_save).")
+        for layer in found:  # before any layer is unmerged, as setting adapters does
+            if isinstance(layer, Layer) and layer.merged:
+                layer.base.check_written()
         for layer in found:
             layer.set_adapter(names, inference_mode)
         self.active_adapter = adapter_name

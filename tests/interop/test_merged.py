@@ -109,8 +109,9 @@ def test_an_edit_is_not_lost(case, lib):
         for step in (lambda m: m, lambda m: m.double().float()):  # moving a model does not hide it
             with pytest.raises(ValueError, match="merge_and_unload"):
                 step(copy.deepcopy(model)).unmerge_adapter()
-        with pytest.raises(ValueError, match="merge_and_unload"):
-            model.unmerge_adapter()
+        for step in (model.unmerge_adapter, lambda m=model: m.base_model.set_adapter("default"), model.unload):
+            with pytest.raises(ValueError, match="merge_and_unload"):
+                step()
         H.identical(H.snapshot(model), edited)
         kept = copy.deepcopy(model).merge_and_unload().state_dict().values()
         assert any(torch.equal(t, edited[f"{path}.{name}"]) for t in kept)
@@ -253,6 +254,26 @@ def test_one_of_several_methods_merged(base, targets, inner, outer, lib):
     model = H.move(model.eval(), 0.1, only=lambda n, p: ".a." in n or ".b." in n or n.endswith((".a", ".b"))).double()
     model.set_adapter(["a", "b"])
     assert_merging_one_changes_nothing(model, base.inputs(torch.float64), ["a", "b"], 1e-10)
+
+
+@pytest.mark.parametrize("outer", NESTED)
+@pytest.mark.parametrize("inner", NESTED)
+def test_several_methods_by_sample(inner, outer, lib):
+    """In a mixed batch each sample runs as with its adapter alone, whichever of the two layers that stands on."""
+    base, targets = B.CONV2D, ["same", "first"]
+    model = lib.get_peft_model(base.build(), NESTED[inner](lib, targets), "a", mixed=True)
+    model.add_adapter("b", NESTED[outer](lib, targets))
+    model = model.eval().double()
+    model.set_adapter(["a", "b"])
+    batch, names = base.inputs(torch.float64), ["b", "a", "__base__", "b"]
+    got = H.run(model, batch, adapter_names=names)["output"]
+    with model.disable_adapter():
+        alone = {"__base__": H.run(model, batch)["output"]}
+    for name in ("a", "b"):
+        model.set_adapter(name)
+        alone[name] = H.run(model, batch)["output"]
+    for row, name in enumerate(names):
+        torch.testing.assert_close(got[row], alone[name][row])
 
 
 @pytest.mark.parametrize("follows", [True, False], ids=["tied adapters", "the embedding alone"])
