@@ -85,9 +85,9 @@ class Base:
         return self.home.kept is not None
 
     def held(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) as the layer holds them now, merged or not: canonical and dequantised."""
+        """(W, b) as the layer holds them now, merged or not: canonical, whole and dequantised."""
         W, b = self.stored()
-        return self.canonical(W), b
+        return self.canonical(whole(W)), None if b is None else whole(b)
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Store (W, b) in place, in the layer's own layout and dtype.
@@ -176,7 +176,7 @@ class Base:
 
     def check_writes(self, W: Tensor | None = None) -> None:
         """Raise `MergeError` when nothing can be written to the layer's weight, or not W (canonical)."""
-        if W is not None and (made := self.computed) is not None:
+        if W is not None and not W.is_meta and (made := self.computed) is not None:
             before = made.copies()
             made.assign(self.canonical(W))
             made.restore(before)
@@ -816,7 +816,7 @@ class Whole(Base):
         return {n: whole(t if kept is None else kept.get(n, t)) for n, t in self.tensors(self.leaf).items()}, None
 
     def held(self) -> Any:
-        return self.tensors(self.leaf), None
+        return {name: whole(tensor) for name, tensor in self.tensors(self.leaf).items()}, None
 
     def write(self, W: Any, b: Any = None) -> None:
         own = self.tensors(self.leaf)

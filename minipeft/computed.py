@@ -40,7 +40,7 @@ def plain_class(module: nn.Module) -> Any:
 
 
 class Computed:
-    """A tensor that a module computes from others, which it holds in `boxes` by name."""
+    """A tensor that a module computes from others."""
 
     kind = ""  # what computes it, for messages
 
@@ -91,9 +91,9 @@ class Computed:
             put(tensor, old)
         self.value()
         raise MergeError(
-            f"The layer computes its weight by {self.kind}, which cannot give the weight with the adapter: {why}. Keep "
-            "the adapter unmerged, or make the weight a plain parameter first, as `remove_parametrizations`, "
-            "`remove_weight_norm` and the like of torch do."
+            f"The layer computes its weight by {self.kind}, which cannot give the one that is to be written: {why}. "
+            "Make the weight a plain parameter first, as `remove_parametrizations`, `remove_weight_norm` and the like "
+            "of torch do, or write nothing to it: keep adapters unmerged, and use a start that leaves the weight alone."
         )
 
 
