@@ -216,9 +216,9 @@ class Plan:
     def build(self, path: str, live: str, module: nn.Module, base: Any) -> None:
         """Build the adapter for one layer, on a scratch layer."""
         joins: Any = module
-        while isinstance(joins, Layer) and not (joins.method == self.cls.method.value and joins.base.same(base)):
-            joins = joins.base_layer
-        if isinstance(joins, Layer):
+        while isinstance(joins, Layer) and joins.method == self.cls.method.value and not joins.base.same(base):
+            joins = joins.base_layer  # for another parameter of the same module
+        if isinstance(joins, Layer) and joins.method == self.cls.method.value:
             module, base = joins.base_layer, joins.base
         else:
             joins = None

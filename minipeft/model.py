@@ -217,16 +217,13 @@ class PeftModel(nn.Module):
                 self._adapters_disabled = before
                 prompt.enable(self, not before)
             return
-        enabled = self.base_model.enabled
-        if enabled == "irregular":
+        if self.base_model.enabled == "irregular":
             warnings.warn("Some adapter layers are enabled and others not; after the context all will be.", PeftWarning)
-        self.base_model.disable_adapter_layers()
         self._adapters_disabled = True
         try:
-            yield
+            with self.base_model.without_adapters():
+                yield
         finally:
-            if enabled is not False:
-                self.base_model.enable_adapter_layers()
             self._adapters_disabled = before
 
     # --------------------------------------------------------------------------------------------------------- running

@@ -416,6 +416,18 @@ class BaseTuner(Slots):
         """Switch the active adapters on again."""
         self._enable_adapter_layers(True)
 
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Within the context all adapters are off; then they are on or off as they were before."""
+        if self.enabled is False:
+            yield
+            return
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.enable_adapter_layers()
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. When it was the active one, the first that is left takes its place."""
         if adapter_name not in self.peft_config:
