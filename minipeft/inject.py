@@ -159,8 +159,8 @@ class Plan:
             base = base_of(module, whole=whole)
             kind = type(base)
             if kind not in fits:
-                fits[kind] = any(k.__name__ in cls.bases for k in kind.__mro__)
-            if base is None or not fits[kind]:
+                fits[kind] = base is not None and cls.fits(base)
+            if not fits[kind]:
                 raise unsupported(cls, module, path)
             cls.on(base).check_layer(config, path, base)
             found.append((path, live, module, base))
@@ -202,7 +202,7 @@ class Plan:
                     raise NoMatchingPeftModuleError(f"'{name}' {why}.")
                 met |= hits
                 base: Any = base_of(module, name)
-                if "Param" not in self.cls.bases:
+                if not self.cls.fits(base):
                     raise unsupported(self.cls, module, names[-1])
                 self.cls.on(base).check_layer(self.config, names[-1], base)
                 found.append((names[-1], live, module, base))
