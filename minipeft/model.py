@@ -19,6 +19,7 @@ from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .files import make_folder, write_checkpoint, write_text
 from .layer import Layer, set_training
+from .targets import embedding
 from .tuner import FORWARD_ONLY, TUNERS
 
 
@@ -275,8 +276,8 @@ class PeftModel(nn.Module):
         quantised = any(getattr(model, flag, False) for flag in flags)
         if not quantised and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        elif not quantised and hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+        elif not quantised and (words := embedding(model)) is not None:
+            words.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
         return model
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:

@@ -46,7 +46,7 @@ from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .inject import check_adapter_name, model_config
 from .layer import BASE, Context, ModulesToSaveWrapper, adapted, walk
-from .targets import named
+from .targets import embedding, named
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
 EMBEDDINGS = "prompt_embeddings"  # the key of a saved prompt
@@ -293,8 +293,7 @@ def word_embeddings(base: nn.Module, backbone: str | None = None) -> nn.Module |
             weight = module._parameters.get("weight")
             if weight is not None and size in (weight.shape[0], getattr(weight, "ds_shape", (None,))[0]):
                 return module
-    ask: Any = getattr(base, "get_input_embeddings", lambda: None)
-    if (words := ask()) is not None:
+    if (words := embedding(base)) is not None:
         return words
     return next((module for module in base.modules() if isinstance(module, nn.Embedding)), None)
 

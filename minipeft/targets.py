@@ -123,6 +123,14 @@ class Targets:
             warnings.warn(f"Not all of the checkpoint's target modules {shown} are in the model: {hint}", PeftWarning)
 
 
+def embedding(model: Any, output: bool = False) -> Any:
+    """What a model names as its input (or output) embedding; None where it has no answer, as for images and speech."""
+    try:
+        return model.get_output_embeddings() if output else model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def linear_targets(model: Any, config: Any) -> dict[str, Any]:
     """The base of each linear layer that `config` means, by path, in a model without adapters; no targets: of all."""
     from .base import Linear, base_of
@@ -141,7 +149,7 @@ def all_linear(model: Any, task_type: Any, paths: Iterable[tuple[str, Any]]) -> 
     from .base import Linear
 
     skip: set[int] = set()
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = embedding(model, output=True)
     if head is not None:
         skip.add(id(getattr(getattr(head, "base", None), "leaf", head)))
     elif task_type == TaskType.SEQ_CLS:
