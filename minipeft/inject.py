@@ -32,15 +32,14 @@ from .checkpoint import (
 )
 from .config import PeftConfig
 from .defaults import default_targets
-from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
-from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
-from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
+from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
+from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, other_names, walk
+from .targets import ALL_LINEAR, Targets, all_linear, check_saved, named, suffixes, unmatched, warn_unmatched
 from .tying import Ties
 
 if TYPE_CHECKING:
     from .tuner import BaseTuner
 
-HEAD_NAMES = ("classifier", "score", "qa_outputs")  # asked for by the task classes, whichever of them is there
 NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
 RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
@@ -91,7 +90,7 @@ class Plan:
         self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
         self.cls = tuner.adapter_class(config)
         self.autocast = autocast and self.cls.autocasts
-        self.strict = not loading
+        self.loading = loading
         self.empty = empty
         self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it joins
         self.latest: dict[str, Layer] = {}  # of `new`, the last scratch layer at each live path
@@ -108,7 +107,7 @@ class Plan:
         self.cls.check_beside(config, others)
         self.undo = self.cls.prepare(config, self.model)
         try:
-            found = self.find(strict=not loading, keys=keys)
+            found = self.find(keys)
             self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
             self.beside = self.cls.beside(config, self.model)
             for path, live, module, base in found:
@@ -128,7 +127,11 @@ class Plan:
             self.undo = None
 
     # ------------------------------------------------------------------------------------------------------- finding
-    def find(self, strict: bool, keys: Any) -> list[tuple[str, str, nn.Module, Any]]:
+    def others(self) -> dict[str, str]:
+        """Further paths of the modules that the model has in several places."""
+        return other_names(self.model)
+
+    def find(self, keys: Any) -> list[tuple[str, str, nn.Module, Any]]:
         """(path, live path, module, base) of every layer to adapt."""
         config: Any = self.config
         cls = self.cls
@@ -174,7 +177,7 @@ class Plan:
                 warnings.warn(f"fan_in_fan_out set to {value}, as the layers are {base.label}.", PeftWarning)
         parameters = self.find_parameters(outer)
         self.parameters = [path for path, *_ in parameters]
-        targets.check(self.modules + self.parameters, list(outer), partly=strict and keys is None)
+        targets.check(self.modules + self.parameters, list(outer), self.others)
         if targets.exclude and not targets.excluded:
             warnings.warn(f"exclude_modules={targets.exclude!r} did not exclude anything.", PeftWarning)
         for field in cls.patterns:
@@ -206,10 +209,10 @@ class Plan:
                     raise unsupported(self.cls, module, names[-1])
                 self.cls.on(base).check_layer(self.config, names[-1], base)
                 found.append((names[-1], live, module, base))
-        if missing := sorted(wanted - met):
-            known = {tail for name in names for tail in suffixes(name)}
-            hints = " ".join(f"{key!r} matches nothing.{nearest(key, known)}" for key in missing)
-            raise NoMatchingPeftModuleError(f"Not all of target_parameters are in the model: {hints}")
+        hint = unmatched(wanted - met, names, [], self.others)
+        if hint and not (found or self.modules):
+            raise NoMatchingPeftModuleError(f"Nothing to adapt: none of target_parameters is in the model. {hint}")
+        warn_unmatched("target_parameters", hint)
         return found
 
     # ------------------------------------------------------------------------------------------------------ building
@@ -255,19 +258,16 @@ class Plan:
         names = getattr(self.config, "modules_to_save", None)
         names = {names} if isinstance(names, str) else set(names or ())
         taken: list[str] = []
-        known: set[str] = set()
+        paths: list[str] = []
         for path, live, module in walk(self.model) if names else ():
-            known.update(suffixes(path))
+            paths.append(path)
             if path and named(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
                 taken.append(path)
                 original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
                 ModulesToSaveWrapper.check(original)
                 copied = copy.deepcopy(original)
                 self.copies.append((live, module, copied))
-        missing = sorted(names - known - set(HEAD_NAMES)) if self.strict else []
-        if missing:
-            hints = " ".join(f"{name!r} matches nothing.{nearest(name, known)}" for name in missing)
-            raise NoMatchingPeftModuleError(f"Not all of modules_to_save are in the model: {hints}")
+        check_saved(names, paths, taken, self.others, self.loading)
         self.ties.copy(self)
 
     def train_tokens(self) -> None:

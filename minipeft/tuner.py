@@ -177,9 +177,9 @@ class BaseTuner(Slots):
             report = plan.load(weights, strict)
             if plan.incomplete(report):
                 plan.give_up()
-                plan = Plan(self, name, config, loading=True, autocast=autocast)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # they were given a moment ago
+                    plan = Plan(self, name, config, loading=True, autocast=autocast)
                     plan.load(weights, strict)
         except BaseException:
             plan.give_up()

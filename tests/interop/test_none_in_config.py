@@ -1,4 +1,4 @@
-"""None in a field of a configuration, which saved files hold as null: taken wherever peft takes it, with equal results."""
+"""None in a field of a configuration (null in a saved file): taken wherever peft takes it, with equal results."""
 
 import copy
 import dataclasses
