@@ -32,9 +32,8 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
-        if base.opaque or getattr(base.leaf, "groups", 1) > 1:
-            why = "attention and grouped convolutions have no row norms"
-            raise UnsupportedLayerError(f"DoRA cannot adapt '{path}': {why}.")
+        if base.opaque:
+            raise UnsupportedLayerError(f"DoRA cannot adapt '{path}': attention has no row norms.")
 
     def build(self) -> None:
         super().build()
@@ -93,6 +92,9 @@ def square(W: Tensor) -> Tensor:
 
 def norm(W: Tensor, A: Tensor, B: Tensor, s: float, WW: Tensor) -> Tensor:
     """|W + s B A| of each row, (out,), from WW = |W|^2."""
+    if B.shape[1] < len(A):  # PEFT: the product for a convolution with groups, B being (out, r / groups), is not B A
+        BA = (B.reshape(-1, len(A)) @ A).view(len(W), -1)  # (out, in / groups * taps)
+        return torch.linalg.vector_norm(W.flatten(1) + s * BA, dim=1, dtype=WW.dtype)
     A, B = A.to(WW.dtype), B.t().to(WW.dtype)  # (r, in), (r, out)
     C = torch.addmm(A @ W.flatten(1).t().to(WW.dtype), A @ A.t(), B, beta=2 * s, alpha=s * s)  # (r, out)
     return (WW + (C * B).sum(0)).clamp_min_(0).sqrt_()
