@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .tuner import BaseTuner
 
 NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
+LONGEST = 255  # bytes of a folder's name, on the file systems in use
 RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
 
@@ -60,15 +61,22 @@ def check_adapter_name(name: Any, model: nn.Module | None = None) -> None:
         raise AdapterNameError(
             f"{name!r} cannot be an adapter name: it must be non-empty, without '.', '/' and '\\', and not '{BASE}'."
         )
+    if len(name.encode(errors="surrogatepass")) > LONGEST or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise AdapterNameError(
+            f"{name[:40]!r}... cannot be an adapter name: it must be the name of a folder, which is text of at most "
+            f"{LONGEST} bytes."
+        )
     if name in RESERVED:
         raise AdapterNameError(f"{name!r} cannot be an adapter name: it is an attribute of torch's module containers.")
     if model is not None and name != "default":
         for path, _, _ in walk(model):
             if name in path.split("."):
-                raise AdapterNameError(
-                    f"{name!r} cannot be an adapter name: the model has a module of that name ('{path}'), and code "
-                    "that looks for adapters in its keys would confuse the two. Choose another name."
+                warnings.warn(
+                    f"The model has a module that is named {name!r} like the adapter ('{path}'). That works here, but "
+                    "code that looks for adapters by parts of keys, peft among it, may confuse the two.",
+                    PeftWarning,
                 )
+                return
 
 
 class Plan:
