@@ -197,6 +197,11 @@ class Adapter:
                     )
 
     @classmethod
+    def fits(cls, base: Base) -> bool:
+        """Whether it can adapt layers of that kind."""
+        return any(kind.__name__ in cls.bases for kind in type(base).__mro__)
+
+    @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         """Refuse a layer for a reason other than its kind."""
 
@@ -387,6 +392,10 @@ class Activation(Adapter):
 
 class Routed(Adapter):
     """Depends on the input, so no fixed weight does the same: merging is refused."""
+
+    @classmethod
+    def fits(cls, base: Base) -> bool:
+        return super().fits(base) and not base.opaque  # that is reached through its weights alone
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise MergeError(f"{type(self).__name__} depends on its input and cannot be merged into weights ({self.path}).")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from .config import PeftConfig, TaskType
 from .errors import ConfigError
 from .model import PeftModel
+from .targets import embedding
 from .tasks import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModelForCausalLM,
@@ -96,11 +97,11 @@ class AutoPeftModel:
     def _fit_vocabulary(model: Any, path: Any, revision: str | None, options: dict[str, Any]) -> None:
         """Enlarge the embeddings when tokens were added to the tokenizer that is saved beside the adapter."""
         saved = os.path.exists(os.path.join(path, "tokenizer_config.json"))
-        if not saved or not hasattr(model, "get_input_embeddings"):
+        if not saved or (words := embedding(model)) is None:
             return
         kept = {key: options[key] for key in ("token", "trust_remote_code") if key in options}
         tokenizer = _import("transformers").AutoTokenizer.from_pretrained(path, revision=revision, **kept)
-        if len(tokenizer) > len(model.get_input_embeddings().weight):
+        if len(tokenizer) > len(words.weight):
             model.resize_token_embeddings(len(tokenizer))
 
 

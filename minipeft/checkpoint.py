@@ -25,6 +25,7 @@ from .base import lasting
 from .errors import AdapterNameError, CheckpointError, PeftWarning, nearest
 from .files import find_weights, of_one_version
 from .layer import Layer, ModulesToSaveWrapper, adapted
+from .targets import EMBEDDINGS, embedding, named
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
 PREFIX = "base_model.model."
@@ -360,8 +361,6 @@ def _bias_tensors(model: Any, name: str) -> dict[str, Tensor]:
 
 def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, Tensor]:
     """The embedding and output layers, when they are to be saved whole."""
-    from .targets import EMBEDDINGS, named
-
     root = getattr(tuner_of(model), "model", model)
     targets: Any = getattr(config, "target_modules", None)
     targeted = bool(targets) and (
@@ -381,13 +380,13 @@ def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, T
             warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", PeftWarning)
     if not save:
         return {}
-    if not hasattr(root, "get_input_embeddings"):
-        warnings.warn("Could not identify embedding layer(s): the model has no `get_input_embeddings`.", PeftWarning)
+    if embedding(root) is None:
+        warnings.warn("Could not identify embedding layer(s): `get_input_embeddings` gives none.", PeftWarning)
         return {}
     prefix = "" if root is model else PREFIX
     names = {id(m): n for n, m in root.named_modules()}
     found: dict[str, Tensor] = {}
-    for layer in (root.get_input_embeddings(), root.get_output_embeddings()):
+    for layer in (embedding(root), embedding(root, output=True)):
         if isinstance(layer, Layer) or (layer is not None and not targeted):
             leaf = layer.get_base_layer() if isinstance(layer, Layer) else layer
             found |= {f"{prefix}{names[id(leaf)]}.{k}": t.detach() for k, t in leaf.state_dict().items()}
@@ -466,7 +465,7 @@ def base_entries(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Entry]
     """Entries for whole embedding and output layers that a checkpoint holds beside the adapter."""
     root = getattr(tuner_of(model), "model", model)
     found = []
-    layers = [getattr(root, get)() for get in ("get_input_embeddings", "get_output_embeddings") if hasattr(root, get)]
+    layers = [embedding(root), embedding(root, output=True)]
     leaves = {id(m.get_base_layer() if isinstance(m, Layer) else m) for m in layers if m is not None}
     for name, module in root.named_modules() if leaves else ():
         if id(module) in leaves:

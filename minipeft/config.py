@@ -112,6 +112,9 @@ class PeftConfig:
     The annotation of a field says all that can be said of its value alone: `r: Positive`, `bias: Literal["none"]`.
     With `layers_need_list`, a regular expression for `target_modules` is refused beside layers chosen by number.
 
+    None is no value of most fields, but saved files hold it, and PEFT takes it where it does not need a value: in a
+    field that is on or off it is False, in those named by `optional` it is the default.
+
     Raises `ConfigTypeError` when a field has a value of the wrong type and `ConfigError` when the value cannot work.
     """
 
@@ -127,15 +130,20 @@ class PeftConfig:
     is_prompt_learning: typing.ClassVar[bool] = False
     is_adaption_prompt: typing.ClassVar[bool] = False
     _layers_need_list: typing.ClassVar[bool] = False
+    _optional: typing.ClassVar[tuple[str, ...]] = ()
 
-    def __init_subclass__(cls, method: str | None = None, layers_need_list: bool = False, **kwargs: Any):
+    def __init_subclass__(
+        cls, method: str | None = None, layers_need_list: bool = False, optional: tuple[str, ...] = (), **kwargs: Any
+    ):
         super().__init_subclass__(**kwargs)
         cls._layers_need_list |= layers_need_list
+        cls._optional += optional
         if method is not None:
             cls._method = PeftType(method)
             CONFIGS[cls._method] = cls
 
     def __post_init__(self):
+        self._replace_none()
         cls: Any = type(self)
         kinds = _types(cls)
         for field in dataclasses.fields(self):
@@ -167,6 +175,17 @@ class PeftConfig:
             raise ConfigError("`layers_pattern` says where the layer number stands; set `layers_to_transform` as well.")
         if self._layers_need_list:
             self.require_listed_targets()
+
+    def _replace_none(self) -> None:
+        cls: Any = type(self)
+        kinds = _types(cls)
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None and not _fits(None, kinds[field.name]):
+                if field.name in self._optional:
+                    make = field.default_factory
+                    setattr(self, field.name, field.default if make is dataclasses.MISSING else make())
+                elif _fits(False, kinds[field.name]):
+                    setattr(self, field.name, False)
 
     def require_positive(self, *names: str) -> None:
         """Raise `ConfigError` unless each field of `names` is a whole number above 0."""

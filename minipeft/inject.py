@@ -32,16 +32,16 @@ from .checkpoint import (
 )
 from .config import check_config
 from .defaults import default_targets
-from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
-from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
-from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
+from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
+from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, other_names, walk
+from .targets import ALL_LINEAR, Targets, all_linear, check_saved, named, suffixes, unmatched, warn_unmatched
 from .tying import Ties
 
 if TYPE_CHECKING:
     from .tuner import BaseTuner
 
-HEAD_NAMES = ("classifier", "score", "qa_outputs")  # asked for by the task classes, whichever of them is there
 NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
+LONGEST = 255  # bytes of a folder's name, on the file systems in use
 RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
 
@@ -61,15 +61,22 @@ def check_adapter_name(name: Any, model: nn.Module | None = None) -> None:
         raise AdapterNameError(
             f"{name!r} cannot be an adapter name: it must be non-empty, without '.', '/' and '\\', and not '{BASE}'."
         )
+    if len(name.encode(errors="surrogatepass")) > LONGEST or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise AdapterNameError(
+            f"{name[:40]!r}... cannot be an adapter name: it must be the name of a folder, which is text of at most "
+            f"{LONGEST} bytes."
+        )
     if name in RESERVED:
         raise AdapterNameError(f"{name!r} cannot be an adapter name: it is an attribute of torch's module containers.")
     if model is not None and name != "default":
         for path, _, _ in walk(model):
             if name in path.split("."):
-                raise AdapterNameError(
-                    f"{name!r} cannot be an adapter name: the model has a module of that name ('{path}'), and code "
-                    "that looks for adapters in its keys would confuse the two. Choose another name."
+                warnings.warn(
+                    f"The model has a module that is named {name!r} like the adapter ('{path}'). That works here, but "
+                    "code that looks for adapters by parts of keys, peft among it, may confuse the two.",
+                    PeftWarning,
                 )
+                return
 
 
 class Plan:
@@ -90,7 +97,7 @@ class Plan:
         self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
         self.cls = tuner.adapter_class(config)
         self.autocast = autocast and self.cls.autocasts
-        self.strict = not loading
+        self.loading = loading
         self.empty = empty
         self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it joins
         self.latest: dict[str, Layer] = {}  # of `new`, the last scratch layer at each live path
@@ -107,7 +114,7 @@ class Plan:
         self.cls.check_beside(config, others)
         self.undo = self.cls.prepare(config, self.model)
         try:
-            found = self.find(strict=not loading, keys=keys)
+            found = self.find(keys)
             self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
             self.beside = self.cls.beside(config, self.model)
             for path, live, module, base in found:
@@ -127,7 +134,11 @@ class Plan:
             self.undo = None
 
     # ------------------------------------------------------------------------------------------------------- finding
-    def find(self, strict: bool, keys: Any) -> list[tuple[str, str, nn.Module, Any]]:
+    def others(self) -> dict[str, str]:
+        """Further paths of the modules that the model has in several places."""
+        return other_names(self.model)
+
+    def find(self, keys: Any) -> list[tuple[str, str, nn.Module, Any]]:
         """(path, live path, module, base) of every layer to adapt."""
         config: Any = self.config
         cls = self.cls
@@ -155,11 +166,11 @@ class Plan:
             parent = path.rpartition(".")[0]
             if parent in wanted and isinstance(base_of(outer[parent][1]), Attention):
                 continue  # the out_proj of an attention module comes with it
-            base = base_of(module, whole=whole)
+            base: Any = base_of(module, whole=whole)
             kind = type(base)
             if kind not in fits:
-                fits[kind] = any(k.__name__ in cls.bases for k in kind.__mro__)
-            if base is None or not fits[kind]:
+                fits[kind] = base is not None and cls.fits(base)
+            if not fits[kind]:
                 raise unsupported(cls, module, path)
             cls.on(base).check_layer(config, path, base)
             found.append((path, live, module, base))
@@ -173,7 +184,7 @@ class Plan:
                 warnings.warn(f"fan_in_fan_out set to {value}, as the layers are {base.label}.", PeftWarning)
         parameters = self.find_parameters(outer)
         self.parameters = [path for path, *_ in parameters]
-        targets.check(self.modules + self.parameters, list(outer), partly=strict and keys is None)
+        targets.check(self.modules + self.parameters, list(outer), self.others)
         if targets.exclude and not targets.excluded:
             warnings.warn(f"exclude_modules={targets.exclude!r} did not exclude anything.", PeftWarning)
         for field in cls.patterns:
@@ -201,23 +212,23 @@ class Plan:
                     raise NoMatchingPeftModuleError(f"'{name}' {why}.")
                 met |= hits
                 base: Any = base_of(module, name)
-                if "Param" not in self.cls.bases:
+                if not self.cls.fits(base):
                     raise unsupported(self.cls, module, names[-1])
                 self.cls.on(base).check_layer(self.config, names[-1], base)
                 found.append((names[-1], live, module, base))
-        if missing := sorted(wanted - met):
-            known = {tail for name in names for tail in suffixes(name)}
-            hints = " ".join(f"{key!r} matches nothing.{nearest(key, known)}" for key in missing)
-            raise NoMatchingPeftModuleError(f"Not all of target_parameters are in the model: {hints}")
+        hint = unmatched(wanted - met, names, [], self.others)
+        if hint and not (found or self.modules):
+            raise NoMatchingPeftModuleError(f"Nothing to adapt: none of target_parameters is in the model. {hint}")
+        warn_unmatched("target_parameters", hint)
         return found
 
     # ------------------------------------------------------------------------------------------------------ building
     def build(self, path: str, live: str, module: nn.Module, base: Any) -> None:
         """Build the adapter for one layer, on a scratch layer."""
         joins: Any = module
-        while isinstance(joins, Layer) and not (joins.method == self.cls.method.value and joins.base.same(base)):
-            joins = joins.base_layer
-        if isinstance(joins, Layer):
+        while isinstance(joins, Layer) and joins.method == self.cls.method.value and not joins.base.same(base):
+            joins = joins.base_layer  # for another parameter of the same module
+        if isinstance(joins, Layer) and joins.method == self.cls.method.value:
             module, base = joins.base_layer, joins.base
         else:
             joins = None
@@ -254,19 +265,16 @@ class Plan:
         names = getattr(self.config, "modules_to_save", None)
         names = {names} if isinstance(names, str) else set(names or ())
         taken: list[str] = []
-        known: set[str] = set()
+        paths: list[str] = []
         for path, live, module in walk(self.model) if names else ():
-            known.update(suffixes(path))
+            paths.append(path)
             if path and named(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
                 taken.append(path)
                 original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
                 ModulesToSaveWrapper.check(original)
                 copied = copy.deepcopy(original)
                 self.copies.append((live, module, copied))
-        missing = sorted(names - known - set(HEAD_NAMES)) if self.strict else []
-        if missing:
-            hints = " ".join(f"{name!r} matches nothing.{nearest(name, known)}" for name in missing)
-            raise NoMatchingPeftModuleError(f"Not all of modules_to_save are in the model: {hints}")
+        check_saved(names, paths, taken, self.others, self.loading)
         self.ties.copy(self)
 
     def train_tokens(self) -> None:

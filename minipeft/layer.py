@@ -864,6 +864,20 @@ def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
             ahead += reversed(children)
 
 
+def other_names(model: nn.Module) -> dict[str, str]:
+    """Further paths of modules that a model has in several places, each with the path that `walk` gives it."""
+    found: dict[str, str] = {}
+    paths: dict[int, str] = {}
+    for path, _, module in walk(model):
+        paths.setdefault(id(module), path)
+    for path, _, module in walk(model):
+        for name, child in module._modules.items() if type(module) not in INSIDE else ():
+            other = f"{path}.{name}" if path else name
+            if child is not None and paths[id(child)] != other:
+                found[other] = paths[id(child)]
+    return found
+
+
 def adapted(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     """(path, live path, module) of every Layer and ModulesToSaveWrapper of a model."""
     for path, live, module in walk(model):

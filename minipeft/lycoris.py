@@ -18,7 +18,7 @@ from .targets import pattern_value
 
 
 @dataclass
-class LycorisConfig(PeftConfig):
+class LycorisConfig(PeftConfig, optional=("rank_dropout",)):
     """The fields that LoHa and LoKr have in common."""
 
     rank_pattern: dict[str, Positive] | None = field(default_factory=dict)  # path or regular expression -> r

@@ -13,6 +13,7 @@ from . import checkpoint, status
 from .config import PeftConfig, PeftType, check_config
 from .errors import AdapterNameError, ConfigError, UnsupportedFeatureError
 from .files import of_one_version
+from .layer import Layer
 from .model import PeftModel, configuration
 from .tuner import BaseTuner
 
@@ -33,6 +34,19 @@ class MixedModel(BaseTuner):
     def prefix(self) -> str:
         """Empty: the slots begin differently for each method."""
         return ""
+
+    def in_order(self, names: str | Sequence[str]) -> Any:
+        """Names of adapters in the order in which they were added, those of no adapter in the end."""
+        at = {name: place for place, name in enumerate(self.peft_config)}
+        return names if isinstance(names, str) else sorted(names, key=lambda name: at.get(name, len(at)))
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        super().set_adapter(self.in_order(adapter_name), inference_mode)
+
+    def _merge(
+        self, todo: list[Layer], safe: bool, names: list[str] | None, progress: bool = False, for_good: bool = False
+    ) -> None:
+        super()._merge(todo, safe, names and self.in_order(names), progress, for_good)
 
 
 class PeftMixedModel(nn.Module):
@@ -92,11 +106,8 @@ class PeftMixedModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within the context the model computes what the base model does."""
-        self.base_model.disable_adapter_layers()
-        try:
+        with self.base_model.without_adapters():
             yield
-        finally:
-            self.base_model.enable_adapter_layers()
 
     # -------------------------------------------------------------------------------------------------------- adapters
     def add_adapter(

@@ -19,6 +19,7 @@ from .config import PeftConfig, PeftType, check_config
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .files import make_folder, of_one_version, write_checkpoint, write_text
 from .layer import Layer, set_training
+from .targets import embedding
 from .tuner import FORWARD_ONLY, TUNERS
 from .utils import require_grad
 
@@ -216,16 +217,13 @@ class PeftModel(nn.Module):
                 self._adapters_disabled = before
                 prompt.enable(self, not before)
             return
-        enabled = self.base_model.enabled
-        if enabled == "irregular":
+        if self.base_model.enabled == "irregular":
             warnings.warn("Some adapter layers are enabled and others not; after the context all will be.", PeftWarning)
-        self.base_model.disable_adapter_layers()
         self._adapters_disabled = True
         try:
-            yield
+            with self.base_model.without_adapters():
+                yield
         finally:
-            if enabled is not False:
-                self.base_model.enable_adapter_layers()
             self._adapters_disabled = before
 
     # --------------------------------------------------------------------------------------------------------- running
@@ -279,8 +277,8 @@ class PeftModel(nn.Module):
         quantised = any(getattr(model, flag, False) for flag in flags)
         if not quantised and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        elif not quantised and hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(require_grad)
+        elif not quantised and (words := embedding(model)) is not None:
+            words.register_forward_hook(require_grad)
         return model
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:

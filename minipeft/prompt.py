@@ -46,8 +46,8 @@ from .base import lasting
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .inject import check_adapter_name, model_config
-from .layer import BASE, Context, ModulesToSaveWrapper, adapted, put_at, walk
-from .targets import named
+from .layer import BASE, Context, ModulesToSaveWrapper, adapted, other_names, put_at, walk
+from .targets import check_saved, embedding, named
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
 EMBEDDINGS = "prompt_embeddings"  # the key of a saved prompt
@@ -146,7 +146,7 @@ def add_prompt(
     prompt = cls(config_now, words) if cls.reads_words else cls(config_now)
     prompt = prompt.to(_device(base))
     tokens = torch.arange(config_now.num_virtual_tokens * config_now.num_transformer_submodules)
-    copies = _copied_modules(base, config_now)
+    copies = _copied_modules(base, config_now, loading=weights is not None)
     report = None
     if weights is not None:
         boxes = [(live, copied) for live, _, copied in copies]
@@ -295,23 +295,25 @@ def word_embeddings(base: nn.Module, backbone: str | None = None) -> nn.Module |
             weight = module._parameters.get("weight")
             if weight is not None and size in (weight.shape[0], getattr(weight, "ds_shape", (None,))[0]):
                 return module
-    ask: Any = getattr(base, "get_input_embeddings", lambda: None)
-    if (words := ask()) is not None:
+    if (words := embedding(base)) is not None:
         return words
     return next((module for module in base.modules() if isinstance(module, nn.Embedding)), None)
 
 
-def _copied_modules(base: nn.Module, config: Any) -> list[tuple[str, nn.Module, nn.Module]]:
+def _copied_modules(base: nn.Module, config: Any, loading: bool) -> list[tuple[str, nn.Module, nn.Module]]:
     """(live path, module there now, its trained copy) of every module in `modules_to_save`."""
     names = set(config.modules_to_save or ())
-    found: list[tuple[str, nn.Module, nn.Module]] = []
+    found: dict[str, tuple[str, nn.Module, nn.Module]] = {}
+    paths = []
     for path, live, module in walk(base) if names else ():
-        inside = any(live.startswith(f"{taken}.") for taken, _, _ in found)
+        paths.append(path)
+        inside = any(live.startswith(f"{taken}.") for taken, _, _ in found.values())
         if path and named(path, names) and not inside:
             original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
             ModulesToSaveWrapper.check(original)
-            found.append((live, module, copy.deepcopy(original).requires_grad_(True)))
-    return found
+            found[path] = live, module, copy.deepcopy(original).requires_grad_(True)
+    check_saved(names, paths, found, lambda: other_names(base), loading)
+    return list(found.values())
 
 
 def _device(base: nn.Module) -> torch.device:

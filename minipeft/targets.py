@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from .config import TaskType
@@ -19,6 +19,8 @@ ALL_LINEAR = "all-linear"
 DUMMY_TARGETS = "dummy-target-modules"  # an adapter without any layer, to be filled in later
 HEADS = ("score", "classifier")  # of sequence classifiers; "all-linear" leaves them out
 EMBEDDINGS = ("embed_tokens", "lm_head")
+HEAD_NAMES = ("classifier", "score", "qa_outputs")  # asked for by the task classes, whichever of them is there
+Others = Callable[[], dict[str, str]]  # gives the further names of a model's shared modules, each with its path
 
 
 def suffixes(path: str) -> list[str]:
@@ -97,17 +99,16 @@ class Targets:
                 return int(match[1])
         return None
 
-    def check(self, found: list[str], paths: list[str], partly: bool) -> None:
-        """Raise `NoMatchingPeftModuleError` when nothing was found, or (with `partly`) not everything."""
+    def check(self, found: list[str], paths: list[str], others: Others) -> None:
+        """Raise `NoMatchingPeftModuleError` when nothing was found to adapt; warn of names that match nothing.
+
+        `paths`: those of all modules.
+        """
         if self.names is None or self.names == DUMMY_TARGETS:
             return
-        hint = ""
-        missing = sorted(set() if isinstance(self.names, str) else self.names - self.met)
-        if missing:
-            tails = {tail for path in paths for tail in suffixes(path)}
-            hint = " ".join(f"{name!r} matches nothing.{nearest(name, tails)}" for name in missing[:5])
-        shown = self.names if isinstance(self.names, str) else sorted(self.names)
+        hint = unmatched(set() if isinstance(self.names, str) else self.names - self.met, paths, found, others)
         if not found:
+            shown = self.names if isinstance(self.names, str) else sorted(self.names)
             why = hint
             if self.excluded:
                 why += f" {len(self.excluded)} modules were left out by `exclude_modules` or `modules_to_save`."
@@ -117,10 +118,38 @@ class Targets:
                 f"Target modules {shown} not found in the base model. "
                 f"No modules were targeted for adaptation. {why}".rstrip()
             )
-        if missing and partly:
-            raise NoMatchingPeftModuleError(f"Not all of the target modules {shown} are in the model: {hint}")
-        if missing:  # a checkpoint's own tensors say whether it fits
-            warnings.warn(f"Not all of the checkpoint's target modules {shown} are in the model: {hint}", PeftWarning)
+        warn_unmatched("target_modules", hint)
+
+
+def unmatched(names: Iterable[str], paths: Iterable[str], found: Collection[str], others: Others) -> str:
+    """What to say of names that match none of `paths`; nothing of further names of modules that are `found`."""
+    names = sorted(names)
+    also = {tail: path for other, path in (others() if names else {}).items() for tail in suffixes(other)}
+    names = [name for name in names if also.get(name) not in found]
+    if not names:
+        return ""
+    tails = {tail for path in paths for tail in suffixes(path)}
+    said = [
+        f"{name!r} is another name of '{also[name]}'."
+        if name in also
+        else f"{name!r} matches nothing.{nearest(name, tails)}"
+        for name in names[:5]
+    ]
+    return " ".join(said) + (f" So do {len(names) - 5} more." if len(names) > 5 else "")
+
+
+def warn_unmatched(field: str, hint: str) -> None:
+    """Warn of what `unmatched` says, if that is anything: the other names of the field are adapted."""
+    if hint:
+        warnings.warn(f"Not all of `{field}` are in the model; those that are not were left out: {hint}", PeftWarning)
+
+
+def embedding(model: Any, output: bool = False) -> Any:
+    """What a model names as its input (or output) embedding; None where it has no answer, as for images and speech."""
+    try:
+        return model.get_output_embeddings() if output else model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def linear_targets(model: Any, config: Any) -> dict[str, Any]:
@@ -141,9 +170,21 @@ def all_linear(model: Any, task_type: Any, paths: Iterable[tuple[str, Any]]) -> 
     from .base import Linear
 
     skip: set[int] = set()
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = embedding(model, output=True)
     if head is not None:
         skip.add(id(getattr(getattr(head, "base", None), "leaf", head)))
     elif task_type == TaskType.SEQ_CLS:
         skip |= {id(getattr(model, name)) for name in HEADS if getattr(model, name, None) is not None}
     return {path for path, base in paths if isinstance(base, Linear) and not base.opaque and id(base.leaf) not in skip}
+
+
+def check_saved(names: set[str], paths: list[str], found: Collection[str], others: Others, loading: bool) -> None:
+    """Raise `NoMatchingPeftModuleError` when none of `modules_to_save` was found; warn when some were not.
+
+    `loading`: no more than warn, as the checkpoint's tensors say whether it fits.
+    """
+    missing = {name for name in names if name not in HEAD_NAMES and not any(named(path, {name}) for path in paths)}
+    hint = unmatched(missing, paths, found, others)
+    if hint and not loading and missing == names:
+        raise NoMatchingPeftModuleError(f"None of modules_to_save is in the model: {hint}")
+    warn_unmatched("modules_to_save", hint)

@@ -6,10 +6,10 @@ from typing import Any
 
 from .base import Embedding, Linear, base_of
 from .defaults import embedding_path
-from .errors import ConfigError, NoMatchingPeftModuleError, nearest
+from .errors import ConfigError, NoMatchingPeftModuleError
 from .layer import Layer, TrainableTokensWrapper, walk
 from .methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
-from .targets import named, suffixes
+from .targets import named, suffixes, unmatched, warn_unmatched
 
 
 def plan_tokens(plan: Any) -> None:
@@ -17,13 +17,13 @@ def plan_tokens(plan: Any) -> None:
     indices = plan.config.trainable_token_indices
     paths = {path: (live, module) for path, live, module in reversed(list(walk(plan.model)))}
     wanted = plan.ties.tokens(indices if isinstance(indices, dict) else {embedding_path(plan.model): indices})
+    named_here = {target: [path for path in paths if path and target in suffixes(path)] for target in wanted}
+    hint = unmatched({target for target, found in named_here.items() if not found}, paths, [], plan.others)
+    if hint and not any(named_here.values()):
+        raise NoMatchingPeftModuleError(f"trainable_token_indices names nothing that is in the model: {hint}")
+    warn_unmatched("trainable_token_indices", hint)
     for target, tokens in wanted.items():
-        found = [path for path in paths if path and target in suffixes(path)]
-        if not found:
-            known = {tail for path in paths for tail in suffixes(path)}
-            hint = nearest(target, known)
-            raise NoMatchingPeftModuleError(f"trainable_token_indices names {target!r}, not in the model.{hint}")
-        for path in found:
+        for path in named_here[target]:
             if named(path, set(plan.config.modules_to_save or ())):
                 raise ConfigError(f"'{path}' is trained in full (modules_to_save): no trainable_token_indices for it.")
             live, module = paths[path]

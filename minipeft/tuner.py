@@ -191,9 +191,9 @@ class BaseTuner(Slots):
             report = plan.load(weights, strict)
             if plan.incomplete(report):
                 plan.give_up()
-                plan = Plan(self, name, config, loading=True, autocast=autocast)
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # they were given a moment ago
+                    plan = Plan(self, name, config, loading=True, autocast=autocast)
                     plan.load(weights, strict)
         except BaseException:
             plan.give_up()
@@ -412,6 +412,18 @@ class BaseTuner(Slots):
     def enable_adapter_layers(self) -> None:
         """Switch the active adapters on again."""
         self._enable_adapter_layers(True)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Within the context all adapters are off; then they are on or off as they were before."""
+        if self.enabled is False:
+            yield
+            return
+        self.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self.enable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. When it was the active one, the first that is left takes its place."""

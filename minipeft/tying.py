@@ -18,15 +18,12 @@ from .base import base_of
 from .errors import ConfigError, MergeError, PeftWarning
 from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
 from .stored import memory
-from .targets import EMBEDDINGS, named, suffixes
+from .targets import EMBEDDINGS, embedding, named, suffixes
 
 
 def input_embedding(model: nn.Module) -> tuple[str | None, nn.Module | None]:
     """(path, layer) of a model's input embedding, inside all adapters; (None, None) when it does not tell."""
-    try:
-        module = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None, None
+    module = embedding(model)
     found = [(path, part) for path, _, part in walk(model) if part is module]
     if not found:
         return None, None
@@ -255,11 +252,7 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
 
 def note_untied(model: nn.Module) -> None:
     """After unloading: tell the model's configuration when merging has untied its embeddings."""
-    try:
-        layers = [getattr(model, get)() for get in ("get_input_embeddings", "get_output_embeddings")]
-    except (AttributeError, NotImplementedError):
-        return
-    weights = [getattr(layer, "weight", None) for layer in layers]
+    weights = [getattr(embedding(model, output), "weight", None) for output in (False, True)]
     if _ties(model) and None not in weights and weights[0] is not weights[1]:
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         warnings.warn(

@@ -16,6 +16,7 @@ from .base import lasting
 from .checkpoint import LoadReport
 from .errors import BatchError, PeftWarning, UnsupportedFeatureError
 from .layer import INSIDE
+from .targets import embedding
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -62,8 +63,8 @@ def prepare_model_for_kbit_training(
     if options.get("use_reentrant", True):
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
-        else:
-            model.get_input_embeddings().register_forward_hook(require_grad)
+        elif (words := embedding(model)) is not None:
+            words.register_forward_hook(require_grad)
     takes_options = "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters
     if takes_options:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -30,7 +30,7 @@ NOT_USED = ("use_rslora", "alpha_pattern", "lora_bias")
 
 
 @dataclass
-class AdaLoraConfig(LoraConfig, method="ADALORA"):
+class AdaLoraConfig(LoraConfig, method="ADALORA", optional=("r",)):
     """Fields of AdaLoRA beside those of LoRA, whose `r` is not used. Steps are calls of `update_and_allocate`."""
 
     target_r: Positive = 8  # mean rank in the end

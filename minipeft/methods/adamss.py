@@ -27,7 +27,13 @@ from .adamss_subspaces import principal, subspaces
 
 
 @dataclass
-class AdamssConfig(PeftConfig, method="ADAMSS", layers_need_list=True):
+class AdamssConfig(
+    PeftConfig, method="ADAMSS", layers_need_list=True,
+    optional=(
+        "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval", "asa_importance_beta",
+        "asa_uncertainty_beta", "asa_schedule_exponent", "svd_threshold",
+    ),
+):
     """Fields of AdaMSS. Steps are those that `update_and_allocate` is called with."""
 
     r: Positive = 100  # at most the smaller side of [W b]

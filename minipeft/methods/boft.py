@@ -25,7 +25,7 @@ from ..tuner import register_tuner
 
 
 @dataclass
-class BOFTConfig(PeftConfig, method="BOFT"):
+class BOFTConfig(PeftConfig, method="BOFT", optional=("boft_n_butterfly_factor",)):
     """Fields of BOFT. Of `boft_block_size` and `boft_block_num` exactly one is above 0; the other follows."""
 
     boft_block_size: int = 4  # b

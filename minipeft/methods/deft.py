@@ -23,7 +23,7 @@ from ..tuner import register_tuner
 
 
 @dataclass
-class DeftConfig(PeftConfig, method="DEFT", layers_need_list=True):
+class DeftConfig(PeftConfig, method="DEFT", layers_need_list=True, optional=("init_scale",)):
     """Fields of DEFT. With `para`, a new adapter changes the output."""
 
     r: Positive = 8  # rank, at most out

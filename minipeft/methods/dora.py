@@ -32,9 +32,8 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
-        if base.opaque or getattr(base.leaf, "groups", 1) > 1:
-            why = "attention and grouped convolutions have no row norms"
-            raise UnsupportedLayerError(f"DoRA cannot adapt '{path}': {why}.")
+        if base.opaque:
+            raise UnsupportedLayerError(f"DoRA cannot adapt '{path}': attention has no row norms.")
 
     def build(self) -> None:
         super().build()
@@ -85,6 +84,9 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
 def norm(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
     """|W + s B A| of each row, (out,), in at least float32."""
     W, dtype = W.flatten(1), torch.promote_types(W.dtype, torch.float32)
+    if B.shape[1] < len(A):  # PEFT: the product for a convolution with groups, B being (out, r / groups), is not B A
+        BA = (B.reshape(-1, len(A)) @ A).view(len(W), -1)  # (out, in / groups * taps)
+        return torch.linalg.vector_norm(W + s * BA, dim=1, dtype=dtype)
     WW = torch.linalg.vector_norm(W, dim=1, dtype=dtype).square()  # |W|^2, (out,)
     A, B = A.to(dtype), B.t().to(dtype)  # (r, in), (r, out)
     C = torch.addmm(A @ W.t().to(dtype), A @ A.t(), B, beta=2 * s, alpha=s * s)  # (r, out)

@@ -23,7 +23,7 @@ from ..tuner import register_tuner
 
 
 @dataclass
-class MissConfig(PeftConfig, method="MISS", layers_need_list=True):
+class MissConfig(PeftConfig, method="MISS", layers_need_list=True, optional=("mini_r",)):
     """Fields of MiSS. `init_weights` chooses the variant as well."""
 
     r: Positive = 64  # width of a shard

@@ -28,7 +28,7 @@ from ..tuner import register_tuner
 
 
 @dataclass
-class OFTConfig(PeftConfig, method="OFT"):
+class OFTConfig(PeftConfig, method="OFT", optional=("eps",)):
     """Fields of OFT. Of `r` and `oft_block_size` exactly one is above 0; the other follows from each layer's size."""
 
     r: int = 0  # number of blocks

@@ -28,7 +28,7 @@ class PromptEncoderReparameterizationType(str, enum.Enum):
 
 
 @dataclass
-class PromptEncoderConfig(PromptLearningConfig, method="P_TUNING"):
+class PromptEncoderConfig(PromptLearningConfig, method="P_TUNING", optional=("encoder_num_layers", "encoder_dropout")):
     """Fields of P-tuning; the encoder is needed for training only."""
 
     encoder_reparameterization_type: str | PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP

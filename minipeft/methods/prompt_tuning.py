@@ -30,7 +30,7 @@ class PromptTuningInit(str, enum.Enum):
 
 
 @dataclass
-class PromptTuningConfig(PromptLearningConfig, method="PROMPT_TUNING"):
+class PromptTuningConfig(PromptLearningConfig, method="PROMPT_TUNING", optional=("prompt_tuning_init",)):
     """Fields of prompt tuning; a text to begin with needs transformers' tokenizers."""
 
     prompt_tuning_init: PromptTuningInit | str = PromptTuningInit.RANDOM

@@ -26,7 +26,10 @@ from ..tuner import register_tuner
 
 
 @dataclass
-class PsoftConfig(PeftConfig, method="PSOFT", layers_need_list=True):
+class PsoftConfig(
+    PeftConfig, method="PSOFT", layers_need_list=True,
+    optional=("psoft_svd_lowrank_niter", "random_seed", "num_cayley_neumann_terms"),
+):
     """Fields of PSOFT."""
 
     r: Positive = 32  # at most the smaller side of W

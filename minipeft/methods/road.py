@@ -26,7 +26,7 @@ Even = Annotated[int, Bound("an even number above 0", lambda n: n > 0 and n % 2 
 
 
 @dataclass
-class RoadConfig(PeftConfig, method="ROAD"):
+class RoadConfig(PeftConfig, method="ROAD", optional=("init_weights",)):
     """Fields of RoAd. `group_size` is even and divides the number of outputs of every adapted layer."""
 
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"

@@ -29,7 +29,7 @@ from ..config import PeftConfig, Positive, Probability, TaskType
 from ..errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
 from ..layer import BASE, walk
 from ..passes import NOTHING, Context, Pass
-from ..targets import Targets
+from ..targets import Targets, embedding
 from ..tuner import BaseTuner
 from . import shadow_backbone as network
 
@@ -358,7 +358,7 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         config: Any = self.peft_config[name]
         if config.shadow_model != "mirror":  # a trained vocabulary stays as it is
             backbone = self.shadow_backbone[name]
-            for words in (backbone.get_input_embeddings(), backbone.get_output_embeddings()):
+            for words in (embedding(backbone), embedding(backbone, output=True)):
                 if words is not None:
                     words.requires_grad_(False)
 

@@ -26,7 +26,7 @@ from ..tuner import register_tuner
 
 
 @dataclass
-class TinyLoraConfig(PeftConfig, method="TINYLORA"):
+class TinyLoraConfig(PeftConfig, method="TINYLORA", optional=("init_v_bound",)):
     """Fields of TinyLoRA. All adapters of a model have the same `save_projection`."""
 
     r: Positive = 2  # rank, at most that of the layer

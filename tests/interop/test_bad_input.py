@@ -163,7 +163,6 @@ CONFIG_FAULTS = {
     "targets are a number": {"target_modules": 5},
     "targets are numbers": {"target_modules": [1, 2]},
     "targets match nothing": {"target_modules": ["nothing", "nowhere"]},
-    "targets match partly": {"target_modules": ["square", "wide", "thin", "nowhere"]},
     "regex matches nothing": {"target_modules": "nothing.*"},
     "regex is broken": {"target_modules": "(wide"},
     "no targets": {"target_modules": []},
@@ -200,7 +199,7 @@ def good(lib, case, path):
 
 
 # a checkpoint of peft may name modules that its model did not have: its tensors say whether it fits
-WHEN_LOADING = [fault for fault in FAULTS if fault not in ("targets match partly", "modules_to_save match nothing")]
+WHEN_LOADING = [fault for fault in FAULTS if fault != "modules_to_save match nothing"]
 
 
 @pytest.mark.parametrize("fault", WHEN_LOADING)

@@ -1,0 +1,71 @@
+"""Every method on every kind of layer: what it cannot adapt it refuses when it is added, and what it takes runs."""
+
+import dataclasses
+import warnings
+
+import pytest
+
+from minipeft.adapter import Adapter, adapter_class
+from minipeft.errors import MergeError, PeftError
+
+from . import bases as B
+from . import harness as H
+from .cases import CASES
+
+TARGETS = {
+    B.MLP: "wide", B.HF_CONV1D: "wide", B.EMBEDDING: "emb", B.ATTENTION: "attn", B.ATTENTION_NO_BIAS: "attn",
+    B.CONV1D: "same", B.CONV2D: "same", B.CONV3D: "same", B.CONV1D_GROUPS: "same", B.CONV2D_GROUPS: "same",
+    B.CONV3D_GROUPS: "same", B.NORMS: "ln",
+}
+# fields that speak of the model that a case is made for
+OF_THE_MODEL = {"target_modules", "target_parameters", "modules_to_save", "feedforward_modules", "rank_pattern",
+                "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules", "trainable_token_indices",
+                "bias", "task_type"}
+
+
+def one_of_each_method():
+    """A case of each class of adapters that are aimed at layers."""
+    import minipeft
+
+    found = {}
+    for case in CASES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = H.config(minipeft, case)
+        cls = adapter_class(config)
+        if cls is not Adapter and "Block" not in cls.bases:
+            found.setdefault(cls, case)
+    return list(found.values())
+
+
+METHODS = one_of_each_method()
+
+
+@pytest.mark.parametrize("base", TARGETS, ids=lambda base: base.name)
+@pytest.mark.parametrize("case", METHODS, ids=[case.id for case in METHODS])
+def test_taken_or_refused(case, base, lib, is_ref):
+    if is_ref:
+        pytest.skip("peft takes some that it cannot run")
+    kwargs = {key: value for key, value in case.kwargs.items() if key not in OF_THE_MODEL}
+    if "feedforward_modules" in case.kwargs:
+        kwargs["feedforward_modules"] = []
+    case = dataclasses.replace(case, base=base, kwargs={**kwargs, "target_modules": [TARGETS[base]]})
+    model = case.base.build()
+    before = H.snapshot(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = H.config(lib, case)
+            adapted = H.move(lib.get_peft_model(model, config)).eval()
+        except PeftError as error:
+            assert TARGETS[base] in str(error)
+            H.identical(H.snapshot(model), before)
+            return
+        batch = H.inputs(case)
+        running = H.run(adapted, batch)
+        H.gradients(adapted, batch)
+        try:
+            adapted.merge_adapter()
+        except MergeError:
+            return
+    H.close(H.run(adapted, batch), running, 1e-4)
