@@ -159,6 +159,7 @@ class PeftMixedModel(nn.Module):
         mixed = cls.__new__(cls)
         nn.Module.__init__(mixed)
         options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
+        options["ignore"] = kwargs.get("ignore_mismatched_sizes", False)
         autocast = kwargs.get("autocast_adapter_dtype", True)
         mixed._setup(model, config, adapter_name, weights=weights, autocast=autocast, **options)
         return mixed if is_trainable else mixed.eval()
@@ -167,9 +168,9 @@ class PeftMixedModel(nn.Module):
         """Add a saved adapter, or load it into the adapter of that name; arguments as PeftModel.load_adapter."""
         return PeftModel.load_adapter(self, model_id, adapter_name, *args, **kwargs)  # type: ignore[arg-type]
 
-    def _add(self, name: str, config: Any, low_cpu: bool, autocast: bool, weights: Any, strict: bool) -> Any:
+    def _add(self, name: str, config: Any, low_cpu: bool, autocast: bool, weights: Any, **options: Any) -> Any:
         _check_compatible(config)
-        return self.base_model.add(name, config, low_cpu, autocast, weights=weights, strict=strict)
+        return self.base_model.add(name, config, low_cpu, autocast, weights=weights, **options)
 
     _check_new_adapter_config = PeftModel._check_new_adapter_config
 
