@@ -406,8 +406,9 @@ def _load(
         beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
     report = checkpoint.check(entries + beside, tensors, strict=strict, ignore=ignore)
     given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
-    if not held.keys() & set(report.missing_keys):
-        prompt.load(given)
+    fitting = {key: given[key] for key in held.keys() - set(report.missing_keys)}
+    if fitting:
+        prompt.load({**held, **fitting})
     checkpoint.fill(beside, tensors)
     return report
 
