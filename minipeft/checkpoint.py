@@ -112,8 +112,11 @@ def entries_of_shared(cls: Any, slot: str, name: str, value: Any, box: Any, key:
         yield from entries_of_module(value, saved, live)
 
 
-def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
-    """An entry for each saved tensor of adapter `name` on a model, with the keys of that model."""
+def entries_of_model(model: Any, name: str, idle: bool = False) -> Iterator[Entry]:
+    """An entry for each saved tensor of adapter `name` on a model, with the keys of that model.
+
+    `idle`: also on layers that it left when another was swapped into its place.
+    """
     tuner = tuner_of(model)
     inside = tuner is not None and tuner is not model
     root, prefix = (tuner.model, PREFIX) if inside else (getattr(tuner, "model", model), "")
@@ -129,7 +132,7 @@ def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
             yield from entries_of_shared(cls, slot, name, box[name], inner, name)
     for _, live, module in adapted(root):
         if isinstance(module, Layer) and name in module.adapters:
-            if not module.tied:
+            if not module.tied and (idle or not module.adapters[name].idle):
                 yield from entries_of_layer(module, name, prefix + live, shared, begin + live)
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             yield from entries_of_module(
