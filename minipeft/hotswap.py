@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,7 @@ from .layer import Layer
 from .tuner import TUNERS
 
 RANK_OF = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # the dimension of each factor
-MUST_AGREE = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora")
+MUST_AGREE = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "layer_replication")
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
@@ -85,7 +84,7 @@ def hotswap_adapter_from_state_dict(
     nothing changed, for keys that the model does not have, for all that loading such a checkpoint would refuse, for
     shapes that differ in more than the rank, and when the adapter is merged.
     """
-    inner = getattr(model, "_orig_mod", model)
+    inner: Any = getattr(model, "_orig_mod", model)
     entries = {entry.live: entry for entry in _entries(model, adapter_name) if parameter_prefix in entry.live}
     if any(adapter_name in layer.merged_adapters for layer in model.modules() if isinstance(layer, Layer)):
         raise MergeError(f"Cannot hot-swap adapter '{adapter_name}' while it is merged; unmerge it first.")
@@ -94,48 +93,51 @@ def hotswap_adapter_from_state_dict(
         raise CheckpointError(f"Hot swapping needs the same layers; unexpected keys found: {', '.join(unexpected)}.")
     config = copy.deepcopy(config)
     config.inference_mode = inner.peft_config[adapter_name].inference_mode
-    plan = _planned(inner, adapter_name, config, {entries[key].saved: value for key, value in given.items()})
-    values = {strip(entry.saved): entry for entry in plan.entries()}
-    new = {}
+    planned = _planned(inner, adapter_name, config, {entries[key].saved: value for key, value in given.items()})
+    sources = {strip(entry.saved): entry for entry in planned}
+    swaps: list[tuple[Entry, Entry | None, Tensor | None]] = []  # what is there, what is to be there, and in which size
     for entry in entries.values():
-        if (value := values.get(strip(entry.saved))) is not None:
-            new[entry.live] = value.layer, value.tensor, _resized(entry, value.tensor, adapter_name)
-        elif not entry.layer.adapters[adapter_name].fades:
-            left = entry.layer.adapters[adapter_name].path
+        source = sources.get(strip(entry.saved))
+        adapter = _layer(entry).adapters[adapter_name]
+        if source is None and not adapter.fades:
             raise UnsupportedFeatureError(
-                f"The new adapter leaves '{left}' alone, where the one in its place cannot be set to 0. Delete that one "
-                "and load the new one."
+                f"The new adapter leaves '{adapter.path}' alone, where the one in its place cannot be set to 0. "
+                "Delete that one and load the new one."
             )
+        swaps.append((entry, source, None if source is None else _resized(entry, source.tensor, adapter_name)))
     # from here on nothing can fail
     inner.peft_config[adapter_name] = config
-    for key, entry in entries.items():
-        layer: Any = entry.layer
-        adapter, old = layer.adapters[adapter_name], entry.tensor
-        vars(adapter).update(config=config, idle=key not in new)
-        if adapter.idle:
+    for entry, source, value in swaps:
+        adapter, old = _layer(entry).adapters[adapter_name], entry.tensor
+        vars(adapter).update(config=config, idle=source is None)
+        if source is None or value is None:
             old.zero_()
             continue
-        scratch, value, resized = new[key]
-        if resized.shape == old.shape:
-            old.copy_(resized)
+        if value.shape == old.shape:
+            old.copy_(value)
         else:
-            old.data = resized.to(old)
-        _note_padded(adapter, key, value.shape, resized.shape)
-        _take_over(layer, scratch, adapter_name)
+            old.data = value.to(old)
+        _note_padded(adapter, entry.live, source.tensor.shape, value.shape)
+        _take_over(_layer(entry), _layer(source), adapter_name)
 
 
-def _planned(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> Plan:
-    """The new adapter as loading builds it, beside the model and never put into it."""
+def _planned(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> list[Entry]:
+    """The tensors of the new adapter, as loading builds and checks it beside the model, into which it is not put."""
     tuner = TUNERS[config.method].around(getattr(tuner_of(model), "model", model))
-    if config.layer_replication:  # the model has these layers already
-        config = dataclasses.replace(config, layer_replication=None)
+    replicated, config.layer_replication = config.layer_replication, None  # the model has those layers already
     told = config.target_modules or config.target_parameters
-    plan = Plan(tuner, name, copy.deepcopy(config), loading=True, empty=True, keys=None if told else weights)
+    plan = Plan(tuner, name, config, loading=True, empty=True, keys=None if told else weights)
     try:
         plan.load(weights)
     finally:
         plan.give_up()
-    return plan
+    config.layer_replication = replicated
+    return list(plan.entries())
+
+
+def _layer(entry: Entry) -> Any:
+    """The layer that the entry of a LoRA tensor is on."""
+    return entry.layer
 
 
 def _take_over(layer: Any, scratch: Any, name: str) -> None:
@@ -143,8 +145,8 @@ def _take_over(layer: Any, scratch: Any, name: str) -> None:
     for slot in scratch.other_param_names:
         value = (scratch.contents(slot) or {}).get(name)
         held = (layer.contents(slot) or {}).get(name)
-        if slot == "scaling" and isinstance(held, Tensor):
-            held.fill_(value)
+        if isinstance(held, Tensor) and slot == "scaling":
+            held.fill_(value)  # type: ignore[arg-type]
         elif value is not None and not isinstance(value, (Tensor, nn.Module)):
             layer.note(name, {slot: value})
 
@@ -232,9 +234,10 @@ def _note_padded(adapter: Any, key: str, shape: Any, now: Any) -> None:
     vars(adapter)["padded"] = padded if shape == now else {**padded, slot_of(key): shape}
 
 
-def _groups(layer: Layer) -> int:
+def _groups(layer: Layer) -> Any:
     """In how many parts the rows of A are, each of which has its own rank: groups of a convolution, or experts."""
-    return getattr(layer.base, "experts", None) or getattr(layer.base.leaf, "groups", 1)
+    base: Any = layer.base
+    return getattr(base, "experts", None) or getattr(base.leaf, "groups", 1)
 
 
 def _check_pads(adapter: Any) -> None:
@@ -266,11 +269,11 @@ def refit(entries: Iterable[Entry], name: str, tensors: dict[str, Tensor], pad: 
     """Put zeros behind factors of a checkpoint where hot swapping has done so in the model, or take them away."""
     given = {strip(key): key for key in tensors}
     for entry in entries:
-        shapes = entry.layer.adapters[name].padded if entry.layer is not None else {}
+        shapes = _layer(entry).adapters[name].padded if entry.layer is not None else {}
         key, slot = given.get(strip(entry.saved)), slot_of(entry.live)
         if key is None or slot not in shapes:
             continue
         now, wanted = (shapes[slot], entry.tensor.shape) if pad else (entry.tensor.shape, shapes[slot])
         if tensors[key].shape == now:
             dim = RANK_OF[slot]
-            tensors[key] = _pad(tensors[key], wanted[dim], dim, 1 if dim else _groups(entry.layer))
+            tensors[key] = _pad(tensors[key], wanted[dim], dim, 1 if dim else _groups(_layer(entry)))

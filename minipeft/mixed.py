@@ -158,7 +158,7 @@ class PeftMixedModel(nn.Module):
         weights = checkpoint.load_peft_weights(model_id, kwargs.pop("torch_device", None) or "cpu", **kwargs)
         mixed = cls.__new__(cls)
         nn.Module.__init__(mixed)
-        options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
+        options: dict[str, Any] = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
         options["ignore"] = kwargs.get("ignore_mismatched_sizes", False)
         autocast = kwargs.get("autocast_adapter_dtype", True)
         mixed._setup(model, config, adapter_name, weights=weights, autocast=autocast, **options)

@@ -189,7 +189,8 @@ class Ties:
     def commit(self) -> None:
         """Tie for good what is in place now, its values loaded."""
         for copied, source in self.copies:
-            mine, its = copied.weight, source.weight
+            mine: Any = copied.weight
+            its: Any = source.weight
             if mine.is_meta or its.is_meta or torch.equal(mine, its):
                 copied.weight = its
             else:  # PEFT does not tie all that is tied here
