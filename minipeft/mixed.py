@@ -178,6 +178,10 @@ class PeftMixedModel(nn.Module):
         """Not possible, as in PEFT: save each adapter from a PeftModel of its own."""
         raise UnsupportedFeatureError("A PeftMixedModel cannot be saved; save each adapter from its own PeftModel.")
 
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        """Not possible, as it cannot be saved."""
+        raise UnsupportedFeatureError("A PeftMixedModel cannot be uploaded; do that from a PeftModel of each adapter.")
+
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Not possible, as in PEFT."""
         raise UnsupportedFeatureError("A PeftMixedModel has no model card, as it cannot be saved.")

@@ -18,6 +18,7 @@ from .adapter import adapter_class
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .files import make_folder, write_checkpoint, write_text
+from .hub import push_to_hub
 from .layer import Layer, set_training
 from .tuner import FORWARD_ONLY, TUNERS
 
@@ -377,6 +378,8 @@ class PeftModel(nn.Module):
             data = checkpoint.serialiser(tensors, safe_serialization)
             write_checkpoint(folder, config.to_json(mapping), data, safe_serialization)
         self.create_or_update_model_card(save_directory)
+
+    push_to_hub = push_to_hub
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Write README.md with the card's metadata, keeping the text and the metadata that are there already."""
