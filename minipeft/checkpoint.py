@@ -344,6 +344,8 @@ def get_peft_model_state_dict(
 
         saved = prompt_state(model, adapter_name)
         saved.update({e.saved: e.tensor for e in _copies(model, adapter_name, "base_model.")})
+        for entry in _embeddings_to_save(model, adapter_name, save_embedding_layers, model.base_model, "base_model."):
+            saved.setdefault(entry.saved, entry.tensor.detach())
         return saved
     saved = {}
     for entry in entries_of_model(model, adapter_name):
@@ -356,7 +358,9 @@ def get_peft_model_state_dict(
     saved = adapter_class(config).convert_for_save(model, adapter_name, saved)
     for key, tensor in _bias_tensors(model, adapter_name).items():
         saved.setdefault(key, tensor if state_dict is None else state_dict[key])
-    for entry in _embeddings_to_save(model, adapter_name, save_embedding_layers):
+    root = getattr(tuner_of(model), "model", model)
+    prefix = "" if root is model else PREFIX
+    for entry in _embeddings_to_save(model, adapter_name, save_embedding_layers, root, prefix):
         if state_dict is not None and entry.live not in state_dict:
             raise CheckpointError(f"`state_dict` lacks '{entry.live}'; save_embedding_layers=False leaves it out.")
         saved.setdefault(entry.saved, entry.tensor.detach() if state_dict is None else state_dict[entry.live])
@@ -379,11 +383,14 @@ def _bias_tensors(model: Any, name: str) -> dict[str, Tensor]:
     return {f"{prefix}model.{key}": tuner.trained_bias(key) for key in tuner.biases}
 
 
-def _embeddings_to_save(model: Any, name: str, save: bool | str) -> list[Entry]:
-    """The embedding and output layers, when they are to be saved whole, with all that adapter `name` has there."""
+def _embeddings_to_save(model: Any, name: str, save: bool | str, root: Any, prefix: str) -> list[Entry]:
+    """The embedding and output layers, when they are to be saved whole, with all that adapter `name` has there.
+
+    `root` is the base model, and `prefix` what stands before the names of its modules in keys.
+    """
     from .targets import EMBEDDINGS, named
 
-    config, root = model.peft_config[name], getattr(tuner_of(model), "model", model)
+    config = model.peft_config[name]
     targets: Any = getattr(config, "target_modules", None)
     targeted = bool(targets) and (
         any(name in targets for name in EMBEDDINGS)
@@ -405,7 +412,6 @@ def _embeddings_to_save(model: Any, name: str, save: bool | str) -> list[Entry]:
     if not hasattr(root, "get_input_embeddings"):
         warnings.warn("Could not identify embedding layer(s): the model has no `get_input_embeddings`.", PeftWarning)
         return []
-    prefix = "" if root is model else PREFIX
     names = {id(module): live for _, live, module in walk(root)}
     found: list[Entry] = []
     for layer in embeddings(root):  # what stands inside a copy (modules_to_save) is saved with that
@@ -503,13 +509,13 @@ def _bias_entries(model: Any, name: str) -> list[Entry]:
 
 
 def base_entries(
-    model: nn.Module, weights: Mapping[str, Tensor], own: Iterable[Entry]
+    model: nn.Module, weights: Mapping[str, Tensor], own: Iterable[Entry], prefix: str = PREFIX
 ) -> tuple[list[Entry], list[str]]:
     """What a checkpoint holds of embedding layers that are saved whole, beside the tensors `own` of the adapter.
 
     Entries for the model's own tensors, and keys that say again what `own` has. A key of `own` never means the model's
-    own tensor: an embedding that an adapter trains in full is saved under the name of the frozen one. Raises
-    `CheckpointError` when what is said twice is not the same.
+    own tensor: an embedding that an adapter trains in full is saved under the name of the frozen one. `prefix` is what
+    stands before the names of modules in keys. Raises `CheckpointError` when what is said twice is not the same.
     """
     root = getattr(tuner_of(model), "model", model)
     taken = {strip(entry.saved) for entry in own}
@@ -523,7 +529,7 @@ def base_entries(
         if id(module) in ids:
             paths.add(path)
         if path in paths:
-            frozen[path] = live, module  # the innermost comes last
+            frozen[strip(prefix + path)] = live, module  # the innermost comes last
     mine = {_unwrapped(key): given[key] for key in taken & given.keys()}
     found, again = [], []
     for key in sorted(given.keys() - taken):

@@ -153,7 +153,7 @@ def add_prompt(
     report = None
     if weights is not None:
         boxes = [(live, copied) for live, _, copied in copies]
-        report = _load(prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict, ignore)
+        report = _load(base, prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict, ignore)
     # from here on nothing can fail
     vars(config).update(vars(config_now))
     if "prompt_encoder" not in peft_model._modules:
@@ -385,10 +385,11 @@ def load_prompt_state(
         if name in wrapper.modules_to_save
     ]
     rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-    return _load(prompt, rows, name, boxes, tensors, strict, ignore)
+    return _load(peft_model.base_model, prompt, rows, name, boxes, tensors, strict, ignore)
 
 
 def _load(
+    base: nn.Module,
     prompt: Prompt,
     rows: Tensor,
     name: str,
@@ -404,7 +405,9 @@ def _load(
     for live, module in copies:
         live = f"base_model.{live}"
         beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
-    report = checkpoint.check(entries + beside, tensors, strict=strict, ignore=ignore)
+    frozen, again = checkpoint.base_entries(base, tensors, entries + beside, "base_model.")
+    beside += frozen
+    report = checkpoint.check(entries + beside, tensors, again, strict, ignore=ignore)
     given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
     fitting = {key: given[key] for key in held.keys() - set(report.missing_keys)}
     if fitting:

@@ -92,6 +92,26 @@ def test_whatever_is_trained_in_full(base, which, save, lib, ref, tmp_path):
     assert len({tuple(sorted(tensors)) for tensors in written.values()}) == 1, "other keys than peft's"
 
 
+@pytest.mark.parametrize("copied", [None, "lm_head", "embed_tokens"])
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompts(config, copied, lib, ref, tmp_path):
+    """With the whole embedding layers in the file."""
+    pytest.importorskip("transformers")
+    fields = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM", "modules_to_save": copied and [copied]}
+    written = []
+    for writer in (ref, lib):
+        H.seed(0)
+        model = H.move(writer.get_peft_model(B.LLAMA.build(), getattr(writer, config)(**fields))).eval()
+        folder = tmp_path / writer.__name__
+        written.append(set(H.saved(model, folder, save_embedding_layers=True)[0]))
+        want = H.run(model, B.LLAMA.inputs())
+        ways = loaded_in_every_way(lib, B.LLAMA.build, lambda: getattr(lib, config)(**fields), str(folder))
+        for again, before in ways:
+            assert_frozen(before)
+            H.close(H.run(again.eval(), B.LLAMA.inputs()), want, 2e-5)
+    assert written[0] == written[1]
+
+
 def with_head(base, name):
     """A model that says that `name` is its output layer."""
     kind = type(base)
