@@ -186,7 +186,7 @@ def prepare_model_for_compiled_hotswap(
         for name, value in layer.scaling.items():
             layer.scaling[name] = torch.as_tensor(value, dtype=torch.float32, device=layer.base.device)
     for adapter, factor, slot, weight in padded:
-        _note_padded(adapter, f".{slot}.", vars(adapter).get("padded", {}).get(slot, factor.weight.shape), weight.shape)
+        _note_padded(adapter, f".{slot}.", adapter.padded.get(slot, factor.weight.shape), weight.shape)
         factor.weight.data = weight
         names = ("out_features", "out_channels") if slot == "lora_A" else ("in_features", "in_channels")
         for name in names:
