@@ -21,6 +21,7 @@ Shapes: W is (out, in) or (out, in / groups, *kernel) or, for an embedding, (dim
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -83,12 +84,15 @@ class Adapter:
     together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
     notice: ClassVar[Any] = None  # notice(config, inputs) is what a pass means to each sample: see Pass.by_sample
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
+    fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
 
     base: Base
     name: str
     config: Any
     path: str
+    padded: Mapping[str, Any] = {}  # slots with zeros behind their factor, and its shape without those: see hotswap.py
+    idle: bool = False  # True: hot swapping put an adapter in its place that leaves this layer alone
     found: dict[str, Any]  # slots looked up so far: {adapter name: value} by slot
 
     def __init_subclass__(cls, config: type[PeftConfig] | None = None, variant: str | None = None, **kwargs: Any):

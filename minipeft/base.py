@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .computed import Computed, computed, plain_class
-from .errors import MergeError, UnsupportedLayerError
+from .errors import ConfigError, MergeError, UnsupportedLayerError
 from .stored import Kept, fingerprint, like, own_copy, put, sharded, whole
 
 
@@ -614,6 +614,9 @@ class Conv(Base):
         return plain_class(m)(m.in_channels, r, *window, bias=False, padding_mode=m.padding_mode)
 
     def up(self, r: int, bias: bool = False) -> Any:
+        if r % self.leaf.groups:
+            groups = self.leaf.groups
+            raise ConfigError(f"On a convolution with groups={groups} the rank must be a multiple of that, got r={r}.")
         return plain_class(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
 
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:

@@ -175,7 +175,8 @@ class PeftMixedModel(nn.Module):
         config.inference_mode = not is_trainable
         mixed = cls.__new__(cls)
         nn.Module.__init__(mixed)
-        options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
+        options: dict[str, Any] = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
+        options["ignore"] = kwargs.get("ignore_mismatched_sizes", False)
         autocast = kwargs.get("autocast_adapter_dtype", True)
         mixed._setup(model, config, adapter_name, weights=weights, autocast=autocast, **options)
         return mixed if is_trainable else mixed.eval()
@@ -184,15 +185,19 @@ class PeftMixedModel(nn.Module):
         """Add a saved adapter, or load it into the adapter of that name; arguments as PeftModel.load_adapter."""
         return PeftModel.load_adapter(self, model_id, adapter_name, *args, **kwargs)  # type: ignore[arg-type]
 
-    def _add(self, name: str, config: Any, low_cpu: bool, autocast: bool, weights: Any, strict: bool) -> Any:
+    def _add(self, name: str, config: Any, low_cpu: bool, autocast: bool, weights: Any, **options: Any) -> Any:
         _check_compatible(config)
-        return self.base_model.add(name, config, low_cpu, autocast, weights=weights, strict=strict)
+        return self.base_model.add(name, config, low_cpu, autocast, weights=weights, **options)
 
     _check_new_adapter_config = PeftModel._check_new_adapter_config
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Not possible, as in PEFT: save each adapter from a PeftModel of its own."""
         raise UnsupportedFeatureError("A PeftMixedModel cannot be saved; save each adapter from its own PeftModel.")
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        """Not possible, as it cannot be saved."""
+        raise UnsupportedFeatureError("A PeftMixedModel cannot be uploaded; do that from a PeftModel of each adapter.")
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Not possible, as in PEFT."""

@@ -120,7 +120,12 @@ class Joins:
 # ---------------------------------------------------------------------------------------------------------- adapters
 @lasting()
 def add_prompt(
-    peft_model: Any, name: str, config: Any, weights: Mapping[str, Tensor] | None = None, strict: bool = True
+    peft_model: Any,
+    name: str,
+    config: Any,
+    weights: Mapping[str, Tensor] | None = None,
+    strict: bool = True,
+    ignore: bool = False,
 ) -> Any:
     """Build the prompt `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
 
@@ -150,7 +155,7 @@ def add_prompt(
     report = None
     if weights is not None:
         boxes = [(live, copied) for live, _, copied in copies]
-        report = _load(prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict)
+        report = _load(base, prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict, ignore)
     # from here on nothing can fail
     vars(config).update(vars(config_now))
     if "prompt_encoder" not in peft_model._modules:
@@ -373,7 +378,9 @@ def get_prompt_embedding_to_save(peft_model: Any, name: str) -> Tensor:
     return prompt_state(peft_model, name)[EMBEDDINGS]
 
 
-def load_prompt_state(peft_model: Any, name: str, tensors: Mapping[str, Tensor], strict: bool) -> Any:
+def load_prompt_state(
+    peft_model: Any, name: str, tensors: Mapping[str, Tensor], strict: bool, ignore: bool = False
+) -> Any:
     """Write a checkpoint's tensors into a prompt. Raises `CheckpointError`, and writes nothing, if they do not fit."""
     prompt = peft_model.prompt_encoder[name]
     boxes = [
@@ -382,16 +389,18 @@ def load_prompt_state(peft_model: Any, name: str, tensors: Mapping[str, Tensor],
         if name in wrapper.modules_to_save
     ]
     rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-    return _load(prompt, rows, name, boxes, tensors, strict)
+    return _load(peft_model.base_model, prompt, rows, name, boxes, tensors, strict, ignore)
 
 
 def _load(
+    base: nn.Module,
     prompt: Prompt,
     rows: Tensor,
     name: str,
     copies: list[tuple[str, nn.Module]],
     tensors: Mapping[str, Tensor],
     strict: bool,
+    ignore: bool,
 ) -> Any:
     with torch.no_grad():
         held = prompt.saved(rows)
@@ -400,10 +409,13 @@ def _load(
     for live, module in copies:
         live = f"base_model.{live}"
         beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
-    report = checkpoint.check(entries + beside, tensors, strict=strict)
+    frozen, again = checkpoint.base_entries(base, tensors, entries + beside, "base_model.")
+    beside += frozen
+    report = checkpoint.check(entries + beside, tensors, again, strict, ignore=ignore)
     given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
-    if all(key in given for key in held):
-        prompt.load(given)
+    fitting = {key: given[key] for key in held.keys() - set(report.missing_keys)}
+    if fitting:
+        prompt.load({**held, **fitting})
     checkpoint.fill(beside, tensors)
     return report
 

@@ -133,11 +133,12 @@ class BaseTuner(Slots):
         weights: Mapping[str, Tensor] | None = None,
         strict: bool = True,
         keys: Any = None,
+        ignore: bool = False,
     ) -> Any:
         """Build adapter `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
 
         The first adapter of a model becomes active. On any error the model is left as it was. Returns what loading
-        reports, or None.
+        reports, or None. `strict` and `ignore` are for loading, as in `checkpoint.check`.
         """
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
@@ -145,7 +146,7 @@ class BaseTuner(Slots):
         if weights is None:
             plan = Plan(self, name, config, empty=low_cpu_mem_usage, autocast=autocast, keys=keys)
         else:
-            plan, report = self._plan_loaded(name, config, autocast, weights, strict)
+            plan, report = self._plan_loaded(name, config, autocast, weights, strict, ignore)
         first = not self.peft_config
         plan.commit()
         self.peft_config[name], self.kinds[name] = config, plan.cls
@@ -183,18 +184,20 @@ class BaseTuner(Slots):
                         value.eval()
         return report
 
-    def _plan_loaded(self, name: str, config: Any, autocast: bool, weights: Any, strict: bool) -> tuple[Plan, Any]:
+    def _plan_loaded(
+        self, name: str, config: Any, autocast: bool, weights: Any, strict: bool, ignore: bool
+    ) -> tuple[Plan, Any]:
         """A plan filled with a checkpoint. What is to be loaded is not initialised, unless it is lacking."""
         empty = not adapter_class(config).changes_base(config)
         plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
         try:
-            report = plan.load(weights, strict)
+            report = plan.load(weights, strict, ignore)
             if plan.incomplete(report):
                 plan.give_up()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # they were given a moment ago
                     plan = Plan(self, name, config, loading=True, autocast=autocast)
-                    plan.load(weights, strict)
+                    plan.load(weights, strict, ignore)
         except BaseException:
             plan.give_up()
             raise

@@ -12,6 +12,7 @@ import re
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from .base import base_of
@@ -186,7 +187,16 @@ class Ties:
     def commit(self) -> None:
         """Tie for good what is in place now, its values loaded."""
         for copied, source in self.copies:
-            copied.weight = source.weight
+            mine: Any = copied.weight
+            its: Any = source.weight
+            if mine.is_meta or its.is_meta or torch.equal(mine, its):
+                copied.weight = its
+            else:  # PEFT does not tie all that is tied here
+                warnings.warn(
+                    "The loaded copies of tied modules (modules_to_save) are not the same; they are not tied.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
         for adapter, source in self.pairs:
             empty = any(tensor.device.type == "meta" for tensor in adapter.parameters())
             if not empty and not adapter.agrees(source):  # PEFT loses the tie when it casts the adapter

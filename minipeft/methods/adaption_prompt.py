@@ -167,6 +167,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         weights: Mapping[str, Tensor] | None = None,
         strict: bool = True,
         keys: Any = None,
+        ignore: bool = False,
     ) -> Any:
         """See `BaseTuner.add`."""
         if name in self.peft_config:
@@ -175,7 +176,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         target, paths = self._find(config)
         device = "meta" if low_cpu_mem_usage and weights is None else None
         prompts = {path: AdaptedAttention(self._attention(path), config.adapter_len, path, device) for path in paths}
-        report = None if weights is None else _load(prompts, weights, strict)
+        report = None if weights is None else _load(prompts, weights, strict, ignore)
         config.target_modules = target
         self.prompts[name], self.peft_config[name] = prompts, config
         self.targeted_module_names[:] = dict.fromkeys([*self.targeted_module_names, *prompts])
@@ -299,8 +300,8 @@ def _entries(prompts: dict[str, AdaptedAttention], prefix: str) -> Iterator[Entr
             yield Entry(f"{prefix}{path}.{key}", f"{prefix}{path}.{key}", attention._parameters, key)
 
 
-def _load(prompts: dict[str, AdaptedAttention], weights: Mapping[str, Tensor], strict: bool) -> Any:
+def _load(prompts: dict[str, AdaptedAttention], weights: Mapping[str, Tensor], strict: bool, ignore: bool) -> Any:
     entries = list(_entries(prompts, PREFIX))
-    report = check(entries, weights, strict=strict)
+    report = check(entries, weights, strict=strict, ignore=ignore)
     fill(entries, weights)
     return report

@@ -29,6 +29,7 @@ class Magnitude(nn.Module):
 
 class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding")
+    fades = False
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:

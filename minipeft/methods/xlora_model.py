@@ -77,6 +77,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
         weights: Any = None,
         strict: bool = True,
         keys: Any = None,
+        ignore: bool = False,
     ) -> Any:
         """Load the LoRA adapters that `config` names, and put a classifier beside them."""
         if self.peft_config:
@@ -93,7 +94,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
             report = None
             if weights is not None:
                 entries = list(entries_of(classifier))
-                report = check(entries, weights, strict=strict)
+                report = check(entries, weights, strict=strict, ignore=ignore)
                 fill(entries, weights)
         except BaseException:
             self.unload()
@@ -300,7 +301,7 @@ def check_expert(config: Any) -> None:
 
 def without_embeddings(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Tensors without the model's own embeddings, which stand beside those of an adapter on them."""
-    own = {strip(entry.saved): entry.tensor for entry in base_entries(model, tensors)}
+    own = {strip(entry.saved): entry.tensor for entry in base_entries(model, tensors, ())[0]}
     for key, value in tensors.items():
         there = own.get(strip(key))
         if there is not None and not (there.shape == value.shape and torch.equal(there, value.to(there))):
