@@ -21,6 +21,7 @@ Shapes: W is (out, in) or (out, in / groups, *kernel) or, for an embedding, (dim
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -263,6 +264,13 @@ class Adapter:
     def keeps(cls, slot: str, config: Any) -> bool:
         """Whether a slot's tensors belong in a checkpoint."""
         return getattr(config, cls.kept_if[slot]) if slot in cls.kept_if else slot.startswith(cls.prefix)
+
+    def below(self, slot: str) -> Any:
+        """What the numbers in a saved tensor of positions must be smaller than, also by row; None: no positions."""
+
+    @classmethod
+    def below_shared(cls, slot: str, shared: Mapping[str, Any]) -> Any:
+        """The same for one of the tensors that layers share; `shared` has all of them, by slot."""
 
     def trains(self, slot: str) -> bool:
         """Whether the parameters of a slot of the method are trained, and not only kept."""

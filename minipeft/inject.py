@@ -28,12 +28,15 @@ from .checkpoint import (
     entries_of_module,
     entries_of_shared,
     fill,
+    fitted,
+    incoming,
     strip,
 )
 from .config import PeftConfig
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
 from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .patterns import in_layer_path, matches
 from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
 from .tying import Ties
 
@@ -181,7 +184,7 @@ class Plan:
             unused = [
                 key
                 for key in getattr(config, field, None) or {}
-                if not any(re.match(rf"(.*\.)?({key})$", path) for path in self.modules + self.parameters)
+                if not any(matches(in_layer_path(key), path) for path in self.modules + self.parameters)
             ]
             if unused:
                 warnings.warn(f"{field} keys {unused} fit no adapted layer and were ignored.", PeftWarning)
@@ -290,11 +293,11 @@ class Plan:
             yield from entries_of_layer(scratch, self.name, PREFIX + where, skip=self.shared)
         for slot, value in self.shared.items():
             if self.cls.keeps(slot, self.config):
-                for entry in entries_of_shared(self.cls, slot, self.name, value, self.shared, slot):
+                for entry in entries_of_shared(self.cls, slot, self.name, value, self.shared, slot, self.shared):
                     entry.shared = entry.box is self.shared
                     yield entry
         for slot, module in self.beside.items():
-            yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot)
+            yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot, self.shared)
         for live, _, copied in self.copies:
             yield from entries_of_module(copied, PREFIX + live, f"{PREFIX}{live}.modules_to_save.{self.name}")
         for live, scratch, joins in self.tokens:
@@ -315,8 +318,9 @@ class Plan:
 
     def load(self, weights: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
         """Fill the adapter with a checkpoint's tensors. Raises `CheckpointError` when they do not fit."""
-        stored, weights = weights, self.cls.convert_for_load(self.config, dict(weights))
+        stored = incoming(weights)
         entries = list(self.entries())
+        weights = fitted(entries, self.cls.convert_for_load(self.config, dict(stored)))
         later = list(self.bias_entries())
         if later:
             have = {strip(entry.saved) for entry in entries}

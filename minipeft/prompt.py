@@ -43,7 +43,15 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
-from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
+from .errors import (
+    AdapterNameError,
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    PeftWarning,
+    UnsupportedFeatureError,
+    sized,
+)
 from .inject import check_adapter_name, model_config
 from .layer import BASE, Context, ModulesToSaveWrapper, adapted, put_at, walk
 from .targets import named
@@ -117,6 +125,7 @@ class Joins:
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
+@sized()
 def add_prompt(
     peft_model: Any, name: str, config: Any, weights: Mapping[str, Tensor] | None = None, strict: bool = True
 ) -> Any:
@@ -141,8 +150,10 @@ def add_prompt(
         )
     if cls.reads_words and words is None:
         raise ConfigError("The model has no word embedding; give it a method `get_input_embeddings`.")
-    prompt = cls(config_now, words) if cls.reads_words else cls(config_now)
-    prompt = prompt.to(_device(base))
+    given = (config_now, words) if cls.reads_words else (config_now,)
+    if weights is not None:
+        _check_sizes(cls, given, weights)
+    prompt = cls(*given).to(_device(base))
     tokens = torch.arange(config_now.num_virtual_tokens * config_now.num_transformer_submodules)
     copies = _copied_modules(base, config_now)
     report = None
@@ -299,6 +310,15 @@ def word_embeddings(base: nn.Module, backbone: str | None = None) -> nn.Module |
     return next((module for module in base.modules() if isinstance(module, nn.Embedding)), None)
 
 
+def _check_sizes(cls: type[Prompt], given: tuple, weights: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` if a loaded prompt would have a tensor that is larger than all of `weights`."""
+    checkpoint.check_sizes(given[0], weights)
+    with torch.device("meta"):
+        largest = max(parameter.numel() for parameter in cls(*given).parameters())
+    if largest > (most := sum(tensor.numel() for tensor in weights.values())):
+        raise CheckpointError(f"The configuration asks for {largest} numbers, but the file holds only {most}.")
+
+
 def _copied_modules(base: nn.Module, config: Any) -> list[tuple[str, nn.Module, nn.Module]]:
     """(live path, module there now, its trained copy) of every module in `modules_to_save`."""
     names = set(config.modules_to_save or ())
@@ -396,6 +416,7 @@ def _load(
     for live, module in copies:
         live = f"base_model.{live}"
         beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
+    tensors = checkpoint.fitted(entries + beside, checkpoint.incoming(tensors))
     report = checkpoint.check(entries + beside, tensors, strict=strict)
     given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
     if all(key in given for key in held):

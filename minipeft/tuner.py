@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from . import tying
 from .adapter import ADAPTERS, Adapter, adapter_class, method_class
-from .checkpoint import Entry
+from .checkpoint import Entry, check_sizes
 from .config import PeftConfig, PeftType
-from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
+from .errors import AdapterNameError, BatchError, MergeError, PeftWarning, sized
 from .inject import Plan, check_adapter_name, model_config
 from .layer import (
     BASE,
@@ -121,6 +121,7 @@ class BaseTuner(Slots):
 
     # -------------------------------------------------------------------------------------------------------- adding
     @uncollected()
+    @sized()
     def add(
         self,
         name: str,
@@ -171,6 +172,7 @@ class BaseTuner(Slots):
 
     def _plan_loaded(self, name: str, config: Any, autocast: bool, weights: Any, strict: bool) -> tuple[Plan, Any]:
         """A plan filled with a checkpoint. What is to be loaded is not initialised, unless it is lacking."""
+        check_sizes(config, weights)
         empty = not adapter_class(config).changes_base(config)
         plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
         try:

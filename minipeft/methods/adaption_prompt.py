@@ -22,14 +22,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import PREFIX, Entry, check, fill
-from ..config import PeftConfig
-from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
+from ..checkpoint import PREFIX, Entry, check, check_sizes, fill, fitted, incoming
+from ..config import IN_FILE, PeftConfig
+from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError, sized
 from ..inject import check_adapter_name, model_config
 from ..layer import INSIDE, put_at, walk
 from ..targets import named
@@ -43,7 +43,7 @@ class AdaptionPromptConfig(PeftConfig, method="ADAPTION_PROMPT"):
     """Fields of adaption prompts; `adapter_len` and `adapter_layers` must be given."""
 
     target_modules: str | None = None  # name of the attention modules, if None that of the model type
-    adapter_len: int | None = None  # tokens
+    adapter_len: Annotated[int, IN_FILE] | None = None  # tokens
     adapter_layers: int | None = None  # how many layers, counted from the last
 
     is_adaption_prompt: ClassVar[bool] = True
@@ -145,6 +145,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         """Add an untrained adapter. It becomes active if it is the only one."""
         self.add(adapter_name, config)
 
+    @sized()
     def add(
         self,
         name: str,
@@ -160,6 +161,8 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
         check_adapter_name(name, self.model)
         target, paths = self._find(config)
+        if weights is not None:
+            check_sizes(config, weights)
         device = "meta" if low_cpu_mem_usage and weights is None else None
         prompts = {path: AdaptedAttention(self._attention(path), config.adapter_len, path, device) for path in paths}
         report = None if weights is None else _load(prompts, weights, strict)
@@ -283,6 +286,7 @@ def _entries(prompts: dict[str, AdaptedAttention], prefix: str) -> Iterator[Entr
 
 def _load(prompts: dict[str, AdaptedAttention], weights: Mapping[str, Tensor], strict: bool) -> Any:
     entries = list(_entries(prompts, PREFIX))
+    weights = fitted(entries, incoming(weights))
     report = check(entries, weights, strict=strict)
     fill(entries, weights)
     return report
