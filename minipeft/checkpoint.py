@@ -23,12 +23,11 @@ from .adapter import adapter_class
 from .config import sizes
 from .errors import AdapterNameError, CheckpointError, PeftWarning, cut, nearest, shown
 from .files import find_weights, look
-from .layer import Layer, ModulesToSaveWrapper, adapted
+from .layer import WRAPPERS, Layer, ModulesToSaveWrapper, PlainNames, adapted
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
 SAFE_PICKLES = (2, 6)  # the first torch whose `weights_only` lets no pickle run code
 PREFIX = "base_model.model."
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, checkpointing
 LoadReport = namedtuple("LoadReport", ["missing_keys", "unexpected_keys"])
 
 
@@ -136,13 +135,14 @@ def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
             values = {s: b[name] for s, b in shared.items() if name in b}
             yield from entries_of_shared(cls, slot, name, box[name], inner, name, values)
+    names = PlainNames(root)
     for _, live, module in adapted(root):
         if isinstance(module, Layer) and name in module.adapters:
             if not module.tied:
-                yield from entries_of_layer(module, name, prefix + live, shared, begin + live)
+                yield from entries_of_layer(module, name, prefix + names(live), shared, begin + live)
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             yield from entries_of_module(
-                module.modules_to_save[name], prefix + live, f"{prefix}{live}.modules_to_save.{name}"
+                module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
             )
     if tuner is not None:
         yield from tuner.further_entries(name, prefix)
@@ -177,13 +177,18 @@ def incoming(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
             kind = str(tensor.layout if tensor.layout != torch.strided else tensor.dtype).removeprefix("torch.")
             raise CheckpointError(f"'{cut(key, 200)}' is {kind}; an adapter has plain tensors of real numbers.")
-        name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
-        name = name.removeprefix("module.") if name.startswith("module.base_model.") else name
+        name = unwrapped(key)
         other = origins.setdefault(strip(name), key)
         if other != key:
             raise CheckpointError(f"'{cut(key, 200)}' and '{cut(other, 200)}' mean the same tensor; remove one.")
         found[name] = tensor
     return found
+
+
+def unwrapped(key: str) -> str:
+    """A key without the segments that only wrappers have, and without DistributedDataParallel's around a PeftModel."""
+    name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    return name.removeprefix("module.") if name.startswith("module.base_model.") else name
 
 
 def fitted(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -196,10 +201,10 @@ def fitted(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> dict[str,
     short: dict[str, list[str]] = {}
     if any("module" in key.split(".") for key in weights):
         for key in wanted:
-            short.setdefault(_without_module(key), []).append(key)
+            short.setdefault(without_module(key), []).append(key)
     given: dict[str, Tensor] = {}
     for key, tensor in weights.items():
-        if strip(key) not in wanted and len(found := short.get(_without_module(strip(key)), [])) == 1:
+        if strip(key) not in wanted and len(found := short.get(without_module(strip(key)), [])) == 1:
             if found[0] in given or found[0] in weights or PREFIX + found[0] in weights:
                 raise CheckpointError(f"'{cut(key, 200)}' and '{cut(found[0], 200)}' mean the same tensor; remove one.")
             key = found[0]
@@ -210,7 +215,8 @@ def fitted(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> dict[str,
     return given
 
 
-def _without_module(key: str) -> str:
+def without_module(key: str) -> str:
+    """A key without any segment `module`."""
     return ".".join(part for part in key.split(".") if part != "module")
 
 
@@ -439,11 +445,12 @@ def get_peft_model_state_dict(
         saved.update({e.saved: e.tensor for e in _copies(model, adapter_name, "base_model.")})
         return saved
     saved = {}
+    plain = {unwrapped(key): tensor for key, tensor in (state_dict or {}).items()}
     for entry in entries_of_model(model, adapter_name):
         if state_dict is None:
             saved[entry.saved] = entry.tensor.detach()
-        elif entry.live in state_dict:
-            saved[entry.saved] = state_dict[entry.live]
+        elif entry.live in state_dict or unwrapped(entry.live) in plain:
+            saved[entry.saved] = state_dict.get(entry.live, plain.get(unwrapped(entry.live)))
         else:
             raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
     saved = adapter_class(config).convert_for_save(model, adapter_name, saved)
@@ -455,10 +462,11 @@ def get_peft_model_state_dict(
 
 
 def _copies(model: Any, name: str, prefix: str) -> Iterator[Entry]:
+    names = PlainNames(model.base_model)
     for _, live, module in adapted(model.base_model):
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             yield from entries_of_module(
-                module.modules_to_save[name], prefix + live, f"{prefix}{live}.modules_to_save.{name}"
+                module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
             )
 
 
@@ -467,7 +475,8 @@ def _bias_tensors(model: Any, name: str) -> dict[str, Tensor]:
     if tuner is None or tuner.bias_owner != name:
         return {}
     prefix = "" if tuner is model else "base_model."
-    return {f"{prefix}model.{key}": tuner.trained_bias(key) for key in tuner.biases}
+    names = PlainNames(tuner.model)
+    return {f"{prefix}model.{names(key)}": tuner.trained_bias(key) for key in tuner.biases}
 
 
 def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, Tensor]:
@@ -497,7 +506,8 @@ def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, T
         warnings.warn("Could not identify embedding layer(s): the model has no `get_input_embeddings`.", PeftWarning)
         return {}
     prefix = "" if root is model else PREFIX
-    names = {id(m): n for n, m in root.named_modules()}
+    plain = PlainNames(root)
+    names = {id(m): plain(n) for n, m in root.named_modules()}
     found: dict[str, Tensor] = {}
     for layer in (root.get_input_embeddings(), root.get_output_embeddings()):
         if isinstance(layer, Layer) or (layer is not None and not targeted):
@@ -572,7 +582,8 @@ def _bias_entries(model: Any, name: str) -> list[Entry]:
     if tuner is None or tuner.bias_owner != name:
         return []
     prefix = "" if tuner is model else "base_model."
-    return [Entry(f"{prefix}model.{k}", k, {k: tuner.trained_bias(k)}, k) for k in tuner.biases]
+    names = PlainNames(tuner.model)
+    return [Entry(f"{prefix}model.{names(k)}", k, {k: tuner.trained_bias(k)}, k) for k in tuner.biases]
 
 
 def base_entries(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Entry]:
@@ -581,8 +592,10 @@ def base_entries(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Entry]
     found = []
     layers = [getattr(root, get)() for get in ("get_input_embeddings", "get_output_embeddings") if hasattr(root, get)]
     leaves = {id(m.get_base_layer() if isinstance(m, Layer) else m) for m in layers if m is not None}
+    names = PlainNames(root)
     for name, module in root.named_modules() if leaves else ():
         if id(module) in leaves:
+            name = names(name)
             for key in module._parameters:
                 for saved in {f"{name}.{key}", f"{name.removesuffix('.base_layer')}.base_layer.{key}"}:
                     if saved in weights or PREFIX + saved in weights:

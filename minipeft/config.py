@@ -10,7 +10,6 @@ import enum
 import functools
 import itertools
 import json
-import math
 import numbers
 import os
 import types
@@ -26,6 +25,7 @@ from .files import CONFIG_NAME, find_config, look
 from .patterns import check_pattern, in_layer_path, is_intricate
 
 PEFT_VERSION = "0.21.2"  # the release of peft whose files and names minipeft reads and writes
+LARGEST = 3.4e38  # number in a field, about that of float32
 DEEPEST = 20  # levels of lists and dicts in a field
 
 
@@ -345,7 +345,7 @@ def _unsound(value: Any, depth: int = 0) -> str | None:
     if isinstance(value, numbers.Integral):
         return None if abs(int(value)) < 2**63 else "must hold integers of at most 64 bits"
     if isinstance(value, numbers.Real):
-        return None if math.isfinite(value) else "must hold finite numbers"
+        return None if abs(value) <= LARGEST else "must hold finite numbers"
     if not isinstance(value, (dict, list, tuple, set, frozenset)):
         return None
     if depth == DEEPEST:

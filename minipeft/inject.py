@@ -31,11 +31,13 @@ from .checkpoint import (
     fitted,
     incoming,
     strip,
+    unwrapped,
+    without_module,
 )
 from .config import PeftConfig
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
-from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .layer import BASE, Layer, ModulesToSaveWrapper, PlainNames, TrainableTokensWrapper, walk
 from .patterns import in_layer_path, matches
 from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
 from .tying import Ties
@@ -283,6 +285,7 @@ class Plan:
     # ------------------------------------------------------------------------------------------------------- loading
     def entries(self) -> Iterator[Entry]:
         """The tensors that a checkpoint of this adapter holds, where they are now, under the keys they will have."""
+        names = PlainNames(self.model)
         around = Counter(live for live, _, joins in self.new if joins is None)  # layers that come to stand there
         for live, scratch, joins in self.new:
             if joins is not None:
@@ -290,7 +293,7 @@ class Plan:
             else:
                 around[live] -= 1
                 where = live + ".base_layer" * around[live]
-            yield from entries_of_layer(scratch, self.name, PREFIX + where, skip=self.shared)
+            yield from entries_of_layer(scratch, self.name, PREFIX + names(where), skip=self.shared)
         for slot, value in self.shared.items():
             if self.cls.keeps(slot, self.config):
                 for entry in entries_of_shared(self.cls, slot, self.name, value, self.shared, slot, self.shared):
@@ -299,22 +302,23 @@ class Plan:
         for slot, module in self.beside.items():
             yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot, self.shared)
         for live, _, copied in self.copies:
-            yield from entries_of_module(copied, PREFIX + live, f"{PREFIX}{live}.modules_to_save.{self.name}")
+            yield from entries_of_module(copied, PREFIX + names(live), f"{PREFIX}{live}.modules_to_save.{self.name}")
         for live, scratch, joins in self.tokens:
             if not scratch.tied:
                 where = self.live_paths[id(joins)] if joins is not None else f"{live}.token_adapter"
-                yield from entries_of_layer(scratch, self.name, PREFIX + where)
+                yield from entries_of_layer(scratch, self.name, PREFIX + names(where))
 
     def bias_entries(self) -> Iterator[Entry]:
         """The biases that the adapter trains, under the keys they will have; they are the model's own tensors."""
         bias = getattr(self.config, "bias", "none")
+        names = PlainNames(self.model)
         wrapped = {live for live, _, joins in self.new if joins is None}
         for path, module in self.model.named_modules() if bias != "none" else ():
             if module._parameters.get("bias") is None:
                 continue
             key = f"{path}.base_layer.bias" if path in wrapped else f"{path}.bias" if path else "bias"
             if bias == "all" or key.endswith(".base_layer.bias"):
-                yield Entry(PREFIX + key, key, module._parameters, "bias")
+                yield Entry(PREFIX + names(key), key, module._parameters, "bias")
 
     def load(self, weights: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
         """Fill the adapter with a checkpoint's tensors. Raises `CheckpointError` when they do not fit."""
@@ -392,6 +396,8 @@ class Plan:
 
     def _set(self, live: str, module: nn.Module) -> None:
         head, _, last = live.rpartition(".")
+        if last == "_orig_mod" and head:  # compiled by itself: what was compiled would go on without the adapter
+            return self._set(head, module)
         parent = self.parents.get(head)
         if parent is None:
             parent = self.parents[head] = self.model.get_submodule(head)
@@ -408,5 +414,6 @@ def _own_slot(cls: Any, slot: str, path: str) -> str | None:
 
 def _paths_in(keys: Any, prefix: str, outer: dict[str, Any]) -> list[str]:
     """The modules that the keys of a checkpoint speak of: whatever stands before a slot of the method."""
-    heads = {strip(key).rsplit(f".{prefix}", 1)[0].removeprefix("_orig_mod.") for key in keys}
-    return [path for path in outer if path in heads]
+    heads = {strip(unwrapped(key)).rsplit(f".{prefix}", 1)[0] for key in keys}
+    others = {without_module(head) for head in heads if head not in outer}
+    return [path for path in outer if path in heads or (path and without_module(path) in others)]

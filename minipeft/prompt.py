@@ -53,7 +53,7 @@ from .errors import (
     sized,
 )
 from .inject import check_adapter_name, model_config
-from .layer import BASE, Context, ModulesToSaveWrapper, adapted, put_at, walk
+from .layer import BASE, Context, ModulesToSaveWrapper, PlainNames, adapted, put_at, walk
 from .targets import named
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
@@ -158,7 +158,8 @@ def add_prompt(
     copies = _copied_modules(base, config_now)
     report = None
     if weights is not None:
-        boxes = [(live, copied) for live, _, copied in copies]
+        names = PlainNames(base)
+        boxes = [(names(live), copied) for live, _, copied in copies]
         report = _load(prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict)
     # from here on nothing can fail
     vars(config).update(vars(config_now))
@@ -392,8 +393,9 @@ def get_prompt_embedding_to_save(peft_model: Any, name: str) -> Tensor:
 def load_prompt_state(peft_model: Any, name: str, tensors: Mapping[str, Tensor], strict: bool) -> Any:
     """Write a checkpoint's tensors into a prompt. Raises `CheckpointError`, and writes nothing, if they do not fit."""
     prompt = peft_model.prompt_encoder[name]
+    names = PlainNames(peft_model.base_model)
     boxes = [
-        (live, wrapper.modules_to_save[name])
+        (names(live), wrapper.modules_to_save[name])
         for _, live, wrapper in adapted(peft_model.base_model)
         if name in wrapper.modules_to_save
     ]

@@ -531,7 +531,8 @@ class BaseTuner(Slots):
             else:
                 continue
             head, _, last = live.rpartition(".")
-            at[head]._modules[last] = replacement
+            parent = at[head] if head in at else self.model.get_submodule(head)  # a wrapper is not in `at`
+            parent._modules[last] = replacement
         if "peft_config" in vars(self.model):
             del self.model.peft_config
         return self.model

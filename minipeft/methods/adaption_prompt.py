@@ -197,8 +197,12 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
             )
         return target, paths[-config.adapter_layers :]
 
+    def _live(self, path: str) -> str:
+        """What stands at `path` is called so now: wrappers around modules may have come."""
+        return next(live for known, live, _ in walk(self.model) if known == path)
+
     def _attention(self, path: str) -> nn.Module:
-        module = self.model.get_submodule(path)
+        module = self.model.get_submodule(self._live(path))
         return module.model if isinstance(module, (AdaptedAttention, MixedAttention)) else module
 
     def _show(self, mixed: bool = False) -> None:
@@ -209,7 +213,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
             on = [] if self._disabled else [n for n in self.active_adapters if n in here]
             if mixed:
                 module = MixedAttention(module, here, self.context)
-            put_at(self.model, path, here[on[0]] if on and not mixed else module)
+            put_at(self.model, self._live(path), here[on[0]] if on and not mixed else module)
 
     # ----------------------------------------------------------------------------------------------- which adapter
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:

@@ -21,9 +21,28 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import ADAPTERS, Adapter, adapter_class, variants
-from ..checkpoint import Entry, base_entries, check, entries_of_module, fill, load_peft_weights, strip
+from ..checkpoint import (
+    Entry,
+    base_entries,
+    check,
+    check_sizes,
+    entries_of_module,
+    fill,
+    fitted,
+    incoming,
+    load_peft_weights,
+    strip,
+)
 from ..config import PeftConfig, PeftType
-from ..errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError
+from ..errors import (
+    AdapterNameError,
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    PeftError,
+    UnsupportedFeatureError,
+    sized,
+)
 from ..inject import check_adapter_name, model_config
 from ..layer import layers
 from ..tuner import BaseTuner
@@ -64,6 +83,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
     def check_name(self, name: Any) -> None:
         """The names "0", "1", ... of the LoRA adapters may well be names of modules too."""
 
+    @sized()
     def add(
         self,
         name: str,
@@ -78,6 +98,8 @@ class XLoraModel(BaseTuner, method="XLORA"):
         if self.peft_config:
             raise UnsupportedFeatureError("X-LoRA is one adapter for a whole model; call `unload()` before another.")
         check_adapter_name(name, self.model)
+        if weights is not None:
+            check_sizes(config, weights)
         loaded = read_adapters(config, name, self.model)
         check_model(self.model)
         trainable = [(p, p.requires_grad) for p in self.model.parameters()]
@@ -89,6 +111,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
             report = None
             if weights is not None:
                 entries = list(entries_of(classifier))
+                weights = fitted(entries, incoming(weights))
                 report = check(entries, weights, strict=strict)
                 fill(entries, weights)
         except BaseException:
