@@ -194,12 +194,12 @@ def unwrapped(key: str) -> str:
 def fitted(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`weights` under the keys and in the kinds of dtype that `entries` have, where only that differs.
 
-    The segment `module`, which DistributedDataParallel and others add, counts in a key only if it does in the model.
+    The segment `module`, which DistributedDataParallel and others add, may be lacking in either.
     Integers become floating-point numbers, as in PEFT.
     """
     wanted = {strip(entry.saved): entry for entry in entries}
     short: dict[str, list[str]] = {}
-    if any("module" in key.split(".") for key in weights):
+    if any("module." in key for key in (*weights, *wanted)):
         for key in wanted:
             short.setdefault(without_module(key), []).append(key)
     given: dict[str, Tensor] = {}

@@ -37,7 +37,7 @@ from .checkpoint import (
 from .config import PeftConfig
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
-from .layer import BASE, Layer, ModulesToSaveWrapper, PlainNames, TrainableTokensWrapper, walk
+from .layer import BASE, Layer, ModulesToSaveWrapper, PlainNames, TrainableTokensWrapper, place_of, walk
 from .patterns import in_layer_path, matches
 from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
 from .tying import Ties
@@ -395,9 +395,7 @@ class Plan:
             entry.fill(value)
 
     def _set(self, live: str, module: nn.Module) -> None:
-        head, _, last = live.rpartition(".")
-        if last == "_orig_mod" and head:  # compiled by itself: what was compiled would go on without the adapter
-            return self._set(head, module)
+        head, _, last = place_of(live).rpartition(".")
         parent = self.parents.get(head)
         if parent is None:
             parent = self.parents[head] = self.model.get_submodule(head)

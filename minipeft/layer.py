@@ -810,6 +810,16 @@ def wrapped_in(module: nn.Module) -> str | None:
     return name if name in WRAPPERS or (name == "module" and isinstance(module, PARALLEL)) else None
 
 
+def place_of(live: str) -> str:
+    """Where another module has to be put to stand in the place of the one at `live`.
+
+    That is outside a wrapper of torch.compile, which would go on with what it has compiled.
+    """
+    while live.endswith("._orig_mod"):
+        live = live.removesuffix("._orig_mod")
+    return live
+
+
 class PlainNames:
     """Live names of a model's modules and tensors without what wrappers add to them: `names(live)`."""
 
@@ -841,7 +851,7 @@ def layers(model: nn.Module) -> list[Layer]:
 
 def put_at(model: nn.Module, live: str, module: nn.Module) -> None:
     """Put `module` where a model has another, by live path (torch has `set_submodule` since 2.5)."""
-    parent, _, last = live.rpartition(".")
+    parent, _, last = place_of(live).rpartition(".")
     model.get_submodule(parent)._modules[last] = module
 
 
