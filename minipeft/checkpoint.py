@@ -164,10 +164,11 @@ def strip(key: str) -> str:
     return key.removeprefix(PREFIX)
 
 
-def incoming(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def incoming(weights: Mapping[str, Tensor], config: Any = None) -> dict[str, Tensor]:
     """A checkpoint's tensors without what wrappers around modules put into their keys.
 
-    Raises `CheckpointError` for what is no tensor of real numbers, and for two keys that mean the same.
+    `config`: that of an adapter which is to be built for them. Raises `CheckpointError` for what is no tensor of real
+    numbers, for two keys that mean the same, and if `config` speaks of tensors larger than all of these together.
     """
     found: dict[str, Tensor] = {}
     origins: dict[str, str] = {}
@@ -182,6 +183,10 @@ def incoming(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if other != key:
             raise CheckpointError(f"'{cut(key, 200)}' and '{cut(other, 200)}' mean the same tensor; remove one.")
         found[name] = tensor
+    most = sum(tensor.numel() for tensor in found.values())
+    for field, value in sizes(config) if config is not None else ():
+        if value > most:
+            raise CheckpointError(f"The configuration has {field}={value}, but the file holds only {most} numbers.")
     return found
 
 
@@ -218,14 +223,6 @@ def fitted(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> dict[str,
 def without_module(key: str) -> str:
     """A key without any segment `module`."""
     return ".".join(part for part in key.split(".") if part != "module")
-
-
-def check_sizes(config: Any, weights: Mapping[str, Tensor]) -> None:
-    """Raise `CheckpointError` if the configuration speaks of tensors larger than all of `weights` together."""
-    most = sum(tensor.numel() for tensor in weights.values())
-    for field, value in sizes(config):
-        if value > most:
-            raise CheckpointError(f"The configuration has {field}={value}, but the file holds only {most} numbers.")
 
 
 def check(

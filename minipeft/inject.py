@@ -29,7 +29,6 @@ from .checkpoint import (
     entries_of_shared,
     fill,
     fitted,
-    incoming,
     strip,
     unwrapped,
     without_module,
@@ -321,10 +320,9 @@ class Plan:
                 yield Entry(PREFIX + names(key), key, module._parameters, "bias")
 
     def load(self, weights: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
-        """Fill the adapter with a checkpoint's tensors. Raises `CheckpointError` when they do not fit."""
-        stored = incoming(weights)
+        """Fill the adapter with a checkpoint's tensors, as `incoming` gives them. Raises `CheckpointError`."""
         entries = list(self.entries())
-        weights = fitted(entries, self.cls.convert_for_load(self.config, dict(stored)))
+        stored, weights = weights, fitted(entries, self.cls.convert_for_load(self.config, dict(weights)))
         later = list(self.bias_entries())
         if later:
             have = {strip(entry.saved) for entry in entries}

@@ -152,6 +152,7 @@ def add_prompt(
         raise ConfigError("The model has no word embedding; give it a method `get_input_embeddings`.")
     given = (config_now, words) if cls.reads_words else (config_now,)
     if weights is not None:
+        weights = checkpoint.incoming(weights, config_now)
         _check_sizes(cls, given, weights)
     prompt = cls(*given).to(_device(base))
     tokens = torch.arange(config_now.num_virtual_tokens * config_now.num_transformer_submodules)
@@ -313,7 +314,6 @@ def word_embeddings(base: nn.Module, backbone: str | None = None) -> nn.Module |
 
 def _check_sizes(cls: type[Prompt], given: tuple, weights: Mapping[str, Tensor]) -> None:
     """Raise `CheckpointError` if a loaded prompt would have a tensor that is larger than all of `weights`."""
-    checkpoint.check_sizes(given[0], weights)
     with torch.device("meta"):
         largest = max(parameter.numel() for parameter in cls(*given).parameters())
     if largest > (most := sum(tensor.numel() for tensor in weights.values())):
@@ -400,7 +400,7 @@ def load_prompt_state(peft_model: Any, name: str, tensors: Mapping[str, Tensor],
         if name in wrapper.modules_to_save
     ]
     rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-    return _load(prompt, rows, name, boxes, tensors, strict)
+    return _load(prompt, rows, name, boxes, checkpoint.incoming(tensors), strict)
 
 
 def _load(
@@ -418,7 +418,7 @@ def _load(
     for live, module in copies:
         live = f"base_model.{live}"
         beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
-    tensors = checkpoint.fitted(entries + beside, checkpoint.incoming(tensors))
+    tensors = checkpoint.fitted(entries + beside, tensors)
     report = checkpoint.check(entries + beside, tensors, strict=strict)
     given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
     if all(key in given for key in held):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import tying
 from .adapter import ADAPTERS, Adapter, adapter_class, method_class
-from .checkpoint import Entry, check_sizes
+from .checkpoint import Entry, incoming
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, BatchError, MergeError, PeftWarning, sized
 from .inject import Plan, check_adapter_name, model_config
@@ -172,7 +172,7 @@ class BaseTuner(Slots):
 
     def _plan_loaded(self, name: str, config: Any, autocast: bool, weights: Any, strict: bool) -> tuple[Plan, Any]:
         """A plan filled with a checkpoint. What is to be loaded is not initialised, unless it is lacking."""
-        check_sizes(config, weights)
+        weights = incoming(weights, config)
         empty = not adapter_class(config).changes_base(config)
         plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
         try:

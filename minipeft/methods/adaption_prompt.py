@@ -27,7 +27,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import PREFIX, Entry, check, check_sizes, fill, fitted, incoming
+from ..checkpoint import PREFIX, Entry, check, fill, fitted, incoming
 from ..config import IN_FILE, PeftConfig
 from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError, sized
 from ..inject import check_adapter_name, model_config
@@ -162,7 +162,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         check_adapter_name(name, self.model)
         target, paths = self._find(config)
         if weights is not None:
-            check_sizes(config, weights)
+            weights = incoming(weights, config)
         device = "meta" if low_cpu_mem_usage and weights is None else None
         prompts = {path: AdaptedAttention(self._attention(path), config.adapter_len, path, device) for path in paths}
         report = None if weights is None else _load(prompts, weights, strict)
@@ -290,7 +290,7 @@ def _entries(prompts: dict[str, AdaptedAttention], prefix: str) -> Iterator[Entr
 
 def _load(prompts: dict[str, AdaptedAttention], weights: Mapping[str, Tensor], strict: bool) -> Any:
     entries = list(_entries(prompts, PREFIX))
-    weights = fitted(entries, incoming(weights))
+    weights = fitted(entries, weights)
     report = check(entries, weights, strict=strict)
     fill(entries, weights)
     return report

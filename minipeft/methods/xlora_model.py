@@ -25,7 +25,6 @@ from ..checkpoint import (
     Entry,
     base_entries,
     check,
-    check_sizes,
     entries_of_module,
     fill,
     fitted,
@@ -99,7 +98,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
             raise UnsupportedFeatureError("X-LoRA is one adapter for a whole model; call `unload()` before another.")
         check_adapter_name(name, self.model)
         if weights is not None:
-            check_sizes(config, weights)
+            weights = incoming(weights, config)
         loaded = read_adapters(config, name, self.model)
         check_model(self.model)
         trainable = [(p, p.requires_grad) for p in self.model.parameters()]
@@ -111,7 +110,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
             report = None
             if weights is not None:
                 entries = list(entries_of(classifier))
-                weights = fitted(entries, incoming(weights))
+                weights = fitted(entries, weights)
                 report = check(entries, weights, strict=strict)
                 fill(entries, weights)
         except BaseException:
