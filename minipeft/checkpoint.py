@@ -182,7 +182,7 @@ def incoming(weights: Mapping[str, Tensor], config: Any = None) -> dict[str, Ten
         other = origins.setdefault(strip(name), key)
         if other != key:
             raise CheckpointError(f"'{cut(key, 200)}' and '{cut(other, 200)}' mean the same tensor; remove one.")
-        found[name] = tensor
+        found[name] = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # float8
     most = sum(tensor.numel() for tensor in found.values())
     for field, value in sizes(config) if config is not None else ():
         if value > most:
