@@ -447,7 +447,8 @@ def get_peft_model_state_dict(
         if state_dict is None:
             saved[entry.saved] = entry.tensor.detach()
         elif entry.live in state_dict or unwrapped(entry.live) in plain:
-            saved[entry.saved] = state_dict.get(entry.live, plain.get(unwrapped(entry.live)))
+            own = entry.live in state_dict
+            saved[entry.saved] = state_dict[entry.live] if own else plain[unwrapped(entry.live)]
         else:
             raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
     saved = adapter_class(config).convert_for_save(model, adapter_name, saved)

@@ -327,10 +327,10 @@ def check_fields(record: Any) -> None:
 
     Whatever that is, numbers are finite and fit into 64 bits, and no value is nested deeply.
     """
-    kinds = _types(type(record))
-    for field in dataclasses.fields(record):
-        value, kind = getattr(record, field.name), kinds[field.name]
-        name = f"{type(record).__name__}.{field.name}"
+    cls: Any = type(record)
+    for field in dataclasses.fields(cls):
+        value, kind = getattr(record, field.name), _types(cls)[field.name]
+        name = f"{cls.__name__}.{field.name}"
         if fault := _unsound(value):
             raise ConfigError(f"{name} {fault}, got {shown(value)}.")
         if not _fits(value, kind):
@@ -345,7 +345,7 @@ def _unsound(value: Any, depth: int = 0) -> str | None:
     if isinstance(value, numbers.Integral):
         return None if abs(int(value)) < 2**63 else "must hold integers of at most 64 bits"
     if isinstance(value, numbers.Real):
-        return None if abs(value) <= LARGEST else "must hold finite numbers"
+        return None if abs(float(value)) <= LARGEST else "must hold finite numbers"
     if not isinstance(value, (dict, list, tuple, set, frozenset)):
         return None
     if depth == DEEPEST:
@@ -400,7 +400,8 @@ def _fits(value: Any, kind: Any, by_type: bool = False) -> bool:
 
 def sizes(config: Any) -> Iterator[tuple[str, int]]:
     """(field, value) of every field that is the size of a tensor which a checkpoint holds."""
-    for name, kind in _types(type(config)).items():
+    cls: Any = type(config)
+    for name, kind in _types(cls).items():
         bounds = {bound for part in (kind, *typing.get_args(kind)) for bound in getattr(part, "__metadata__", ())}
         if IN_FILE in bounds and (value := getattr(config, name)) is not None:
             yield name, value

@@ -783,7 +783,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     module (see `WRAPPERS`) is no module of its own: it is not in `path`, and it is passed over.
     """
     seen: set[int] = set()
-    ahead = [("", "", model)]  # the next one last
+    ahead: list[tuple[str, str, Any]] = [("", "", model)]  # the next one last
     while ahead:
         path, live, module = ahead.pop()
         if id(module) in seen:
