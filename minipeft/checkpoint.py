@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .adapter import adapter_class
 from .config import sizes
 from .errors import AdapterNameError, CheckpointError, PeftWarning, cut, nearest, shown
-from .files import find_weights, look
+from .files import PICKLE, find_weights, look
 from .layer import WRAPPERS, Layer, ModulesToSaveWrapper, PlainNames, adapted
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
@@ -51,7 +51,8 @@ class Entry:
         """Take over `value`. A tensor without storage (meta), or shared with other adapters, is replaced."""
         old, layer = self.tensor, self.layer
         if old.is_meta and not self.shared:
-            new = value.detach().clone() if layer is None else layer.settle(value.detach(), copy=True)
+            value = value.detach()
+            new = value.to(old.dtype, copy=True) if layer is None else layer.settle(value, copy=True)
             if not new.is_meta:  # as it is where the frozen layer is on the meta device too
                 self.box[self.key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         elif self.shared or any(tensor is old for key, tensor in self.box.items() if key != self.key):
@@ -344,7 +345,8 @@ def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"'{path}' cannot be read as a pickle of tensors: {error}.{look(path)}") from error
+        hint = look(path, PICKLE)
+        raise CheckpointError(f"'{path}' cannot be read as a pickle of tensors: {error}.{hint}") from error
     if not isinstance(tensors, dict):
         raise CheckpointError(f"'{path}' must hold a dict of tensors, but holds a {type(tensors).__name__}.")
     warnings.warn(f"'{path}' is a pickle, read with weights_only=True; save it again as safetensors.", PeftWarning)

@@ -82,7 +82,7 @@ class PeftWarning(UserWarning):
 
 TOO_LARGE = re.compile(  # what torch, numpy and Python say of sizes that no tensor can have
     "alloc_cpu|not enough memory|unable to allocate|size calculation overflowed|multiplication overflow|too big|"
-    "failed to unpack|too large|exceeded",
+    "failed to unpack|too large|dimension exceeded",
     re.IGNORECASE,
 )
 

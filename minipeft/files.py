@@ -20,10 +20,11 @@ CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
 CONFIG_HASH = "adapter_config_sha256"  # the key in the weights' metadata
+PICKLE = b"\x80"  # what a pickle begins with
 LOOKS = {  # what a file begins with, and what to say of it
     b"version https://git-lfs": "It is a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned.",
     b"<": "It looks like an HTML page: what was downloaded is an error or a login page, not the file.",
-    b"\x80": "It looks like a pickle, whose name should end with `.bin`.",
+    PICKLE: "It looks like a pickle, whose name should end with `.bin`.",
     b"PK": "It looks like a zip archive: torch.save writes such, and names them `.bin`.",
     b"GGUF": "It is a gguf file of llama.cpp, of other names and layouts: load what it was made from.",
     b"{": "It looks like JSON.",
@@ -73,7 +74,7 @@ def find_weights(
     raise CheckpointError(f"Can't find '{names[0]}' at '{folder}'.")
 
 
-def look(path: str | os.PathLike, known: bytes = b"") -> str:
+def look(path: str | os.PathLike, known: bytes | None = None) -> str:
     """A hint of what a file is that is not what it should be, to stand behind an error message.
 
     `known`: what such files do begin with, of which nothing is said.

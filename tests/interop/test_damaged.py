@@ -77,8 +77,9 @@ def deep(levels):
 
 VALUES = [
     None, True, False, 0, 1, -1, 3, 1.5, -0.5, 1e308, float("nan"), float("inf"), 10**15, 10**18, -(10**18), 10**30, "",
-    "16", "None", ".*", "(", "*", "[", "\u0000", "x" * 100_000, [], [[]], [None], [1, "a"], [0.5], {}, {"": 1}, {"a": [1]},
-    {"(": 1}, {".*": None}, {".*": 10**18}, {"peft_type": "LORA"}, deep(400), ["x" * 100_000], "gaussian", "eva", "pissa",
+    "16", "None", ".*", "(", "*", "[", "\u0000", "x" * 100_000, [], [[]], [None], [1, "a"], [0.5], {}, {"": 1},
+    {"a": [1]}, {"(": 1}, {".*": None}, {".*": 10**18}, {"peft_type": "LORA"}, deep(400), ["x" * 100_000], "gaussian",
+    "eva", "pissa",
 ]  # fmt: skip
 MORE = ["cls", "self", "__class__", "_method", "rank_pattern", "alpha_pattern", "layers_pattern", "loftq_config",
         "velora_config", "use_bdlora", "runtime_config", "layers_to_transform", "trainable_token_indices"]  # fmt: skip
@@ -211,8 +212,8 @@ def test_tensors_under_other_names(lib, case: Case, tmp_path):
     rng = random.Random(case.id)
     for _ in range(4):
         key = rng.choice(sorted(tensors))
-        name = rng.choice([key.upper(), key + " ", key[:-1], "", "x" * 10_000, key + "\u0000", "é" + key, key + ".weight",
-                           "base_model.model.", "base_model.model.head.weight", key.replace(".", "_")])  # fmt: skip
+        others = ["", "x" * 10_000, "base_model.model.", "base_model.model.head.weight", key.replace(".", "_")]
+        name = rng.choice([*others, key.upper(), key + " ", key[:-1], key + "\u0000", "é" + key, key + ".weight"])
         changed = dict(tensors)
         changed[name] = changed[key] if rng.random() < 0.5 else changed.pop(key)
         if rng.random() < 0.3:
@@ -255,7 +256,7 @@ KOHYA = {
 
 @pytest.mark.parametrize("kind", KOHYA)
 def test_keys_of_other_software_are_called_by_their_name(lib, kind, tmp_path):
-    config, tensors = saved(lib, LORA, tmp_path)
+    config, _ = saved(lib, LORA, tmp_path)
     write(tmp_path, config, {key: torch.zeros(2, 2) for key in KOHYA[kind]})
     with pytest.raises(lib.PeftError, match="load_lora_weights"):
         lib.PeftModel.from_pretrained(LORA.base.build(), tmp_path)
