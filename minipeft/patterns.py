@@ -20,6 +20,7 @@ except ImportError:  # Python 3.10
     import sre_parse as parser
 
 PLAIN = re.compile(r"[\w.]*")  # names, which are nothing to worry about
+LINEAR = re.compile(r"[\w.|\\]*")  # alternatives without any group or repetition
 LONGEST = 10**6  # characters of an expression
 LONGEST_INTRICATE = 10**4  # of one that `re` is not trusted with
 WAYS = 10  # what `ways` counts at most for `re`
@@ -66,7 +67,7 @@ def matches(pattern: str, path: str) -> bool:
 @functools.lru_cache(maxsize=4096)
 def is_intricate(pattern: str) -> bool:
     """Whether `re` could take very long."""
-    return PLAIN.fullmatch(pattern) is None and _ways(parser.parse(pattern)) > WAYS
+    return LINEAR.fullmatch(pattern) is None and _ways(parser.parse(pattern)) > WAYS
 
 
 def _parts(op: str, arg: Any) -> list[Any]:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor
 
 from ..adapter import Routed
-from ..config import ABOVE_ZERO, Count, PeftConfig, Positive, Probability, Size
+from ..config import ABOVE_ZERO, Count, PeftConfig, Positive, Probability
 from ..errors import BatchError, PeftWarning
 from ..files import saved_at
 from .lora import Factors
@@ -34,7 +34,7 @@ from .xlora_model import XLoraModel as XLoraModel
 class XLoraConfig(PeftConfig, method="XLORA"):
     """Fields of X-LoRA."""
 
-    hidden_size: Size = None  # type: ignore[assignment]  # of the model; None: 4096
+    hidden_size: Positive = None  # type: ignore[assignment]  # of the model; None: 4096
     adapters: dict[str, str] = None  # type: ignore[assignment]  # name -> folder or hub id of a saved LoRA adapter
     enable_softmax: bool = True  # False: p = C(h)
     enable_softmax_topk: bool = False

@@ -106,13 +106,14 @@ class XLoraModel(BaseTuner, method="XLORA"):
             for number, (where, own, tensors) in enumerate(loaded):
                 with naming(where):
                     super().add(str(number), own, autocast=autocast, weights=tensors)
-            classifier = self.classifier(config, low_cpu_mem_usage)
             report = None
-            if weights is not None:
-                entries = list(entries_of(classifier))
+            if weights is not None:  # before the classifier takes memory
+                entries = list(entries_of(self.classifier(config, True)))
                 weights = fitted(entries, weights)
                 report = check(entries, weights, strict=strict)
-                fill(entries, weights)
+            classifier = self.classifier(config, low_cpu_mem_usage)
+            if weights is not None:
+                fill(entries_of(classifier), weights)
         except BaseException:
             self.unload()
             self.peft_config = {}

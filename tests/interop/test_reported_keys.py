@@ -1,4 +1,4 @@
-"""`set_peft_model_state_dict` under the name of peft: it reports missing and unexpected keys, and does not judge them."""
+"""`set_peft_model_state_dict` under the name of peft: it reports missing and unexpected keys."""
 
 import importlib
 import warnings

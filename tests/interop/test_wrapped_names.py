@@ -31,8 +31,9 @@ def wrapped(base, wrap, leaves):
     """`base` with a wrapper around each module without children, or around each other one that is not the root's."""
     for parent in list(base.modules()):
         for name, child in parent.named_children():
-            inner = bool(child._modules) and parent is not base and not isinstance(child, (nn.ModuleList, nn.ModuleDict))
-            if (inner if not leaves else not child._modules) and next(child.parameters(), None) is not None:
+            listed = parent is base or isinstance(child, (nn.ModuleList, nn.ModuleDict))
+            meant = not child._modules if leaves else child._modules and not listed
+            if meant and next(child.parameters(), None) is not None:
                 parent._modules[name] = wrap(child)
     return base
 
