@@ -346,7 +346,7 @@ class Transform(Adapter):
     """W', b' = f(W, b). Gives `fold`; running it goes through the weights."""
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return self.base.apply(x, *self.fold(*inner.read()), *args, **kwargs)
+        return self.base.called(x, *self.fold(*inner.read()), *args, **kwargs)
 
 
 class Activation(Adapter):
@@ -366,7 +366,7 @@ class Activation(Adapter):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not self.base.pointwise:
-            return self.base.apply(x, *self.fold(*inner.read()), *args, **kwargs)
+            return self.base.called(x, *self.fold(*inner.read()), *args, **kwargs)
         y = inner(self.pre(x).to(x.dtype), *args, **kwargs)
         return self.post(y).to(y.dtype)
 

@@ -15,6 +15,7 @@ runs the layer with other weights, and knows the low-rank factors that suit its 
 
 from __future__ import annotations
 
+import copy
 import math
 from contextlib import nullcontext
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .errors import MergeError, UnsupportedLayerError
+from .offload import device_of, loaded, running_device
 
 
 class Base:
@@ -60,8 +62,9 @@ class Base:
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """(W, b) of the frozen layer, canonical and dequantised; what was there before a merge, if one is on."""
-        W, b = self.home.original or self.stored()
-        return self.canonical(W), b
+        with loaded(self.leaf):
+            W, b = self.home.original or self.stored()
+            return self.canonical(W), b
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Store (W, b), in the layer's own layout and dtype, keeping what was there before to `restore` it."""
@@ -114,6 +117,14 @@ class Base:
         """Output of the layer for input `x`, had it the weights (W, b)."""
         raise NotImplementedError
 
+    def called(self, x: Tensor, W: Any, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """The same as when the layer itself is called: hooks on it act."""
+        if not has_hooks(self.leaf):
+            return self.apply(x, W, b, *args, **kwargs)
+        stand_in = copy.copy(self.leaf)  # its own forward, so that no other thread runs it
+        stand_in.forward = lambda x, *args, **kwargs: self.apply(x, W, b, *args, **kwargs)
+        return stand_in(x, *args, **kwargs)
+
     # ---------------------------------------------------------------------------------------------------- its layout
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The layer's own weight and bias tensors."""
@@ -164,8 +175,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Device that new adapter parameters take."""
-        return self.frozen.device
+        """Device that new adapter parameters take: where the layer runs."""
+        return running_device(self.leaf, self.frozen)
 
     def slot(self, name: str) -> str:
         """The name under which PEFT keeps a method's slot on this kind of layer."""
@@ -203,21 +214,23 @@ class Base:
 
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         """scale * B A, shaped like W."""
-        return B.weight @ (A.weight * scale)
+        return self.matrix(B) @ (self.matrix(A) * scale)
 
-    def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
-        """scale * B (A x), without forming B A."""
-        return F.linear(F.linear(x, A.weight) * scale, B.weight, _scaled(B.bias, scale))
+    def through(self, x: Tensor, A: Any, B: Any) -> Tensor:
+        """B (A x), without forming B A. The factors are called, so that hooks on them act."""
+        return B(A(x))
 
     def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
-        """y + gain * scale * B (A x), in as few passes over y as this kind of layer allows; `gain` is `outward`."""
-        branch = self.through(x, A, B, scale)
-        return y + (branch if gain is None else gain * branch)
+        """y + gain * scale * B (A x); `gain` is `outward`."""
+        branch = self.through(x, A, B)
+        if gain is not None:
+            branch = gain * branch
+        return y + scale * branch if isinstance(scale, Tensor) else torch.add(y, branch, alpha=scale)
 
     @staticmethod
     def matrix(factor: Any) -> Tensor:
-        """The matrix of a factor: (r, in) of A, (out, r) of B, kernels flattened."""
-        return factor.weight
+        """The matrix of a factor: (r, in) of A, (out, r) of B, kernels flattened; with what hooks on it do."""
+        return acting(factor) if has_hooks(factor) else factor.weight
 
     # ------------------------------------------------------------------------------------------------------- vectors
     def spread(self, v: Tensor) -> Tensor:
@@ -292,13 +305,44 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     return getattr(module, name) if weight is None else weight
 
 
-def weights_of(A: Any, B: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(A.weight, B.weight, B.bias), found as `weight_of` finds them."""
-    a, b = A._parameters, B._parameters
-    try:
-        return a["weight"], b["weight"], b["bias"]
-    except KeyError:
-        return A.weight, B.weight, B.bias
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody's hooks act on the module's input or output."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def acting(factor: Any) -> Tensor:
+    """The matrix (n_out, n_in) by which a linear module acts when it is called: hooks may change what its weight does.
+
+    Raises `MergeError` when no matrix does that.
+    """
+    n = factor.weight.shape[1]
+    x = torch.eye(n + 2, n, dtype=factor.weight.dtype, device=factor.weight.device)  # one row stays zero
+    x[-1] = torch.linspace(-1, 1, n)
+    *rows, zero, probe = factor(x)
+    W = torch.stack([row - zero for row in rows], 1)  # (n_out, n_in)
+    bias = torch.zeros_like(zero) if factor.bias is None else factor.bias
+    if not (torch.allclose(W @ x[-1], probe - zero, rtol=1e-3, atol=1e-5) and torch.allclose(zero, bias, atol=1e-5)):
+        raise MergeError(
+            f"A hook on {factor} makes something of it that no matrix does, so it cannot be merged: remove the hook, or "
+            "keep the adapter unmerged."
+        )
+    return W
+
+
+class OnPatches(nn.Module):
+    """A convolution as the linear module that it is on patches (n, in * taps); hooks on it act."""
+
+    def __init__(self, conv: Any):
+        super().__init__()
+        self.weight, self.bias = conv.weight.flatten(1), conv.bias
+        self.conv = copy.copy(conv)
+        vars(self.conv).pop("forward", None)  # whatever wraps the original
+        self.conv.stride = self.conv.dilation = (1,) * (conv.weight.dim() - 2)
+        self.conv.padding, self.conv.padding_mode = 0, "zeros"
+        self.shape = conv.in_channels, *conv.kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.unflatten(1, self.shape)).flatten(1)
 
 
 def spend(count: int, like: Tensor) -> None:
@@ -323,10 +367,6 @@ def kaiming(W: Tensor) -> Tensor:
     return W.uniform_(-bound, bound)
 
 
-def _scaled(bias: Tensor | None, scale: Any) -> Tensor | None:
-    return None if bias is None else bias * scale
-
-
 class Linear(Base):
     """nn.Linear, and whatever else has `in_features`, `out_features` and a 2-D `weight`."""
 
@@ -340,31 +380,6 @@ class Linear(Base):
             spend(r * n_in + n_out * (r + bias), A)
             kaiming(A)
         return linear_of(A), linear_of(B, torch.zeros(n_out, device=device) if bias else None)
-
-    def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
-        down, up, bias = weights_of(A, B)  # (r, in), (out, r), (out,)
-        if bias is not None:
-            return super().add_through(y, x, A, B, scale, gain)
-        if gain is not None:
-            up = gain[:, None] * up
-        if isinstance(scale, Tensor):
-            down, scale = down * scale, 1.0
-        x = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():  # the faster way round, there and back
-            h = x @ down.t()  # (tokens, r)
-        else:
-            h = down @ x.t()
-            # nobody else can hold the output of a plain layer, so that it may be written to
-            own = type(self.module) is nn.Linear and not self.module._forward_hooks
-            if own and h.dtype == up.dtype == y.dtype and y.is_contiguous():
-                y.view(-1, y.shape[-1]).t().addmm_(up, h, alpha=scale)
-                return y
-            h = h.t()
-        if up.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
-            h = h.to(up.dtype)
-        if y.dtype != h.dtype:
-            return y + scale * (h @ up.t()).view(y.shape)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t(), alpha=scale).view(y.shape)
 
 
 class Conv1D(Linear):
@@ -458,13 +473,9 @@ class Conv(Base):
             )
         return (self.matrix(B) @ (self.matrix(A) * scale)).view(self.leaf.weight.shape)
 
-    def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
-        y = B(A(x) * scale)
-        return y if B.bias is None else y + (B.bias * (scale - 1)).view(-1, *[1] * (B.weight.dim() - 2))
-
     @staticmethod
     def matrix(factor: Any) -> Tensor:
-        return factor.weight.flatten(1)
+        return acting(OnPatches(factor)) if has_hooks(factor) else factor.weight.flatten(1)
 
     def outward(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * (self.leaf.weight.dim() - 2))
@@ -532,8 +543,8 @@ class Embedding(Base):
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         return B @ (A * scale)
 
-    def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
-        return (self.look_up(x, A) * (scale * self._scale(A))) @ B.t()
+    def through(self, x: Tensor, A: Any, B: Any) -> Tensor:
+        return (self.look_up(x, A) * self._scale(A)) @ B.t()
 
     @staticmethod
     def matrix(factor: Any) -> Tensor:
@@ -638,10 +649,11 @@ class Whole(Base):
 
     @property
     def device(self) -> torch.device:
-        return self.stored()[0].device
+        return device_of(self.leaf)
 
     def read(self) -> Any:
-        return dict(self.home.original or self.tensors(self.leaf)), None
+        with loaded(self.leaf):
+            return dict(self.home.original or self.tensors(self.leaf)), None
 
     def write(self, W: Any, b: Any = None) -> None:
         own = self.tensors(self.leaf)

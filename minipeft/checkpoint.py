@@ -12,6 +12,7 @@ import math
 import warnings
 from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .adapter import adapter_class
 from .errors import AdapterNameError, CheckpointError, PeftWarning, nearest
 from .files import find_weights
 from .layer import Layer, ModulesToSaveWrapper, adapted
+from .offload import loaded, onload
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
 PREFIX = "base_model.model."
@@ -323,23 +325,32 @@ def get_peft_model_state_dict(
     if config.is_prompt_learning:
         from .prompt import prompt_state
 
-        saved = prompt_state(model, adapter_name)
-        saved.update({e.saved: e.tensor for e in _copies(model, adapter_name, "base_model.")})
-        return saved
+        saved, copies = prompt_state(model, adapter_name), list(_copies(model, adapter_name, "base_model."))
+        with onloaded(model, copies):
+            return saved | {e.saved: e.tensor.detach() for e in copies}
     saved = {}
-    for entry in entries_of_model(model, adapter_name):
-        if state_dict is None:
-            saved[entry.saved] = entry.tensor.detach()
-        elif entry.live in state_dict:
-            saved[entry.saved] = state_dict[entry.live]
-        else:
-            raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
+    entries = list(entries_of_model(model, adapter_name))
+    with onloaded(model, entries if state_dict is None else ()):
+        for entry in entries:
+            if state_dict is None:
+                saved[entry.saved] = entry.tensor.detach()
+            elif entry.live in state_dict:
+                saved[entry.saved] = state_dict[entry.live]
+            else:
+                raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
     saved = adapter_class(config).convert_for_save(model, adapter_name, saved)
     for key, tensor in _bias_tensors(model, adapter_name).items():
         saved.setdefault(key, tensor if state_dict is None else state_dict[key])
     for key, tensor in _embedding_tensors(model, config, save_embedding_layers).items():
         saved.setdefault(key, tensor if state_dict is None else state_dict[key])
     return saved
+
+
+def onloaded(model: nn.Module, entries: Iterable[Entry], keep: bool = False) -> AbstractContextManager[None]:
+    """While it is open, offloaded tensors of entries are where they run; see `onload`."""
+    boxes = {id(entry.box) for entry in entries}
+    holding = [m for m in model.modules() if id(m._parameters) in boxes or id(m._buffers) in boxes]
+    return onload(*holding, keep=keep, recurse=False)
 
 
 def _copies(model: Any, name: str, prefix: str) -> Iterator[Entry]:
@@ -390,7 +401,8 @@ def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, T
     for layer in (root.get_input_embeddings(), root.get_output_embeddings()):
         if isinstance(layer, Layer) or (layer is not None and not targeted):
             leaf = layer.get_base_layer() if isinstance(layer, Layer) else layer
-            found |= {f"{prefix}{names[id(leaf)]}.{k}": t.detach() for k, t in leaf.state_dict().items()}
+            with loaded(leaf):
+                found |= {f"{prefix}{names[id(leaf)]}.{k}": t.detach() for k, t in leaf.state_dict().items()}
     return found
 
 
@@ -446,7 +458,8 @@ def set_peft_model_state_dict(
         if undo is not None:
             undo()
         raise
-    fill(entries + base, weights)
+    with onloaded(model, entries + base, keep=True):
+        fill(entries + base, weights)
     for _, _, module in adapted(getattr(tuner_of(model), "model", model)):
         if isinstance(module, Layer) and adapter_name in module.adapters:
             module.adapters[adapter_name].loaded()

@@ -5,7 +5,6 @@ Until `Plan.commit` nothing of the model is touched, so whatever fails before le
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections import Counter
@@ -34,6 +33,7 @@ from .config import PeftConfig
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
 from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .offload import real_copy, loaded
 from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
 from .tying import Ties
 
@@ -232,6 +232,10 @@ class Plan:
 
     def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         """A layer around `module` with the one new adapter, not yet part of the model."""
+        with loaded(module):
+            return self._scratch(module, base, path, cls, config)
+
+    def _scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         scratch = Layer(module, base, cls.method.value, self.tuner.context)
         blank = self.empty or base.device.type == "meta"
         vars(scratch).update(blank=blank, autocast=self.autocast)
@@ -262,7 +266,7 @@ class Plan:
                 taken.append(path)
                 original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
                 ModulesToSaveWrapper.check(original)
-                copied = copy.deepcopy(original)
+                copied = real_copy(original)
                 self.copies.append((live, module, copied))
         missing = sorted(names - known - set(HEAD_NAMES)) if self.strict else []
         if missing:
@@ -356,11 +360,13 @@ class Plan:
                 if (mine := _own_slot(self.cls, slot, adapter.path)) == slot:
                     scratch._modules[slot] = tuner._modules[slot]
                 elif mine:
-                    vars(scratch)[mine] = tuner.grouped[slot]._buffers
+                    vars(scratch)[mine] = tuner.grouped[slot]
             if self.shared:
                 adapter.move_to(scratch)
-            for action in scratch.at_commit:
-                action()
+            if scratch.at_commit:
+                with scratch.onloaded(keep=True):
+                    for action in scratch.at_commit:
+                        action()
             scratch.at_commit.clear()
             if joins is not None:
                 joins.adopt(scratch, name)

@@ -30,6 +30,7 @@ from .layer import (
     layers,
     walk,
 )
+from .offload import HOOKS
 from .prompt import cached_tokens
 
 TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
@@ -551,7 +552,7 @@ class BaseTuner(Slots):
             return super().__getattr__(name)
         except AttributeError:
             child = self.root.partition(".")[0]
-            if name in ("model", child) or child not in self.__dict__.get("_modules", {}):
+            if name in ("model", child, *HOOKS) or child not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
 

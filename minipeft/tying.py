@@ -7,16 +7,17 @@ values, wherever `modules_to_save` or `target_modules` mean either; rows of `tra
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from .base import base_of
 from .errors import ConfigError, MergeError, PeftWarning
 from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .offload import onload, real_copy
 from .targets import EMBEDDINGS, named, suffixes
 
 
@@ -43,8 +44,18 @@ def tied_names(model: nn.Module) -> list[str]:
         return []
     if not any(getattr(module, "_tied_weights_keys", None) for module in model.modules()):
         return []
-    users = [p for p, _, m in walk(model) if any(w is weight for w in m._parameters.values())]
+    users = [p for p, _, m in walk(model) if any(same(m, embedding, name) for name in m._parameters)]
     return sorted(set(users) - {path})
+
+
+def same(one: Any, other: Any, name: str = "weight") -> bool:
+    """Whether one.<name> is other.weight. Offloading takes such weights apart: then, whether they are equal."""
+    a, b = one._parameters[name], other._parameters.get("weight")
+    if a is b or a is None or b is None or not (a.is_meta and b.is_meta and a.shape == b.shape):
+        return a is b
+    with onload(one, other, recurse=False):
+        a, b = one._parameters[name], other._parameters["weight"]
+        return not a.is_meta and torch.equal(a, b)
 
 
 def _ties(model: nn.Module, unless_said: bool = False) -> bool:
@@ -139,7 +150,7 @@ class Ties:
             live, module = at[path]
             original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
             ModulesToSaveWrapper.check(original)
-            copied = copy.deepcopy(original)
+            copied = real_copy(original)
             plan.copies.append((live, module, copied))
             self.copies.append((copied, sources[at[self.embedding or ""][0]]))
 
@@ -259,7 +270,7 @@ def note_untied(model: nn.Module) -> None:
     except (AttributeError, NotImplementedError):
         return
     weights = [getattr(layer, "weight", None) for layer in layers]
-    if _ties(model) and None not in weights and weights[0] is not weights[1]:
+    if _ties(model) and None not in weights and weights[0] is not weights[1] and not same(*layers):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         warnings.warn(
             "Input and output embeddings are no longer tied after merging. "

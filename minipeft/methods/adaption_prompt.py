@@ -32,6 +32,7 @@ from ..config import PeftConfig
 from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from ..inject import check_adapter_name, model_config
 from ..layer import INSIDE, put_at, walk
+from ..offload import device_of
 from ..targets import named
 from ..tuner import BaseTuner
 
@@ -63,7 +64,7 @@ class AdaptedAttention(nn.Module):
             )
         weight = (model.c_proj if self.fused else model.q_proj).weight
         new = {
-            "device": device or next(model.parameters()).device,
+            "device": device or device_of(model),
             "dtype": torch.float32 if weight.dtype in (torch.int8, torch.uint8) else weight.dtype,
         }
         width = model.split_size if self.fused else model.k_proj.in_features

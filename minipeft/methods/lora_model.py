@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import merging
 from ..errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedFeatureError
-from ..layer import layers, widened
+from ..layer import layers, parts, widened
+from ..offload import onload
 from ..tuner import BaseTuner
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -59,7 +60,8 @@ class LoraModel(BaseTuner, method="LORA"):
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         names = self.active_adapters if names is None else names
         found = [layer.adapters[name] for layer in layers(self.model) for name in names if name in layer.adapters]
-        return [adapter.loss() for adapter in found if adapter.asked_by == field]
+        with onload(*parts(self.model)):
+            return [adapter.loss() for adapter in found if adapter.asked_by == field]
 
     def add_weighted_adapter(
         self,

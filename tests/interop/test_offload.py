@@ -1,0 +1,102 @@
+"""Weights that accelerate puts elsewhere between passes: every method gives the numbers that it gives without."""
+
+import tempfile
+import warnings
+import zlib
+
+import pytest
+import torch
+
+from . import harness as H
+from .cases import CASES
+
+accelerate = pytest.importorskip("accelerate")
+
+FIRST = {}
+for _case in CASES:
+    FIRST.setdefault((_case.method, _case.base.name), _case)
+each_method_and_layer = pytest.mark.parametrize("case", FIRST.values(), ids=[c.id for c in FIRST.values()])
+CPU = torch.device("cpu")
+
+
+def on_cpu(model, buffers=False):
+    return accelerate.cpu_offload(model, execution_device=CPU, offload_buffers=buffers)
+
+
+def on_disk(model):
+    return accelerate.disk_offload(model, tempfile.mkdtemp(), execution_device=CPU)
+
+
+WAYS = {"cpu": on_cpu, "buffers": lambda model: on_cpu(model, True), "disk": on_disk}
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def away(model, case, turn=0):
+    """The model put elsewhere; the cases take turns in how."""
+    way = list(WAYS)[(zlib.crc32(case.id.encode()) + turn) % len(WAYS)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        WAYS[way](model)
+    assert any(p.is_meta for p in model.parameters())
+    return model
+
+
+def adapted(lib, case, base=None):
+    return H.move(H.adapt(lib, case, base), case.scale)
+
+
+@each_method_and_layer
+def test_adapted_model_that_is_offloaded_gives_the_same_numbers(case, lib):
+    model, batch = adapted(lib, case), H.inputs(case)
+    want = H.run(model, batch)
+    away(model, case)
+    for _ in range(2):
+        H.close(H.run(model, batch), want, 1e-6)
+
+
+@each_method_and_layer
+def test_adapter_on_an_offloaded_base_has_real_tensors(case, lib):
+    want = H.adapt(lib, case)
+    model = H.adapt(lib, case, away(case.base.build(), case, 1))
+    H.identical(*({n: p for n, p in m.named_parameters() if ".default" in n} for m in (model, want)))
+    batch = H.inputs(case)
+    H.close(H.run(H.move(model, case.scale), batch), H.run(H.move(want, case.scale), batch), 1e-6)
+
+
+@each_method_and_layer
+def test_saved_and_loaded(case, lib, tmp_path):
+    model = adapted(lib, case)
+    want, config = H.saved(model, tmp_path / "plain")
+    got, _ = H.saved(away(model, case), tmp_path / "offloaded")
+    H.identical(got, want)
+    base = away(case.base.build(), case, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again = lib.PeftModel.from_pretrained(base, str(tmp_path / "plain")).eval()
+    H.close(*(H.weighable(case, H.run(m, H.inputs(case))) for m in (again, model)), 1e-6)
+    other = {k: v * 0.9 if v.is_floating_point() else v for k, v in want.items()}
+    if any(getattr(m, "computed", False) for m in model.modules()):  # its network is not saved
+        return
+    lib.set_peft_model_state_dict(model, other)
+    H.close(H.saved(model, tmp_path / "again")[0], other, 0)
+
+
+mergeable = [c for c in FIRST.values() if c.merges and not c.prompt and "merge" not in c.disputed]
+
+
+@pytest.mark.parametrize("case", mergeable, ids=[c.id for c in mergeable])
+def test_merged_and_taken_out_again(case, lib):
+    model, batch = adapted(lib, case).double(), H.inputs(case, torch.float64)
+    want = H.run(model, batch)
+    weights = {n: p.clone() for n, p in model.named_parameters()}
+    away(model, case)
+    model.merge_adapter()
+    same = H.weighable(case, want)
+    H.close(H.weighable(case, H.run(model, batch)), same, H.tolerance(case, torch.float64))
+    model.unmerge_adapter()
+    H.close(H.run(model, batch), want, 1e-10)
+    accelerate.hooks.remove_hook_from_module(model, recurse=True)
+    now = dict(model.named_parameters())
+    H.identical({n: now[n] for n in weights}, weights)  # tied weights have come apart: there are more
+    plain = away(adapted(lib, case).double(), case, 1).merge_and_unload()
+    H.close(H.weighable(case, H.run(plain, batch)), same, H.tolerance(case, torch.float64))
