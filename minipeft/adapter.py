@@ -21,6 +21,7 @@ Shapes: W is (out, in) or (out, in / groups, *kernel) or, for an embedding, (dim
 from __future__ import annotations
 
 import weakref
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -120,6 +121,9 @@ class Adapter:
                 raise AttributeError(slot) from None
         contents = self.layer.contents(self.base.slot(slot) if self.renames else slot)
         if contents is None or self.name not in contents:
+            box = self.layer._modules.get(self.base.slot(slot) if self.renames else slot)
+            if self.name in getattr(box, "parametrizations", ()):
+                return getattr(box, self.name)
             raise AttributeError(f"{self!r} has no {slot!r}")
         own["found"][slot] = contents
         return contents[self.name]
@@ -405,7 +409,7 @@ class Replacement(Adapter):
         return self.replacement(x, *args, **kwargs)
 
     def fold(self, W: Any, b: Any) -> Any:
-        return self.base.tensors(self.replacement), None
+        return {name: attrgetter(name)(self.replacement) for name in self.base.tensors(self.base.leaf)}, None
 
 
 class Adapted:

@@ -315,12 +315,13 @@ def acting(factor: Any) -> Tensor:
 
     Raises `MergeError` when no matrix does that.
     """
-    n = factor.weight.shape[1]
+    n = factor.in_features
     x = torch.eye(n + 2, n, dtype=factor.weight.dtype, device=factor.weight.device)  # one row stays zero
     x[-1] = torch.linspace(-1, 1, n)
     *rows, zero, probe = factor(x)
     W = torch.stack([row - zero for row in rows], 1)  # (n_out, n_in)
-    bias = torch.zeros_like(zero) if factor.bias is None else factor.bias
+    bias = getattr(factor, "bias", None)
+    bias = torch.zeros_like(zero) if bias is None else bias
     if not (torch.allclose(W @ x[-1], probe - zero, rtol=1e-3, atol=1e-5) and torch.allclose(zero, bias, atol=1e-5)):
         raise MergeError(
             f"A hook on {factor} makes something of it that no matrix does, so it cannot be merged: remove the hook, or "
@@ -335,10 +336,11 @@ class OnPatches(nn.Module):
     def __init__(self, conv: Any):
         super().__init__()
         self.weight, self.bias = conv.weight.flatten(1), conv.bias
+        self.in_features = self.weight.shape[1]
         self.conv = copy.copy(conv)
         vars(self.conv).pop("forward", None)  # whatever wraps the original
         self.conv.stride = self.conv.dilation = (1,) * (conv.weight.dim() - 2)
-        self.conv.padding, self.conv.padding_mode = 0, "zeros"
+        self.conv.padding, self.conv.padding_mode = (0,) * len(self.conv.stride), "zeros"
         self.shape = conv.in_channels, *conv.kernel_size
 
     def forward(self, x: Tensor) -> Tensor:

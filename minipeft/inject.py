@@ -33,7 +33,7 @@ from .config import PeftConfig
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
 from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
-from .offload import real_copy, loaded
+from .offload import loaded, real_copy
 from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
 from .tying import Ties
 

@@ -242,6 +242,8 @@ class Slots(nn.Module):
             box = self._modules.get(slot)
             if box is not None and name in (contents := _contents(box)):
                 found.append((slot, box, contents[name]))
+            elif name in (computed := getattr(box, "parametrizations", {})):
+                found.append((slot, computed, computed[name]))
         return found
 
     def tensors(self, name: str, prefix: str = "") -> list[tuple[str, Tensor]]:
@@ -843,8 +845,9 @@ INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", Trainabl
 
 # ----------------------------------------------------------------------------------------------------------- helpers
 def _contents(box: Any) -> Any:
-    kind = type(box)
-    return box._modules if kind is nn.ModuleDict else box._parameters if kind is nn.ParameterDict else box._buffers
+    if isinstance(box, nn.ModuleDict):
+        return box._modules
+    return box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
 
 
 def set_training(module: nn.Module, mode: bool) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 HOOKS = ("_hf_hook", "_old_forward")  # what accelerate sets on a module that has hooks: each module has its own
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from .base import base_of
 from .errors import ConfigError, MergeError, PeftWarning
 from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
-from .offload import onload, real_copy
+from .offload import offloading, onload, real_copy
 from .targets import EMBEDDINGS, named, suffixes
 
 
@@ -247,6 +247,9 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(id(layer.base.home.stored()[0]), []).append(layer)
+    for layer in layers:
+        if offloading(layer.base.leaf) and any("follows" in vars(adapter) for adapter in layer.adapters.values()):
+            layer.base.home.apart = True  # offloading gave it a weight of its own
     for weight, group in groups.items():
         if len(users.get(weight, ())) < 2:
             continue

@@ -57,4 +57,4 @@ class QALoRA(LowRank, config=LoraConfig, variant="use_qalora"):
 
     def delta(self) -> Tensor:
         k, g = self.lora_A.weight.shape[1], self.qalora_group_size
-        return (self.scaling * k / g * self.lora_B.weight @ self.lora_A.weight).repeat_interleave(g, 1)  # (out, in)
+        return (self.scaling * k / g * self.base.matrix(self.lora_B) @ self.base.matrix(self.lora_A)).repeat_interleave(g, 1)  # (out, in)

@@ -16,6 +16,11 @@ FIRST = {}
 for _case in CASES:
     FIRST.setdefault((_case.method, _case.base.name), _case)
 each_method_and_layer = pytest.mark.parametrize("case", FIRST.values(), ids=[c.id for c in FIRST.values()])
+PICKED = {c.method: c for c in reversed(FIRST.values())}  # one of each method, and where weights are shared
+SHARED = ("lora/targets/token_indices_tied", "trainable_tokens/llama_tied/default", "adalora/bert_seq/plain", "lora/t5/plain",
+          "prompt_tuning/t5/plain", "cpt/gpt2/plain", "shadow/llama/plain", "lily/stack/shared")
+_picked = {c.id: c for c in [*PICKED.values(), *(c for c in CASES if c.id in SHARED)]}
+each_picked = pytest.mark.parametrize("case", _picked.values(), ids=_picked)
 CPU = torch.device("cpu")
 
 
@@ -28,7 +33,6 @@ def on_disk(model):
 
 
 WAYS = {"cpu": on_cpu, "buffers": lambda model: on_cpu(model, True), "disk": on_disk}
-each_way = pytest.mark.parametrize("way", WAYS)
 
 
 def away(model, case, turn=0):
@@ -54,7 +58,7 @@ def test_adapted_model_that_is_offloaded_gives_the_same_numbers(case, lib):
         H.close(H.run(model, batch), want, 1e-6)
 
 
-@each_method_and_layer
+@each_picked
 def test_adapter_on_an_offloaded_base_has_real_tensors(case, lib):
     want = H.adapt(lib, case)
     model = H.adapt(lib, case, away(case.base.build(), case, 1))
@@ -63,7 +67,7 @@ def test_adapter_on_an_offloaded_base_has_real_tensors(case, lib):
     H.close(H.run(H.move(model, case.scale), batch), H.run(H.move(want, case.scale), batch), 1e-6)
 
 
-@each_method_and_layer
+@each_picked
 def test_saved_and_loaded(case, lib, tmp_path):
     model = adapted(lib, case)
     want, config = H.saved(model, tmp_path / "plain")
@@ -81,7 +85,10 @@ def test_saved_and_loaded(case, lib, tmp_path):
     H.close(H.saved(model, tmp_path / "again")[0], other, 0)
 
 
-mergeable = [c for c in FIRST.values() if c.merges and not c.prompt and "merge" not in c.disputed]
+mergeable = [
+    c for c in FIRST.values()
+    if c.merges and not c.prompt and "merge" not in c.disputed and (c.id in _picked or not c.base.transformers)
+]
 
 
 @pytest.mark.parametrize("case", mergeable, ids=[c.id for c in mergeable])
@@ -100,3 +107,58 @@ def test_merged_and_taken_out_again(case, lib):
     H.identical({n: now[n] for n in weights}, weights)  # tied weights have come apart: there are more
     plain = away(adapted(lib, case).double(), case, 1).merge_and_unload()
     H.close(H.weighable(case, H.run(plain, batch)), same, H.tolerance(case, torch.float64))
+
+
+@pytest.fixture(scope="module")
+def stored_llama(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    path = tmp_path_factory.mktemp("llama")
+    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=30,
+                                      num_attention_heads=2, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_base_with_layers_on_disk(stored_llama, modules_to_save, lib, tmp_path):
+    """A model of transformers that is loaded with some layers on disk and some on the CPU: as one that is not."""
+    from transformers import LlamaForCausalLM
+
+    def base(**options):
+        return LlamaForCausalLM.from_pretrained(stored_llama, **options)
+
+    def parted():
+        places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "disk",
+                  "model.layers.1": "cpu", "model.norm": "disk", "lm_head": "disk"}
+        return base(device_map=places, offload_folder=str(tmp_path / "off"))
+
+    fields = {"target_modules": ["q_proj", "down_proj"], "r": 2, "modules_to_save": modules_to_save}
+    batch = {"input_ids": torch.randint(0, 30, (2, 5))}
+    H.seed(0)
+    want = H.move(lib.get_peft_model(base(), lib.LoraConfig(**fields)))
+    want.save_pretrained(str(tmp_path / "adapter"))
+    running = H.run(want.eval(), batch)
+    loaded = lib.PeftModel.from_pretrained(parted(), str(tmp_path / "adapter")).eval()
+    assert any(p.is_meta for p in loaded.parameters())
+    H.close(H.run(loaded, batch), running, 1e-6)
+    loaded.load_adapter(str(tmp_path / "adapter"), "second")
+    loaded.set_adapter("second")
+    H.close(H.run(loaded, batch), running, 1e-6)
+    H.identical(H.saved(loaded, tmp_path / "again", selected_adapters=["default"])[0], H.stored(tmp_path / "adapter")[0])
+    H.seed(0)
+    new = H.move(lib.get_peft_model(parted(), lib.LoraConfig(**fields)))
+    got, expected = (H.gradients(m.eval(), batch) for m in (new, want))
+    H.close(got, expected, 1e-5)
+    H.close(H.run(loaded.merge_and_unload(), batch), running, 1e-5)
+
+
+def test_adapter_dispatched_by_a_device_map(lib):
+    from .cases import CASES
+
+    case = next(c for c in CASES if c.id == "lora/linear/plain")
+    model, batch = adapted(lib, case), H.inputs(case)
+    want = H.run(model, batch)
+    parts = [n for n, m in model.named_modules() if m._parameters]
+    places = {n: ("cpu", "disk")[i % 2] for i, n in enumerate(parts)}
+    accelerate.dispatch_model(model, places, CPU, offload_dir=tempfile.mkdtemp(), force_hooks=True)
+    H.close(H.run(model, batch), want, 1e-6)
