@@ -324,8 +324,8 @@ def acting(factor: Any) -> Tensor:
     bias = torch.zeros_like(zero) if bias is None else bias
     if not (torch.allclose(W @ x[-1], probe - zero, rtol=1e-3, atol=1e-5) and torch.allclose(zero, bias, atol=1e-5)):
         raise MergeError(
-            f"A hook on {factor} makes something of it that no matrix does, so it cannot be merged: remove the hook, or "
-            "keep the adapter unmerged."
+            f"A hook on {factor} makes something of it that no matrix does, so it cannot be merged: remove the hook, "
+            "or keep the adapter unmerged."
         )
     return W
 

@@ -789,7 +789,7 @@ class TrainableTokensWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "token_adapter" not in self.__dict__.get("_modules", {}):
+            if name in HOOKS or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.token_adapter.base_layer, name)
 

@@ -63,7 +63,7 @@ class AdaptedAttention(nn.Module):
                 "weights in q_proj, k_proj, v_proj and o_proj and nowhere else, or in c_attn and c_proj."
             )
         weight = (model.c_proj if self.fused else model.q_proj).weight
-        new = {
+        new: dict[str, Any] = {
             "device": device or device_of(model),
             "dtype": torch.float32 if weight.dtype in (torch.int8, torch.uint8) else weight.dtype,
         }

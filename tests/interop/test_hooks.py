@@ -18,7 +18,7 @@ FACTORED = [c for c in PLAIN.values() if c.method in CALLED and "embedding" not 
 each_factored = pytest.mark.parametrize("case", FACTORED, ids=[c.id for c in FACTORED])
 each_slot = pytest.mark.parametrize("slot", ["lora_A", "lora_B"])
 WITHOUT = [("monteclora", "lora_A")]  # peft reads the weight; so does the norm of its DoRA on convolutions
-PEFTS_OWN = ("oft_R", "oft_embedding_R", "psoft_R", "lora_magnitude_vector")  # modules that peft calls with more than their input
+PEFTS_OWN = ("oft_R", "oft_embedding_R", "psoft_R", "lora_magnitude_vector")  # modules called with more than an input
 
 
 def seen(model, batch):
