@@ -33,7 +33,7 @@ from .config import PeftConfig
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
 from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
-from .offload import loaded, real_copy
+from .offload import loaded, onload, real_copy
 from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
 from .tying import Ties
 
@@ -109,7 +109,8 @@ class Plan:
         self.undo = self.cls.prepare(config, self.model)
         try:
             found = self.find(strict=not loading, keys=keys)
-            self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
+            with onload(*tuner.shared_slots().values()):
+                self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
             self.beside = self.cls.beside(config, self.model)
             for path, live, module, base in found:
                 self.build(path, live, module, base)

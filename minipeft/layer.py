@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -242,7 +242,7 @@ class Slots(nn.Module):
             box = self._modules.get(slot)
             if box is not None and name in (contents := _contents(box)):
                 found.append((slot, box, contents[name]))
-            elif name in (computed := getattr(box, "parametrizations", {})):
+            elif box is not None and name in (computed := cast(Any, getattr(box, "parametrizations", {}))):
                 found.append((slot, computed, computed[name]))
         return found
 
@@ -834,7 +834,7 @@ def put_at(model: nn.Module, live: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[last] = module
 
 
-def parts(model: nn.Module) -> Iterator[nn.Module]:
+def adapter_parts(model: nn.Module) -> Iterator[nn.Module]:
     """The modules inside every Layer and ModulesToSaveWrapper that hold the tensors of adapters."""
     for _, _, module in adapted(model):
         yield from (part for slot, part in module._modules.items() if slot != INSIDE[type(module)])

@@ -8,6 +8,7 @@ accelerate is not imported.
 from __future__ import annotations
 
 import copy
+from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -68,6 +69,7 @@ def onload(*roots: nn.Module, keep: bool = False, recurse: bool = True) -> Itera
         for root in roots:
             for module in root.modules() if recurse and hooked(root) else (root,):
                 for hook in offloading(module):
+                    _take(module, hook)
                     hook.pre_forward(module)
                     hook.offload = False  # it leaves the tensors alone when the module is called meanwhile
                     loaded.append((module, hook))
@@ -79,6 +81,15 @@ def onload(*roots: nn.Module, keep: bool = False, recurse: bool = True) -> Itera
         for module, hook in reversed(loaded):
             hook.offload = True
             hook.post_forward(module, None)
+
+
+def _take(module: nn.Module, hook: Any) -> None:
+    """Let the hook have tensors that came to the module later: a new adapter's, in the container of those before."""
+    new = {name: tensor.detach().cpu() for name, tensor in _tensors(module, hook) if not tensor.is_meta}
+    if new and not isinstance(hook.weights_map, ChainMap):
+        hook.weights_map = ChainMap({}, hook.weights_map)
+    if new:
+        hook.weights_map.maps[0].update(new)
 
 
 def _tensors(module: nn.Module, hook: Any) -> Iterator[tuple[str, Tensor]]:

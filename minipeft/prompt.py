@@ -429,7 +429,7 @@ def _virtual_tokens(peft_model: Any, batch_size: int, task_ids: Tensor | None) -
         if prompt.by_task and tasks is None:
             raise BatchError("This prompt differs by task: `task_ids` must be given, one number for each sample.")
         with loaded(prompt):
-            if prompt.by_task:
+            if prompt.by_task and tasks is not None:
                 return prompt(rows.expand(count, -1), tasks.to(rows.device))
             return prompt(rows).expand(count, -1, -1)  # (batch, tokens, width)
 

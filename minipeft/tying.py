@@ -17,7 +17,7 @@ from torch import nn
 from .base import base_of
 from .errors import ConfigError, MergeError, PeftWarning
 from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
-from .offload import offloading, onload, real_copy
+from .offload import hooked, offloading, onload, real_copy
 from .targets import EMBEDDINGS, named, suffixes
 
 
@@ -222,7 +222,10 @@ class Tie:
 
     def __call__(self, *args: Any) -> None:
         if self.adapter.layer.adapters.get(self.adapter.name) is self.adapter:
-            self.adapter.follow(self.source)
+            if not hooked(self.adapter.layer):
+                return self.adapter.follow(self.source)
+            with self.source.layer.onloaded(), self.adapter.layer.onloaded(keep=True):
+                self.adapter.follow(self.source)
 
 
 # ----------------------------------------------------------------------------------------------------------- merging

@@ -161,3 +161,47 @@ def test_adapter_dispatched_by_a_device_map(lib):
     places = {n: ("cpu", "disk")[i % 2] for i, n in enumerate(parts)}
     accelerate.dispatch_model(model, places, CPU, offload_dir=tempfile.mkdtemp(), force_hooks=True)
     H.close(H.run(model, batch), want, 1e-6)
+
+
+@each_picked
+def test_second_adapter_on_an_offloaded_adapted_model(case, lib):
+    if case.second is None or case.prompt or "peft_type" in case.kwargs:
+        pytest.skip("one adapter only")
+    outputs = []
+    for offloaded in (False, True):
+        model = adapted(lib, case)
+        if offloaded:
+            away(model, case)
+        for _ in range(2):  # the second time under a name that was there
+            H.add(lib, model, case, "other")
+            H.move(model, case.scale, only=lambda name, p: ".other" in name and p.is_floating_point())
+            model.set_adapter("other")
+            outputs.append(H.run(model, H.inputs(case)))
+            model.set_adapter("default")
+            model.delete_adapter("other")
+    for got, want in zip(outputs[2:], outputs[:2]):
+        H.close(got, want, 1e-6)
+
+
+COMBINED = [("lora/linear/plain", {"combination_type": "cat"}), ("ia3/linear/plain", {})]
+
+
+@pytest.mark.parametrize("case_id, options", COMBINED)
+def test_offloaded_adapters_are_combined_and_converted(case_id, options, lib):
+    models = []
+    for offloaded in (False, True):
+        case = next(c for c in CASES if c.id == case_id)
+        model = adapted(lib, case)
+        H.add(lib, model, case, "other")
+        H.move(model, case.scale, only=lambda name, p: ".other" in name)
+        models.append(away(model, case) if offloaded else model)
+        model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "both", **options)
+        model.set_adapter("both")
+    plain, offloaded = models
+    batch = H.inputs(case)
+    want = H.run(plain, batch)
+    H.close(H.run(offloaded, batch), want, 1e-6)
+    if case_id.startswith("ia3"):  # it scales the bias too, which no LoRA can
+        return
+    (_, A), (_, B) = (lib.convert_to_lora(model, 2, adapter_name="default") for model in models)
+    H.close(B, A, 1e-4)
