@@ -33,7 +33,7 @@ from .config import PeftConfig
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, nearest
 from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
-from .offload import loaded, onload, real_copy
+from .offload import check_biases, loaded, onload, real_copy
 from .targets import ALL_LINEAR, Targets, all_linear, named, suffixes
 from .tying import Ties
 
@@ -106,6 +106,8 @@ class Plan:
         if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
             raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
         self.cls.check_beside(config, others)
+        if getattr(config, "bias", "none") != "none":
+            check_biases(self.model)
         self.undo = self.cls.prepare(config, self.model)
         try:
             found = self.find(strict=not loading, keys=keys)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .errors import UnsupportedFeatureError
+
 HOOKS = ("_hf_hook", "_old_forward")  # what accelerate sets on a module that has hooks: each module has its own
 
 
@@ -39,6 +41,15 @@ def offloading(module: nn.Module) -> list[Any]:
 def _hooks(module: nn.Module) -> tuple[Any, ...]:
     hook = module.__dict__.get("_hf_hook")
     return () if hook is None else getattr(hook, "hooks", (hook,))
+
+
+def check_biases(model: nn.Module) -> None:
+    """Raise `UnsupportedFeatureError` where the model's own biases cannot be swapped: they are elsewhere."""
+    if any(offloading(module) for module in model.modules()):
+        raise UnsupportedFeatureError(
+            "Trained biases (`bias`) are the model's own tensors, and those are offloaded, so they can be neither trained "
+            "nor switched. Use bias='none', or load the model without offloading."
+        )
 
 
 def running_device(module: nn.Module, tensor: Tensor) -> torch.device:

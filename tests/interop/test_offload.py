@@ -205,3 +205,16 @@ def test_offloaded_adapters_are_combined_and_converted(case_id, options, lib):
         return
     (_, A), (_, B) = (lib.convert_to_lora(model, 2, adapter_name="default") for model in models)
     H.close(B, A, 1e-4)
+
+
+def test_trained_biases_are_refused_where_the_model_is_offloaded(lib):
+    case = next(c for c in CASES if c.id == "lora/linear/plain")
+    base = away(case.base.build(), case)
+    with pytest.raises(ValueError, match="offload"):
+        lib.get_peft_model(base, H.config(lib, case, bias="all"))
+    assert not any("lora" in n for n, _ in base.named_parameters())
+    model = lib.get_peft_model(case.base.build(), H.config(lib, case, bias="all")).eval()
+    want = H.run(away(H.move(model), case), H.inputs(case))
+    with pytest.raises(ValueError, match="offload"), model.disable_adapter():
+        pass
+    H.close(H.run(model, H.inputs(case)), want, 1e-6)
