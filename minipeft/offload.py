@@ -47,8 +47,8 @@ def check_biases(model: nn.Module) -> None:
     """Raise `UnsupportedFeatureError` where the model's own biases cannot be swapped: they are elsewhere."""
     if any(offloading(module) for module in model.modules()):
         raise UnsupportedFeatureError(
-            "Trained biases (`bias`) are the model's own tensors, and those are offloaded, so they can be neither trained "
-            "nor switched. Use bias='none', or load the model without offloading."
+            "Trained biases (`bias`) are the model's own tensors, and those are offloaded, so they can be neither "
+            "trained nor switched. Use bias='none', or load the model without offloading."
         )
 
 
@@ -84,6 +84,9 @@ def onload(*roots: nn.Module, keep: bool = False, recurse: bool = True) -> Itera
                     hook.pre_forward(module)
                     hook.offload = False  # it leaves the tensors alone when the module is called meanwhile
                     loaded.append((module, hook))
+        for module, hook in loaded if keep else ():
+            for _, tensor in _tensors(module, hook):
+                tensor.data = tensor.data.clone()  # where it came from may be the memory of tied weights too
         yield
         kept = keep
     finally:
