@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -124,6 +125,9 @@ class Adapter:
                 raise AttributeError(slot) from None
         contents = self.layer.contents(self.base.slot(slot) if self.renames else slot)
         if contents is None or self.name not in contents:
+            box = self.layer._modules.get(self.base.slot(slot) if self.renames else slot)
+            if self.name in getattr(box, "parametrizations", ()):
+                return getattr(box, self.name)
             raise AttributeError(f"{self!r} has no {slot!r}")
         own["found"][slot] = contents
         return contents[self.name]
@@ -362,7 +366,7 @@ class Transform(Adapter):
     """W', b' = f(W, b). Gives `fold`; running it goes through the weights."""
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return self.base.apply(x, *self.fold(*inner.read()), *args, **kwargs)
+        return self.base.called(x, *self.fold(*inner.read()), *args, **kwargs)
 
 
 class Activation(Adapter):
@@ -386,7 +390,7 @@ class Activation(Adapter):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not self.base.pointwise:
-            return self.base.apply(x, *self.fold(*inner.read()), *args, **kwargs)
+            return self.base.called(x, *self.fold(*inner.read()), *args, **kwargs)
         y = inner(self.pre(x).to(x.dtype), *args, **kwargs)
         return self.post(y).to(y.dtype)
 
@@ -428,7 +432,7 @@ class Replacement(Adapter):
         return self.replacement(x, *args, **kwargs)
 
     def fold(self, W: Any, b: Any) -> Any:
-        return self.base.tensors(self.replacement), None
+        return {name: attrgetter(name)(self.replacement) for name in self.base.tensors(self.base.leaf)}, None
 
 
 class Adapted:

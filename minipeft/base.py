@@ -15,6 +15,7 @@ runs the layer with other weights, and knows the low-rank factors that suit its 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +28,7 @@ from torch.func import functional_call
 
 from .computed import Computed, computed, plain_class
 from .errors import ConfigError, MergeError, UnsupportedLayerError
+from .offload import device_of, loaded, running_device
 from .stored import Kept, fingerprint, like, own_copy, put, sharded, whole
 
 
@@ -65,8 +67,9 @@ class Base:
 
     def read(self) -> tuple[Tensor, Tensor | None]:
         """(W, b) of the frozen layer, canonical, whole and dequantised; what was there before a merge, if one is on."""
-        W, b = self.originals()
-        return self.canonical(whole(W)), None if b is None else whole(b)
+        with loaded(self.leaf):
+            W, b = self.originals()
+            return self.canonical(whole(W)), None if b is None else whole(b)
 
     def originals(self) -> tuple[Any, Any]:
         """What `stored` gives, or gave before a merge, if one is on."""
@@ -86,8 +89,9 @@ class Base:
 
     def held(self) -> tuple[Tensor, Tensor | None]:
         """(W, b) as the layer holds them now, merged or not: canonical, whole and dequantised."""
-        W, b = self.stored()
-        return self.canonical(whole(W)), None if b is None else whole(b)
+        with loaded(self.leaf):
+            W, b = self.stored()
+            return self.canonical(whole(W)), None if b is None else whole(b)
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Store (W, b) in place, in the layer's own layout and dtype.
@@ -244,6 +248,14 @@ class Base:
         """Output of the layer for input `x`, had it the weights (W, b)."""
         raise NotImplementedError
 
+    def called(self, x: Tensor, W: Any, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """The same as when the layer itself is called: hooks on it act."""
+        if not has_hooks(self.leaf):
+            return self.apply(x, W, b, *args, **kwargs)
+        stand_in = copy.copy(self.leaf)  # its own forward, so that no other thread runs it
+        stand_in.forward = lambda x, *args, **kwargs: self.apply(x, W, b, *args, **kwargs)
+        return stand_in(x, *args, **kwargs)
+
     # ---------------------------------------------------------------------------------------------------- its layout
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The layer's own weight and bias tensors."""
@@ -305,8 +317,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        """Device that new adapter parameters take."""
-        return self.frozen.device
+        """Device that new adapter parameters take: where the layer runs."""
+        return running_device(self.leaf, self.frozen)
 
     @property
     def packed(self) -> bool:
@@ -349,21 +361,23 @@ class Base:
 
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         """scale * B A, shaped like W."""
-        return B.weight @ (A.weight * scale)
+        return self.matrix(B) @ (self.matrix(A) * scale)
 
-    def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
-        """scale * B (A x), without forming B A."""
-        return F.linear(F.linear(x, A.weight) * scale, B.weight, _scaled(B.bias, scale))
+    def through(self, x: Tensor, A: Any, B: Any) -> Tensor:
+        """B (A x), without forming B A. The factors are called, so that hooks on them act."""
+        return B(A(x))
 
     def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
-        """y + gain * scale * B (A x), in as few passes over y as this kind of layer allows; `gain` is `outward`."""
-        branch = self.through(x, A, B, scale)
-        return y + (branch if gain is None else gain * branch)
+        """y + gain * scale * B (A x); `gain` is `outward`."""
+        branch = self.through(x, A, B)
+        if gain is not None:
+            branch = gain * branch
+        return y + scale * branch if isinstance(scale, Tensor) else torch.add(y, branch, alpha=scale)
 
     @staticmethod
     def matrix(factor: Any) -> Tensor:
-        """The matrix of a factor: (r, in) of A, (out, r) of B, kernels flattened."""
-        return factor.weight
+        """The matrix of a factor: (r, in) of A, (out, r) of B, kernels flattened; with what hooks on it do."""
+        return acting(factor) if has_hooks(factor) else factor.weight
 
     # ------------------------------------------------------------------------------------------------------- vectors
     def spread(self, v: Tensor) -> Tensor:
@@ -451,13 +465,46 @@ def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     return weight
 
 
-def weights_of(A: Any, B: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(A.weight, B.weight, B.bias), found as `weight_of` finds them."""
-    a, b = A._parameters, B._parameters
-    try:
-        return a["weight"], b["weight"], b["bias"]
-    except KeyError:
-        return A.weight, B.weight, B.bias
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody's hooks act on the module's input or output."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def acting(factor: Any) -> Tensor:
+    """The matrix (n_out, n_in) by which a linear module acts when it is called: hooks may change what its weight does.
+
+    Raises `MergeError` when no matrix does that.
+    """
+    n = factor.in_features
+    x = torch.eye(n + 2, n, dtype=factor.weight.dtype, device=factor.weight.device)  # one row stays zero
+    x[-1] = torch.linspace(-1, 1, n)
+    *rows, zero, probe = factor(x)
+    W = torch.stack([row - zero for row in rows], 1)  # (n_out, n_in)
+    bias = getattr(factor, "bias", None)
+    bias = torch.zeros_like(zero) if bias is None else bias
+    if not (torch.allclose(W @ x[-1], probe - zero, rtol=1e-3, atol=1e-5) and torch.allclose(zero, bias, atol=1e-5)):
+        raise MergeError(
+            f"A hook on {factor} makes something of it that no matrix does, so it cannot be merged: remove the hook, "
+            "or keep the adapter unmerged."
+        )
+    return W
+
+
+class OnPatches(nn.Module):
+    """A convolution as the linear module that it is on patches (n, in * taps); hooks on it act."""
+
+    def __init__(self, conv: Any):
+        super().__init__()
+        self.weight, self.bias = conv.weight.flatten(1), conv.bias
+        self.in_features = self.weight.shape[1]
+        self.conv = copy.copy(conv)
+        vars(self.conv).pop("forward", None)  # whatever wraps the original
+        self.conv.stride = self.conv.dilation = (1,) * (conv.weight.dim() - 2)
+        self.conv.padding, self.conv.padding_mode = (0,) * len(self.conv.stride), "zeros"
+        self.shape = conv.in_channels, *conv.kernel_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.unflatten(1, self.shape)).flatten(1)
 
 
 def spend(count: int, like: Tensor) -> None:
@@ -482,10 +529,6 @@ def kaiming(W: Tensor) -> Tensor:
     return W.uniform_(-bound, bound)
 
 
-def _scaled(bias: Tensor | None, scale: Any) -> Tensor | None:
-    return None if bias is None else bias * scale
-
-
 class Linear(Base):
     """nn.Linear, and whatever else has `in_features`, `out_features` and a 2-D `weight`."""
 
@@ -499,32 +542,6 @@ class Linear(Base):
             spend(r * n_in + n_out * (r + bias), A)
             kaiming(A)
         return linear_of(A), linear_of(B, torch.zeros(n_out, device=device) if bias else None)
-
-    def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
-        down, up, bias = weights_of(A, B)  # (r, in), (out, r), (out,)
-        if bias is not None:
-            return super().add_through(y, x, A, B, scale, gain)
-        if gain is not None:
-            up = gain[:, None] * up
-        if isinstance(scale, Tensor):
-            down, scale = down * scale, 1.0
-        x = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled() or torch.jit.is_tracing():  # the faster way round, there and back
-            h = x @ down.t()  # (tokens, r)
-        else:
-            h = down @ x.t()
-            # nobody else can hold the output of a plain layer, so that it may be written to
-            own = type(self.module) is nn.Linear and not self.module._forward_hooks
-            own = own and torch._C._functorch.maybe_current_level() is None  # vmap: y may be that of several h
-            if own and h.dtype == up.dtype == y.dtype and y.is_contiguous():
-                y.view(-1, y.shape[-1]).t().addmm_(up, h, alpha=scale)
-                return y
-            h = h.t()
-        if up.dtype != h.dtype and not torch.is_autocast_enabled(h.device.type):
-            h = h.to(up.dtype)
-        if y.dtype != h.dtype:
-            return y + scale * (h @ up.t()).view(y.shape)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), h, up.t(), alpha=scale).view(y.shape)
 
 
 class Conv1D(Linear):
@@ -627,13 +644,9 @@ class Conv(Base):
             )
         return (self.matrix(B) @ (self.matrix(A) * scale)).view(self.shape)
 
-    def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
-        y = B(A(x) * scale)
-        return y if B.bias is None else y + (B.bias * (scale - 1)).view(-1, *[1] * (B.weight.dim() - 2))
-
     @staticmethod
     def matrix(factor: Any) -> Tensor:
-        return factor.weight.flatten(1)
+        return acting(OnPatches(factor)) if has_hooks(factor) else factor.weight.flatten(1)
 
     def outward(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.dims)
@@ -701,8 +714,8 @@ class Embedding(Base):
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         return B @ (A * scale)
 
-    def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
-        return (self.look_up(x, A) * (scale * self._scale(A))) @ B.t()
+    def through(self, x: Tensor, A: Any, B: Any) -> Tensor:
+        return (self.look_up(x, A) * self._scale(A)) @ B.t()
 
     @staticmethod
     def matrix(factor: Any) -> Tensor:
@@ -812,14 +825,16 @@ class Whole(Base):
 
     @property
     def device(self) -> torch.device:
-        return self.stored()[0].device
+        return device_of(self.leaf)
 
     def read(self) -> Any:
-        kept = self.home.kept
-        return {n: whole(t if kept is None else kept.get(n, t)) for n, t in self.tensors(self.leaf).items()}, None
+        with loaded(self.leaf):
+            kept = self.home.kept
+            return {n: whole(t if kept is None else kept.get(n, t)) for n, t in self.tensors(self.leaf).items()}, None
 
     def held(self) -> Any:
-        return {name: whole(tensor) for name, tensor in self.tensors(self.leaf).items()}, None
+        with loaded(self.leaf):
+            return {name: whole(tensor) for name, tensor in self.tensors(self.leaf).items()}, None
 
     def write(self, W: Any, b: Any = None) -> None:
         own = self.tensors(self.leaf)

@@ -13,6 +13,7 @@ import math
 import warnings
 from collections import namedtuple
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from .layer import (
     adapted,
     walk,
 )
+from .offload import onload
 from .targets import EMBEDDINGS, embedding, named
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
@@ -469,21 +471,23 @@ def get_peft_model_state_dict(
     if config.is_prompt_learning:
         from .prompt import prompt_state
 
-        saved = prompt_state(model, adapter_name)
-        saved.update({e.saved: e.tensor for e in _copies(model, adapter_name, "base_model.")})
-        for entry in _embeddings_to_save(model, adapter_name, save_embedding_layers, model.base_model, "base_model."):
-            saved.setdefault(entry.saved, entry.tensor.detach())
-        return saved
+        saved, copies = prompt_state(model, adapter_name), list(_copies(model, adapter_name, "base_model."))
+        whole = _embeddings_to_save(model, adapter_name, save_embedding_layers, model.base_model, "base_model.")
+        with onloaded(model, copies + whole):
+            saved |= {entry.saved: entry.tensor.detach() for entry in copies}
+            return {**{entry.saved: entry.tensor.detach() for entry in whole}, **saved}
     saved = {}
     plain = {unwrapped(key): tensor for key, tensor in (state_dict or {}).items()}
-    for entry in entries_of_model(model, adapter_name):
-        if state_dict is None:
-            saved[entry.saved] = entry.tensor.detach()
-        elif entry.live in state_dict or unwrapped(entry.live) in plain:
-            own = entry.live in state_dict
-            saved[entry.saved] = state_dict[entry.live] if own else plain[unwrapped(entry.live)]
-        else:
-            raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
+    entries = list(entries_of_model(model, adapter_name))
+    with onloaded(model, entries if state_dict is None else ()):
+        for entry in entries:
+            if state_dict is None:
+                saved[entry.saved] = entry.tensor.detach()
+            elif entry.live in state_dict or unwrapped(entry.live) in plain:
+                own = entry.live in state_dict
+                saved[entry.saved] = state_dict[entry.live] if own else plain[unwrapped(entry.live)]
+            else:
+                raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
     saved = adapter_class(config).convert_for_save(model, adapter_name, saved)
     for key, tensor in _bias_tensors(model, adapter_name).items():
         saved.setdefault(key, tensor if state_dict is None else state_dict[key])
@@ -494,6 +498,13 @@ def get_peft_model_state_dict(
             raise CheckpointError(f"`state_dict` lacks '{entry.live}'; save_embedding_layers=False leaves it out.")
         saved.setdefault(entry.saved, entry.tensor.detach() if state_dict is None else state_dict[entry.live])
     return saved
+
+
+def onloaded(model: nn.Module, entries: Iterable[Entry], keep: bool = False) -> AbstractContextManager[None]:
+    """While it is open, offloaded tensors of entries are where they run; see `onload`."""
+    boxes = {id(entry.box) for entry in entries}
+    holding = [m for m in model.modules() if id(m._parameters) in boxes or id(m._buffers) in boxes]
+    return onload(*holding, keep=keep, recurse=False)
 
 
 def _copies(model: Any, name: str, prefix: str) -> Iterator[Entry]:
@@ -618,7 +629,8 @@ def set_peft_model_state_dict(
         if undo is not None:
             undo()
         raise
-    fill(entries, weights)
+    with onloaded(model, entries, keep=True):
+        fill(entries, weights)
     for _, _, module in adapted(getattr(tuner_of(model), "model", model)):
         if isinstance(module, Layer) and adapter_name in module.adapters:
             module.adapters[adapter_name].loaded()

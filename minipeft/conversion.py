@@ -140,6 +140,11 @@ def _check(config: Any, adapters: list[Any]) -> None:
 
 def _delta(adapter: Any) -> Tensor:
     """What merging adds to W (out, in), in at least float32. Raises `UnsupportedLayerError` when it adds more."""
+    with adapter.layer.onloaded():
+        return _delta_onloaded(adapter)
+
+
+def _delta_onloaded(adapter: Any) -> Tensor:
     W, b = adapter.base.read()
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     b = None if b is None else b.to(W.dtype)

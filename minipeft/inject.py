@@ -5,7 +5,6 @@ Until `Plan.commit` nothing of the model is touched, so whatever fails before le
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections import Counter
@@ -46,6 +45,7 @@ from .layer import (
     place_of,
     walk,
 )
+from .offload import check_biases, loaded, onload, real_copy
 from .patterns import in_layer_path, matches
 from .targets import ALL_LINEAR, Targets, all_linear, check_saved, named, suffixes, unmatched, warn_unmatched
 from .tying import Ties
@@ -125,10 +125,13 @@ class Plan:
         if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
             raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
         self.cls.check_beside(config, others)
+        if getattr(config, "bias", "none") != "none":
+            check_biases(self.model)
         self.undo = self.cls.prepare(config, self.model)
         try:
             found = self.find(keys)
-            self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
+            with onload(*tuner.shared_slots().values()):
+                self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
             self.beside = self.cls.beside(config, self.model)
             for path, live, module, base in found:
                 self.build(path, live, module, base)
@@ -255,6 +258,10 @@ class Plan:
 
     def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         """A layer around `module` with the one new adapter, not yet part of the model."""
+        with loaded(module):
+            return self._scratch(module, base, path, cls, config)
+
+    def _scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         scratch = Layer(module, base, cls.method.value, self.tuner.context)
         blank = self.empty or base.device.type == "meta"
         vars(scratch).update(blank=blank, autocast=self.autocast)
@@ -285,7 +292,7 @@ class Plan:
                 taken.append(path)
                 original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
                 ModulesToSaveWrapper.check(original)
-                copied = copy.deepcopy(original)
+                copied = real_copy(original)
                 self.copies.append((live, module, copied))
         check_saved(names, paths, taken, self.others, self.loading)
         self.ties.copy(self)
@@ -381,11 +388,13 @@ class Plan:
                 if (mine := _own_slot(self.cls, slot, adapter.path)) == slot:
                     scratch._modules[slot] = tuner._modules[slot]
                 elif mine:
-                    vars(scratch)[mine] = tuner.grouped[slot]._buffers
+                    vars(scratch)[mine] = tuner.grouped[slot]
             if self.shared:
                 adapter.move_to(scratch)
-            for action in scratch.at_commit:
-                action()
+            if scratch.at_commit:
+                with scratch.onloaded(keep=True):
+                    for action in scratch.at_commit:
+                        action()
             scratch.at_commit.clear()
             if joins is not None:
                 joins.adopt(scratch, name)

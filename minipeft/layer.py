@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .adapter import Adapted, Adapter
 from .base import Base, bare, begin
 from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
+from .offload import HOOKS, hooked, onload
 from .passes import Context as Context
 from .stored import reshard, sharded, whole
 
@@ -119,8 +120,8 @@ class Slots(nn.Module):
 
     def contents(self, slot: str) -> Any:
         """What the container of a slot holds, as a plain dict by adapter name; None when there is no such slot."""
-        box = self._modules.get(slot)
-        return self.__dict__.get(slot) if box is None else _contents(box)
+        box = self._modules.get(slot, self.__dict__.get(slot))
+        return _contents(box) if isinstance(box, nn.Module) else box
 
     def take(self, slot: str, name: str) -> Any:
         """The value of adapter `name`. Raises `AttributeError` when there is none."""
@@ -143,6 +144,8 @@ class Slots(nn.Module):
             box = self._modules.get(slot)
             if box is not None and name in (contents := _contents(box)):
                 found.append((slot, box, contents[name]))
+            elif box is not None and name in (computed := cast(Any, getattr(box, "parametrizations", {}))):
+                found.append((slot, computed, computed[name]))
         return found
 
     def tensors(self, name: str, prefix: str = "") -> list[tuple[str, Tensor]]:
@@ -273,6 +276,11 @@ class Layer(Switch, Slots):
                 own = isinstance(tensor, nn.Parameter) or tensor is self.take(slot, name)
                 tensor.data = tensor.data.to(device, dtype).to(final if own else dtype)
 
+    def onloaded(self, keep: bool = False) -> AbstractContextManager[None]:
+        """While it is open, offloaded tensors of the layer and its adapters are where they run; see `onload`."""
+        groups = [value for value in vars(self).values() if isinstance(value, BufferDict)]  # looked at from here
+        return onload(self, *groups, keep=keep)
+
     # ------------------------------------------------------------------------------------------------- the operator
     def operator(self, names: Sequence[str] | None = None) -> Any:
         """The operator of the base layer with the adapters `names` around it (default: those that are on)."""
@@ -332,6 +340,12 @@ class Layer(Switch, Slots):
         """Output of the adapted layer; `adapter_names` gives each sample of the batch its own adapter."""
         if x is None and "hidden_states" in kwargs:  # as transformers and diffusers call whole blocks
             x = kwargs.pop("hidden_states")
+        if not hooked(self):
+            return self._pass(x, adapter_names, *args, **kwargs)
+        with self.onloaded():
+            return self._pass(x, adapter_names, *args, **kwargs)
+
+    def _pass(self, x: Any, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
         if self._disable_adapters:
             if self.merged_adapters:
                 self.unmerge()
@@ -423,10 +437,11 @@ class Layer(Switch, Slots):
 
     def merge_in_place(self, adapter_names: Sequence[str] | None = None) -> None:
         """The same for good, in the frozen weights' own memory where their dtype allows it: no copy is kept."""
-        W = _widen(self.base.read()[0])
-        for name in self._named(adapter_names):
-            self.adapters[name].fold_in_place(W)
-        self.base.overwrite(W)
+        with self.onloaded(keep=True):
+            W = _widen(self.base.read()[0])
+            for name in self._named(adapter_names):
+                self.adapters[name].fold_in_place(W)
+            self.base.overwrite(W)
 
     def _named(self, adapter_names: Sequence[str] | None) -> list[str]:
         """Those of `adapter_names` (default: the active ones) that are on this layer."""
@@ -455,6 +470,10 @@ class Layer(Switch, Slots):
 
     def _fold(self, folded: list[Adapter], safe: bool) -> None:
         """Let the frozen weights hold the adapters `folded`: those of inner layers first, each layer's in its order."""
+        with self.onloaded(keep=True):
+            self._fold_onloaded(folded, safe)
+
+    def _fold_onloaded(self, folded: list[Adapter], safe: bool) -> None:
         home = self._home
         base = home.base
         self.reshard()
@@ -529,7 +548,7 @@ class Layer(Switch, Slots):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging `adapter` alone adds to the stored weight, in the weight's own layout."""
-        with torch.no_grad(), widened(self.adapters[adapter]):
+        with torch.no_grad(), self.onloaded(), widened(self.adapters[adapter]):
             W, b = _wide(self.base.read())
             return self.base.canonical(self.adapters[adapter].fold(W, b)[0]) - self.base.canonical(W)
 
@@ -643,7 +662,7 @@ class Layer(Switch, Slots):
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("base")
-            if base is not None and base.shown and not name.startswith("__"):
+            if base is not None and base.shown and not name.startswith("__") and name not in HOOKS:
                 if base.opaque and name == "_qkv_same_embed_dim":  # its fused fast path would read the raw weights
                     return not self.running
                 return getattr(self.base_layer, name)
@@ -755,7 +774,7 @@ class ModulesToSaveWrapper(Switch, nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "_modules" not in self.__dict__ or "original_module" not in self._modules:
+            if name in HOOKS or "original_module" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.current, name)
 
@@ -837,7 +856,7 @@ class TrainableTokensWrapper(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if "token_adapter" not in self.__dict__.get("_modules", {}):
+            if name in HOOKS or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.token_adapter.base_layer, name)
 
@@ -936,6 +955,12 @@ def put_at(model: nn.Module, live: str, module: nn.Module) -> None:
     model.get_submodule(parent)._modules[last] = module
 
 
+def adapter_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside every Layer and ModulesToSaveWrapper that hold the tensors of adapters."""
+    for _, _, module in adapted(model):
+        yield from (part for slot, part in module._modules.items() if slot != INSIDE[type(module)])
+
+
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, checkpointing
 PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # their child is called `module`
 INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
@@ -943,8 +968,9 @@ INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", Trainabl
 
 # ----------------------------------------------------------------------------------------------------------- helpers
 def _contents(box: Any) -> Any:
-    kind = type(box)
-    return box._modules if kind is nn.ModuleDict else box._parameters if kind is nn.ParameterDict else box._buffers
+    if isinstance(box, nn.ModuleDict):
+        return box._modules
+    return box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
 
 
 def set_training(module: nn.Module, mode: bool) -> None:

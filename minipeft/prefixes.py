@@ -17,6 +17,7 @@ from .checkpoint import read_weights, serialise
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError
 from .files import of_one_version, write_checkpoint
+from .offload import device_of
 from .prompt import EMBEDDINGS
 from .words import message_ids
 
@@ -87,7 +88,7 @@ def initialize_kv_prefix_from_text(
     With a chat template the text is a system message. See `initialize_kv_prefix_from_past_key_values`.
     """
     name, _ = _prefix_config(model, adapter_name)
-    ids = message_ids(tokenizer, text, use_chat_template, max_length).to(next(model.parameters()).device)
+    ids = message_ids(tokenizer, text, use_chat_template, max_length).to(device_of(model))
     with model.disable_adapter():
         output = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True)
     return initialize_kv_prefix_from_past_key_values(

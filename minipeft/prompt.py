@@ -55,6 +55,7 @@ from .errors import (
 )
 from .inject import check_adapter_name, model_config
 from .layer import BASE, Context, ModulesToSaveWrapper, PlainNames, adapted, other_names, put_at, walk
+from .offload import device_of, loaded, onload, real_copy
 from .targets import check_saved, embedding, named
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
@@ -337,13 +338,13 @@ def _copied_modules(base: nn.Module, config: Any, loading: bool) -> list[tuple[s
         if path and named(path, names) and not inside:
             original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
             ModulesToSaveWrapper.check(original)
-            found[path] = live, module, copy.deepcopy(original).requires_grad_(True)
+            found[path] = live, module, real_copy(original).requires_grad_(True)
     check_saved(names, paths, found, lambda: other_names(base), loading)
     return list(found.values())
 
 
 def _device(base: nn.Module) -> torch.device:
-    return next((tensor.device for tensor in base.parameters()), torch.device("cpu"))
+    return device_of(base)
 
 
 def _dtype(base: nn.Module) -> torch.dtype:
@@ -381,13 +382,13 @@ def check_embeddings(given: Tensor, shape: tuple[int, ...]) -> None:
 def _rows(prompt: Prompt, tokens: Tensor, config: Any) -> Tensor:
     """The numbers of all tokens of a prompt, (1, tokens)."""
     tokens = tokens[: config.num_virtual_tokens] if prompt.gives_cache else tokens
-    return tokens[None].to(next(prompt.parameters()).device)
+    return tokens[None].to(device_of(prompt))
 
 
 def prompt_state(peft_model: Any, name: str) -> dict[str, Tensor]:
     """The tensors of a prompt's checkpoint, without the modules that are trained beside it."""
     prompt = peft_model.prompt_encoder[name]
-    with torch.no_grad():
+    with torch.no_grad(), onload(prompt):
         saved = prompt.saved(_rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name]))
     return {key: tensor.detach().cpu() for key, tensor in saved.items()}
 
@@ -411,7 +412,9 @@ def load_prompt_state(
         if name in wrapper.modules_to_save
     ]
     rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-    return _load(peft_model.base_model, prompt, rows, name, boxes, checkpoint.incoming(tensors), strict, ignore)
+    tensors = checkpoint.incoming(tensors)
+    with onload(prompt, *(module for _, module in boxes), keep=True):
+        return _load(peft_model.base_model, prompt, rows, name, boxes, tensors, strict, ignore)
 
 
 def _load(
@@ -463,11 +466,12 @@ def _virtual_tokens(peft_model: Any, batch_size: int, task_ids: Tensor | None) -
     def of(name: str, count: int, tasks: Tensor | None) -> Tensor:
         prompt = peft_model.prompt_encoder[name]
         rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-        if prompt.by_task:
-            if tasks is None:
-                raise BatchError("This prompt differs by task: `task_ids` must be given, one number for each sample.")
-            return prompt(rows.expand(count, -1), tasks.to(rows.device))
-        return prompt(rows).expand(count, -1, -1)  # (batch, tokens, width)
+        if prompt.by_task and tasks is None:
+            raise BatchError("This prompt differs by task: `task_ids` must be given, one number for each sample.")
+        with loaded(prompt):
+            if prompt.by_task and tasks is not None:
+                return prompt(rows.expand(count, -1), tasks.to(rows.device))
+            return prompt(rows).expand(count, -1, -1)  # (batch, tokens, width)
 
     groups = peft_model.prompt_context.now.groups(batch_size, None)
     if groups is None:

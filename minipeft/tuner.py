@@ -31,6 +31,7 @@ from .layer import (
     layers,
     walk,
 )
+from .offload import HOOKS, check_biases
 from .prompt import cached_tokens
 
 TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
@@ -372,6 +373,8 @@ class BaseTuner(Slots):
                 if method_class(self.peft_config[name]).exclusive:
                     method = self.peft_config[name].method.value
                     raise AdapterNameError(f"{method} allows one active adapter, got {names}.")
+        if self.biases:
+            check_biases(self.model)
         found = [layer for _, _, layer in adapted(self.model)]
         for layer in found:
             if isinstance(layer, ModulesToSaveWrapper) and len([n for n in names if n in layer.modules_to_save]) > 1:
@@ -405,6 +408,8 @@ class BaseTuner(Slots):
         return "irregular" if len(states) > 1 else states.pop()
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if self.biases:
+            check_biases(self.model)
         self._off = not enabled
         for _, _, layer in adapted(self.model):
             layer.enable_adapters(enabled)
@@ -590,7 +595,7 @@ class BaseTuner(Slots):
             return super().__getattr__(name)
         except AttributeError:
             child = self.root.partition(".")[0]
-            if name in ("model", child) or child not in self.__dict__.get("_modules", {}):
+            if name in ("model", child, *HOOKS) or child not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
 

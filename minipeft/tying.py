@@ -7,7 +7,6 @@ values, wherever `modules_to_save` or `target_modules` mean either; rows of `tra
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 from .base import base_of
 from .errors import ConfigError, MergeError, PeftWarning
 from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .offload import hooked, offloading, onload, real_copy
 from .stored import memory
 from .targets import EMBEDDINGS, embedding, named, suffixes
 
@@ -42,8 +42,18 @@ def tied_names(model: nn.Module) -> list[str]:
         return []
     if not any(getattr(module, "_tied_weights_keys", None) for module in model.modules()):
         return []
-    users = [p for p, _, m in walk(model) if any(w is weight for w in m._parameters.values())]
+    users = [p for p, _, m in walk(model) if any(same(m, embedding, name) for name in m._parameters)]
     return sorted(set(users) - {path})
+
+
+def same(one: Any, other: Any, name: str = "weight") -> bool:
+    """Whether one.<name> is other.weight. Offloading takes such weights apart: then, whether they are equal."""
+    a, b = one._parameters[name], other._parameters.get("weight")
+    if a is b or a is None or b is None or not (a.is_meta and b.is_meta and a.shape == b.shape):
+        return a is b
+    with onload(one, other, recurse=False):
+        a, b = one._parameters[name], other._parameters["weight"]
+        return not a.is_meta and torch.equal(a, b)
 
 
 def _ties(model: nn.Module, unless_said: bool = False) -> bool:
@@ -138,7 +148,7 @@ class Ties:
             live, module = at[path]
             original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
             ModulesToSaveWrapper.check(original)
-            copied = copy.deepcopy(original)
+            copied = real_copy(original)
             plan.copies.append((live, module, copied))
             self.copies.append((copied, sources[at[self.embedding or ""][0]]))
 
@@ -219,7 +229,10 @@ class Tie:
 
     def __call__(self, *args: Any) -> None:
         if self.adapter.layer.adapters.get(self.adapter.name) is self.adapter:
-            self.adapter.follow(self.source)
+            if not hooked(self.adapter.layer):
+                return self.adapter.follow(self.source)
+            with self.source.layer.onloaded(), self.adapter.layer.onloaded(keep=True):
+                self.adapter.follow(self.source)
 
 
 # ----------------------------------------------------------------------------------------------------------- merging
@@ -244,6 +257,9 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
         groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
+    for layer in layers:
+        if offloading(layer.base.leaf) and any("follows" in vars(adapter) for adapter in layer.adapters.values()):
+            layer.base.home.apart = True  # offloading gave it a weight of its own
     for weight, group in groups.items():
         if len(users.get(weight, ())) < 2:
             continue
@@ -262,8 +278,9 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
 
 def note_untied(model: nn.Module) -> None:
     """After unloading: tell the model's configuration when merging has untied its embeddings."""
-    weights = [getattr(embedding(model, output), "weight", None) for output in (False, True)]
-    if _ties(model) and None not in weights and weights[0] is not weights[1]:
+    layers = [embedding(model, output) for output in (False, True)]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    if _ties(model) and None not in weights and weights[0] is not weights[1] and not same(*layers):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         warnings.warn(
             "Input and output embeddings are no longer tied after merging. "

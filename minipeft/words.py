@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .offload import device_of
 
 
 def word_vectors(words: Any, ids: Any, field: str = "ids") -> Tensor:
     """Copies of the embeddings of `ids` (tokens,) in float32, (tokens, dim). Raises `ConfigError` for unknown ids."""
-    ids, count = torch.as_tensor(ids, device=words.weight.device), words.weight.shape[0]
+    ids, count = torch.as_tensor(ids, device=device_of(words)), words.weight.shape[0]
     if not 0 <= int(ids.min()) <= int(ids.max()) < count:
         raise ConfigError(f"{field} must be between 0 and {count - 1}.")
     return words(ids).detach().clone().float()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..config import PeftConfig
 from ..errors import PeftError
-from ..layer import layers
+from ..layer import adapter_parts, layers
+from ..offload import onload
 from ..rotations import from_orthonormal
 from ..tuner import BaseTuner
 from .adalora_budget import RankAllocator
@@ -45,7 +46,8 @@ class AdaLoraModel(BaseTuner, method="ADALORA"):
         """c mean(|A A^T - I|, |B^T B - I|) of the trained adapter, a scalar to be added to the loss."""
         name = self._trained()
         adapters = [layer.adapters[name] for layer in layers(self.model) if name in layer.adapters]
-        norms = [from_orthonormal(factor) for a in adapters for factor in (a.lora_A, a.lora_B.mT)]
+        with onload(*adapter_parts(self.model)):
+            norms = [from_orthonormal(factor) for a in adapters for factor in (a.lora_A, a.lora_B.mT)]
         return cast(Any, self.peft_config[name]).orth_reg_weight * sum(norms) / len(norms)
 
     def update_and_allocate(self, global_step: int) -> None:

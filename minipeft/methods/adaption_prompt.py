@@ -34,6 +34,7 @@ from ..config import IN_FILE, PeftConfig
 from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError, sized
 from ..inject import check_adapter_name, model_config
 from ..layer import INSIDE, put_at, walk
+from ..offload import device_of
 from ..targets import named
 from ..tuner import BaseTuner
 
@@ -65,8 +66,8 @@ class AdaptedAttention(nn.Module):
                 "weights in q_proj, k_proj, v_proj and o_proj and nowhere else, or in c_attn and c_proj."
             )
         weight = (model.c_proj if self.fused else model.q_proj).weight
-        new = {
-            "device": device or next(model.parameters()).device,
+        new: dict[str, Any] = {
+            "device": device or device_of(model),
             "dtype": torch.float32 if weight.dtype in (torch.int8, torch.uint8) else weight.dtype,
         }
         width = model.split_size if self.fused else model.k_proj.in_features

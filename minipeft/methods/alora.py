@@ -75,7 +75,7 @@ class ALoRA(Factors, Routed, config=LoraConfig, variant="alora_invocation_tokens
         y = inner(x, *args, **kwargs)  # (batch, length, out) or (batch, out)
         on = self.invoked(y)  # (batch, length) or (batch,)
         # also where nothing is on, for then the gradients of A and B are zero and not lacking
-        d = self.base.through(self.dropped(x[on]), self.lora_A, self.lora_B, self.scaling)  # (tokens, out)
+        d = self.scaling * self.base.through(self.dropped(x[on]), self.lora_A, self.lora_B)  # (tokens, out)
         return y.index_put((on,), (y[on] + d).to(y.dtype))
 
     def invoked(self, y: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
+from ..base import acting, has_hooks
 from ..errors import ConfigError, UnsupportedLayerError
 from ..targets import pattern_value
 from .lora import Factors, LoraConfig
@@ -83,11 +84,16 @@ class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
         return self.scaling * self.lora_B(self.lora_A(self.dropped(x)))  # (..., out)
 
     def delta(self) -> Tensor:
-        A, B = (getattr(factor, "matrix", factor.weight) for factor in (self.lora_A, self.lora_B))
+        A, B = map(matrix, (self.lora_A, self.lora_B))
         return self.scaling * B @ A  # (out, in)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta(), self.shifted(b)
+
+
+def matrix(factor: Any) -> Tensor:
+    """The whole matrix of a factor with blocks or without, with what hooks on it do."""
+    return acting(factor) if has_hooks(factor) else getattr(factor, "matrix", factor.weight)
 
 
 def blocks_of(config: Any, path: str) -> str:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..base import Base, dropout
+from ..base import Base, dropout, has_hooks
 from ..config import PeftConfig, Probability, Share
 from ..errors import PeftWarning
 from ..sparse import dense
@@ -125,9 +125,10 @@ class FRoD(Delta, config=FrodConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         dropping = self.frod_dropout.training and self.config.frod_dropout
-        if dropping or inner is not self.base or self.base.module is not self.base.leaf:
+        base = self.base
+        if dropping or inner is not base or base.module is not base.leaf or has_hooks(base.leaf):
             return super().forward(x, inner, *args, **kwargs)
-        y, b = self.rebuilt(x), self.base.read()[1]  # W x would be added and taken away again
+        y, b = self.rebuilt(x), base.read()[1]  # W x would be added and taken away again
         return (y if b is None else y + b).to(x.dtype)
 
 

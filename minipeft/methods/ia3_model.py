@@ -6,6 +6,8 @@ import warnings
 
 from .. import merging
 from ..errors import ConfigError, PeftWarning
+from ..layer import adapter_parts
+from ..offload import onload
 from ..tuner import BaseTuner
 
 
@@ -33,10 +35,11 @@ class IA3Model(BaseTuner, method="IA3"):
             fits=lambda new, own: new.is_feedforward == own[0][1].is_feedforward,
             fields={"target_modules": lambda own: True, "feedforward_modules": lambda own: own[0][1].is_feedforward},
         )
-        for _, scratch, joins in plan.new:
-            assert joins is not None
-            own, l = parts[joins], scratch.adapters[adapter_name].ia3_l.data
-            l.fill_(sum(map(float, weights)) - sum(w for w, _ in own))  # of the adapters that are not here
-            for w, adapter in own:
-                l += w * adapter.ia3_l.data
+        with onload(*adapter_parts(self.model)):
+            for _, scratch, joins in plan.new:
+                assert joins is not None
+                own, l = parts[joins], scratch.adapters[adapter_name].ia3_l.data
+                l.fill_(sum(map(float, weights)) - sum(w for w, _ in own))  # of the adapters that are not here
+                for w, adapter in own:
+                    l += w * adapter.ia3_l.data
         merging.accept(plan)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapter import Adapter, Routed
@@ -66,7 +65,7 @@ class Lily(Routed, config=LilyConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)
-        h = F.linear(self.cast(x, self.lily_A.weight), self.lily_A.weight)  # (..., r)
+        h = self.lily_A(self.cast(x, self.lily_A.weight))  # (..., r)
         p = torch.softmax(self.lily_router(h), -1).flatten(0, -2).mean(0)  # (num_B,)
         B = torch.einsum("e,ero->ro", p, self.lily_B.weight.unflatten(0, (len(p), -1)))  # (r, out)
         return y + (self.scaling * h @ B).to(y.dtype)

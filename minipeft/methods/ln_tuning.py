@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..adapter import Replacement
 from ..config import PeftConfig
+from ..offload import real_copy
 from ..tuner import register_tuner
 
 
@@ -29,7 +29,7 @@ class LNTuning(Replacement, config=LNTuningConfig):
     prefix = "ln_tuning_"
 
     def build(self) -> None:
-        self.ln_tuning_layers = copy.deepcopy(self.base.leaf)
+        self.ln_tuning_layers = real_copy(self.base.leaf)
 
     @property
     def replacement(self) -> nn.Module:

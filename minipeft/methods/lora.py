@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Delta, variants
-from ..base import dropout, weight_of
+from ..base import dropout
 from ..checkpoint import entries_of_model, read_weights
 from ..errors import ConfigError, UnsupportedFeatureError
 from ..hotswap import refit
@@ -85,15 +85,9 @@ class Factors(Adapter):
     def trains(self, slot: str) -> bool:
         return not (self.config.init_lora_weights == "mica" and slot.endswith("_B"))
 
-    def dropped(self, x: Tensor, A: Any = None, drop: Any = None) -> Tensor:
+    def dropped(self, x: Tensor) -> Tensor:
         """The input of A: with dropout while training, in A's dtype. Indices stay as they are."""
-        if not self.base.reads_vectors:
-            return x
-        if A is None:
-            A, drop = self.lora_A, self.lora_dropout
-        if x.dtype != (W := weight_of(A)).dtype:
-            x = self.cast(x, W)
-        return x if type(drop) is nn.Identity else drop(x)
+        return self.lora_dropout(self.cast(x, self.lora_A.weight)) if self.base.reads_vectors else x
 
     def delta(self) -> Tensor:
         return self.base.product(self.lora_A, self.lora_B, self.scaling)  # (out, in)
@@ -127,7 +121,7 @@ class Summed(LowRank):
         return self.base.overwrites and self.lora_B.bias is None
 
     def fold_in_place(self, W: Tensor) -> None:
-        A, B = self.lora_A.weight, self.lora_B.weight
+        A, B = self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)
         W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=self.scaling)
 
 
@@ -157,10 +151,5 @@ class LoRA(Summed, config=LoraConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
-        of, name = self.found, self.name
-        try:  # as below, in less time
-            A, B, scaling, drop = of["lora_A"][name], of["lora_B"][name], of["scaling"][name], of["lora_dropout"][name]
-        except KeyError:  # looked up for the first time
-            A, B, scaling, drop = self.lora_A, self.lora_B, self.scaling, self.lora_dropout
-        added = self.base.add_through(y, self.dropped(x, A, drop), A, B, scaling)
+        added = self.base.add_through(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling)
         return added if added.dtype == y.dtype else added.to(y.dtype)

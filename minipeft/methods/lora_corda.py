@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..defaults import default_targets
 from ..errors import CheckpointError, ConfigError
 from ..inject import model_config
+from ..offload import device_of
 from ..targets import linear_targets, pattern_value
 from ..tuner import progress_bar
 
@@ -139,7 +140,7 @@ def _products(layers: Any, model: nn.Module, config: Any, run: Callable[[], Any]
 def _there(file: str | None, model: nn.Module) -> dict[str, Tensor] | None:
     if file is None or not Path(file).is_file() or not Path(file).stat().st_size:
         return None
-    return torch.load(file, map_location=next(model.parameters()).device, weights_only=True)
+    return torch.load(file, map_location=device_of(model), weights_only=True)
 
 
 def _require(file: str | None, names: Iterable[str], stored: dict[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..defaults import default_targets
 from ..errors import CheckpointError, ConfigError, PeftWarning
 from ..inject import model_config
+from ..offload import device_of
 from ..targets import linear_targets
 
 GRADIENT = "_peft_loraga_grad"  # where a layer keeps it until the adapter is built; also the name in cache files
@@ -94,7 +95,7 @@ def preprocess_loraga(
     layers = {path: base.leaf for path, base in targets.items()}
     cache = None if cache_file is None else Path(cache_file)
     if cache is not None and cache.is_file() and cache.stat().st_size:
-        stored = torch.load(cache, map_location=next(model.parameters()).device, weights_only=True)
+        stored = torch.load(cache, map_location=device_of(model), weights_only=True)
         gradients = {path: stored.get(f"{path}.{GRADIENT}") for path in layers}
         wrong = [path for path, G in gradients.items() if G is None or G.shape != layers[path].weight.shape]
         if wrong:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from .. import merging
 from ..errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedFeatureError
-from ..layer import layers, widened
+from ..layer import adapter_parts, layers, widened
+from ..offload import onload
 from ..tuner import BaseTuner
 
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
@@ -59,7 +60,8 @@ class LoraModel(BaseTuner, method="LORA"):
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         names = self.active_adapters if names is None else names
         found = [layer.adapters[name] for layer in layers(self.model) for name in names if name in layer.adapters]
-        return [adapter.loss() for adapter in found if adapter.asked_by == field]
+        with onload(*adapter_parts(self.model)):
+            return [adapter.loss() for adapter in found if adapter.asked_by == field]
 
     def add_weighted_adapter(
         self,
@@ -131,7 +133,7 @@ class LoraModel(BaseTuner, method="LORA"):
             lora_bias=bias,
             init_lora_weights=init if init is False or (init == "gaussian" and not bias) else True,
         )
-        with torch.no_grad():
+        with torch.no_grad(), onload(*adapter_parts(self.model)):
             for _, scratch, joins in plan.new:
                 if joins is not None and not scratch.tied:
                     combine.fill(scratch.adapters[adapter_name], parts[joins])

@@ -34,10 +34,11 @@ class MonteCLoRA(Summed, config=LoraConfig, variant="monteclora_config"):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
-        A, x = self.lora_A.weight, self.dropped(x)
+        x = self.dropped(x)
+        h = self.lora_A(x)  # (..., r)
         if self.layer.training:
-            A = A + self.lora_monteclora_sampler()
-        return (y + self.scaling * self.lora_B(nn.functional.linear(x, A))).to(y.dtype)
+            h = h + nn.functional.linear(x, self.lora_monteclora_sampler())
+        return (y + self.scaling * self.lora_B(h)).to(y.dtype)
 
     def loss(self) -> Any:
         """What holds rho and pi to their priors, a scalar; 0.0 in eval mode."""

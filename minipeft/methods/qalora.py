@@ -56,5 +56,6 @@ class QALoRA(LowRank, config=LoraConfig, variant="use_qalora"):
         return self.scaling * self.lora_B(self.lora_A(pooled))  # (..., out)
 
     def delta(self) -> Tensor:
-        k, g = self.lora_A.weight.shape[1], self.qalora_group_size
-        return (self.scaling * k / g * self.lora_B.weight @ self.lora_A.weight).repeat_interleave(g, 1)  # (out, in)
+        A, B = map(self.base.matrix, (self.lora_A, self.lora_B))
+        k, g = A.shape[1], self.qalora_group_size
+        return (self.scaling * k / g * B @ A).repeat_interleave(g, 1)  # (out, in)

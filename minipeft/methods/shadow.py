@@ -28,6 +28,7 @@ from ..base import lasting
 from ..config import Count, PeftConfig, Positive, Probability, Size, TaskType
 from ..errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
 from ..layer import BASE, walk
+from ..offload import device_of, real_copy
 from ..passes import NOTHING, Context, Pass
 from ..targets import Targets, embedding
 from ..tuner import BaseTuner
@@ -133,10 +134,10 @@ class Shadow(Routed, config=ShadowConfig):
         made = {"shadow_backbone": backbone, "shadow_projection": projection}
         head = next((m for n in ("score", "classifier") if (m := getattr(model, n, None)) is not None), None)
         if config.task_type == TaskType.SEQ_CLS and head is not None:
-            made["shadow_head"] = deepcopy(head)
+            made["shadow_head"] = real_copy(head)
         like = next(model.parameters(), torch.empty(0))
         dtype = like.dtype if like.dtype.is_floating_point else None
-        return {slot: module.to(like.device, dtype) for slot, module in made.items()}
+        return {slot: module.to(device_of(model), dtype) for slot, module in made.items()}
 
     @classmethod
     def complete(cls, config: Any, adapters: Any) -> None:
