@@ -14,6 +14,7 @@ import nox
 
 nox.needs_version = ">=2025.2.9"
 nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True  # a matrix that leaves one out has not passed
 nox.options.sessions = ["tests", "conformance", "lint", "types"]
 
 CONSTRAINTS = Path(__file__).with_name("constraints.txt").read_text()
@@ -54,6 +55,15 @@ def conformance(session, torch=TORCHS[0]):
     implementations = [name for word in session.posargs for name in IMPLEMENTATIONS.get(word, ())]
     install(session, torch, "-e", ".[conformance]", *implementations)
     session.run("python", "-m", "conformance", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=PYTHONS)
+def oldest(session):
+    """The core profile, and the tests that need no peft, on the oldest versions that are allowed."""
+    session.install("-q", "-c", "constraints-oldest.txt", "-e", ".[conformance]")
+    session.run("python", "-m", "conformance", "--profile", "core", env=ONE_THREAD)
+    tests = session.posargs or ["tests", "conformance/tests", "--ignore=tests/interop"]
+    session.run("pytest", *tests, env=ONE_THREAD)
 
 
 @matrix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 import time
 
@@ -17,7 +18,9 @@ def parser() -> argparse.ArgumentParser:
                                        "disputed.")
     p.add_argument("--impl", default="minipeft", help="peft, minipeft or any module with PEFT's API; loralib, lycoris; "
                    "'cmd:PROGRAM' for a program that speaks JSON lines; 'module:Class' for a driver of your own")
-    p.add_argument("--python", help="run the implementation in this interpreter, out of process")
+    p.add_argument("--python", help="run the implementation in this interpreter (default: the suite's own)")
+    p.add_argument("--in-process", action="store_true", help="in the suite's own process, for a debugger; there its "
+                   "crash ends the suite too")
     p.add_argument("--profile", choices=plan.PROFILES, default="full")
     p.add_argument("--methods", help="comma-separated, e.g. lora,ia3")
     p.add_argument("--cases", help="only case ids that contain this text")
@@ -32,20 +35,58 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(argv=None) -> int:
-    a = parser().parse_args(argv)
-    begun = time.perf_counter()
-    driver = open_driver(a.impl, a.python)
+def names(given: str | None, known, what: str, error) -> list[str] | None:
+    """A comma-separated option as a list; `error` is called for a name that is not among the known ones."""
+    if given is None:
+        return None
+    chosen = [name.strip() for name in given.split(",")]
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            error(f"no {what} is called {name!r}" + (f"; did you mean {near[0]!r}?" if near else
+                                                   f"; there are {', '.join(sorted(known))}"))
+    return chosen
+
+
+def described(driver) -> dict:
+    """What the driver says of itself. Raises `TypeError` when that is not what the protocol asks for."""
     info = driver.info()
-    methods = a.methods.split(",") if a.methods else None
-    tasks = plan.tasks(a.profile, methods, a.cases, info["dtypes"])
-    if a.checks:
-        tasks = [t for t in tasks if t.check in a.checks.split(",")]
-    issues = [] if a.no_known_issues else runner.known_issues(info["name"], info["version"])
-    progress = terminal.Progress(len(tasks))
-    results = runner.run(driver, tasks, issues, a.timeout, progress)
-    progress.close()
-    driver.close()
+    texts = isinstance(info, dict) and isinstance(info.get("name"), str) and isinstance(info.get("version"), str)
+    if not texts or not isinstance(info.get("dtypes"), list) or not set(map(str, info["dtypes"])) <= set(plan.DTYPES):
+        raise TypeError(f"`info` must give a name, a version and dtypes out of {', '.join(plan.DTYPES)}, not {info!r}")
+    return {key: runner.clean(value, 200) if isinstance(value, str) else value for key, value in info.items()}
+
+
+def main(argv=None) -> int:
+    options = parser()
+    a = options.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    begun = time.perf_counter()
+    methods = names(a.methods, plan.all_methods(), "method", options.error)
+    tasks = plan.tasks(a.profile, methods, a.cases)
+    if not tasks:
+        known = dict.fromkeys(t.case for t in plan.tasks(a.profile, methods))
+        near = difflib.get_close_matches(a.cases, known, 1, 0.3)
+        options.error(f"no case's name contains {a.cases!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
+    checks = names(a.checks, dict.fromkeys(t.check for t in tasks), "check of these cases", options.error)
+    driver = open_driver(a.impl, None if a.in_process else a.python or sys.executable)
+    try:
+        try:
+            info = described(driver)
+        except Exception as e:
+            message = runner.clean(f"could not be started: {type(e).__name__}: {e}")
+            info, issues = {"name": runner.clean(a.impl, 200), "version": "?", "dtypes": []}, []
+            results = [runner.Result("-", "-", "info", "-", "error", message)]
+        else:
+            tasks = [t for t in plan.tasks(a.profile, methods, a.cases, info["dtypes"])
+                     if not checks or t.check in checks]
+            issues = [] if a.no_known_issues else runner.known_issues(info["name"], info["version"])
+            progress = terminal.Progress(len(tasks))
+            results = runner.run(driver, tasks, issues, a.timeout, progress)
+            progress.close()
+    finally:
+        driver.close()
     good, counts = runner.verdict(results)
     seconds = time.perf_counter() - begun
     if a.html:

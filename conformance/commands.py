@@ -18,6 +18,9 @@ def do_record(args: list[str]) -> int:
     driver, bad = open_driver("peft"), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if check else store.folder()
+        record.record_bases(folder)
+        if check and (folder / "bases.json").read_text() != (store.folder() / "bases.json").read_text():
+            bad.append("bases.json: other base models, or other shapes")
         for name in chosen:
             bad += record.record_method(methods()[name], driver, folder)
             if check:

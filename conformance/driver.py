@@ -9,6 +9,14 @@ A method that a driver does not override raises `Unsupported`, which is reported
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
+
+
+class Hung(Exception):
+    """A check took too long."""
+
 
 class Unsupported(Exception):
     """The implementation does not claim to do this; the message says why."""
@@ -111,6 +119,24 @@ class Driver:
 
     def close(self) -> None:
         """Let go of everything."""
+
+    @contextlib.contextmanager
+    def _within(self, seconds: float):
+        """While it is open, whatever takes longer than `seconds` ends in `Hung`, as far as a signal can stop it."""
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+            yield
+            return
+
+        def ring(*_):
+            raise Hung(f"no answer within {seconds:g} s")
+
+        old = signal.signal(signal.SIGALRM, ring)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, old)
 
 
 OPERATIONS = tuple(k for k, v in vars(Driver).items() if callable(v) and not k.startswith("_"))

@@ -83,7 +83,8 @@ class Layers(nn.Module):
         self.config = LMConfig(
             vocab_size=base["vocab"], hidden_size=hidden, num_attention_heads=heads, num_hidden_layers=depth,
             model_type="tiny", is_encoder_decoder=False, tie_word_embeddings=False, pad_token_id=0,
-            decoder_start_token_id=1, problem_type=None)
+            decoder_start_token_id=1, problem_type=None,
+            use_return_dict=True)  # which peft asked for up to 0.19
         self.embed_tokens = nn.Embedding(base["vocab"], hidden) if words else None
         self.embed_positions = nn.Embedding(base["positions"], hidden) if "positions" in base else None
         self.layers = nn.ModuleList(Block(hidden, heads, cross) for _ in range(depth))
@@ -241,6 +242,10 @@ class EncoderDecoder(nn.Module):
 
     def get_input_embeddings(self):
         return self.embed_tokens
+
+    def _prepare_encoder_decoder_kwargs_for_generation(self, *args, **kwargs):
+        """Never called: peft up to 0.19 puts its own in this place, and this one back."""
+        raise NotImplementedError
 
     def prepare_inputs_for_generation(self, decoder_input_ids=None, past_key_values=None, **kwargs):
         ids = decoder_input_ids if past_key_values is None else decoder_input_ids[:, -1:]

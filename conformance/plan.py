@@ -10,6 +10,7 @@ from .method import methods as all_methods
 from .runner import Task
 
 PROFILES = ("core", "full")
+DTYPES = ("float64", "float32", "bfloat16")
 
 
 def golden_tasks(cases, profile: str, dtypes) -> list[Task]:
@@ -51,7 +52,7 @@ def law_tasks(profile, methods, pattern=None, examples=None) -> list[Task]:
     return found
 
 
-def reject_tasks(cases, profile) -> list[Task]:
+def reject_tasks(cases, pattern=None) -> list[Task]:
     """Damaged tensors for one case of every method; damaged configs and files for LoRA's plain one."""
     found, seen = [], set()
     for case in cases:
@@ -62,9 +63,11 @@ def reject_tasks(cases, profile) -> list[Task]:
         if case.id == "lora/linear/plain":
             kinds |= {reject.bad_config: reject.CONFIG, reject.bad_file: reject.FILES}
         seen.add(method)
-        for function, table in kinds.items():
-            found += [Task(method, f"{method}/reject/{what.replace(' ', '-')}", "reject", "float32",
-                           partial(bound, partial(function, what=what), case, "float32")) for what in table]
+        for function, what in ((function, what) for function, table in kinds.items() for what in table):
+            name = f"{method}/reject/{what.replace(' ', '-')}"
+            if not pattern or pattern in name:
+                call = partial(bound, partial(function, what=what), case, "float32")
+                found.append(Task(method, name, "reject", "float32", call))
     return found
 
 
@@ -83,10 +86,10 @@ def bound_figure(function, figure, driver):
     function(driver, figure)
 
 
-def tasks(profile: str, methods=None, pattern=None, dtypes=("float64", "float32", "bfloat16"), laws=True):
+def tasks(profile: str, methods=None, pattern=None, dtypes=DTYPES, laws=True):
     """All tasks of a profile, in the order they are run."""
     chosen = cases(profile, methods, pattern)
     return [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen),
             *(law_tasks(profile, methods, pattern) if laws else ()),
-            *reject_tasks(cases(profile, methods), profile),
+            *reject_tasks(cases(profile, methods), pattern),
             *(figure_tasks(methods, pattern) if profile == "full" else ())]

@@ -6,13 +6,16 @@ In a checkout `pytest conformance --impl NAME` does without the `-p`. Without `-
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("conformance")
     group.addoption("--impl", help="the implementation to check, as in python -m conformance")
-    group.addoption("--impl-python", help="run it in this interpreter, out of process")
+    group.addoption("--impl-python", help="run it in this interpreter (default: pytest's own)")
+    group.addoption("--impl-in-process", action="store_true", help="in pytest's own process, for a debugger")
     group.addoption("--profile", default="full", choices=["core", "full"])
     group.addoption("--methods", help="comma-separated")
 
@@ -29,7 +32,9 @@ def pytest_ignore_collect(collection_path, config):
 def driver(request):
     from conformance.drivers import open_driver
 
-    driver = open_driver(request.config.getoption("--impl"), request.config.getoption("--impl-python"))
+    option = request.config.getoption
+    python = None if option("--impl-in-process") else option("--impl-python") or sys.executable
+    driver = open_driver(option("--impl"), python)
     yield driver
     driver.close()
 

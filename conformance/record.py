@@ -7,6 +7,7 @@ numbers; what is trivial (the adapter hardly changes the output) or blind (a fau
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 import zlib
 from pathlib import Path
@@ -37,17 +38,23 @@ def rng_of(text: str):
     return np.random.default_rng(zlib.crc32(text.encode()))
 
 
-def base_shapes(base) -> dict:
-    """Name -> shape of the base model's parameters."""
+def record_bases(folder: Path) -> None:
+    """Write the shapes of all base models' parameters, so that drawing weights for them needs no torch."""
     from . import models
 
-    return {k: tuple(v.shape) for k, v in models.make(base).named_parameters()}
+    rows = []
+    for name, base in BASES.items():
+        shapes = [[key, list(p.shape)] for key, p in models.make(base).named_parameters()]
+        rows.append(json.dumps({"name": name, "base": base, "shapes": shapes}))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "bases.json").write_text('{"bases": [\n' + ",\n".join(rows) + "\n]}\n")
+    store.bases.cache_clear()
 
 
 def draw_base(base, rng) -> dict:
     """Weights of a size that keeps activations near 1."""
     found = {}
-    for name, shape in base_shapes(base).items():
+    for name, shape in store.base_shapes(base).items():
         a = rng.normal(size=shape)
         if name.endswith("weight") and len(shape) > 1:
             a /= np.sqrt(np.prod(shape[1:])) if "emb" not in name else 1.0

@@ -23,6 +23,20 @@ def folder() -> Path:
     raise FileNotFoundError("no fixtures: neither beside the conformance package nor inside it")
 
 
+@cache
+def bases() -> list[dict]:
+    """The base models of the cases: `name`, `base` (the description) and `shapes`, [[parameter, shape], ...]."""
+    return json.loads((folder() / "bases.json").read_text())["bases"]
+
+
+def base_shapes(base: dict) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of a base model's parameters, in the order in which they are drawn."""
+    for known in bases():
+        if known["base"] == base:
+            return {name: tuple(shape) for name, shape in known["shapes"]}
+    raise LookupError(f"fixtures/bases.json does not hold this base model; `record` writes it: {base}")
+
+
 def resolved(config: dict) -> dict:
     """A config whose files and `adapters`, named from the fixtures' folder on, are found from anywhere."""
     if source := config.get("prompt_tuning_init_state_dict_path"):

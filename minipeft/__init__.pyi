@@ -1,124 +1,156 @@
 # What type checkers see of this package; a test holds it to the table in __init__.py.
 from .auto import (
-    AutoPeftModel,
-    AutoPeftModelForCausalLM,
-    AutoPeftModelForFeatureExtraction,
-    AutoPeftModelForQuestionAnswering,
-    AutoPeftModelForSeq2SeqLM,
-    AutoPeftModelForSequenceClassification,
-    AutoPeftModelForTokenClassification,
+    AutoPeftModel as AutoPeftModel,
+    AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
 )
-from .checkpoint import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
-from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType, get_peft_config
-from .conversion import convert_to_lora, save_as_lora
+from .checkpoint import (
+    get_peft_model_state_dict as get_peft_model_state_dict,
+    load_peft_weights as load_peft_weights,
+    set_peft_model_state_dict as set_peft_model_state_dict,
+)
+from .config import (
+    PeftConfig as PeftConfig,
+    PeftType as PeftType,
+    PromptLearningConfig as PromptLearningConfig,
+    TaskType as TaskType,
+    get_peft_config as get_peft_config,
+)
+from .conversion import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
 from .errors import (
-    AdapterNameError,
-    BatchError,
-    CheckpointError,
-    ConfigError,
-    ConfigTypeError,
-    MergeError,
-    NoMatchingPeftModuleError,
-    PeftError,
-    PeftWarning,
-    UnsupportedFeatureError,
-    UnsupportedLayerError,
+    AdapterNameError as AdapterNameError,
+    BatchError as BatchError,
+    CheckpointError as CheckpointError,
+    ConfigError as ConfigError,
+    ConfigTypeError as ConfigTypeError,
+    MergeError as MergeError,
+    NoMatchingPeftModuleError as NoMatchingPeftModuleError,
+    PeftError as PeftError,
+    PeftWarning as PeftWarning,
+    UnsupportedFeatureError as UnsupportedFeatureError,
+    UnsupportedLayerError as UnsupportedLayerError,
 )
-from .factory import get_peft_model, inject_adapter_in_model
-from .kappa import find_kappa_target_modules
+from .factory import get_peft_model as get_peft_model, inject_adapter_in_model as inject_adapter_in_model
+from .kappa import find_kappa_target_modules as find_kappa_target_modules
 from .mapping import (
-    PEFT_TYPE_TO_CONFIG_MAPPING,
-    PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
-    PEFT_TYPE_TO_PREFIX_MAPPING,
-    PEFT_TYPE_TO_TUNER_MAPPING,
+    PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING,
+    PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
+    PEFT_TYPE_TO_PREFIX_MAPPING as PEFT_TYPE_TO_PREFIX_MAPPING,
+    PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from .methods.adalora import AdaLoraConfig, AdaLoraModel
-from .methods.adamss import AdamssConfig, AdamssModel
-from .methods.adaption_prompt import AdaptionPromptConfig, AdaptionPromptModel
-from .methods.arrow import create_arrow_model
-from .methods.beft import BeftConfig, BeftModel
-from .methods.boft import BOFTConfig, BOFTModel
-from .methods.c3a import C3AConfig, C3AModel
-from .methods.cartridge import CartridgeConfig, CartridgeEncoder
-from .methods.cpt import CPTConfig, CPTEmbedding
-from .methods.deft import DeftConfig, DeftModel
-from .methods.delora import DeloraConfig, DeloraModel
-from .methods.fourierft import FourierFTConfig, FourierFTModel
-from .methods.frod import FrodConfig, FrodModel
-from .methods.glora import GloraConfig, GloraModel
-from .methods.gralora import GraloraConfig, GraloraModel
-from .methods.hira import HiraConfig, HiraModel
-from .methods.hra import HRAConfig, HRAModel
-from .methods.ia3 import IA3Config, IA3Model
-from .methods.lily import LilyConfig, LilyModel
-from .methods.ln_tuning import LNTuningConfig, LNTuningModel
-from .methods.loha import LoHaConfig, LoHaModel
-from .methods.lokr import LoKrConfig, LoKrModel
-from .methods.lora import LoraConfig, LoraModel
+from .methods.adalora import AdaLoraConfig as AdaLoraConfig, AdaLoraModel as AdaLoraModel
+from .methods.adamss import AdamssConfig as AdamssConfig, AdamssModel as AdamssModel
+from .methods.adaption_prompt import (
+    AdaptionPromptConfig as AdaptionPromptConfig,
+    AdaptionPromptModel as AdaptionPromptModel,
+)
+from .methods.arrow import create_arrow_model as create_arrow_model
+from .methods.beft import BeftConfig as BeftConfig, BeftModel as BeftModel
+from .methods.boft import BOFTConfig as BOFTConfig, BOFTModel as BOFTModel
+from .methods.c3a import C3AConfig as C3AConfig, C3AModel as C3AModel
+from .methods.cartridge import CartridgeConfig as CartridgeConfig, CartridgeEncoder as CartridgeEncoder
+from .methods.cpt import CPTConfig as CPTConfig, CPTEmbedding as CPTEmbedding
+from .methods.deft import DeftConfig as DeftConfig, DeftModel as DeftModel
+from .methods.delora import DeloraConfig as DeloraConfig, DeloraModel as DeloraModel
+from .methods.fourierft import FourierFTConfig as FourierFTConfig, FourierFTModel as FourierFTModel
+from .methods.frod import FrodConfig as FrodConfig, FrodModel as FrodModel
+from .methods.glora import GloraConfig as GloraConfig, GloraModel as GloraModel
+from .methods.gralora import GraloraConfig as GraloraConfig, GraloraModel as GraloraModel
+from .methods.hira import HiraConfig as HiraConfig, HiraModel as HiraModel
+from .methods.hra import HRAConfig as HRAConfig, HRAModel as HRAModel
+from .methods.ia3 import IA3Config as IA3Config, IA3Model as IA3Model
+from .methods.lily import LilyConfig as LilyConfig, LilyModel as LilyModel
+from .methods.ln_tuning import LNTuningConfig as LNTuningConfig, LNTuningModel as LNTuningModel
+from .methods.loha import LoHaConfig as LoHaConfig, LoHaModel as LoHaModel
+from .methods.lokr import LoKrConfig as LoKrConfig, LoKrModel as LoKrModel
+from .methods.lora import LoraConfig as LoraConfig, LoraModel as LoraModel
 from .methods.lora_configs import (
-    ArrowConfig,
-    BdLoraConfig,
-    CordaConfig,
-    EvaConfig,
-    KasaConfig,
-    LoftQConfig,
-    LoraGAConfig,
-    LoraRuntimeConfig,
-    MontecloraConfig,
-    VeloraConfig,
+    ArrowConfig as ArrowConfig,
+    BdLoraConfig as BdLoraConfig,
+    CordaConfig as CordaConfig,
+    EvaConfig as EvaConfig,
+    KasaConfig as KasaConfig,
+    LoftQConfig as LoftQConfig,
+    LoraGAConfig as LoraGAConfig,
+    LoraRuntimeConfig as LoraRuntimeConfig,
+    MontecloraConfig as MontecloraConfig,
+    VeloraConfig as VeloraConfig,
 )
-from .methods.lora_eva import get_eva_state_dict, initialize_lora_eva_weights
-from .methods.lora_ga import preprocess_loraga
-from .methods.lora_loftq import replace_lora_weights_loftq
-from .methods.miss import MissConfig, MissModel
-from .methods.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
-from .methods.oft import OFTConfig, OFTModel
-from .methods.osf import OSFConfig, OSFModel
-from .methods.p_tuning import PromptEncoder, PromptEncoderConfig, PromptEncoderReparameterizationType
-from .methods.peanut import PeanutConfig, PeanutModel
-from .methods.poly import PolyConfig, PolyModel
-from .methods.prefix_tuning import PrefixEncoder, PrefixTuningConfig
-from .methods.prompt_tuning import PromptEmbedding, PromptTuningConfig, PromptTuningInit
-from .methods.psoft import PsoftConfig, PsoftModel
-from .methods.pvera import PveraConfig, PveraModel
-from .methods.randlora import RandLoraConfig, RandLoraModel
-from .methods.road import RoadConfig, RoadModel
-from .methods.shadow import ShadowConfig, ShadowModel
-from .methods.shira import ShiraConfig, ShiraModel
-from .methods.supertuning import SupertuningConfig, SupertuningModel
-from .methods.tinylora import TinyLoraConfig, TinyLoraModel
-from .methods.trainable_tokens import TrainableTokensConfig, TrainableTokensModel
-from .methods.unilora import UniLoraConfig, UniLoraModel
-from .methods.vblora import VBLoRAConfig, VBLoRAModel
-from .methods.vera import VeraConfig, VeraModel
-from .methods.waveft import WaveFTConfig, WaveFTModel
-from .methods.xlora import XLoraConfig, XLoraModel
-from .mixed import PeftMixedModel
-from .model import PeftModel
+from .methods.lora_eva import (
+    get_eva_state_dict as get_eva_state_dict,
+    initialize_lora_eva_weights as initialize_lora_eva_weights,
+)
+from .methods.lora_ga import preprocess_loraga as preprocess_loraga
+from .methods.lora_loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
+from .methods.miss import MissConfig as MissConfig, MissModel as MissModel
+from .methods.multitask_prompt_tuning import (
+    MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit as MultitaskPromptTuningInit,
+)
+from .methods.oft import OFTConfig as OFTConfig, OFTModel as OFTModel
+from .methods.osf import OSFConfig as OSFConfig, OSFModel as OSFModel
+from .methods.p_tuning import (
+    PromptEncoder as PromptEncoder,
+    PromptEncoderConfig as PromptEncoderConfig,
+    PromptEncoderReparameterizationType as PromptEncoderReparameterizationType,
+)
+from .methods.peanut import PeanutConfig as PeanutConfig, PeanutModel as PeanutModel
+from .methods.poly import PolyConfig as PolyConfig, PolyModel as PolyModel
+from .methods.prefix_tuning import PrefixEncoder as PrefixEncoder, PrefixTuningConfig as PrefixTuningConfig
+from .methods.prompt_tuning import (
+    PromptEmbedding as PromptEmbedding,
+    PromptTuningConfig as PromptTuningConfig,
+    PromptTuningInit as PromptTuningInit,
+)
+from .methods.psoft import PsoftConfig as PsoftConfig, PsoftModel as PsoftModel
+from .methods.pvera import PveraConfig as PveraConfig, PveraModel as PveraModel
+from .methods.randlora import RandLoraConfig as RandLoraConfig, RandLoraModel as RandLoraModel
+from .methods.road import RoadConfig as RoadConfig, RoadModel as RoadModel
+from .methods.shadow import ShadowConfig as ShadowConfig, ShadowModel as ShadowModel
+from .methods.shira import ShiraConfig as ShiraConfig, ShiraModel as ShiraModel
+from .methods.supertuning import SupertuningConfig as SupertuningConfig, SupertuningModel as SupertuningModel
+from .methods.tinylora import TinyLoraConfig as TinyLoraConfig, TinyLoraModel as TinyLoraModel
+from .methods.trainable_tokens import (
+    TrainableTokensConfig as TrainableTokensConfig,
+    TrainableTokensModel as TrainableTokensModel,
+)
+from .methods.unilora import UniLoraConfig as UniLoraConfig, UniLoraModel as UniLoraModel
+from .methods.vblora import VBLoRAConfig as VBLoRAConfig, VBLoRAModel as VBLoRAModel
+from .methods.vera import VeraConfig as VeraConfig, VeraModel as VeraModel
+from .methods.waveft import WaveFTConfig as WaveFTConfig, WaveFTModel as WaveFTModel
+from .methods.xlora import XLoraConfig as XLoraConfig, XLoraModel as XLoraModel
+from .mixed import PeftMixedModel as PeftMixedModel
+from .model import PeftModel as PeftModel
 from .prefixes import (
-    compose_cartridge_adapters,
-    initialize_kv_prefix_from_past_key_values,
-    initialize_kv_prefix_from_text,
-    prompt_embeddings_from_past_key_values,
+    compose_cartridge_adapters as compose_cartridge_adapters,
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+    initialize_kv_prefix_from_text as initialize_kv_prefix_from_text,
+    prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
 )
-from .prompt import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
-from .status import get_layer_status, get_model_status
+from .prompt import (
+    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
+)
+from .status import get_layer_status as get_layer_status, get_model_status as get_model_status
 from .tasks import (
-    MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+    PeftModelForCausalLM as PeftModelForCausalLM,
+    PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering as PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification as PeftModelForSequenceClassification,
+    PeftModelForTokenClassification as PeftModelForTokenClassification,
 )
 from .utils import (
-    bloom_model_postprocess_past_key_value,
-    cast_mixed_precision_params,
-    get_base_model_state_dict,
-    prepare_model_for_kbit_training,
-    set_base_model_state_dict,
-    shift_tokens_right,
+    bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value,
+    cast_mixed_precision_params as cast_mixed_precision_params,
+    get_base_model_state_dict as get_base_model_state_dict,
+    prepare_model_for_kbit_training as prepare_model_for_kbit_training,
+    set_base_model_state_dict as set_base_model_state_dict,
+    shift_tokens_right as shift_tokens_right,
 )
 
 __version__: str

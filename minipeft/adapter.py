@@ -21,6 +21,7 @@ Shapes: W is (out, in) or (out, in / groups, *kernel) or, for an embedding, (dim
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -82,14 +83,17 @@ class Adapter:
     alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     kept_if: ClassVar[dict[str, str]] = {}  # slots that are saved only if the field of that name is set
     together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
-    notice: ClassVar[Any] = None  # notice(config, inputs) is what a pass means to each sample: see Context.by_sample
+    notice: ClassVar[Any] = None  # notice(config, inputs) is what a pass means to each sample: see Pass.by_sample
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
+    fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
     patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
 
     base: Base
     name: str
     config: Any
     path: str
+    padded: Mapping[str, Any] = {}  # slots with zeros behind their factor, and its shape without those: see hotswap.py
+    idle: bool = False  # True: hot swapping put an adapter in its place that leaves this layer alone
     found: dict[str, Any]  # slots looked up so far: {adapter name: value} by slot
 
     def __init_subclass__(cls, config: type[PeftConfig] | None = None, variant: str | None = None, **kwargs: Any):
@@ -370,6 +374,10 @@ class Activation(Adapter):
     def post(self, y: Tensor) -> Tensor:
         return y
 
+    def adjoint(self, rows: Tensor) -> Tensor:
+        """`rows` through the adjoint of `pre`. A method that states it can be traced on a convolution too."""
+        return torch.func.vjp(self.pre, torch.zeros_like(rows))[1](rows)[0]
+
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         if not self.base.pointwise:
             return self.base.apply(x, *self.fold(*inner.read()), *args, **kwargs)
@@ -379,12 +387,11 @@ class Activation(Adapter):
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if type(self).pre is not Activation.pre:
             rows = self.base.rows(W) if self.mixes else W.flatten(1)
-            adjoint = torch.func.vjp(self.pre, torch.zeros_like(rows))[1]
-            W = adjoint(rows)[0].view(W.shape[0], -1, *W.shape[2:])
+            W = self.adjoint(rows).view(W.shape[0], -1, *W.shape[2:])
         if type(self).post is not Activation.post:
-            zero = self.post(W.new_zeros(W.shape[0]))
+            zero = self.post(W.new_zeros(W.shape[0]))  # of zeros, unless `post` adds something
             W = (self.post(W.movedim(0, -1)) - zero).movedim(-1, 0)
-            b = self.post(b) if b is not None else zero if zero.any() else None
+            b = zero if b is None else self.post(b)
         return W, b
 
 
@@ -435,7 +442,10 @@ class Adapted:
 
 def unsupported(cls: type[Adapter], module: nn.Module, path: str) -> UnsupportedLayerError:
     """The error for a layer whose kind `cls` cannot adapt."""
-    kind = type(getattr(getattr(module, "base", None), "leaf", module)).__name__
+    leaf = getattr(getattr(module, "base", None), "leaf", module)
+    kind, weight = type(leaf).__name__, leaf._parameters.get("weight")
+    if weight is not None and type(weight) is not nn.Parameter:
+        kind += f" with a weight of class {type(weight).__name__}"
     return UnsupportedLayerError(
         f"{cls.__name__} cannot adapt '{path}', a {kind}. It adapts layers of kind {', '.join(cls.bases)}."
     )

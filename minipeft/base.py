@@ -16,7 +16,8 @@ runs the layer with other weights, and knows the low-rank factors that suit its 
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .errors import MergeError, UnsupportedLayerError
+from .computed import Computed, computed, plain_class
+from .errors import ConfigError, MergeError, UnsupportedLayerError
+from .stored import Kept, fingerprint, like, own_copy, put, sharded, whole
 
 
 class Base:
@@ -39,9 +42,11 @@ class Base:
     reads_vectors = True  # False: the input is indices, not feature vectors
     label = ""  # the class name that PEFT shows for such a layer
     weight_name, bias_name = "weight", "bias"
-    original: Any = None  # the stored tensors from before a merge: (weight, bias), of a Whole by name
+    kept: Kept | None = None  # what `write` replaced, by name; there while something is written that can be undone
+    written: dict[str, Any] | None = None  # fingerprints of what `write` has stored; None when that was edited
     apart = False  # True: other modules use the weight too, so `write` must leave that tensor to them
     lent: Tensor | None = None  # that tensor, while the layer has one of its own
+    source: Base | None = None  # a layer with the same weight, while what is written is written there
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         self.module = module
@@ -51,7 +56,7 @@ class Base:
 
     @property
     def home(self) -> Base:
-        """The one Base that keeps `original`, of those of nested layers."""
+        """The one Base that keeps what is replaced, of those of nested layers."""
         return self if self.inside is None else self.inside
 
     # -------------------------------------------------------------------------------------------------- the operator
@@ -59,35 +64,153 @@ class Base:
         return self.module(x, *args, **kwargs)
 
     def read(self) -> tuple[Tensor, Tensor | None]:
-        """(W, b) of the frozen layer, canonical and dequantised; what was there before a merge, if one is on."""
-        W, b = self.home.original or self.stored()
-        return self.canonical(W), b
+        """(W, b) of the frozen layer, canonical, whole and dequantised; what was there before a merge, if one is on."""
+        W, b = self.originals()
+        return self.canonical(whole(W)), None if b is None else whole(b)
+
+    def originals(self) -> tuple[Any, Any]:
+        """What `stored` gives, or gave before a merge, if one is on."""
+        (W, b), home = self.stored(), self.home
+        if home.source is not None:
+            W = home.source.originals()[0]
+        if home.lent is not None:
+            W = home.lent
+        elif home.kept is not None:
+            W = home.kept.get("weight", W)
+        return W, b if home.kept is None else home.kept.get("bias", b)
+
+    @property
+    def changed(self) -> bool:
+        """Whether something is written that `restore` can undo."""
+        return self.home.kept is not None
+
+    def held(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) as the layer holds them now, merged or not: canonical, whole and dequantised."""
+        W, b = self.stored()
+        return self.canonical(whole(W)), None if b is None else whole(b)
 
     def write(self, W: Tensor, b: Tensor | None) -> None:
-        """Store (W, b), in the layer's own layout and dtype, keeping what was there before to `restore` it."""
+        """Store (W, b) in place, in the layer's own layout and dtype.
+
+        The first time, what was there is kept for `restore`, in `kept`: tensors that must move, be cast and be copied
+        with the layer. A bias that already has those values is left alone. Raises `MergeError`, with nothing written,
+        when there is no place for them.
+        """
+        self.check_writes()
         self.check_bias(b)
+        values = {"weight": self.canonical(W)}
+        if b is not None and self.replaces_bias(b):
+            values["bias"] = b
+        self.lend()
+        stored: dict[str, Any] = dict(zip(("weight", "bias"), self.stored()))
+        before = {name: stored[name] for name in values}
+        if (made := self.computed) is not None:
+            before |= made.copies()
+            made.assign(values.pop("weight"))
+        self.keep(before)
+        for name, value in values.items():
+            put(stored[name], value)
+        self.note_written()
+
+    def replaces_bias(self, b: Tensor) -> bool:
+        """Whether b is not what the layer has, or had before it was written to."""
+        bias = self.stored()[1]
+        return bias is not None and (self.keeps("bias") or not torch.equal(whole(bias), b.to(bias.dtype)))
+
+    def keeps(self, name: str) -> bool:
+        """Whether the tensor of that name is overwritten, and kept."""
+        return self.home.kept is not None and name in self.home.kept
+
+    def lend(self) -> None:
+        """Give the layer a weight of its own, when others use the one it has."""
+        home = self.home
+        if home.apart and home.lent is None:
+            weight = home.lent = self.stored()[0]
+            setattr(self.leaf, self.weight_name, nn.Parameter(own_copy(weight), weight.requires_grad))
+
+    def keep(self, tensors: dict[str, Tensor]) -> Kept:
+        """Keep copies of tensors that are going to be overwritten, by name, unless they are kept already."""
+        home = self.home
+        kept = home.kept = home.kept or Kept()
+        for name, tensor in tensors.items():
+            if name not in kept and not (name == "weight" and home.lent is not None):
+                kept.add(name, own_copy(tensor))
+        return kept
+
+    def check_written(self) -> None:
+        """Raise `MergeError` when the weights were edited since they were written, which `restore` would lose."""
+        if self.edited:
+            raise MergeError(
+                f"The weights of the {type(self.leaf).__name__} were changed while an adapter was merged into them; "
+                "taking it out again would lose that. Change weights while nothing is merged, or keep them as they "
+                "are now with `merge_and_unload`."
+            )
+
+    @property
+    def edited(self) -> bool:
+        """Whether the weights are not those that were written. A cast or a move is no edit."""
+        home = self.home
+        if home.kept is None:
+            return False
+        return home.written is None or any(
+            old is not None and new is not None and old != new and old[0] == new[0]
+            for old, new in ((home.written.get(name), new) for name, new in self.fingerprints().items())
+        )
+
+    def note_written(self) -> None:
+        """Note what is stored now, to notice edits."""
+        if self.home.kept is not None:
+            self.home.written = self.fingerprints()
+
+    def fingerprints(self) -> dict[str, Any]:
+        """Of the tensors that have been written, by name."""
         weight, bias = self.stored()
-        if self.home.apart and self.home.lent is None:
-            self.home.lent, weight = weight, nn.Parameter(weight.data, weight.requires_grad)
-            setattr(self.leaf, self.weight_name, weight)
-        if self.home.original is None:
-            self.home.original = weight.data, None if bias is None else bias.data
-        weight.data = self.canonical(W).to(weight.dtype).contiguous()
-        if bias is not None and b is not None:
-            bias.data = b.to(bias.dtype).contiguous()
+        made = self.computed
+        if made is None:
+            tensors: dict[str, Any] = {"weight": weight}
+        else:  # buffers may change by running
+            tensors = {name: tensor for name, tensor in made.tensors().items() if isinstance(tensor, nn.Parameter)}
+        if self.keeps("bias"):
+            tensors["bias"] = bias
+        return {name: fingerprint(tensor) for name, tensor in tensors.items()}
+
+    def check_writes(self, W: Tensor | None = None) -> None:
+        """Raise `MergeError` when nothing can be written to the layer's weight, or not W (canonical)."""
+        if W is not None and not W.is_meta and (made := self.computed) is not None:
+            before = made.copies()
+            made.assign(self.canonical(W))
+            made.restore(before)
 
     def check_bias(self, b: Tensor | None) -> None:
-        """Raise `MergeError` when there is a bias to write and the layer has none."""
-        if b is not None and self.stored()[1] is None:
+        """Raise `MergeError` when there is a bias to write, other than zero, and the layer has none."""
+        if b is not None and self.stored()[1] is None and b.any():
             raise MergeError(
                 f"The adapter gives the {type(self.leaf).__name__} a bias, but the layer has none to write it to. "
                 "Make the layer with bias=True, or keep the adapter unmerged."
             )
 
+    def is_stored(self, key: str) -> bool:
+        """Whether a key below the layer's module is that of a tensor that merging may overwrite."""
+        made = self.computed
+        return key in (self.weight_name, self.bias_name) or (made is not None and key in made.tensors())
+
+    def check_whole(self) -> None:
+        """Raise `MergeError` when the weight is not here: with some libraries a process has a flat piece or nothing."""
+        weight = self.stored()[0]
+        if weight.dim() < 2:
+            raise MergeError(
+                f"The weight of the {type(self.leaf).__name__} has the shape {tuple(weight.shape)}: it is spread over "
+                "several processes. Gather it first (`FullyShardedDataParallel.summon_full_params`, "
+                "`deepspeed.zero.GatheredParameters`), or merge before the model is distributed."
+            )
+
     @property
     def overwrites(self) -> bool:
-        """Whether `overwrite` is possible: the stored numbers are those of W."""
-        return type(self) in (Linear, Conv1D)
+        """Whether `overwrite` is possible: the stored numbers are those of W, and all are here."""
+        if type(self) not in (Linear, Conv1D) or self.computed is not None:
+            return False
+        weight = self.stored()[0]
+        return not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
 
     def overwrite(self, W: Tensor) -> None:
         """Store W for good, in the weight's own memory; nothing is left to do if that is where W lies."""
@@ -96,18 +219,25 @@ class Base:
             stored.copy_(W)
 
     def restore(self) -> None:
-        """Put back, bit for bit, what `write` replaced."""
-        if self.home.original is not None:
-            for tensor, old in zip(self.stored(), self.home.original):
-                if tensor is not None:
-                    tensor.data = old
-            if self.home.lent is not None:
-                setattr(self.leaf, self.weight_name, self.home.lent)
-            self.home.original = self.home.lent = None
+        """Put back, bit for bit, what `write` replaced. Call `check_written` before."""
+        home = self.home
+        if home.kept is not None:
+            for name, tensor in zip(("weight", "bias"), self.stored()):
+                if tensor is not None and name in home.kept:
+                    put(tensor, home.kept[name])
+            if (made := self.computed) is not None:
+                made.restore(home.kept)
+            if home.lent is not None:
+                setattr(self.leaf, self.weight_name, like(home.lent, self.stored()[0]))
+        self.release()
+
+    def release(self) -> None:
+        """Keep nothing any more."""
+        self.home.kept = self.home.lent = self.home.written = None
 
     def forget(self) -> None:
         """Make what was written permanent."""
-        self.home.original = self.home.lent = None
+        self.release()
         self.home.apart = False
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -158,6 +288,17 @@ class Base:
         return weight_of(self.leaf, self.weight_name)
 
     @property
+    def computed(self) -> Computed | None:
+        """How the layer computes its weight, when that is no parameter."""
+        return computed(self.leaf, self.weight_name)
+
+    @property
+    def cell(self) -> Tensor:
+        """The tensor that holds the layer's weight, or the first of those that it is computed from."""
+        made = self.computed
+        return self.frozen if made is None else next(iter(made.tensors().values()))
+
+    @property
     def dtype(self) -> torch.dtype:
         """Dtype that new adapter parameters take."""
         return self.frozen.dtype
@@ -166,6 +307,11 @@ class Base:
     def device(self) -> torch.device:
         """Device that new adapter parameters take."""
         return self.frozen.device
+
+    @property
+    def packed(self) -> bool:
+        """Whether the numbers stored are quantised ones, and not those of W."""
+        return False
 
     def slot(self, name: str) -> str:
         """The name under which PEFT keeps a method's slot on this kind of layer."""
@@ -250,6 +396,16 @@ class Base:
         return f"{type(self).__name__}({self.leaf})"
 
 
+@contextmanager
+def lasting() -> Iterator[None]:
+    """While it is open, torch.inference_mode() is off: the tensors that are made can be trained."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False):
+        yield
+
+
 _MADE = vars(nn.Module())
 _BOXES = [(name, type(value)) for name, value in _MADE.items() if isinstance(value, (dict, set))]
 
@@ -289,7 +445,10 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """module.weight, found in less time than nn.Module.__getattr__ takes where it is a plain parameter."""
     weight = module._parameters.get(name)
-    return getattr(module, name) if weight is None else weight
+    if weight is None:
+        made = computed(module, name)
+        return getattr(module, name) if made is None else made.value()
+    return weight
 
 
 def weights_of(A: Any, B: Any) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -350,12 +509,13 @@ class Linear(Base):
         if isinstance(scale, Tensor):
             down, scale = down * scale, 1.0
         x = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled():  # the faster way round, there and back
+        if torch.is_grad_enabled() or torch.jit.is_tracing():  # the faster way round, there and back
             h = x @ down.t()  # (tokens, r)
         else:
             h = down @ x.t()
             # nobody else can hold the output of a plain layer, so that it may be written to
             own = type(self.module) is nn.Linear and not self.module._forward_hooks
+            own = own and torch._C._functorch.maybe_current_level() is None  # vmap: y may be that of several h
             if own and h.dtype == up.dtype == y.dtype and y.is_contiguous():
                 y.view(-1, y.shape[-1]).t().addmm_(up, h, alpha=scale)
                 return y
@@ -391,7 +551,7 @@ class Conv(Base):
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         super().__init__(module, inside)
-        self.label = f"Conv{self.leaf.weight.dim() - 2}d"
+        self.label = f"Conv{self.dims}d"
 
     @property
     def inp(self) -> int:
@@ -403,11 +563,17 @@ class Conv(Base):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(self.leaf.weight.shape)
+        m = self.leaf
+        return m.out_channels, m.in_channels // m.groups, *m.kernel_size
+
+    @property
+    def dims(self) -> int:
+        """Number of dimensions that the kernel moves along."""
+        return len(self.leaf.kernel_size)
 
     @property
     def width(self) -> int:
-        return self.leaf.weight[0].numel()
+        return math.prod(self.shape[1:])
 
     @property
     def patch(self) -> int:
@@ -421,7 +587,7 @@ class Conv(Base):
     def canonical(self, W: Tensor) -> Tensor:
         """The same, with only its own group's channels in each row. W may have all of them: see `apply`."""
         m = self.leaf
-        if W.shape[1] == m.weight.shape[1]:
+        if W.shape[1] == self.shape[1]:
             return W
         parts = W.unflatten(0, (m.groups, -1)).unflatten(2, (m.groups, -1)).movedim(2, 1)  # (g, g, out / g, in / g, *)
         own = torch.eye(m.groups, dtype=torch.bool, device=W.device)
@@ -435,7 +601,7 @@ class Conv(Base):
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         m = self.leaf
         W, b = W.to(x.dtype), None if b is None else b.to(x.dtype)
-        if W.shape[1] == m.weight.shape[1]:
+        if W.shape[1] == self.shape[1]:
             return m._conv_forward(x, W, b)
         padding = m.padding  # W over all input channels: an adapter mixes the groups
         if m.padding_mode != "zeros":
@@ -445,10 +611,13 @@ class Conv(Base):
     def down(self, r: int) -> Any:
         m = self.leaf
         window = (m.kernel_size, m.stride, m.padding, m.dilation)
-        return type(m)(m.in_channels, r, *window, bias=False, padding_mode=m.padding_mode)
+        return plain_class(m)(m.in_channels, r, *window, bias=False, padding_mode=m.padding_mode)
 
     def up(self, r: int, bias: bool = False) -> Any:
-        return type(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
+        if r % self.leaf.groups:
+            groups = self.leaf.groups
+            raise ConfigError(f"On a convolution with groups={groups} the rank must be a multiple of that, got r={r}.")
+        return plain_class(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
 
     def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         if self.leaf.groups > 1:
@@ -456,7 +625,7 @@ class Conv(Base):
                 f"Low-rank factors on a convolution with groups={self.leaf.groups} mix the groups, "
                 "so no weight of the layer does the same; keep the adapter unmerged."
             )
-        return (self.matrix(B) @ (self.matrix(A) * scale)).view(self.leaf.weight.shape)
+        return (self.matrix(B) @ (self.matrix(A) * scale)).view(self.shape)
 
     def through(self, x: Tensor, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         y = B(A(x) * scale)
@@ -467,13 +636,13 @@ class Conv(Base):
         return factor.weight.flatten(1)
 
     def outward(self, v: Tensor) -> Tensor:
-        return v.view(-1, *[1] * (self.leaf.weight.dim() - 2))
+        return v.view(-1, *[1] * self.dims)
 
     def gain_shape(self, n: int, inward: bool) -> tuple[int, ...]:
-        return (1, n, *[1] * (self.leaf.weight.dim() - 2))
+        return (1, n, *[1] * self.dims)
 
     def magnitude_shape(self) -> tuple[int, ...]:
-        return (1, self.out, *[1] * (self.leaf.weight.dim() - 2))
+        return (1, self.out, *[1] * self.dims)
 
     def spread(self, v: Tensor) -> Tensor:
         m = self.leaf
@@ -555,6 +724,8 @@ class Attention(Linear):
         super().__init__(module, inside)
         if not self.leaf._qkv_same_embed_dim:
             raise UnsupportedLayerError("Only same dim for query/key/value is supported for nn.MultiheadAttention.")
+        if computed(self.leaf, self.weight_name) is not None:
+            raise UnsupportedLayerError("nn.MultiheadAttention cannot be adapted when its in_proj_weight is computed.")
 
     @property
     def inp(self) -> int:
@@ -604,6 +775,9 @@ class Param(Base):
     def stored(self) -> tuple[Tensor, Tensor | None]:
         return getattr(self.leaf, self.weight_name), None
 
+    def is_stored(self, key: str) -> bool:
+        return key == self.path
+
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.module, {self.path: W.to(self.dtype)}, (x, *args), kwargs)
 
@@ -641,19 +815,33 @@ class Whole(Base):
         return self.stored()[0].device
 
     def read(self) -> Any:
-        return dict(self.home.original or self.tensors(self.leaf)), None
+        kept = self.home.kept
+        return {n: whole(t if kept is None else kept.get(n, t)) for n, t in self.tensors(self.leaf).items()}, None
+
+    def held(self) -> Any:
+        return {name: whole(tensor) for name, tensor in self.tensors(self.leaf).items()}, None
 
     def write(self, W: Any, b: Any = None) -> None:
         own = self.tensors(self.leaf)
-        if self.home.original is None:
-            self.home.original = {name: tensor.data for name, tensor in own.items()}
+        self.keep(own)
         for name, tensor in own.items():
-            tensor.data = W[name].detach().to(tensor.dtype, copy=True)
+            put(tensor, W[name])
+        self.note_written()
 
     def restore(self) -> None:
-        for name, tensor in self.tensors(self.leaf).items() if self.home.original else ():
-            tensor.data = self.home.original[name]
-        self.home.original = None
+        if (kept := self.home.kept) is not None:
+            for name, tensor in self.tensors(self.leaf).items():
+                put(tensor, kept[name])
+        self.release()
+
+    def is_stored(self, key: str) -> bool:
+        return True
+
+    def check_whole(self) -> None:
+        pass  # tensors of any shape
+
+    def fingerprints(self) -> dict[str, Any]:
+        return {name: fingerprint(p) for name, p in self.leaf.named_parameters()}  # buffers may change by running
 
     def apply(self, x: Tensor, W: Any, b: Any = None, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.module, W, (x, *args), kwargs)
@@ -703,7 +891,7 @@ def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None
             kind = Conv
         elif isinstance(leaf, nn.MultiheadAttention):
             kind = Attention
-        elif type(leaf).__name__ == "Conv1D" and getattr(leaf, "weight", None) is not None and leaf.weight.dim() == 2:
+        elif plain_class(leaf).__name__ == "Conv1D" and getattr(getattr(leaf, "weight", None), "ndim", 0) == 2:
             kind = Conv1D
         else:
             return None

@@ -8,6 +8,7 @@ A saved key is the live key without the adapter's name, taken out of the one pla
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from collections import namedtuple
@@ -20,13 +21,15 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import adapter_class
+from .base import lasting
 from .errors import AdapterNameError, CheckpointError, PeftWarning, nearest
-from .files import find_weights
-from .layer import Layer, ModulesToSaveWrapper, adapted
+from .files import find_weights, of_one_version
+from .layer import INSIDE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, adapted, walk
 from .targets import EMBEDDINGS, embedding, named
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
 PREFIX = "base_model.model."
+WRAPPED = {INSIDE[kind] for kind in (Layer, ModulesToSaveWrapper, TrainableTokensWrapper)}  # names in live keys
 LoadReport = namedtuple("LoadReport", ["missing_keys", "unexpected_keys"])
 
 
@@ -40,6 +43,7 @@ class Entry:
     key: str
     layer: Layer | None = None  # the layer that it belongs to, which says where a new tensor goes
     shared: bool = False  # True: earlier adapters may look at the same tensor, from elsewhere
+    frozen: bool = False  # True: it is not the adapter's but the model's own, and the checkpoint says so
 
     @property
     def tensor(self) -> Tensor:
@@ -111,8 +115,11 @@ def entries_of_shared(cls: Any, slot: str, name: str, value: Any, box: Any, key:
         yield from entries_of_module(value, saved, live)
 
 
-def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
-    """An entry for each saved tensor of adapter `name` on a model, with the keys of that model."""
+def entries_of_model(model: Any, name: str, idle: bool = False) -> Iterator[Entry]:
+    """An entry for each saved tensor of adapter `name` on a model, with the keys of that model.
+
+    `idle`: also on layers that it left when another was swapped into its place.
+    """
     tuner = tuner_of(model)
     inside = tuner is not None and tuner is not model
     root, prefix = (tuner.model, PREFIX) if inside else (getattr(tuner, "model", model), "")
@@ -128,7 +135,7 @@ def entries_of_model(model: Any, name: str) -> Iterator[Entry]:
             yield from entries_of_shared(cls, slot, name, box[name], inner, name)
     for _, live, module in adapted(root):
         if isinstance(module, Layer) and name in module.adapters:
-            if not module.tied:
+            if not module.tied and (idle or not module.adapters[name].idle):
                 yield from entries_of_layer(module, name, prefix + live, shared, begin + live)
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             yield from entries_of_module(
@@ -160,22 +167,21 @@ def check(
     extra: Iterable[str] = (),
     strict: bool = True,
     stored: Mapping[str, Tensor] | None = None,
+    ignore: bool = False,
 ) -> LoadReport:
     """Compare a checkpoint with the tensors that it is to fill; nothing is changed.
 
     Raises `CheckpointError` naming missing, unexpected, misshapen and non-finite tensors. With `strict=False` missing
-    and unexpected ones are only warned about. `extra` are keys that may be there besides; `stored` is what the file has
-    where a method made `weights` out of it.
+    and unexpected ones are only warned about; with `ignore` (`ignore_mismatched_sizes`) misshapen ones, which then are
+    reported as missing. `extra` are keys that may be there besides; `stored` is what the file has where a method made
+    `weights` out of it.
     """
     wanted = {strip(entry.saved): entry for entry in entries}
     given = {strip(key): tensor for key, tensor in weights.items()}
     missing = sorted(wanted.keys() - given.keys())
     unexpected = sorted(given.keys() - wanted.keys() - {strip(key) for key in extra})
-    shapes = [
-        f"{key}: {tuple(given[key].shape)} in the checkpoint, {tuple(entry.tensor.shape)} in the model"
-        for key, entry in wanted.items()
-        if key in given and given[key].shape != entry.tensor.shape
-    ]
+    unlike = {k: e for k, e in wanted.items() if k in given and given[k].shape != e.tensor.shape}
+    shapes = [_unlike(key, given[key], entry) for key, entry in unlike.items()]
     stored = weights if stored is None else stored
     broken = [strip(key) for key, t in stored.items() if t.is_floating_point() and not _finite(t)]
     faults = []
@@ -187,19 +193,34 @@ def check(
         warnings.warn("The checkpoint does not fit the model. " + " | ".join(faults), PeftWarning)
         faults = []
     if shapes:
-        faults.append(f"{len(shapes)} tensor(s) of another shape: " + "; ".join(shapes[:5]))
+        fault = f"{len(shapes)} tensor(s) of another shape: " + "; ".join(shapes[:5])
+        faults += [] if ignore else [fault]
     if broken:
         faults.append(f"{len(broken)} tensor(s) with NaN or infinite values: " + ", ".join(broken[:5]))
     if faults:
         raise CheckpointError("The checkpoint does not fit the model; nothing was loaded. " + " | ".join(faults))
-    return LoadReport(missing, unexpected)
+    if shapes:
+        warnings.warn(f"Left out, as ignore_mismatched_sizes=True: {fault}.", PeftWarning)
+    return LoadReport(sorted([*missing, *unlike]), unexpected)
+
+
+def _unlike(key: str, value: Tensor, entry: Entry) -> str:
+    """What is said of a tensor of another shape; torch, and code that looks for its messages, begins so."""
+    text = f"size mismatch for {key}: {tuple(value.shape)} in the checkpoint, {tuple(entry.tensor.shape)} in the model"
+    if entry.frozen and value.dim() and value.shape[1:] == entry.tensor.shape[1:]:
+        text += f" (the whole layer was saved: call resize_token_embeddings({value.shape[0]}) on the model first)"
+    return text
 
 
 def fill(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> None:
-    """Write a checkpoint's tensors into those entries that it has; the others keep what they have."""
+    """Write a checkpoint's tensors into those entries that it has; the others keep what they have.
+
+    So do those of another shape, of which `check` has told.
+    """
     given = {strip(key): tensor for key, tensor in weights.items()}
     for entry in entries:
-        if (value := given.get(strip(entry.saved))) is not None:
+        value = given.get(strip(entry.saved))
+        if value is not None and value.shape == entry.tensor.shape:
             entry.fill(value)
 
 
@@ -212,7 +233,8 @@ def _finite(t: Tensor) -> bool:
 # -------------------------------------------------------------------------------------------------- reading, writing
 def read_weights(model_id: Any, device: Any = None, **options: Any) -> dict[str, Tensor]:
     """The tensors of a saved adapter. Raises `CheckpointError` when the file cannot be read as what it claims to be."""
-    return read_weights_file(find_weights(model_id, **options), device)
+    read = lambda: read_weights_file(find_weights(model_id, **options), device)
+    return of_one_version(model_id, options.get("subfolder"), read)
 
 
 def read_weights_file(path: Path, device: Any = None) -> dict[str, Tensor]:
@@ -237,30 +259,27 @@ def read_weights_file(path: Path, device: Any = None) -> dict[str, Tensor]:
         raise CheckpointError(f"'{path}' is not a complete safetensors file ({error}).{hint}") from error
 
 
-def serialiser(tensors: Mapping[str, Tensor], safe: bool = True) -> Any:
-    """A function from metadata to the bytes of a weights file: safetensors, or with `safe=False` a pickle."""
+def serialise(tensors: Mapping[str, Tensor], safe: bool = True) -> bytes:
+    """The content of a weights file: safetensors, or with `safe=False` a pickle.
 
-    def to_bytes(metadata: dict[str, str]) -> bytes:
-        if not safe:
-            import io
-
-            buffer = io.BytesIO()
-            torch.save(dict(tensors), buffer)
-            return buffer.getvalue()
+    Raises `CheckpointError` for a sharded tensor.
+    """
+    own, seen = {}, set()
+    for key, tensor in tensors.items():  # each for itself: neither views nor shared memory
+        if hasattr(tensor, "full_tensor"):  # a DTensor
+            how = "get_model_state_dict(..., options=StateDictOptions(full_state_dict=True)) of torch gives it"
+            raise CheckpointError(f"'{key}' is sharded over processes: pass the full `state_dict=`; {how}.")
+        tensor = tensor.detach().contiguous()
+        place = (tensor.device, tensor.untyped_storage().data_ptr())
+        own[key] = tensor.clone() if place in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+        seen.add(place)
+    if safe:
         from safetensors.torch import save
 
-        own, seen = {}, set()
-        for key, tensor in tensors.items():  # safetensors takes neither views nor shared memory
-            if hasattr(tensor, "full_tensor"):  # a DTensor
-                how = "get_model_state_dict(..., options=StateDictOptions(full_state_dict=True)) of torch gives it"
-                raise CheckpointError(f"'{key}' is sharded over processes: pass the full `state_dict=`; {how}.")
-            tensor = tensor.detach().contiguous()
-            place = (tensor.device, tensor.untyped_storage().data_ptr())
-            own[key] = tensor.clone() if place in seen or tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
-            seen.add(place)
-        return save(own, metadata)
-
-    return to_bytes
+        return save(own, {"format": "pt"})
+    buffer = io.BytesIO()
+    torch.save(own, buffer)
+    return buffer.getvalue()
 
 
 def load_peft_weights(
@@ -326,6 +345,8 @@ def get_peft_model_state_dict(
 
         saved = prompt_state(model, adapter_name)
         saved.update({e.saved: e.tensor for e in _copies(model, adapter_name, "base_model.")})
+        for entry in _embeddings_to_save(model, adapter_name, save_embedding_layers, model.base_model, "base_model."):
+            saved.setdefault(entry.saved, entry.tensor.detach())
         return saved
     saved = {}
     for entry in entries_of_model(model, adapter_name):
@@ -338,8 +359,12 @@ def get_peft_model_state_dict(
     saved = adapter_class(config).convert_for_save(model, adapter_name, saved)
     for key, tensor in _bias_tensors(model, adapter_name).items():
         saved.setdefault(key, tensor if state_dict is None else state_dict[key])
-    for key, tensor in _embedding_tensors(model, config, save_embedding_layers).items():
-        saved.setdefault(key, tensor if state_dict is None else state_dict[key])
+    root = getattr(tuner_of(model), "model", model)
+    prefix = "" if root is model else PREFIX
+    for entry in _embeddings_to_save(model, adapter_name, save_embedding_layers, root, prefix):
+        if state_dict is not None and entry.live not in state_dict:
+            raise CheckpointError(f"`state_dict` lacks '{entry.live}'; save_embedding_layers=False leaves it out.")
+        saved.setdefault(entry.saved, entry.tensor.detach() if state_dict is None else state_dict[entry.live])
     return saved
 
 
@@ -359,9 +384,12 @@ def _bias_tensors(model: Any, name: str) -> dict[str, Tensor]:
     return {f"{prefix}model.{key}": tuner.trained_bias(key) for key in tuner.biases}
 
 
-def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, Tensor]:
-    """The embedding and output layers, when they are to be saved whole."""
-    root = getattr(tuner_of(model), "model", model)
+def _embeddings_to_save(model: Any, name: str, save: bool | str, root: Any, prefix: str) -> list[Entry]:
+    """The embedding and output layers, when they are to be saved whole, with all that adapter `name` has there.
+
+    `root` is the base model, and `prefix` what stands before the names of its modules in keys.
+    """
+    config = model.peft_config[name]
     targets: Any = getattr(config, "target_modules", None)
     targeted = bool(targets) and (
         any(name in targets for name in EMBEDDINGS)
@@ -379,18 +407,34 @@ def _embedding_tensors(model: Any, config: Any, save: bool | str) -> dict[str, T
             why = "the embedding layer has been resized"
             warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", PeftWarning)
     if not save:
-        return {}
+        return []
     if embedding(root) is None:
         warnings.warn("Could not identify embedding layer(s): `get_input_embeddings` gives none.", PeftWarning)
-        return {}
-    prefix = "" if root is model else PREFIX
-    names = {id(m): n for n, m in root.named_modules()}
-    found: dict[str, Tensor] = {}
-    for layer in (embedding(root), embedding(root, output=True)):
-        if isinstance(layer, Layer) or (layer is not None and not targeted):
-            leaf = layer.get_base_layer() if isinstance(layer, Layer) else layer
-            found |= {f"{prefix}{names[id(leaf)]}.{k}": t.detach() for k, t in leaf.state_dict().items()}
+        return []
+    names = {id(module): live for _, live, module in walk(root)}
+    found: list[Entry] = []
+    for layer in embeddings(root):  # what stands inside a copy (modules_to_save) is saved with that
+        if id(layer) in names and (isinstance(layer, Layer) or not targeted):
+            found += _whole(layer, prefix + names[id(layer)], name)
     return found
+
+
+def _whole(layer: nn.Module, live: str, name: str) -> Iterator[Entry]:
+    """An entry for each tensor of an embedding layer, and of adapter `name` where it is wrapped for that."""
+    if (inside := INSIDE.get(type(layer))) is None:
+        yield from entries_of_module(layer, live, live)
+        return
+    yield from _whole(getattr(layer, inside), f"{live}.{inside}", name)
+    if isinstance(layer, ModulesToSaveWrapper) and name in layer.modules_to_save:
+        copied = layer.modules_to_save[name]
+        yield from entries_of_module(copied, f"{live}.modules_to_save", f"{live}.modules_to_save.{name}")
+    elif isinstance(layer, TrainableTokensWrapper) and name in layer.token_adapter.adapters:
+        yield from entries_of_layer(layer.token_adapter, name, f"{live}.token_adapter")
+
+
+def embeddings(root: Any) -> list[nn.Module]:
+    """A model's input and output embedding layers, as it gives them: those of an adapted model in their wrappers."""
+    return [layer for layer in (embedding(root), embedding(root, output=True)) if layer is not None]
 
 
 def resized(root: nn.Module, config: Any) -> bool:
@@ -406,6 +450,7 @@ def resized(root: nn.Module, config: Any) -> bool:
         return json.load(file).get("vocab_size", own) != own
 
 
+@lasting()
 def set_peft_model_state_dict(
     model: Any,
     peft_model_state_dict: Mapping[str, Tensor],
@@ -417,7 +462,8 @@ def set_peft_model_state_dict(
     """Write a checkpoint's tensors into an adapter that the model has already.
 
     Raises `CheckpointError`, with nothing written, when tensors are missing, unexpected, misshapen or not finite;
-    `strict=False` warns about the first two. `ignore_mismatched_sizes` leaves misshapen ones out with a warning.
+    `strict=False` warns about the first two. `ignore_mismatched_sizes` leaves misshapen ones out with a warning. Whole
+    embedding layers that the checkpoint holds as the model's own (`save_embedding_layers`) are written into the model.
     """
     if adapter_name not in model.peft_config:
         raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(model.peft_config)}.")
@@ -425,27 +471,21 @@ def set_peft_model_state_dict(
     if config.is_prompt_learning:
         from .prompt import load_prompt_state
 
-        return load_prompt_state(model, adapter_name, peft_model_state_dict, strict)
+        return load_prompt_state(model, adapter_name, peft_model_state_dict, strict, ignore_mismatched_sizes)
     weights = adapter_class(config).convert_for_load(config, dict(peft_model_state_dict))
     undo = adapter_class(config).resize(model, adapter_name, weights)
     try:
         entries = list(entries_of_model(model, adapter_name))
-        base = base_entries(model, weights)
-        if ignore_mismatched_sizes:
-            shapes = {strip(e.saved): e.tensor.shape for e in entries}
-            wrong = [k for k, t in weights.items() if shapes.get(strip(k), t.shape) != t.shape]
-            if wrong:
-                warnings.warn(f"Left out, because of another shape (ignore_mismatched_sizes): {wrong}.", PeftWarning)
-                weights = {k: t for k, t in weights.items() if k not in wrong}
-                entries = [e for e in entries if strip(e.saved) not in {strip(k) for k in wrong}]
         have = {strip(e.saved) for e in entries}
         entries += [e for e in _bias_entries(model, adapter_name) if strip(e.saved) not in have]
-        report = check(entries, weights, [e.saved for e in base], strict, peft_model_state_dict)
+        base, again = base_entries(model, weights, entries)
+        entries += base
+        report = check(entries, weights, again, strict, peft_model_state_dict, ignore_mismatched_sizes)
     except BaseException:
         if undo is not None:
             undo()
         raise
-    fill(entries + base, weights)
+    fill(entries, weights)
     for _, _, module in adapted(getattr(tuner_of(model), "model", model)):
         if isinstance(module, Layer) and adapter_name in module.adapters:
             module.adapters[adapter_name].loaded()
@@ -460,16 +500,56 @@ def _bias_entries(model: Any, name: str) -> list[Entry]:
     return [Entry(f"{prefix}model.{k}", k, {k: tuner.trained_bias(k)}, k) for k in tuner.biases]
 
 
-def base_entries(model: nn.Module, weights: Mapping[str, Tensor]) -> list[Entry]:
-    """Entries for whole embedding and output layers that a checkpoint holds beside the adapter."""
+def base_entries(
+    model: nn.Module, weights: Mapping[str, Tensor], own: Iterable[Entry], prefix: str = PREFIX
+) -> tuple[list[Entry], list[str]]:
+    """What a checkpoint holds of embedding layers that are saved whole, beside the tensors `own` of the adapter.
+
+    Entries for the model's own tensors, and keys that say again what `own` has. A key of `own` never means the model's
+    own tensor: an embedding that an adapter trains in full is saved under the name of the frozen one. `prefix` is what
+    stands before the names of modules in keys. Raises `CheckpointError` when what is said twice is not the same.
+    """
     root = getattr(tuner_of(model), "model", model)
-    found = []
-    layers = [embedding(root), embedding(root, output=True)]
-    leaves = {id(m.get_base_layer() if isinstance(m, Layer) else m) for m in layers if m is not None}
-    for name, module in root.named_modules() if leaves else ():
-        if id(module) in leaves:
-            for key in module._parameters:
-                for saved in {f"{name}.{key}", f"{name.removesuffix('.base_layer')}.base_layer.{key}"}:
-                    if saved in weights or PREFIX + saved in weights:
-                        found.append(Entry(PREFIX + saved, saved, module._parameters, key))
-    return found
+    taken = {strip(entry.saved) for entry in own}
+    given = {strip(key): tensor for key, tensor in weights.items()}
+    ids = {id(layer) for layer in embeddings(root)}
+    if not ids or not given.keys() - taken:
+        return [], []
+    paths: set[str] = set()
+    frozen: dict[str, tuple[str, nn.Module]] = {}
+    for path, live, module in walk(root):
+        if id(module) in ids:
+            paths.add(path)
+        if path in paths:
+            frozen[strip(prefix + path)] = live, module  # the innermost comes last
+    mine = {_unwrapped(key): given[key] for key in taken & given.keys()}
+    found, again = [], []
+    for key in sorted(given.keys() - taken):
+        plain = _unwrapped(key)
+        for path, (live, layer) in frozen.items():
+            if not plain.startswith(f"{path}."):
+                continue
+            slot = plain[len(path) + 1 :]
+            if layer._parameters.get(slot) is not None:
+                found.append(Entry(PREFIX + key, f"{live}.{slot}", layer._parameters, slot, frozen=True))
+            twins = {plain.replace(".modules_to_save.", "."), *(f"{other}.{slot}" for other in frozen)}
+            if any(_same(mine[twin], given[key]) for twin in twins & mine.keys()):
+                again.append(key)
+    held: dict[int, str] = {}
+    for entry in found:
+        first = held.setdefault(id(entry.tensor), strip(entry.saved))
+        if not _same(given[first], given[strip(entry.saved)]):
+            raise CheckpointError(
+                f"'{first}' and '{strip(entry.saved)}' are not the same in the checkpoint, but are one tensor of the "
+                "model (tied, or under two names); nothing was loaded."
+            )
+    return found, again
+
+
+def _unwrapped(key: str) -> str:
+    """A key without the names of what adapters put around a module."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPED)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)

@@ -41,8 +41,6 @@ from typing import Any
 
 from torch import nn
 
-import minipeft
-
 from . import conversion, defaults, files, functional, helpers, hotswap, merging, mixed, optimizers, status, utils
 from .adapter import ADAPTERS
 from .base import Attention, Base, Conv, Conv1D, Embedding, Linear, Param
@@ -56,6 +54,7 @@ from .prompt import PROMPTS
 from .tuner import TUNERS, BaseTuner
 
 VERSION = "0.21.2"  # of the reference
+HOME: Any = importlib.import_module(".", __package__)  # minipeft, by whatever name it is there
 PARTS = ("config", "model", "layer")  # of a method's folder in peft
 IN_PEFT_AT = {  # public functions of minipeft, where peft defines them
     "peft.helpers": "find_kappa_target_modules",
@@ -135,7 +134,7 @@ def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_c
         WeightRenaming(r"lora_magnitude_vector$", "lora_magnitude_vector.weight"),
         *(
             WeightRenaming(rf"({prefix}[^\.]*)", rf"\1.{adapter_name}")
-            for prefix in sorted({minipeft.PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in kinds})
+            for prefix in sorted({HOME.PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in kinds})
         ),
         *(c for c in weight_conversions or () if isinstance(c, WeightRenaming)),
     ]
@@ -149,14 +148,14 @@ def _public(module: Any) -> dict[str, Any]:
     """What a module of minipeft defines or hands on under a name that does not begin with an underscore."""
     names = getattr(module, "__all__", None) or [name for name in vars(module) if name[0] != "_"]
     found = {name: getattr(module, name) for name in names}
-    return {name: x for name, x in found.items() if getattr(x, "__module__", "minipeft").startswith("minipeft")}
+    return {name: x for name, x in found.items() if getattr(x, "__module__", HOME.__name__).startswith(HOME.__name__)}
 
 
 def _methods() -> Iterator[tuple[str, dict[str, Any]]]:
     """The folder of each method in peft, and what it offers."""
-    everything = {name: getattr(minipeft, name) for name in minipeft.__all__}
+    everything = {name: getattr(HOME, name) for name in HOME.__all__}
     for kind, config in CONFIGS.items():
-        if config.__module__.startswith("minipeft.methods."):
+        if config.__module__.startswith(f"{HOME.__name__}.methods."):
             module = sys.modules[ADAPTERS.get(kind, [config])[0].__module__]
             offers = {n: x for n, x in everything.items() if getattr(x, "__module__", None) == module.__name__}
             for cls in (config, TUNERS.get(kind) or PROMPTS.get(kind)):
@@ -172,7 +171,7 @@ def _methods() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def offered() -> dict[str, dict[str, Any]]:
     """What each dotted path of peft offers, by name."""
-    everything = {name: getattr(minipeft, name) for name in minipeft.__all__}
+    everything = {name: getattr(HOME, name) for name in HOME.__all__}
     tuners_utils = {**_public(functional), "BaseTunerLayer": Layer, "BaseTuner": BaseTuner}
     other = {
         **_public(utils),
@@ -291,8 +290,8 @@ if __name__ == "__main__":
     import runpy
 
     if len(sys.argv) < 2:
-        sys.exit("usage: python -m minipeft.compat SCRIPT [ARGUMENTS]")
-    importlib.import_module("minipeft.compat").install()
+        sys.exit(f"usage: python -m {HOME.__name__}.compat SCRIPT [ARGUMENTS]")
+    importlib.import_module(".compat", __package__).install()
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).resolve().parent)
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -152,7 +152,7 @@ class PeftConfig:
                 must = f"{cls.__name__}.{field.name} must be {_spell(kind)}"
                 if _fits(value, kind, by_type=True):
                     raise ConfigError(f"{must}, got {value!r}.")
-                raise ConfigTypeError(f"{must}, got {value!r} ({type(value).__name__}).")
+                raise ConfigTypeError(f"{must}, got {value!r} ({_full_name(type(value))}).")
         if self.task_type is not None:
             self.task_type = _member(TaskType, self.task_type, "task_type")
         given = None if self.peft_type is None else _member(PeftType, self.peft_type, "peft_type")
@@ -331,7 +331,29 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     return PeftConfig.from_peft_type(**config_dict)
 
 
+def check_config(config: Any) -> None:
+    """Raise `ConfigError` unless `config` is a configuration of this package, not of peft or of another copy of it."""
+    if isinstance(config, PeftConfig):
+        return
+    own, cls = __name__.rpartition(".")[0], config if isinstance(config, type) else type(config)
+    got = f"peft_config must be a PeftConfig of {own}, got "
+    if cls is config and issubclass(cls, PeftConfig):
+        raise ConfigError(f"{got}the class {cls.__name__} itself; call it: {cls.__name__}(...).")
+    if isinstance(config, Mapping):
+        raise ConfigError(f"{got}a {cls.__name__}; {own}.get_peft_config makes a configuration of a dict.")
+    if any(parent.__name__ == "PeftConfig" for parent in cls.__mro__):
+        raise ConfigError(
+            f"{got}a {_full_name(cls)}, from another package. Take {cls.__name__} from {own}, "
+            f"or convert it: {own}.get_peft_config(config.to_dict())."
+        )
+    raise ConfigError(f"{got}{_full_name(cls)}.")
+
+
 # ------------------------------------------------------------------------------------------------- checking of types
+def _full_name(cls: type) -> str:
+    return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
 def _member(kind: type[enum.Enum], value: Any, field: str) -> Any:
     try:
         return kind(value)

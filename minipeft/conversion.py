@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Linear
-from .checkpoint import PREFIX, serialiser, tuner_of
+from .checkpoint import PREFIX, serialise, tuner_of
 from .errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from .files import write_checkpoint
 from .layer import Layer, ModulesToSaveWrapper, adapted, walk, widened
@@ -105,7 +105,7 @@ def save_as_lora(
     """
     config, tensors = convert_to_lora(model, rank, adapter_name, progressbar, compile_kwargs)
     config.inference_mode = True
-    write_checkpoint(path, config.to_json(None), serialiser(tensors))
+    write_checkpoint(path, config.to_json(None), serialise(tensors))
 
 
 def truncated(D: Tensor, rank: int | float) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def _delta(adapter: Any) -> Tensor:
             folded, bias = adapter.fold(W, b)
         except MergeError as error:
             raise UnsupportedLayerError(f"The adapter on '{adapter.path}' cannot be made a LoRA: {error}") from error
-        if (bias is None) != (b is None) or (b is not None and not torch.equal(bias, b)):
+        if bias is not None and not torch.equal(bias, torch.zeros_like(bias) if b is None else b):
             raise UnsupportedLayerError(f"The adapter changes the bias of '{adapter.path}', which no LoRA can do.")
         D, alone = folded - W, adapter.fold(torch.zeros_like(W), b)[0]
     rounding = 4 * torch.finfo(W.dtype).eps * torch.maximum(W.abs(), folded.abs())

@@ -38,8 +38,12 @@ class UnsupportedFeatureError(PeftError, NotImplementedError, ValueError):
     """A field of the configuration asks for something that minipeft does not do."""
 
 
-class CheckpointError(PeftError, ValueError):
-    """An adapter's files cannot be read, or do not fit the model; nothing was loaded."""
+class CheckpointError(PeftError, ValueError, RuntimeError):
+    """An adapter's files cannot be read, or do not fit the model; nothing was loaded.
+
+    A `RuntimeError` too, as torch's own of a state dict is: Trainer and diffusers look for that, and for the words
+    "size mismatch for" where a shape is another.
+    """
 
 
 class MergeError(PeftError, ValueError):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Literal, overload
 
 from torch import Tensor, nn
 
 from .adapter import adapter_class
-from .config import PeftConfig
-from .errors import ConfigError, PeftWarning, UnsupportedFeatureError
+from .config import PeftConfig, check_config
+from .errors import PeftWarning, UnsupportedFeatureError
 from .layer import Layer, layers
 from .mixed import PeftMixedModel
 from .model import PeftModel
@@ -17,6 +18,38 @@ from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from .tuner import TUNERS
 
 
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: Literal[False] = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel: ...
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    mixed: Literal[True],
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftMixedModel: ...
+@overload
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    *,
+    mixed: bool,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel | PeftMixedModel: ...
 def get_peft_model(
     model: nn.Module,
     peft_config: PeftConfig,
@@ -33,8 +66,7 @@ def get_peft_model(
 
     Raises `PeftError` when anything does not fit; `model` is then as it was.
     """
-    if not isinstance(peft_config, PeftConfig):
-        raise ConfigError(f"peft_config must be a PeftConfig, got {type(peft_config).__name__}.")
+    check_config(peft_config)
     before, now = peft_config.base_model_name_or_path, vars(model).get("name_or_path") or None
     peft_config.base_model_name_or_path = now
     if before is not None and before != now:
@@ -73,6 +105,7 @@ def inject_adapter_in_model(
     `state_dict`: adapt the layers that its keys speak of, whatever `target_modules` says; its values are not used.
     Not for prompt learning, nor for methods that keep tensors beside the model for all layers.
     """
+    check_config(peft_config)
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise UnsupportedFeatureError("`inject_adapter_in_model` does not support prompt learning and adaption prompt.")
     if peft_config.peft_type not in TUNERS:

@@ -1,26 +1,42 @@
-"""The files of a checkpoint: where they are, and how they are written so that a crash never leaves half of one.
+"""The files of a checkpoint: where they are, and how they are written and read so that no version is ever mixed.
 
-An adapter is two files, `adapter_config.json` and `adapter_model.safetensors`. Renaming the weights is the one moment
-at which the new checkpoint takes the old one's place. When the configuration changes too, the new one waits in a
-pending file whose hash the weights carry, and a reader that comes between the two renames takes it from there.
+An adapter is two files, `adapter_config.json` and `adapter_model.safetensors` (or `.bin`). What is promised:
+
+- A crash, a kill or a full disk during a save leaves the old checkpoint or the new one, each whole.
+- A reader beside a writer gets config and weights of one version. Writers of one folder take turns, where the system
+  can lock a folder. An adapter saved twice is the same bytes.
+- What is visible counts. A hidden file is read only in the place of the very weights that a killed save left there.
+
+How: both files are written in full under hidden names. The name of the new weights holds the identities (inode, time,
+size) of the files that they are for: the new configuration, and the weights that it finds there. Renaming the
+configuration then is the one moment at which the new checkpoint takes the old one's place; the weights follow. Whoever
+comes between the two renames finds the weights by that name: a reader reads them, the next writer finishes the work. A
+reader begins again when a file has become another while it read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
-import tempfile
+import secrets
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import CheckpointError
 
+T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
-CONFIG_HASH = "adapter_config_sha256"  # the key in the weights' metadata
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only", "repo_type", "proxies")
+LEFT_BEHIND = re.compile(
+    r"\.((adapter_config|adapter_model|README)\.[a-z]+\.[\w-]+\.tmp|adapter_model\.[0-9a-f_]+\.(safetensors|bin))"
+)
+TRIES = 100  # readings of a folder that changes meanwhile
 
 
 def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **options: Any) -> Path:
@@ -28,8 +44,7 @@ def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **opt
     folder = Path(model_id, subfolder or "")
     if not folder.is_dir():
         return _from_hub(model_id, CONFIG_NAME, subfolder, options)
-    pending = _pending_config(folder)
-    path = pending or folder / CONFIG_NAME
+    path = folder / CONFIG_NAME
     if not path.is_file():
         what = "a directory, not a file" if path.is_dir() else "missing"
         raise CheckpointError(f"Can't find '{CONFIG_NAME}' at '{folder}': it is {what}.")
@@ -44,12 +59,12 @@ def find_weights(
     wanted = WEIGHTS_NAME if use_safetensors is False else SAFETENSORS_WEIGHTS_NAME
     if not folder.is_dir():
         return _from_hub(model_id, wanted, subfolder, options)
-    path = folder / wanted
-    if path.is_file():
-        return path
-    if path.is_dir():
-        raise CheckpointError(f"'{path}' is a directory, not a file.")
-    if use_safetensors is not False and (folder / WEIGHTS_NAME).is_file():
+    present = _weights_in(folder)
+    if wanted in present:
+        if present[wanted].is_dir():
+            raise CheckpointError(f"'{present[wanted]}' is a directory, not a file.")
+        return present[wanted]
+    if use_safetensors is not False and WEIGHTS_NAME in present:
         raise CheckpointError(
             f"'{folder}' holds only {WEIGHTS_NAME}, a pickle. If you trust where it comes from, "
             "pass use_safetensors=False."
@@ -76,104 +91,6 @@ def _from_hub(model_id: str | os.PathLike, filename: str, subfolder: str | None,
         raise CheckpointError(f"Can't find '{filename}' at {where}: {error}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------- writing
-def make_folder(folder: str | os.PathLike) -> Path:
-    """`folder` as a Path, made when missing. Raises `CheckpointError` when a file stands in its place."""
-    folder = Path(folder)
-    if folder.is_file():
-        raise CheckpointError(f"Provided path ({folder}) should be a directory, not a file.")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def write_text(folder: str | os.PathLike, name: str, text: str) -> None:
-    """Put `text` into `folder/name` in one step: a reader sees the old file or the new one."""
-    folder = make_folder(folder)
-    staged = _staged(folder, name, text.encode())
-    try:
-        _publish(staged, folder / name)
-    finally:
-        staged.unlink(missing_ok=True)
-        for stale in folder.glob(f".{name}.*.tmp"):  # of saves that were killed
-            stale.unlink(missing_ok=True)
-
-
-def write_checkpoint(folder: str | os.PathLike, config: str, weights: Any, safe: bool = True) -> None:
-    """Write an adapter: `config` is the JSON text, `weights` maps metadata (dict) to the bytes of the weights file.
-
-    `safe=False` names the weights file as the pickle that it is then.
-
-    A crash, a kill or a full disk at any moment leaves the old checkpoint or the new one. Raises `OSError` when the
-    disk refuses, with the old files untouched and no new ones left behind.
-    """
-    folder = make_folder(folder)
-    weights_name = SAFETENSORS_WEIGHTS_NAME if safe else WEIGHTS_NAME
-    for name in (CONFIG_NAME, weights_name):
-        if (folder / name).is_dir():
-            raise CheckpointError(f"'{folder / name}' is a directory, not a file.")
-    digest = hashlib.sha256(config.encode()).hexdigest()
-    staged: list[Path] = []
-    try:
-        staged.append(_staged(folder, weights_name, weights({"format": "pt", CONFIG_HASH: digest})))
-        staged.append(_staged(folder, CONFIG_NAME, config.encode()))
-        pending = folder / f".{CONFIG_NAME}.{digest}"
-        os.replace(staged[1], pending)
-        staged[1] = pending
-        _publish(staged[0], folder / weights_name)  # from here on it is the new checkpoint
-        _publish(pending, folder / CONFIG_NAME)
-    except BaseException:
-        if staged and staged[0].exists():  # not published
-            for path in staged:
-                path.unlink(missing_ok=True)
-        raise
-    for name in (CONFIG_NAME, weights_name):  # of saves that were killed
-        for stale in folder.glob(f".{name}.*"):
-            stale.unlink(missing_ok=True)
-
-
-def _staged(folder: Path, name: str, data: bytes) -> Path:
-    """`data` in a hidden file of `folder`, on the disk for certain."""
-    handle, path = tempfile.mkstemp(dir=folder, prefix=f".{name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(path, 0o666 & ~umask)  # mkstemp makes it private; a checkpoint is shared like any other file
-    except BaseException:
-        os.unlink(path)
-        raise
-    return Path(path)
-
-
-def _publish(staged: Path, path: Path) -> None:
-    os.replace(staged, path)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-
-
-def _pending_config(folder: Path) -> Path | None:
-    """The configuration that a save did not come to rename, when the weights beside it were written with it."""
-    candidates = [p for p in folder.glob(f".{CONFIG_NAME}.*") if not p.name.endswith(".tmp")]
-    weights = folder / SAFETENSORS_WEIGHTS_NAME
-    if not candidates or not weights.is_file():
-        return None
-    from safetensors import safe_open
-
-    try:
-        with safe_open(weights, framework="np") as file:
-            digest = (file.metadata() or {}).get(CONFIG_HASH)
-    except Exception:
-        return None
-    return next((path for path in candidates if path.name == f".{CONFIG_NAME}.{digest}"), None)
-
-
 def saved_at(model_id: str | os.PathLike, subfolder: str | None, **options: Any) -> str | None:
     """The folder with the files of a saved adapter, or None when they are not there."""
     try:
@@ -181,3 +98,189 @@ def saved_at(model_id: str | os.PathLike, subfolder: str | None, **options: Any)
         return str(find_weights(model_id, subfolder, **options).parent)
     except CheckpointError:
         return None
+
+
+# ---------------------------------------------------------------------------------------------------------- versions
+def of_one_version(model_id: str | os.PathLike, subfolder: str | None, read: Callable[[], T]) -> T:
+    """What `read` makes of the files of a saved adapter, all of them from one save.
+
+    It is called again when they were replaced meanwhile. Raises `CheckpointError` when that does not end.
+    """
+    folder = Path(model_id, subfolder or "")
+    for _ in range(TRIES):
+        before = _identities(folder)
+        try:
+            found = read()
+        except Exception:
+            if _identities(folder) == before:
+                raise
+        else:
+            if _identities(folder) == before:
+                return found
+    raise CheckpointError(f"The files in '{folder}' are replaced faster than they can be read.")
+
+
+def _identities(folder: Path) -> list[str]:
+    return [_identity(folder / name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+
+
+def _identity(path: Path) -> str:
+    """What tells a file from others of its name, before and after it, and stays when it is renamed; "" for none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ""
+    text = f"{found.st_ino} {found.st_mtime_ns} {found.st_size}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _weights_in(folder: Path) -> dict[str, Path]:
+    """The weights files of the configuration in `folder`, by the names that they have when a save is complete."""
+    if pending := _pending(folder):
+        return {f"adapter_model{pending.suffix}": pending}
+    return {name: folder / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) if (folder / name).exists()}
+
+
+def _pending(folder: Path) -> Path | None:
+    """The weights of the configuration in `folder` that a save has not come to rename, if it is all as it left it."""
+    config, *weights = _identities(folder)
+    for path in folder.glob(".adapter_model.*.*"):
+        made_for, *in_place_of = path.name.split(".")[2].split("_")
+        if config == made_for and all(not seen or seen in in_place_of for seen in weights):
+            return path
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+def make_folder(folder: str | os.PathLike) -> Path:
+    """`folder` as a Path, made when missing. Raises `CheckpointError` when a file stands in its place."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise CheckpointError(f"Provided path ({folder}) should be a directory, not a file.") from error
+    return folder
+
+
+def write_text(folder: str | os.PathLike, name: str, text: str) -> None:
+    """Put `text` into `folder/name` in one step: a reader sees the old file or the new one."""
+    with _Writer(make_folder(folder), name) as writer:
+        with writer.staged({name: text.encode()}) as (staged,):
+            os.replace(staged, writer.folder / name)
+        writer.sync()
+
+
+def write_checkpoint(folder: str | os.PathLike, config: str, weights: bytes, safe: bool = True) -> None:
+    """Write an adapter: `config` is the JSON text, `weights` the content of its weights file.
+
+    `safe=False` names the weights file as the pickle that it is then. Weights in the other format, which would not
+    belong to this configuration, are removed.
+
+    A crash, a kill or a full disk at any moment leaves the old checkpoint or the new one. Raises `OSError` when the
+    disk refuses, with the old files untouched and no new ones left behind.
+    """
+    name = SAFETENSORS_WEIGHTS_NAME if safe else WEIGHTS_NAME
+    with _Writer(make_folder(folder), CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME) as writer:
+        folder = writer.folder
+        with writer.staged({CONFIG_NAME: config.encode(), name: weights}) as staged:
+            made_for = "_".join(filter(None, [_identity(staged[0]), *_identities(folder)[1:]]))
+            pending = folder / f".adapter_model.{made_for}{Path(name).suffix}"
+            os.replace(staged[1], pending)
+            staged[1] = pending
+            writer.sync()
+            os.replace(staged[0], folder / CONFIG_NAME)  # from here on it is the new checkpoint
+        writer.sync()
+        writer.finish()
+
+
+class _Writer:
+    """Writes files into a folder and, while it is open, keeps other writers out of it where the system can do that.
+
+    What a killed save left is finished at the beginning. Raises `CheckpointError` when one of `names`, the files to be
+    written, is a directory, and `PermissionError` when one is read-only.
+    """
+
+    def __init__(self, folder: Path, *names: str) -> None:
+        self.folder, self.names, self.alone = folder, names, False
+        self.handle: int | None = None
+
+    def __enter__(self) -> _Writer:
+        for path in map(self.folder.joinpath, self.names):
+            if path.is_dir():
+                raise CheckpointError(f"'{path}' is a directory, not a file.")
+            if path.exists() and not os.access(path, os.W_OK):
+                raise PermissionError(f"'{path}' is read-only.")
+        if os.name == "posix":
+            with contextlib.suppress(PermissionError):  # a folder that may be written but not listed
+                self.handle = os.open(self.folder, os.O_RDONLY)
+        try:
+            self._lock()
+            self.finish()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, *error: Any) -> None:
+        try:
+            if self.alone and kind is None:  # nobody else is writing: these are of saves that were killed
+                for path in self.folder.glob(".*"):
+                    if LEFT_BEHIND.fullmatch(path.name):
+                        path.unlink(missing_ok=True)
+        finally:
+            self._close()
+
+    def _lock(self) -> None:
+        if self.handle is not None:
+            import fcntl
+
+            with contextlib.suppress(OSError):  # some network file systems cannot
+                fcntl.flock(self.handle, fcntl.LOCK_EX)
+                self.alone = True
+
+    def _close(self) -> None:
+        if self.handle is not None:
+            if self.alone:
+                import fcntl
+
+                fcntl.flock(self.handle, fcntl.LOCK_UN)  # closing alone would not do where a child was forked meanwhile
+            os.close(self.handle)
+
+    @contextlib.contextmanager
+    def staged(self, files: dict[str, bytes]) -> Iterator[list[Path]]:
+        """Hidden files with that content, on the disk for certain. They go when the first was not renamed in the end.
+
+        A file that takes the place of another will have its permissions.
+        """
+        paths: list[Path] = []
+        try:
+            for name, data in files.items():
+                paths.append(self.folder / f".{name}.{secrets.token_hex(8)}.tmp")
+                with open(paths[-1], "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if (old := self.folder / name).exists():
+                    os.chmod(paths[-1], stat.S_IMODE(old.stat().st_mode))
+            yield paths
+        except BaseException:
+            if paths and paths[0].exists():
+                for path in paths:
+                    path.unlink(missing_ok=True)
+            raise
+
+    def finish(self) -> None:
+        """Let weights that wait for it take the place that they are for."""
+        if pending := _pending(self.folder):
+            name = f"adapter_model{pending.suffix}"
+            for other in {SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME} - {name}:
+                (self.folder / other).unlink(missing_ok=True)
+            self.sync()
+            with contextlib.suppress(FileNotFoundError):  # another writer was faster
+                os.replace(pending, self.folder / name)
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring renames to the disk."""
+        if self.handle is not None:
+            os.fsync(self.handle)

@@ -30,7 +30,7 @@ from .checkpoint import (
     fill,
     strip,
 )
-from .config import PeftConfig
+from .config import check_config
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
 from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, other_names, walk
@@ -92,8 +92,7 @@ class Plan:
         autocast: bool = False,
         keys: Any = None,
     ):
-        if not isinstance(config, PeftConfig):
-            raise ConfigError(f"An adapter needs a PeftConfig, got {type(config).__name__}.")
+        check_config(config)
         tuner.check_name(name)
         self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
         self.cls = tuner.adapter_class(config)
@@ -167,7 +166,7 @@ class Plan:
             parent = path.rpartition(".")[0]
             if parent in wanted and isinstance(base_of(outer[parent][1]), Attention):
                 continue  # the out_proj of an attention module comes with it
-            base = base_of(module, whole=whole)
+            base: Any = base_of(module, whole=whole)
             kind = type(base)
             if kind not in fits:
                 fits[kind] = base is not None and cls.fits(base)
@@ -321,21 +320,24 @@ class Plan:
             if bias == "all" or key.endswith(".base_layer.bias"):
                 yield Entry(PREFIX + key, key, module._parameters, "bias")
 
-    def load(self, weights: Mapping[str, Tensor], strict: bool = True) -> LoadReport:
-        """Fill the adapter with a checkpoint's tensors. Raises `CheckpointError` when they do not fit."""
+    def load(self, weights: Mapping[str, Tensor], strict: bool = True, ignore: bool = False) -> LoadReport:
+        """Fill the adapter with a checkpoint's tensors. Raises `CheckpointError` when they do not fit.
+
+        `strict` and `ignore` as for `checkpoint.check`.
+        """
         stored, weights = weights, self.cls.convert_for_load(self.config, dict(weights))
         entries = list(self.entries())
-        later = list(self.bias_entries())
-        if later:
-            have = {strip(entry.saved) for entry in entries}
-            later = [entry for entry in later if strip(entry.saved) not in have]
-        later += base_entries(self.model, weights)
-        expected = entries + [e for e in later if e.key == "bias"]
-        report = check(expected, weights, [e.saved for e in later], strict, stored)
+        have = {strip(entry.saved) for entry in entries}
+        later = [entry for entry in self.bias_entries() if strip(entry.saved) not in have]
+        base, again = base_entries(self.model, weights, entries + later)
+        later += base
+        report = check(entries + later, weights, again, strict, stored, ignore)
         fill(entries, weights)
-        if later:
-            given = {strip(key): tensor for key, tensor in weights.items()}
-            self.after += [(entry, given[strip(entry.saved)]) for entry in later if strip(entry.saved) in given]
+        given = {strip(key): tensor for key, tensor in weights.items()} if later else {}
+        for entry in later:
+            value = given.get(strip(entry.saved))
+            if value is not None and value.shape == entry.tensor.shape:
+                self.after.append((entry, value))
         return report
 
     def incomplete(self, report: LoadReport) -> bool:

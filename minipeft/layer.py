@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from .adapter import Adapted, Adapter
 from .base import Base, bare, begin
 from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
+from .passes import Context as Context
+from .stored import reshard, sharded, whole
 
 BASE = "__base__"  # in a mixed batch: a sample for the bare model
 LOW_PRECISION = frozenset(
@@ -60,106 +62,6 @@ class BufferDict(nn.Module):
 
     def items(self) -> Iterable[tuple[str, Tensor]]:
         return self._buffers.items()
-
-
-class Context:
-    """What one forward pass of the whole model tells every layer: who takes which sample, and for which task."""
-
-    def __init__(self) -> None:
-        self.adapter_names: Sequence[str] | None = None  # one name for each sample of the batch
-        self.task_ids: Any = None  # (batch,)
-        self.scalings: Any = None  # (batch, length, layers, adapters): weights of adapters that are mixed by token
-        self.beams = 1  # rows that `generate` makes of one sample
-        self.by_sample: dict[str, Tensor | None] = {}  # what an adapter noticed: by name, (batch, ...) or nothing
-        self.grown = 0  # how many tokens later than the input of `generate` the tokens of this pass end
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(Context())  # a copy is made for passes of its own
-
-    def groups(self, size: int, names: Sequence[str] | None) -> dict[str, list[int]] | None:
-        """Rows of a batch of `size` by adapter name, or None when the batch is not mixed.
-
-        With beam search each name stands for as many rows as there are beams, except in an encoder.
-        """
-        names = self.adapter_names if names is None else names
-        if names is None:
-            return None
-        if not names or size not in (len(names), len(names) * self.beams):
-            raise BatchError(
-                "Length of `adapter_names` should be the same as the number of inputs, "
-                f"but got {len(names)} and {size} respectively."
-            )
-        rows: dict[str, list[int]] = {}
-        for row in range(size):
-            rows.setdefault(names[row * len(names) // size], []).append(row)
-        return rows
-
-    def tasks(self, size: int) -> Tensor:
-        """The task of each row of a batch of `size`; as in `groups`, each id may stand for several rows."""
-        if self.task_ids is None:
-            raise BatchError("This adapter differs by task: `task_ids` must be given, one number for each sample.")
-        ids = torch.as_tensor(self.task_ids)
-        if ids.dim() != 1 or ids.is_floating_point() or not len(ids) or size % len(ids):
-            raise BatchError(
-                f"`task_ids` must hold one whole number for each of {size} samples, "
-                f"got {ids.dtype} of shape {tuple(ids.shape)}."
-            )
-        return ids.repeat_interleave(size // len(ids))
-
-    def noticed(self, name: str, size: int) -> Tensor | None:
-        """What adapter `name` noticed, for each row of a batch of `size`; each sample may stand for several rows."""
-        values = self.by_sample.get(name)
-        if values is None:
-            return None
-        if not len(values) or size % len(values):
-            raise BatchError(f"The input of adapter '{name}' has {len(values)} samples, that of a layer {size}.")
-        return values.repeat_interleave(size // len(values), 0)
-
-    @contextmanager
-    def only(self, rows: list[int], size: int) -> Iterator[None]:
-        """While it is open, the samples are those of some rows of the batch of `size`."""
-        ids, by_sample = self.task_ids, self.by_sample
-        if ids is not None:
-            self.task_ids = self.tasks(size)[rows]
-        if by_sample:
-            every = {name: self.noticed(name, size) for name in by_sample}
-            self.by_sample = {name: None if values is None else values[rows] for name, values in every.items()}
-        try:
-            yield
-        finally:
-            self.task_ids, self.by_sample = ids, by_sample
-
-    @contextmanager
-    def kept(self, model: nn.Module) -> Iterator[None]:
-        """While it is open, blocks of transformers under gradient checkpointing keep what this pass tells.
-
-        They are run again in the backward pass, which may come after other forward passes.
-        """
-        told, found = dict(vars(self)), []
-
-        def keeping(checkpoint: Any) -> Any:
-            return lambda block, *args, **kwargs: checkpoint(again(block), *args, **kwargs)
-
-        def again(block: Any) -> Any:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                now = dict(vars(self))
-                vars(self).update(told)
-                try:
-                    return block(*args, **kwargs)
-                finally:
-                    vars(self).update(now)
-
-            return run
-
-        for module in model.modules():
-            if (checkpoint := vars(module).get("_gradient_checkpointing_func")) is not None:
-                found.append((vars(module), checkpoint))
-                vars(module)["_gradient_checkpointing_func"] = keeping(checkpoint)
-        try:
-            yield
-        finally:
-            for own, checkpoint in found:
-                own["_gradient_checkpointing_func"] = checkpoint
 
 
 def run_groups(x: Tensor, groups: dict[str, list[int]], run: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -258,6 +160,16 @@ class Slots(nn.Module):
                             found.append((slot, tensor))
         return found
 
+    def places(self, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+        """(dict, key) of each tensor of adapter `name`: where its module looks for it."""
+        for _, box, value in self.boxes(name):
+            if not isinstance(value, nn.Module):
+                yield _contents(box), name
+                continue
+            for module in value.modules():
+                for held in (module._parameters, module._buffers):
+                    yield from ((held, key) for key, tensor in held.items() if tensor is not None)
+
     def widen(self, name: str) -> None:
         """float16, bfloat16 and float8 tensors of adapter `name` become float32, which training needs."""
         for _, tensor in self.tensors(name):
@@ -300,6 +212,7 @@ class Layer(Switch, Slots):
     context: Context
     adapters: dict[str, Adapter]
     trained: set[str]
+    paused: set[str]
     merged_adapters: list[str]
     folded: list[Adapter]
     read_through: bool
@@ -317,6 +230,7 @@ class Layer(Switch, Slots):
             context=context or Context(),
             adapters={},
             trained=set(),  # names of the adapters that are trainable
+            paused=set(),  # names of those that will be when adapters are switched on again
             merged_adapters=[],
             folded=[],  # of the innermost layer: what its weights hold, in order
             cast_input_dtype_enabled=True,
@@ -362,19 +276,57 @@ class Layer(Switch, Slots):
     # ------------------------------------------------------------------------------------------------- the operator
     def operator(self, names: Sequence[str] | None = None) -> Any:
         """The operator of the base layer with the adapters `names` around it (default: those that are on)."""
+        here = self.running if names is None else names
         op: Any = self.base
-        for name in self.running if names is None else names:
+        if here and any(layer.merged_adapters for layer in self.chain):
+            op = self.unmerged_inside()
+        elif here and self.base.inside is not None:
+            op = Inside(self.base, self.base_layer, names)
+        return self._around(op, here)
+
+    def _around(self, op: Any, names: Sequence[str]) -> Any:
+        for name in names:
             if name in self.adapters:
                 op = Adapted(self.adapters[name], op)
         return op
 
+    def unmerged_inside(self) -> Any:
+        """What the adapters of this layer are put around, as if nothing was merged."""
+        inside = self.base_layer
+        if self.base.inside is None or not isinstance(inside, Layer):
+            return Unmerged(self.base)
+        return inside._around(inside.unmerged_inside(), inside.switched_on)
+
     @property
-    def running(self) -> list[str]:
-        """Names that take part in `forward`: active, not disabled, and not already in the weights."""
+    def chain(self) -> list[Layer]:
+        """The layers of several methods around one frozen layer, from this one inwards."""
+        found = [self]
+        while isinstance(inside := found[-1].base_layer, Layer) and found[-1].base.inside is not None:
+            found.append(inside)
+        return found
+
+    @property
+    def switched_on(self) -> list[str]:
+        """Names of the adapters whose effect the layer has, merged or not, in their order."""
         if self._disable_adapters:
             return []
-        merged = self.merged_adapters
-        return [n for n in self._active_adapter if n in self.adapters and n not in merged]
+        active = [n for n in self._active_adapter if n in self.adapters]
+        return [n for n in self.merged_adapters if n not in active] + active
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the adapters that take part in `forward`; none when the frozen weights have them all.
+
+        When some are merged and others are not, all run, with the weights that the layer had before the merge.
+        """
+        on = self.switched_on
+        if on and any(layer.merged_adapters for layer in self.chain) and not self._waiting():
+            return []
+        return on
+
+    def _waiting(self) -> bool:
+        """Whether an adapter that is on, here or further inside, is not merged."""
+        return any(name not in layer.merged_adapters for layer in self.chain for name in layer.switched_on)
 
     def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Output of the adapted layer; `adapter_names` gives each sample of the batch its own adapter."""
@@ -384,25 +336,27 @@ class Layer(Switch, Slots):
             if self.merged_adapters:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None or self.context.adapter_names is not None:
+        if adapter_names is not None or self.context.opened[-1].adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
         names, base = self._active_adapter, self.base
-        if len(names) == 1 and not self.merged_adapters and not base.opaque and names[0] in self.adapters:
+        plain = base.inside is None and not base.opaque and not self.merged_adapters
+        if plain and len(names) == 1 and names[0] in self.adapters:
             return self.adapters[names[0]].forward(x, base, *args, **kwargs)  # as `_run`, without making the operator
-        return self._run(self.running, x, *args, **kwargs)
+        return self._run(None, x, *args, **kwargs)
 
-    def _run(self, names: Sequence[str], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, names: Sequence[str] | None, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         op = self.operator(names)
         if self.base.opaque and op is not self.base:
             return self.base.apply(x, *op.read(), *args, **kwargs)
         return op(x, *args, **kwargs)
 
     def _mixed(self, x: Tensor, names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Tensor:
-        if self.merged_adapters:
+        if any(layer.merged_adapters for layer in self.chain):
             raise BatchError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
-        groups = self.context.groups(len(x), names)
+        now = self.context.now
+        groups = now.groups(len(x), names)
         assert groups is not None
         if (together := getattr(next(iter(self.adapters.values()), None), "together", None)) is not None:
             return together(self, groups, x, *args, **kwargs)
@@ -412,7 +366,7 @@ class Layer(Switch, Slots):
 
         def run(name: str, part: Tensor) -> Any:
             nested = {"adapter_names": [name] * len(part)} if isinstance(self.base_layer, Layer) else {}
-            with self.context.only(groups[name], len(x)):
+            with self.context.telling(**now.of_rows(groups[name], len(x))):
                 return self._run([] if name == BASE else [name], part, *args, **nested, **kwargs)
 
         return run_groups(x, groups, run)
@@ -425,10 +379,7 @@ class Layer(Switch, Slots):
 
     @property
     def _home(self) -> Layer:
-        layer = self
-        while isinstance(layer.base_layer, Layer) and self.base.home is not self.base:
-            layer = layer.base_layer
-        return layer
+        return self.chain[-1]
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
@@ -450,12 +401,15 @@ class Layer(Switch, Slots):
             )
         if not names:
             return
-        home = self._home
+        home, new = self._home, [self.adapters[name] for name in names]
         # what follows another layer is merged there
-        own = [n for n in names if home.base.apart or "follows" not in vars(self.adapters[n])]
-        if own:
-            self._fold(home.folded + [self.adapters[name] for name in own], safe_merge)
-        self.merged_adapters.extend(names)
+        sources = {} if home.base.apart else {a: vars(a)["follows"] for a in new if "follows" in vars(a)}
+        if own := [adapter for adapter in new if adapter not in sources]:
+            home.base.check_written()
+            self._fold(home.folded + own, safe_merge)
+        for source in sources.values():
+            home.base.source = source.layer._home.base
+        self.merged_adapters = self.merged_adapters + names
 
     def merges_in_place(self, adapter_names: Sequence[str] | None = None) -> bool:
         """Whether `merge_in_place` can do what `merge` does, and is certain not to fail."""
@@ -480,29 +434,98 @@ class Layer(Switch, Slots):
 
     @torch.no_grad()
     def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
-        """Take adapters (default: all of this layer) out of the frozen weights; with none left, not a bit differs."""
+        """Take adapters (default: all of this layer) out of the frozen weights; with none left, not a bit differs.
+
+        Raises `MergeError`, with nothing changed, when the weights were edited while the adapters were in them.
+        """
+        self.base.check_written()
+        self.unmerge_checked(adapter_names)
+
+    def unmerge_checked(self, adapter_names: Sequence[str] | None = None) -> None:
+        """The same after `base.check_written`, which takes most of its time."""
         if not self.merged_adapters:
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning)
             return
         names = list(self.merged_adapters if adapter_names is None else adapter_names)
-        self._fold([a for a in self._home.folded if a.layer is not self or a.name not in names], False)
+        home = self._home
+        self._fold([a for a in home.folded if a.layer is not self or a.name not in names], False)
         self.merged_adapters = [n for n in self.merged_adapters if n not in names]
+        if not any(layer.merged_adapters for layer in self.chain):
+            home.base.source = None
 
     def _fold(self, folded: list[Adapter], safe: bool) -> None:
+        """Let the frozen weights hold the adapters `folded`: those of inner layers first, each layer's in its order."""
         home = self._home
+        base = home.base
+        self.reshard()
+        base.check_whole()
+        folded = sorted(folded, key=lambda adapter: adapter.layer.place_of(adapter.name))
         if not folded:
-            home.base.restore()
+            base.restore()
         else:
-            W, b = _wide(home.base.read())
+            W, b = _wide(base.read())
             for adapter in folded:
                 with widened(adapter):
                     W, b = adapter.fold(W, b)
-            if safe and not all(torch.isfinite(t).all() for t in _tensors((W, b))):
+            name = folded[-1].name
+            if safe and not finite((W, b)):
                 raise MergeError(
-                    f"NaNs detected in the merged weights. Adapter {folded[-1].name} seems to be broken (safe_merge)."
+                    f"NaNs detected in the merged weights. Adapter {name} seems to be broken (safe_merge)."
                 )
-            home.base.write(W, b)
+            base.write(W, b)
+            if safe and not finite(base.held()):
+                self._fold(home.folded, False)
+                raise MergeError(
+                    f"The merged weights with adapter {name} do not fit what {folded[-1].path!r} stores them in "
+                    f"({base.dtype}): some would become infinite or NaN (safe_merge)."
+                )
         home.folded = folded
+        home.hold()
+
+    def reshard(self) -> None:
+        """Let FSDP2 hold the frozen weights in shards, as they are to be written."""
+        if not sharded(self.base.stored()[0]):
+            reshard(self.base.leaf)
+
+    def hold(self) -> None:
+        """Have, as a module, what the frozen weights were before a merge: it moves and is copied with the layer."""
+        if self.base.kept is None:
+            self._modules.pop("kept", None)
+        else:
+            self._modules["kept"] = self.base.kept
+
+    def place_of(self, name: str) -> tuple[int, int]:
+        """Where adapter `name` acts: how many layers are inside this one, and where among the active ones."""
+        active = self._active_adapter
+        return len(self.chain), active.index(name) if name in active else -1
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Layer:
+        """As nn.Module does it; a cast of merged weights is not an edit of them."""
+        base = self.base
+        if base.kept is None:
+            return super()._apply(fn, recurse)
+        edited = base.edited
+        super()._apply(fn, recurse)
+        base.note_written()
+        if edited:
+            base.written = None
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.check_loads(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def check_loads(self, state_dict: Any, prefix: str) -> None:
+        """Raise `MergeError` when a state dict has weights for the frozen layer and adapters are merged into those."""
+        if not self.chain[-1].folded:
+            return
+        own = f"{prefix}base_layer."
+        if found := [key for key in state_dict if key.startswith(own) and self.base.is_stored(key.removeprefix(own))]:
+            raise MergeError(
+                f"{found[0]!r} cannot be loaded while {', '.join(self.merged_adapters) or 'an adapter'} is merged into "
+                "it: unmerging would put the old weights back. Call `unmerge_adapter()` first, and merge again after "
+                "loading."
+            )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging `adapter` alone adds to the stored weight, in the weight's own layout."""
@@ -517,21 +540,28 @@ class Layer(Switch, Slots):
         if self.merged_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning)
             self.unmerge()
-        self._train_only(() if inference_mode else names)
+        self.paused = set(() if inference_mode else names)
+        self._train_only(self.paused)
         self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters on, with the active ones trainable, or off, with all frozen."""
-        self._disable_adapters = not enabled
-        self._train_only(self._active_adapter if enabled else ())
+        """Switch all adapters off, with all frozen, or on again, with those trainable that were before.
+
+        When they are on already, the active ones become trainable.
+        """
+        off, self._disable_adapters = self._disable_adapters, not enabled
+        if not (enabled or off):
+            self.paused = set(self.trained)
+        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them, without activating them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.adapters:
                 self._train(name, requires_grad)
+                (self.paused.add if requires_grad else self.paused.discard)(name)
 
-    def _train_only(self, names: Sequence[str]) -> None:
+    def _train_only(self, names: Collection[str]) -> None:
         """Train the adapters in `names` and freeze the others; only those whose state changes are touched."""
         for name in self.trained - set(names):
             self._train(name, False)
@@ -570,6 +600,7 @@ class Layer(Switch, Slots):
             return
         self.drop(adapter_name)
         self.trained.discard(adapter_name)
+        self.paused.discard(adapter_name)
         if adapter_name in self._active_adapter:
             rest = [n for n in self._active_adapter if n != adapter_name]
             self.set_adapter(rest or sorted(self.adapters)[:1])
@@ -642,6 +673,32 @@ class Layer(Switch, Slots):
         return f"{self.method.lower()}.{self.base.label}"
 
 
+class Inside:
+    """A layer of another method as the operator inside: called as a module, read with its adapters in the weights."""
+
+    def __init__(self, base: Base, layer: Any, names: Sequence[str] | None):
+        self.base, self.layer, self.names = base, layer, names
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base(x, *args, **kwargs)
+
+    def read(self) -> tuple[Any, Any]:
+        return self.layer.operator(self.names).read()
+
+
+class Unmerged:
+    """A frozen layer as the operator that it was before adapters were merged into it."""
+
+    def __init__(self, base: Base):
+        self.base = base
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base.apply(x, *self.read(), *args, **kwargs)
+
+    def read(self) -> tuple[Any, Any]:
+        return self.base.read()
+
+
 class ModulesToSaveWrapper(Switch, nn.Module):
     """A module trained in full: the frozen original, and a copy of it for each adapter (`modules_to_save`)."""
 
@@ -655,6 +712,8 @@ class ModulesToSaveWrapper(Switch, nn.Module):
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
         self.context = context or Context()
+        self.trained: set[str] = set()  # names of the copies that are trainable
+        self.paused: set[str] = set()  # names of those that will be when they are switched on again
         self._active_adapter: list[str] = []
         self._disable_adapters = False
 
@@ -680,7 +739,7 @@ class ModulesToSaveWrapper(Switch, nn.Module):
         args = args if x is None else (x, *args)
         if self._disable_adapters:
             return self.original_module(*args, **kwargs)
-        groups = self.context.groups(len(x), adapter_names) if isinstance(x, Tensor) else None
+        groups = self.context.now.groups(len(x), adapter_names) if isinstance(x, Tensor) else None
         if groups is not None:
             pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module
             return run_groups(x, groups, lambda name, part: pick(name)(part, *args[1:], **kwargs))
@@ -706,21 +765,29 @@ class ModulesToSaveWrapper(Switch, nn.Module):
         here = [n for n in names if n in self.modules_to_save]
         if len(here) > 1:
             raise ValueError(f"Only one adapter can be set at a time for modules_to_save, got {here}.")
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in here and not inference_mode)
+        self.paused = set(() if inference_mode else here)
+        self._train_only(self.paused)
         self._active_adapter = here
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Use the active copy, or with `enabled=False` the original."""
-        self._disable_adapters = not enabled
+        """Use the original, with all copies frozen, or again the active copy, trainable if it was before."""
+        off, self._disable_adapters = self._disable_adapters, not enabled
+        if not (enabled or off):
+            self.paused = self.trained
+        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
+
+    def _train_only(self, names: Collection[str]) -> None:
         for name, module in self.modules_to_save.items():
-            module.requires_grad_(enabled and name in self._active_adapter)
+            module.requires_grad_(name in names)
+        self.trained = set(names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make copies trainable, or freeze them."""
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
             if name in self.modules_to_save:
                 self.modules_to_save[name].requires_grad_(requires_grad)
+                for names in (self.trained, self.paused):
+                    (names.add if requires_grad else names.discard)(name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's copy."""
@@ -799,7 +866,8 @@ def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
 
 def other_names(model: nn.Module) -> dict[str, str]:
     """Further paths of modules that a model has in several places, each with the path that `walk` gives it."""
-    found, paths = {}, {}
+    found: dict[str, str] = {}
+    paths: dict[int, str] = {}
     for path, _, module in walk(model):
         paths.setdefault(id(module), path)
     for path, _, module in walk(model):
@@ -820,6 +888,12 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
 def layers(model: nn.Module) -> list[Layer]:
     """Every Layer of a model, outer ones first."""
     return [module for _, _, module in walk(model) if isinstance(module, Layer)]
+
+
+def put_at(model: nn.Module, live: str, module: nn.Module) -> None:
+    """Put `module` where a model has another, by live path (torch has `set_submodule` since 2.5)."""
+    parent, _, last = live.rpartition(".")
+    model.get_submodule(parent)._modules[last] = module
 
 
 INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
@@ -858,6 +932,11 @@ def _tensors(pair: Any) -> Iterator[Tensor]:
             yield from part.values() if isinstance(part, dict) else (part,)
 
 
+def finite(pair: Any) -> bool:
+    """Whether all numbers of (W, b) are finite."""
+    return all(bool(torch.isfinite(_widen(t)).all()) for t in _tensors(pair))
+
+
 def _wide(pair: Any) -> Any:
     """(W, b) in at least float32."""
     return tuple({k: _widen(t) for k, t in p.items()} if isinstance(p, dict) else _widen(p) for p in pair)
@@ -866,14 +945,17 @@ def _wide(pair: Any) -> Any:
 def _widen(t: Any) -> Any:
     if t is None or t.dtype == torch.float32 or not t.is_floating_point():
         return t
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype.itemsize > 4 else t.float()
 
 
 @contextmanager
 def widened(adapter: Adapter) -> Iterator[None]:
-    """The adapter as it is merged: no dropout, and low-precision tensors as float32, so a merge rounds only once."""
+    """The adapter as it is merged: no dropout, whole tensors, and float32 for low precision, so it rounds only once."""
     kept = [m for _, _, m in adapter.layer.boxes(adapter.name) if isinstance(m, nn.Module)]
     training = [m for m in kept if m.training and type(m) not in (nn.Linear, nn.Identity)]
+    parts = [(held, key, held[key]) for held, key in adapter.layer.places(adapter.name) if sharded(held[key])]
+    for held, key, tensor in parts:
+        held[key] = whole(tensor)
     narrow = [(t, t.data) for _, t in adapter.layer.tensors(adapter.name) if t.dtype in (torch.float16, torch.bfloat16)]
     for tensor, data in narrow:
         tensor.data = data.float()
@@ -884,5 +966,7 @@ def widened(adapter: Adapter) -> Iterator[None]:
     finally:
         for tensor, data in narrow:
             tensor.data = data
+        for held, key, tensor in parts:
+            held[key] = tensor
         for module in training:
             module.train()

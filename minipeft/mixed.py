@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from . import checkpoint, status
-from .config import PeftConfig, PeftType
+from .config import PeftConfig, PeftType, check_config
 from .errors import AdapterNameError, ConfigError, UnsupportedFeatureError
+from .files import of_one_version
 from .layer import Layer
 from .model import PeftModel, configuration
 from .tuner import BaseTuner
@@ -163,13 +164,19 @@ class PeftMixedModel(nn.Module):
         **kwargs: Any,
     ) -> PeftMixedModel:
         """`model` with a saved adapter, like PeftModel.from_pretrained; adapters of other methods may be added."""
-        config = configuration(model_id, config, kwargs.pop("ephemeral_gpu_offload", False), **kwargs)
-        _check_compatible(config)
+        offload, device = kwargs.pop("ephemeral_gpu_offload", False), kwargs.pop("torch_device", None) or "cpu"
+
+        def read() -> tuple[Any, Any]:
+            own = configuration(model_id, config, offload, **kwargs)
+            _check_compatible(own)
+            return own, checkpoint.load_peft_weights(model_id, device, **kwargs)
+
+        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
         config.inference_mode = not is_trainable
-        weights = checkpoint.load_peft_weights(model_id, kwargs.pop("torch_device", None) or "cpu", **kwargs)
         mixed = cls.__new__(cls)
         nn.Module.__init__(mixed)
-        options = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
+        options: dict[str, Any] = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
+        options["ignore"] = kwargs.get("ignore_mismatched_sizes", False)
         autocast = kwargs.get("autocast_adapter_dtype", True)
         mixed._setup(model, config, adapter_name, weights=weights, autocast=autocast, **options)
         return mixed if is_trainable else mixed.eval()
@@ -178,9 +185,9 @@ class PeftMixedModel(nn.Module):
         """Add a saved adapter, or load it into the adapter of that name; arguments as PeftModel.load_adapter."""
         return PeftModel.load_adapter(self, model_id, adapter_name, *args, **kwargs)  # type: ignore[arg-type]
 
-    def _add(self, name: str, config: Any, low_cpu: bool, autocast: bool, weights: Any, strict: bool) -> Any:
+    def _add(self, name: str, config: Any, low_cpu: bool, autocast: bool, weights: Any, **options: Any) -> Any:
         _check_compatible(config)
-        return self.base_model.add(name, config, low_cpu, autocast, weights=weights, strict=strict)
+        return self.base_model.add(name, config, low_cpu, autocast, weights=weights, **options)
 
     _check_new_adapter_config = PeftModel._check_new_adapter_config
 
@@ -188,14 +195,19 @@ class PeftMixedModel(nn.Module):
         """Not possible, as in PEFT: save each adapter from a PeftModel of its own."""
         raise UnsupportedFeatureError("A PeftMixedModel cannot be saved; save each adapter from its own PeftModel.")
 
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        """Not possible, as it cannot be saved."""
+        raise UnsupportedFeatureError("A PeftMixedModel cannot be uploaded; do that from a PeftModel of each adapter.")
+
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
         """Not possible, as in PEFT."""
         raise UnsupportedFeatureError("A PeftMixedModel has no model card, as it cannot be saved.")
 
 
 def _check_compatible(config: Any) -> None:
-    if not isinstance(config, PeftConfig) or config.peft_type not in COMPATIBLE_TUNER_TYPES:
-        kind = getattr(getattr(config, "peft_type", None), "value", type(config).__name__)
+    check_config(config)
+    if config.peft_type not in COMPATIBLE_TUNER_TYPES:
+        kind = getattr(config.peft_type, "value", type(config).__name__)
         raise ConfigError(
             f"The provided `peft_type` '{kind}' is not compatible with the `PeftMixedModel`. "
             f"Compatible types are: {', '.join(t.value for t in COMPATIBLE_TUNER_TYPES)}."

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from . import card, checkpoint, prompt, status
 from .adapter import adapter_class
-from .config import PeftConfig, PeftType
+from .config import PeftConfig, PeftType, check_config
 from .errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
-from .files import make_folder, write_checkpoint, write_text
+from .files import make_folder, of_one_version, write_checkpoint, write_text
+from .hub import push_to_hub
 from .layer import Layer, set_training
 from .targets import embedding
 from .tuner import FORWARD_ONLY, TUNERS
+from .utils import require_grad
 
 
 class PeftModel(nn.Module):
@@ -57,9 +59,9 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
         weights: Mapping[str, Tensor] | None = None,
         strict: bool = True,
+        ignore: bool = False,
     ) -> None:
-        if not isinstance(config, PeftConfig):
-            raise ConfigError(f"peft_config must be a PeftConfig, got {type(config).__name__}.")
+        check_config(config)
         self._is_prompt_learning = config.is_prompt_learning
         self.peft_type = config.peft_type
         self.special_peft_forward_args = set(FORWARD_ONLY)
@@ -69,12 +71,12 @@ class PeftModel(nn.Module):
             self._peft_config: dict[str, PeftConfig] = {}
             self.base_model = model
             self.active_adapter = name
-            prompt.add_prompt(self, name, config, weights=weights, strict=strict)
+            prompt.add_prompt(self, name, config, weights, strict, ignore)
         else:
             if config.peft_type not in TUNERS:
                 raise UnsupportedFeatureError(f"peft_type {config.peft_type!r} is not in this release of minipeft.")
             tuner = TUNERS[config.method].around(model)
-            tuner.add(name, config, low_cpu_mem_usage, autocast, weights=weights, strict=strict)
+            tuner.add(name, config, low_cpu_mem_usage, autocast, weights=weights, strict=strict, ignore=ignore)
             self.base_model = tuner
             self.active_adapter = name
         self.training = model.training
@@ -159,11 +161,11 @@ class PeftModel(nn.Module):
         autocast: bool = True,
         weights: Mapping[str, Tensor] | None = None,
         strict: bool = True,
+        ignore: bool = False,
     ) -> Any:
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
-        if not isinstance(config, PeftConfig):
-            raise ConfigError(f"peft_config must be a PeftConfig, got {type(config).__name__}.")
+        check_config(config)
         if config.peft_type != self.peft_type:
             raise ConfigError(
                 f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}. "
@@ -171,9 +173,9 @@ class PeftModel(nn.Module):
             )
         self._complete(config)
         if self._is_prompt_learning:
-            return prompt.add_prompt(self, name, config, weights=weights, strict=strict)
-        report = self.base_model.add(name, config, low_cpu_mem_usage, autocast, weights=weights, strict=strict)
-        return report
+            return prompt.add_prompt(self, name, config, weights, strict, ignore)
+        options = {"weights": weights, "strict": strict, "ignore": ignore}
+        return self.base_model.add(name, config, low_cpu_mem_usage, autocast, **options)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter active, and trainable unless `inference_mode`; all others are frozen."""
@@ -231,7 +233,7 @@ class PeftModel(nn.Module):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         if self._is_prompt_learning or not self.has_active_enabled_adapter:
             return nullcontext()
-        return self.base_model._enable_peft_forward_hooks(*args, **kwargs)
+        return self.base_model._tell(args, kwargs, anew=True)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with the active adapters; `adapter_names=[...]` gives each sample its own.
@@ -241,7 +243,9 @@ class PeftModel(nn.Module):
         if self._is_prompt_learning and self.has_active_enabled_adapter:
             return prompt.forward(self, *args, **kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self._inner(*args, **{k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args})
+            own = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+            output = self._inner(*args, **own)
+            return output if self._is_prompt_learning else self.base_model.context.kept(output)
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
         inner = self.base_model
@@ -277,7 +281,7 @@ class PeftModel(nn.Module):
         if not quantised and hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         elif not quantised and (words := embedding(model)) is not None:
-            words.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+            words.register_forward_hook(require_grad)
         return model
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
@@ -370,13 +374,19 @@ class PeftModel(nn.Module):
             if config.task_type is None:
                 mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            data = checkpoint.serialiser(tensors, safe_serialization)
+            data = checkpoint.serialise(tensors, safe_serialization)
             write_checkpoint(folder, config.to_json(mapping), data, safe_serialization)
         self.create_or_update_model_card(save_directory)
 
+    push_to_hub = push_to_hub
+
     def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
-        """Write README.md with the card's metadata, keeping the text and the metadata that are there already."""
-        write_text(output_dir, "README.md", card.model_card(self, Path(output_dir, "README.md")))
+        """Write README.md with the card's metadata, keeping the text and the metadata that are there already.
+
+        Warns, and leaves it as it is, when its metadata cannot be changed without a parser of YAML.
+        """
+        if (text := card.model_card(self, Path(output_dir, "README.md"))) is not None:
+            write_text(output_dir, "README.md", text)
 
     # --------------------------------------------------------------------------------------------------------- loading
     @classmethod
@@ -396,32 +406,37 @@ class PeftModel(nn.Module):
         """`model` with a saved adapter, frozen and in eval mode unless `is_trainable`.
 
         `model_id` is a folder, or a hub id when huggingface_hub is installed. `config` takes the place of the saved
-        configuration. `strict=False` warns about missing and unexpected tensors instead of raising.
+        configuration. `strict=False` warns about missing and unexpected tensors instead of raising, and
+        `ignore_mismatched_sizes=True` about those of another shape, which keep their initial values. No frozen tensor
+        of `model` changes, but for whole embedding layers that the checkpoint holds as the model's own
+        (`save_embedding_layers`): those are written into it.
 
         Raises `CheckpointError` when the files cannot be read or do not fit; `model` is then as it was.
         """
-        config = configuration(model_id, config, ephemeral_gpu_offload, **kwargs)
-        config.inference_mode = not is_trainable
-        if config.is_prompt_learning and is_trainable:
-            raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
         from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
-        if key_mapping is None and not config.is_prompt_learning:
-            key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        def read() -> tuple[Any, dict[str, Tensor]]:
+            own, mapping = configuration(model_id, config, ephemeral_gpu_offload, **kwargs), key_mapping
+            _check_trainable(own, is_trainable)
+            if mapping is None and not own.is_prompt_learning:
+                mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+            return own, checkpoint.load_peft_weights(model_id, device, mapping, **kwargs)
+
         device = kwargs.pop("torch_device", None) or "cpu"
-        weights = checkpoint.load_peft_weights(model_id, device, key_mapping, **kwargs)
+        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
+        config.inference_mode = not is_trainable
         peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)._loaded(
-            model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, weights, kwargs.get("strict", True)
+            model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, weights, **_leniency(kwargs)
         )
         if not is_trainable:
             peft_model.eval()
         return peft_model
 
     @classmethod
-    def _loaded(cls, model: nn.Module, config: PeftConfig, name: str, *args: Any) -> PeftModel:
+    def _loaded(cls, model: nn.Module, config: PeftConfig, name: str, *args: Any, **options: Any) -> PeftModel:
         peft_model = cls.__new__(cls)
         nn.Module.__init__(peft_model)
-        peft_model._setup(model, config, name, *args)
+        peft_model._setup(model, config, name, *args, **options)
         return peft_model
 
     def load_adapter(
@@ -438,22 +453,28 @@ class PeftModel(nn.Module):
     ) -> Any:
         """Add a saved adapter under `adapter_name`, or load it into the adapter of that name.
 
-        It does not become active. The model goes into eval mode unless `is_trainable`. Returns the missing and the
-        unexpected keys. Raises `CheckpointError` when the files do not fit; the model is then as it was.
+        It does not become active. The model goes into eval mode unless `is_trainable`. Further options are those of
+        `from_pretrained`. Returns the missing and the unexpected keys. Raises `CheckpointError` when the files do not
+        fit; the model is then as it was.
         """
         if adapter_name in self.peft_config:
             weights = checkpoint.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
-            ignore, strict = kwargs.get("ignore_mismatched_sizes", False), kwargs.get("strict", True)
-            report = checkpoint.set_peft_model_state_dict(self, weights, adapter_name, ignore, strict=strict)
+            options = _leniency(kwargs)
+            report = checkpoint.set_peft_model_state_dict(
+                self, weights, adapter_name, options["ignore"], strict=options["strict"]
+            )
         else:
-            config = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
+
+            def read() -> tuple[Any, dict[str, Tensor]]:
+                own = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
+                _check_trainable(own, is_trainable)
+                return own, checkpoint.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
+
+            config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
             config.inference_mode = not is_trainable
-            if config.is_prompt_learning and is_trainable:
-                raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
             self._check_new_adapter_config(config)
-            weights = checkpoint.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
             report = self._add(
-                adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, weights, kwargs.get("strict", True)
+                adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, weights, **_leniency(kwargs)
             )
             if is_trainable:
                 self.set_requires_grad(adapter_name)
@@ -476,13 +497,22 @@ class PeftModel(nn.Module):
                 return
 
 
+def _check_trainable(config: PeftConfig, is_trainable: bool) -> None:
+    if config.is_prompt_learning and is_trainable:
+        raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+
+
+def _leniency(options: Mapping[str, Any]) -> dict[str, bool]:
+    """What the options of loading say of tensors that do not fit."""
+    return {"strict": options.get("strict", True), "ignore": options.get("ignore_mismatched_sizes", False)}
+
+
 def configuration(model_id: Any, config: PeftConfig | None, offload: bool, **kwargs: Any) -> Any:
     if config is None:
         own = ("torch_device", "strict", "ignore_mismatched_sizes", "use_safetensors")
         options = {k: v for k, v in kwargs.items() if k not in own}
         config = PeftConfig.from_pretrained(model_id, **options)
-    elif not isinstance(config, PeftConfig):
-        raise ConfigError(f"The input config must be a PeftConfig, got {type(config).__name__}.")
+    check_config(config)
     if hasattr(config, "runtime_config"):
         config.runtime_config.ephemeral_gpu_offload = offload
     elif offload:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import read_weights, serialiser
+from .checkpoint import read_weights, serialise
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError
-from .files import write_checkpoint
+from .files import of_one_version, write_checkpoint
 from .prompt import EMBEDDINGS
 from .words import message_ids
 
@@ -105,7 +105,9 @@ def compose_cartridge_adapters(
     """
     if len(adapter_paths) < 2:
         raise ConfigError(f"Need at least 2 adapters to compose, got {len(adapter_paths)}.")
-    configs: list[Any] = [PeftConfig.from_pretrained(path) for path in adapter_paths]
+    both = lambda path: of_one_version(path, None, lambda: (PeftConfig.from_pretrained(path), read_weights(path)))
+    found: list[tuple[Any, dict[str, Tensor]]] = [both(path) for path in adapter_paths]
+    configs = [config for config, _ in found]
     for path, config in zip(adapter_paths, configs):
         if config.peft_type is not PeftType.CARTRIDGE:
             raise ConfigError(f"Adapter at '{path}' is not a CARTRIDGE adapter but {config.peft_type.value}.")
@@ -113,8 +115,7 @@ def compose_cartridge_adapters(
             if getattr(config, name) != getattr(configs[0], name):
                 raise ConfigError(f"Incompatible CARTRIDGE configs: '{path}' differs from the first in '{name}'.")
     parts = []
-    for path, config in zip(adapter_paths, configs):
-        tensors = read_weights(path)
+    for path, (config, tensors) in zip(adapter_paths, found):
         if EMBEDDINGS not in tensors or len(tensors[EMBEDDINGS]) != config.num_virtual_tokens:
             raise CheckpointError(f"'{path}' does not hold the tokens that its configuration speaks of.")
         parts.append(tensors[EMBEDDINGS])
@@ -122,5 +123,5 @@ def compose_cartridge_adapters(
         raise CheckpointError("The adapters' tokens differ in width.")
     joined = torch.cat(parts)
     config = dataclasses.replace(configs[0], num_virtual_tokens=len(joined))
-    tensors = serialiser({EMBEDDINGS: joined}, safe_serialization)
-    write_checkpoint(Path(output_path), config.to_json(), tensors, safe_serialization)
+    data = serialise({EMBEDDINGS: joined}, safe_serialization)
+    write_checkpoint(output_path, config.to_json(), data, safe_serialization)

@@ -42,10 +42,11 @@ import torch
 from torch import Tensor, nn
 
 from . import checkpoint
+from .base import lasting
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from .inject import check_adapter_name, model_config
-from .layer import BASE, Context, ModulesToSaveWrapper, adapted, other_names, walk
+from .layer import BASE, Context, ModulesToSaveWrapper, adapted, other_names, put_at, walk
 from .targets import check_saved, embedding, named
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
@@ -117,8 +118,14 @@ class Joins:
 
 
 # ---------------------------------------------------------------------------------------------------------- adapters
+@lasting()
 def add_prompt(
-    peft_model: Any, name: str, config: Any, weights: Mapping[str, Tensor] | None = None, strict: bool = True
+    peft_model: Any,
+    name: str,
+    config: Any,
+    weights: Mapping[str, Tensor] | None = None,
+    strict: bool = True,
+    ignore: bool = False,
 ) -> Any:
     """Build the prompt `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
 
@@ -148,7 +155,7 @@ def add_prompt(
     report = None
     if weights is not None:
         boxes = [(live, copied) for live, _, copied in copies]
-        report = _load(prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict)
+        report = _load(base, prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict, ignore)
     # from here on nothing can fail
     vars(config).update(vars(config_now))
     if "prompt_encoder" not in peft_model._modules:
@@ -164,7 +171,7 @@ def add_prompt(
         if not isinstance(module, ModulesToSaveWrapper):
             wrapper = ModulesToSaveWrapper(module, peft_model.prompt_context)
             wrapper.train(module.training)
-            base.set_submodule(live, wrapper)
+            put_at(base, live, wrapper)
         wrapper.modules_to_save[name] = copied
     if backbone is not None:
         peft_model.transformer_backbone_name = backbone
@@ -371,7 +378,9 @@ def get_prompt_embedding_to_save(peft_model: Any, name: str) -> Tensor:
     return prompt_state(peft_model, name)[EMBEDDINGS]
 
 
-def load_prompt_state(peft_model: Any, name: str, tensors: Mapping[str, Tensor], strict: bool) -> Any:
+def load_prompt_state(
+    peft_model: Any, name: str, tensors: Mapping[str, Tensor], strict: bool, ignore: bool = False
+) -> Any:
     """Write a checkpoint's tensors into a prompt. Raises `CheckpointError`, and writes nothing, if they do not fit."""
     prompt = peft_model.prompt_encoder[name]
     boxes = [
@@ -380,16 +389,18 @@ def load_prompt_state(peft_model: Any, name: str, tensors: Mapping[str, Tensor],
         if name in wrapper.modules_to_save
     ]
     rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-    return _load(prompt, rows, name, boxes, tensors, strict)
+    return _load(peft_model.base_model, prompt, rows, name, boxes, tensors, strict, ignore)
 
 
 def _load(
+    base: nn.Module,
     prompt: Prompt,
     rows: Tensor,
     name: str,
     copies: list[tuple[str, nn.Module]],
     tensors: Mapping[str, Tensor],
     strict: bool,
+    ignore: bool,
 ) -> Any:
     with torch.no_grad():
         held = prompt.saved(rows)
@@ -398,10 +409,13 @@ def _load(
     for live, module in copies:
         live = f"base_model.{live}"
         beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
-    report = checkpoint.check(entries + beside, tensors, strict=strict)
+    frozen, again = checkpoint.base_entries(base, tensors, entries + beside, "base_model.")
+    beside += frozen
+    report = checkpoint.check(entries + beside, tensors, again, strict, ignore=ignore)
     given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
-    if all(key in given for key in held):
-        prompt.load(given)
+    fitting = {key: given[key] for key in held.keys() - set(report.missing_keys)}
+    if fitting:
+        prompt.load({**held, **fitting})
     checkpoint.fill(beside, tensors)
     return report
 
@@ -432,7 +446,7 @@ def _virtual_tokens(peft_model: Any, batch_size: int, task_ids: Tensor | None) -
             return prompt(rows.expand(count, -1), tasks.to(rows.device))
         return prompt(rows).expand(count, -1, -1)  # (batch, tokens, width)
 
-    groups = peft_model.prompt_context.groups(batch_size, None)
+    groups = peft_model.prompt_context.now.groups(batch_size, None)
     if groups is None:
         return of(peft_model.active_adapters[0], batch_size, task_ids)
     parts, order = [], []
@@ -502,11 +516,8 @@ def mixed(peft_model: Any, adapter_names: Sequence[str] | None) -> Iterator[None
         raise BatchError(f"'{BASE}' cannot stand in a batch with prompts: without one a sample is shorter.")
     if unknown := sorted(set(adapter_names) - set(peft_model.peft_config)):
         raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
-    peft_model.prompt_context.adapter_names = list(adapter_names)
-    try:
+    with peft_model.prompt_context.telling(adapter_names=list(adapter_names)):
         yield
-    finally:
-        peft_model.prompt_context.adapter_names = None
 
 
 def forward(
@@ -548,7 +559,8 @@ def forward(
         inputs = {key: value for key, value in inputs.items() if value is not None}
         if prompt.gives_cache and joins.head:
             return peft_model._with_head(inputs)
-        return prompt.finish(peft_model.base_model(**inputs), inputs.get("labels"), own)
+        output = peft_model.prompt_context.kept(peft_model.base_model(**inputs))
+        return prompt.finish(output, inputs.get("labels"), own)
 
 
 def _positions(inputs: dict[str, Any], prompt: Prompt, tokens: int, token_types: bool, warn: bool = True) -> None:
@@ -631,9 +643,12 @@ def prepare_generation(
     mask = mask if mask is not None and mask.dim() == 2 else inputs.get("attention_mask")
     if mask is not None:
         inputs["attention_mask"] = pad_mask(mask, tokens)
-    _positions(inputs, prompt, tokens, token_types=False, warn=False)
-    if inputs.get("position_ids") is not None and ids is not None:
-        inputs["position_ids"] = inputs["position_ids"][..., -ids.shape[1] :]
+        _warn_of_window(peft_model, mask, tokens, first=past == 0)
+    inputs.pop("token_type_ids", None)
+    positions = inputs.get("position_ids")
+    if positions is not None:
+        positions = positions + tokens
+        inputs["position_ids"] = positions if ids is None else positions[..., -ids.shape[1] :]
     steps = inputs.pop("cache_position", None)  # of transformers before 5; a model finds it itself
     if steps is not None and prompt.gives_cache:
         inputs["cache_position"] = steps if past else steps + tokens
@@ -645,11 +660,27 @@ def prepare_generation(
         else:
             inputs["inputs_embeds"] = in_front(virtual[:, :tokens], _embedded(peft_model, ids, embeds))
             inputs["input_ids"] = None
+            if positions is not None:  # those of the input leave out its padding; the prompt stands before that too
+                first = torch.arange(tokens, device=positions.device).expand(*positions.shape[:-1], tokens)
+                inputs["position_ids"] = torch.cat([first, inputs["position_ids"]], dim=-1)
             if getattr(inputs.get("past_key_values"), "is_compileable", False):  # of fixed size: no room for the prompt
                 from transformers import DynamicCache
 
                 inputs["past_key_values"] = DynamicCache(config=peft_model.base_model.config.get_text_config())
     return inputs
+
+
+def _warn_of_window(peft_model: Any, mask: Tensor, tokens: int, first: bool) -> None:
+    """Say once that padding, which stands between prompt and input, takes room in a sliding window of attention."""
+    config: Any = getattr(peft_model.base_model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    window, length = getattr(text, "sliding_window", None), tokens + mask.shape[1]
+    if window and length > window and (first or length == window + 1) and not mask.bool().all():
+        warnings.warn(
+            f"With padding, {length} tokens do not fit the model's sliding window of {window}: a padded row sees less "
+            "of its prompt than it would alone.",
+            PeftWarning,
+        )
 
 
 def prepare_encoder(peft_model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The map [[0, 4], [2, 5]] makes of layers 0..4 the sequence 0 1 2 3 2 3 4 (each r
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,15 +17,15 @@ from .errors import ConfigError
 PLACES = (("layers",), ("encoder", "layer"), ("h",))  # of the layers in Llama-, BERT- and Falcon-like models
 
 
-def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Callable[[], None]:
-    """Replace the layers of `model` by the sequence that `layer_map` describes. Returns what undoes it.
+def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Callable[[], None] | None:
+    """Replace the layers of `model` by the sequence that `layer_map` describes. Returns what undoes it, if it did.
 
     Raises `ConfigError` when the model has no list of layers where one is looked for, or a range lies outside it.
     """
     parent, name = _find(model)
     layers = getattr(parent, name)
     if getattr(layers, "replication", None) == list(map(list, layer_map)):
-        return lambda: None  # done for an adapter before this one
+        return None  # done for an adapter before this one
     for start, end in layer_map:
         if not 0 <= start < end <= len(layers):
             have = len(layers)
@@ -45,12 +46,13 @@ def replicate_layers(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> Ca
     if count is not None:
         config.num_hidden_layers = len(replicated)
 
-    def undo() -> None:
-        setattr(parent, name, layers)
-        if count is not None:
-            config.num_hidden_layers = count
+    return functools.partial(_put_back, parent, name, layers, config, count)
 
-    return undo
+
+def _put_back(parent: nn.Module, name: str, layers: nn.Module, config: Any, count: int | None) -> None:
+    setattr(parent, name, layers)
+    if count is not None:
+        config.num_hidden_layers = count
 
 
 def _find(model: Any) -> tuple[nn.Module, str]:

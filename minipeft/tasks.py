@@ -7,6 +7,7 @@ prompt.py says what a model must offer.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -242,13 +243,31 @@ class PeftModelForFeatureExtraction(_Task):
         return self._forward(locals())
 
 
+PREPARING = threading.Lock()
+
+
+class Preparing:
+    """In the place of a model's `prepare_inputs_for_generation` while prompts are generating: each thread has its own.
+
+    `of_base` is what it stands for; `before`, what the model itself held under that name, beside its class.
+    """
+
+    def __init__(self, of_base: Any, before: Any):
+        self.of_base, self.before, self.here, self.users = of_base, before, threading.local(), 0
+
+    def __call__(self, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        given = {} if task_ids is None else {"task_ids": task_ids}
+        return (getattr(self.here, "by", None) or self.of_base)(*args, **given, **kwargs)
+
+
 class _Generating(_Task):
     """A model that generates text by `generate`, which calls `prepare_inputs_for_generation` for every token."""
 
     @property
     def base_model_prepare_inputs_for_generation(self) -> Any:
-        """The base model's own method, also while `generate` has put that of this class in its place."""
-        return self.__dict__.get("_prepare_of_base") or self.get_base_model().prepare_inputs_for_generation
+        """The base model's own method, also while `generate` has something in its place."""
+        method = self.get_base_model().prepare_inputs_for_generation
+        return method.of_base if isinstance(method, Preparing) else method
 
     @property
     def _prompting(self) -> bool:
@@ -270,15 +289,24 @@ class _Generating(_Task):
 
     @contextmanager
     def _in_place_of_base(self, base: nn.Module) -> Iterator[None]:
-        own = base.__dict__.get("prepare_inputs_for_generation")
-        self.__dict__["_prepare_of_base"] = base.prepare_inputs_for_generation
-        base.__dict__["prepare_inputs_for_generation"] = self.prepare_inputs_for_generation
+        """While it is open, what `base` generates in this thread is prepared by this model."""
+        key, own = "prepare_inputs_for_generation", base.__dict__
+        with PREPARING:
+            if not isinstance(own.get(key), Preparing):
+                own[key] = Preparing(base.prepare_inputs_for_generation, own.get(key))
+            preparing = own[key]
+            preparing.users += 1
+        before, preparing.here.by = getattr(preparing.here, "by", None), self.prepare_inputs_for_generation
         try:
             yield
         finally:
-            del self.__dict__["_prepare_of_base"], base.__dict__["prepare_inputs_for_generation"]
-            if own is not None:
-                base.__dict__["prepare_inputs_for_generation"] = own
+            preparing.here.by = before
+            with PREPARING:
+                preparing.users -= 1
+                if not preparing.users:
+                    del own[key]
+                    if preparing.before is not None:
+                        own[key] = preparing.before
 
     def _prepared(self, task_ids: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)

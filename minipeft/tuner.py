@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import tying
+from . import methods, tying
 from .adapter import ADAPTERS, Adapter, adapter_class, method_class
+from .base import lasting
 from .checkpoint import Entry
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
@@ -96,6 +97,7 @@ class BaseTuner(Slots):
         self.bias_owner: str | None = None  # the adapter that trains the biases
         self.biases_on = True
         self.grouped: dict[str, BufferDict] = {}  # what groups of layers share: slot -> container
+        self.growth: Any = None  # the hook that says how far `generate` is, for adapters that need to know
         self.on_unload: list[Any] = []  # what undoes changes to the model beside its layers
 
     @classmethod
@@ -120,6 +122,7 @@ class BaseTuner(Slots):
         check_adapter_name(name, self.model)
 
     # -------------------------------------------------------------------------------------------------------- adding
+    @lasting()
     @uncollected()
     def add(
         self,
@@ -130,11 +133,12 @@ class BaseTuner(Slots):
         weights: Mapping[str, Tensor] | None = None,
         strict: bool = True,
         keys: Any = None,
+        ignore: bool = False,
     ) -> Any:
         """Build adapter `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
 
         The first adapter of a model becomes active. On any error the model is left as it was. Returns what loading
-        reports, or None.
+        reports, or None. `strict` and `ignore` are for loading, as in `checkpoint.check`.
         """
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
@@ -142,7 +146,7 @@ class BaseTuner(Slots):
         if weights is None:
             plan = Plan(self, name, config, empty=low_cpu_mem_usage, autocast=autocast, keys=keys)
         else:
-            plan, report = self._plan_loaded(name, config, autocast, weights, strict)
+            plan, report = self._plan_loaded(name, config, autocast, weights, strict, ignore)
         first = not self.peft_config
         plan.commit()
         self.peft_config[name], self.kinds[name] = config, plan.cls
@@ -152,6 +156,8 @@ class BaseTuner(Slots):
             into[:] = dict.fromkeys([*into, *paths])
         if plan.undo is not None:
             self.on_unload.append(plan.undo)
+        if plan.cls.notice is not None and self.growth is None:
+            self.growth = self.model.register_forward_pre_hook(Growth(self.context), with_kwargs=True)
         if first:
             self._freeze_base(plan.seen)
             self.active_adapter = name
@@ -159,28 +165,39 @@ class BaseTuner(Slots):
         plan.finish()
         names = self.active_adapters
         training = name in names and not config.inference_mode and not self._disabled
+        held = [p for module in plan.seen for p in module._parameters.values() if p is not None] if first else []
+        if training and any(p.is_inference() for p in held):
+            warnings.warn(
+                "The base model was made under torch.inference_mode(), so that torch computes no gradients through it. "
+                "To train the adapter, make or load the base model outside of it.",
+                PeftWarning,
+            )
         for layer in plan.placed:
             active = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
             vars(layer).update(_active_adapter=active, _disable_adapters=self._disabled)
             layer.set_requires_grad(name, training)
+            if self._disabled and name in names and not config.inference_mode:
+                layer.paused.add(name)
             if not self.training:  # added to a model in eval(), it is in eval()
                 for _, _, value in layer.boxes(name) if isinstance(layer, Layer) else [(0, 0, layer.adapters[name])]:
                     if isinstance(value, nn.Module):
                         value.eval()
         return report
 
-    def _plan_loaded(self, name: str, config: Any, autocast: bool, weights: Any, strict: bool) -> tuple[Plan, Any]:
+    def _plan_loaded(
+        self, name: str, config: Any, autocast: bool, weights: Any, strict: bool, ignore: bool
+    ) -> tuple[Plan, Any]:
         """A plan filled with a checkpoint. What is to be loaded is not initialised, unless it is lacking."""
         empty = not adapter_class(config).changes_base(config)
         plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
         try:
-            report = plan.load(weights, strict)
+            report = plan.load(weights, strict, ignore)
             if plan.incomplete(report):
                 plan.give_up()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # they were given a moment ago
                     plan = Plan(self, name, config, loading=True, autocast=autocast)
-                    plan.load(weights, strict)
+                    plan.load(weights, strict, ignore)
         except BaseException:
             plan.give_up()
             raise
@@ -234,6 +251,7 @@ class BaseTuner(Slots):
                     if parameter is not None:
                         parameter.requires_grad = False
 
+    @lasting()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """float16, bfloat16 and float8 tensors of an adapter become float32, which training needs."""
         if autocast_adapter_dtype and adapter_class(self.peft_config[adapter_name]).autocasts:
@@ -253,10 +271,14 @@ class BaseTuner(Slots):
                 self.biases[key] = (parameter, parameter.data.clone())
                 parameter.requires_grad = not config.inference_mode and name in self.active_adapters
 
+    @lasting()
     def _use_biases(self) -> None:
         """Swap trained and original biases so that the trained ones are in use while their adapter is."""
         on = self.bias_owner in self.active_adapters and not self._disabled
         if on != self.biases_on:
+            for layer in layers(self.model):
+                if layer.merged and layer.base.keeps("bias"):  # what it keeps would be the wrong one of the two
+                    layer.unmerge()
             for key, (parameter, other) in self.biases.items():
                 self.biases[key] = (parameter, parameter.data)
                 parameter.data = other.to(parameter)  # the model may have moved since
@@ -273,7 +295,7 @@ class BaseTuner(Slots):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; `task_ids` (batch,) for methods that route by task, `adapter_names` as in PeftModel."""
         with self._enable_peft_forward_hooks(*args, **kwargs), self._for_tasks(kwargs):
-            return self.model(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY})
+            return self.context.kept(self.model(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY}))
 
     @property
     def takes_task_ids(self) -> bool:
@@ -286,58 +308,33 @@ class BaseTuner(Slots):
         with hooks, self._for_tasks(kwargs), self._growing(args, kwargs):
             return self.model.generate(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY})
 
-    @contextmanager
-    def _growing(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-        """While `generate` runs, note in the context of each pass how far beyond the given input it reaches."""
-        length = length_of(args, kwargs)
-        if not self.context.by_sample or length is None:
-            yield
-            return
+    def _growing(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """While `generate` runs, each pass notes how far beyond the given input it reaches: see `Growth`."""
+        length = length_of(args, kwargs) if self.context.now.by_sample else None
+        return nullcontext() if length is None else self.context.telling(given=length)
 
-        def note(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            now, cache = length_of(args, kwargs) or 0, kwargs.get("past_key_values")
-            self.context.grown = (max(now, length) if cache is None else cached_tokens(cache) + now) - length
+    def _for_tasks(self, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Take `task_ids` out of a call's arguments, and tell them."""
+        if not self.takes_task_ids:
+            return nullcontext()
+        return self.context.telling(task_ids=kwargs.pop("task_ids", None))
 
-        hook = self.model.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            yield
-        finally:
-            hook.remove()
-            self.context.grown = 0
-
-    @contextmanager
-    def _for_tasks(self, kwargs: dict[str, Any]) -> Iterator[None]:
-        """Take `task_ids` out of a call's arguments. Gradient checkpointing needs them until the backward pass."""
-        if self.takes_task_ids:
-            self.context.task_ids = kwargs.pop("task_ids", None)
-        try:
-            yield
-        finally:
-            if not torch.is_grad_enabled():
-                self.context.task_ids = None
-
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         """While it is open, `adapter_names` gives every sample of the batch its adapter; adapters know the inputs."""
+        return self._tell(args, kwargs)
+
+    def _tell(self, args: tuple, kwargs: dict[str, Any], anew: bool = False) -> AbstractContextManager[Any]:
+        """The same; inputs that a PeftModel has told of already count, unless it is one that asks (`anew`)."""
         names = kwargs.get("adapter_names")
         if names is not None:
             self._check_names(names)
-        by_sample = self.context.by_sample or self._noticed(names or self.active_adapters, args, kwargs)
-        if names is None and (not by_sample or self.context.by_sample):  # nothing is new: PeftModel has told it already
-            return nullcontext()
-        return self._telling(names, kwargs.get("num_beams") or 1, by_sample)
-
-    @contextmanager
-    def _telling(self, names: Any, beams: int, by_sample: dict[str, Any]) -> Iterator[None]:
-        context = self.context
-        before = context.adapter_names, context.beams, context.by_sample
-        context.by_sample = by_sample
+        told: dict[str, Any] = {}
         if names is not None:
-            context.adapter_names, context.beams = list(names), beams
-        try:
-            with context.kept(self.model) if by_sample and torch.is_grad_enabled() else nullcontext():
-                yield
-        finally:
-            context.adapter_names, context.beams, context.by_sample = before
+            told.update(adapter_names=list(names), beams=kwargs.get("num_beams") or 1)
+        if anew or not self.context.now.by_sample:
+            if by_sample := self._noticed(names or self.active_adapters, args, kwargs):
+                told["by_sample"] = by_sample
+        return self.context.telling(**told) if told else nullcontext()
 
     def _check_names(self, names: Any) -> None:
         if self.training:
@@ -348,7 +345,7 @@ class BaseTuner(Slots):
             raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
 
     def _noticed(self, names: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """What the adapters `names` make of the arguments of a pass; see `Context.by_sample`."""
+        """What the adapters `names` make of the arguments of a pass; see `Pass.by_sample`."""
         found = {}
         for name in names:
             kind = self.kinds.get(name)
@@ -377,6 +374,9 @@ class BaseTuner(Slots):
         for layer in found:
             if isinstance(layer, ModulesToSaveWrapper) and len([n for n in names if n in layer.modules_to_save]) > 1:
                 raise AdapterNameError(f"Only one of {names} can be active: all train one module (modules_to_save).")
+        for layer in found:  # before any layer is unmerged, as setting adapters does
+            if isinstance(layer, Layer) and layer.merged:
+                layer.base.check_written()
         for layer in found:
             layer.set_adapter(names, inference_mode)
         self.active_adapter = adapter_name
@@ -455,6 +455,7 @@ class BaseTuner(Slots):
         if active != was:
             self.set_adapter(active)
 
+    @lasting()
     def _restore_biases(self) -> None:
         for parameter, other in self.biases.values():
             if self.biases_on:
@@ -465,6 +466,13 @@ class BaseTuner(Slots):
     # -------------------------------------------------------------------------------------------------------- merging
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Write adapters (default: the active ones) into the frozen weights; `unmerge_adapter` takes them out again.
+
+        With some of several active adapters merged the model computes the same as with none or all of them. (peft, and
+        so diffusers' `fuse_lora(adapter_names=...)`, runs the merged weights alone and drops the active adapters that
+        are not in them.) Sharded models (FSDP2): all processes must call this together.
+
+        While anything is merged, `load_state_dict` refuses weights for those layers, and an edit of them makes
+        unmerging raise `MergeError`; moving and casting the model is fine.
 
         When a layer refuses, those merged by this call are unmerged again and `MergeError` is raised.
         """
@@ -481,6 +489,8 @@ class BaseTuner(Slots):
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         if any(getattr(c, "layer_replication", None) for c in self.peft_config.values()):
             raise MergeError("Cannot merge layers that are replicated: their adapters differ, their weight is one.")
+        for layer in todo:
+            layer.reshard()
         tying.part(self, todo, names)
         done: list[tuple[Layer, list[str]]] = []
         in_place = for_good and not safe and all(layer.merges_in_place(names) for layer in todo)
@@ -500,8 +510,21 @@ class BaseTuner(Slots):
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the frozen weights; not one bit of them differs from before."""
-        for layer in layers(self.model):
-            layer.unmerge()
+        self._unmerge(layers(self.model))
+
+    @torch.no_grad()
+    def _unmerge(self, todo: list[Layer]) -> None:
+        for layer in todo:  # before any layer is unmerged
+            layer.reshard()
+            layer.base.check_written()
+        for layer in todo:
+            layer.unmerge_checked()
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        for _, live, layer in adapted(self.model):  # before anything is loaded
+            if isinstance(layer, Layer):
+                layer.check_loads(state_dict, f"{prefix}{self.root}.{live}.")
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
@@ -518,9 +541,7 @@ class BaseTuner(Slots):
 
     def unload(self) -> nn.Module:
         """The base model without any adapter, its weights as they were."""
-        for layer in layers(self.model):
-            if layer.merged:
-                layer.unmerge()
+        self._unmerge([layer for layer in layers(self.model) if layer.merged])
         self._restore_biases()
         model = self._unload([])
         while self.on_unload:
@@ -544,6 +565,9 @@ class BaseTuner(Slots):
             at[head]._modules[last] = replacement
         if "peft_config" in vars(self.model):
             del self.model.peft_config
+        if self.growth is not None:
+            self.growth.remove()
+            self.growth = None
         return self.model
 
     # ---------------------------------------------------------------------------------------------------------- other
@@ -568,6 +592,19 @@ class BaseTuner(Slots):
             return getattr(self.model, name)
 
 
+class Growth:
+    """A hook before a model's passes: while `generate` runs, it notes how far beyond the given input each reaches."""
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        told = self.context.now
+        if told.given is not None:
+            now, cache = length_of(args, kwargs) or 0, kwargs.get("past_key_values")
+            told.grown = (max(now, told.given) if cache is None else cached_tokens(cache) + now) - told.given
+
+
 def length_of(args: tuple, kwargs: dict[str, Any]) -> int | None:
     """How many tokens a model's arguments hold for each sample, or None when they hold none."""
     names = "inputs_embeds", "input_ids", "inputs"
@@ -586,4 +623,5 @@ def progress_bar(items: list[Any], title: str, show: bool) -> Iterator[Any]:
 
 def register_tuner(name: str, method: str) -> type[BaseTuner]:
     """A plain tuner class of that name, for a method whose models have no abilities of their own."""
-    return type(name, (BaseTuner,), {"__doc__": BaseTuner.__doc__, "__module__": __name__}, method=method)
+    home = f"{methods.__name__}.{methods.METHODS[method]}"  # where it is, as pickle must know
+    return type(name, (BaseTuner,), {"__doc__": BaseTuner.__doc__, "__module__": home}, method=method)

@@ -12,11 +12,13 @@ import re
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 
 from .base import base_of
 from .errors import ConfigError, MergeError, PeftWarning
 from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .stored import memory
 from .targets import EMBEDDINGS, embedding, named, suffixes
 
 
@@ -185,7 +187,16 @@ class Ties:
     def commit(self) -> None:
         """Tie for good what is in place now, its values loaded."""
         for copied, source in self.copies:
-            copied.weight = source.weight
+            mine: Any = copied.weight
+            its: Any = source.weight
+            if mine.is_meta or its.is_meta or torch.equal(mine, its):
+                copied.weight = its
+            else:  # PEFT does not tie all that is tied here
+                warnings.warn(
+                    "The loaded copies of tied modules (modules_to_save) are not the same; they are not tied.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
         for adapter, source in self.pairs:
             empty = any(tensor.device.type == "meta" for tensor in adapter.parameters())
             if not empty and not adapter.agrees(source):  # PEFT loses the tie when it casts the adapter
@@ -229,10 +240,10 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
     for _, _, module in walk(tuner.model):
         for parameter in module._parameters.values():
             if parameter is not None:
-                users.setdefault(id(parameter), set()).add(module)
+                users.setdefault(memory(parameter), set()).add(module)
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
-        groups.setdefault(id(layer.base.home.stored()[0]), []).append(layer)
+        groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
     for weight, group in groups.items():
         if len(users.get(weight, ())) < 2:
             continue
@@ -244,7 +255,7 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
                 held[layer.base.leaf].add(vars(adapter).get("follows", adapter))
         apart = any(adapters != next(iter(held.values())) for adapters in held.values())
         for layer in group:
-            if apart and layer.base.home.original is not None and not layer.base.home.apart:
+            if apart and layer.base.changed and not layer.base.home.apart:
                 raise MergeError("Tied layers are merged already, and these adapters are not tied; unmerge first.")
             layer.base.home.apart = apart
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .base import lasting
 from .checkpoint import LoadReport
 from .errors import BatchError, PeftWarning, UnsupportedFeatureError
 from .layer import INSIDE
@@ -20,12 +21,19 @@ from .targets import embedding
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
+@lasting()
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Frozen parameters become `dtype` (float16 or bfloat16), trained ones float32."""
     for parameter in model.parameters():
         parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
 
 
+def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    """A forward hook: gradients begin at the output."""
+    output.requires_grad_(True)
+
+
+@lasting()
 def prepare_model_for_kbit_training(
     model: Any,
     use_gradient_checkpointing: bool = True,
@@ -56,7 +64,7 @@ def prepare_model_for_kbit_training(
         if hasattr(model, "enable_input_require_grads"):
             model.enable_input_require_grads()
         elif (words := embedding(model)) is not None:
-            words.register_forward_hook(lambda module, args, output: output.requires_grad_(True))
+            words.register_forward_hook(require_grad)
     takes_options = "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters
     if takes_options:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

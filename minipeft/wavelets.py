@@ -74,9 +74,14 @@ def taps(family: str) -> int:
     return (6 if match[1] == "coif" else 2) * int(match[2])
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def low_pass(family: str) -> tuple[float, ...]:
     """The reconstruction filter of a family, in float64 (from db20 and sym20 on correct to 1e-6 only)."""
+    return _low_pass(family)
+
+
+@functools.cache
+def _low_pass(family: str) -> tuple[float, ...]:
     length = taps(family)
     if family.startswith("coif"):
         return tuple(COIFLETS[length // 6])

@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from minipeft import adapter, methods
+from minipeft import adapter, base, methods, quant
 from minipeft.config import CONFIGS, PeftType, PromptLearningConfig
 
 methods.load_all()
@@ -51,6 +51,13 @@ def cell(stated):
     return ", or ".join(shown)
 
 
+def adapted_by(cls):
+    """The kinds of layer that a class adapts itself: it may leave some to the method that it is a variant of."""
+    own = [name for name in cls.bases if cls.on(object.__new__(getattr(base, name))) is cls]
+    narrower = [kind for kind in vars(quant).values() if isinstance(kind, type) and issubclass(kind, base.Base)]
+    return own or [kind.__name__ for kind in narrower if cls.on(object.__new__(kind)) is cls]
+
+
 def rows():
     """One row for each method file: name, kind, formula, parameters, layers, merges, paper."""
     found = []
@@ -61,9 +68,9 @@ def rows():
         other = "prompt" if issubclass(cls, PromptLearningConfig) else "whole module"
         kind = next((k.__name__.lower() for k in KINDS if issubclass(cls, k)), other)
         indented = (line.strip() for line in doc.splitlines()[1:] if line.startswith("    "))
-        formula = re.split(r"\s{2,}", next(indented, ""))[0].replace("|", "\\|")
-        layers = OTHER.get(kind) or ", ".join(cls.bases)
-        merges = "no" if kind in ("routed", *OTHER) else "yes"
+        formula = re.split(r"\s{2,}", next(indented, ""))[0].rstrip(",").replace("|", "\\|")
+        layers = OTHER.get(kind) or ", ".join(adapted_by(cls))
+        merges = "no" if kind in ("routed", *OTHER) or layers == "GPTQ" else "yes"  # which cannot be written to
         paper = f"[paper]({link[0]})" if link else ""
         trained = cell(count(doc) or "?")
         found.append((name, peft_type.value, kind, f"`{formula}`", trained, layers, merges, paper))

@@ -56,3 +56,22 @@ def test_a_layer_that_refuses_leaves_all_as_they_were():
         model.merge_and_unload()
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert torch.equal(model(x), running)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e5m2])
+def test_safe_merge_checks_what_is_stored(dtype):
+    """What is finite before it is rounded to the dtype of the weight, or of the bias, may be infinite after."""
+    over = min(torch.finfo(dtype).max * 1.1, torch.finfo(torch.float32).max)
+    for slot in "weight", "bias":
+        base = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).to(dtype)
+        model = get_peft_model(base, LoraConfig(r=1, lora_alpha=1, lora_bias=True, target_modules=["0", "1"]))
+        layer = base[0]  # the last to be merged
+        with torch.no_grad():
+            layer.lora_A["default"].weight.fill_(1.0)
+            getattr(layer.lora_B["default"], slot).fill_(over)
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with pytest.raises(MergeError, match="do not fit"):
+            model.merge_adapter(safe_merge=True)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value.view(torch.uint8), before[key].view(torch.uint8)), key
+        assert not any(layer.merged for layer in base)

@@ -12,7 +12,8 @@ SHIPPED = {"loralib": "loralib:LoraLib", "lycoris": "lycoris:Lycoris", "oracle":
 
 def open_driver(name: str, python: str | None = None) -> Driver:
     """A driver by name: shipped, `cmd:<command line>` for a program that speaks JSON lines, `module:Class` for a driver
-    of your own, else any importable module with PEFT's API. `python`: run it in that interpreter, out of process."""
+    of your own, else any importable module with PEFT's API. `python`: run it in that interpreter, as a process of its
+    own, whose crash or hang takes nothing else along."""
     if name.startswith("cmd:"):
         from .process import Process
 

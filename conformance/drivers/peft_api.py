@@ -7,6 +7,7 @@ import copy
 import importlib
 import importlib.metadata
 import os
+import re
 import warnings
 from typing import Any
 
@@ -19,8 +20,10 @@ from .. import models
 from ..driver import Driver, Rejected, Unsupported
 from ..method import methods
 
-# What a library raises when it means "I will not take this". Any other exception is a crash.
-MEANT = (ValueError, TypeError, KeyError, RuntimeError, OSError, NotImplementedError)
+# What a library raises when it means "I will not take this". NotImplementedError with a message says that it does not
+# offer this; any other exception is a crash.
+MEANT = (ValueError, TypeError, KeyError, RuntimeError, OSError)
+UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")  # as Python words it
 
 
 ALL_TYPES = {m.peft_type for m in methods().values()}
@@ -50,9 +53,11 @@ def rejecting():
         yield
     except Unsupported:
         raise
-    except MEANT as e:
-        if isinstance(e, (NotImplementedError,)) and not str(e):
+    except NotImplementedError as e:
+        if not str(e):
             raise
+        raise Unsupported(f"{type(e).__name__}: {e}") from e
+    except MEANT as e:
         raise Rejected(f"{type(e).__name__}: {e}") from e
     except Exception as e:
         if type(e).__module__.startswith("safetensors") or type(e).__name__ == "SafetensorError":
@@ -90,7 +95,13 @@ class PeftApi(Driver):
         kind = config.get("peft_type")
         if self.known and kind not in self.known:
             raise Unsupported(f"no PeftType {kind}") if kind in ALL_TYPES else Rejected(f"unknown peft_type {kind!r}")
-        return self.peft.get_peft_config(config)
+        try:
+            return self.peft.get_peft_config(config)
+        except TypeError as e:
+            field = UNKNOWN.search(str(e))
+            if field and field[1] in config:  # the suite's configs hold fields of the reference alone
+                raise Unsupported(f"no field {field[1]} in the configuration of {kind}") from e
+            raise
 
     def base(self, base, weights, dtype):
         self.dtype, self.argument = models.DTYPES[dtype], base.get("states")
@@ -118,6 +129,9 @@ class PeftApi(Driver):
         self.model.to(self.dtype).eval()
 
     def delete(self, name):
+        tuner = getattr(self.model, "base_model", None)
+        if not getattr(self.model, "prompt_encoder", None) and not hasattr(type(tuner), "delete_adapter"):
+            raise Unsupported(f"{type(tuner).__name__} has no delete_adapter")
         self.model.delete_adapter(name)
 
     def load(self, tensors, name="default"):
@@ -152,7 +166,9 @@ class PeftApi(Driver):
                 with torch.no_grad():
                     return to_numpy(self.run(first, more))
             except (TypeError, ValueError) as e:
-                raise Unsupported(f"mixed batches: {e}") from e
+                if "adapter_names" not in str(e):
+                    raise
+                raise Unsupported(f"mixed batches: {e}") from e  # it does not know the argument, or refuses it
         with torch.no_grad(), rejecting():
             return to_numpy(self.run(first, more))
 

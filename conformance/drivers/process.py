@@ -10,25 +10,37 @@ One request, one reply, each on one line:
 Operations and arguments are those of `conformance.driver.Driver`. A dict of tensors travels as {"tensors": path}, one
 array as {"array": path} with the single key "array"; both are safetensors files. Other replies: {"unsupported": why},
 {"rejected": why} for input refused on purpose, {"error": what} for a crash. A reader deletes the file it was given.
+
+The program writes its files into the exchange folder, which the environment names as TMPDIR (so that most languages'
+temporary files lie there). The suite trusts nothing that a program says: it reads and deletes regular files of that
+folder alone, and a program that hangs, dies or talks nonsense is ended, reported and started anew.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
+import signal
+import stat
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..driver import OPERATIONS, Driver, Rejected, Unsupported
+from ..driver import OPERATIONS, Driver, Hung, Rejected, Unsupported
+
+LONGEST_LINE = 2**24  # bytes
+LARGEST_FILE = 2**30  # bytes
+STARTS = 3  # so often a program may end before it answered anything
 
 
 class Crashed(Exception):
-    """The program died, hung, or said that it crashed."""
+    """The program died, broke the protocol, or said that it crashed."""
 
 
 def pack(value, path: Path):
@@ -46,17 +58,18 @@ def pack(value, path: Path):
     return value
 
 
-def unpack(value):
-    """The inverse of `pack`, at any depth of a request's arguments."""
+def unpack(value, check=lambda path: None):
+    """The inverse of `pack`, at any depth; `check(path)` may refuse to open a file."""
     from safetensors.numpy import load_file
 
     if isinstance(value, dict):
         if set(value) in ({"array"}, {"tensors"}) and isinstance(next(iter(value.values())), str):
             path = next(iter(value.values()))
+            check(path)
             found = load_file(path)
             Path(path).unlink(missing_ok=True)
             return found["array"] if "array" in value else found
-        return {k: unpack(v) for k, v in value.items()}
+        return {k: unpack(v, check) for k, v in value.items()}
     return value
 
 
@@ -65,59 +78,134 @@ class Process(Driver):
 
     def __init__(self, command: list[str], seconds: float = 60.0):
         self.command, self.seconds = command, seconds
+        self.until: float | None = None  # when the check that is running has to be over
         self.program: Any = None
-        self.folder = tempfile.TemporaryDirectory()
-        self.number = 0
+        self.exchange, self.own = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory()
+        self.log = Path(self.own.name, "stderr")
+        self.unread = b""
+        self.number = self.silent = 0  # requests so far; starts of the program since its last answer
+
+    @contextlib.contextmanager
+    def _within(self, seconds: float):
+        self.until = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self.until = None
 
     def start(self):
+        if self.silent >= STARTS:
+            raise Crashed(f"not started again: {STARTS} times it ended without any answer. {self.last_words()}")
         root = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))
-        self.program = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                        stderr=subprocess.DEVNULL, text=True, bufsize=1,
-                                        env={**os.environ, "PYTHONPATH": path})
+        self.silent += 1
+        with open(self.log, "wb") as log:
+            self.program = subprocess.Popen(
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0,
+                start_new_session=True, env={**os.environ, "PYTHONPATH": path, "TMPDIR": self.exchange.name})
+        for pipe in (self.program.stdin, self.program.stdout):
+            os.set_blocking(pipe.fileno(), False)
 
     def stop(self):
         if self.program is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.program.pid, signal.SIGKILL)  # what it has started goes with it
             self.program.kill()
             self.program.wait()
             self.program.stdin.close()
             self.program.stdout.close()
-            self.program = None
+            self.program, self.unread = None, b""
+
+    def last_words(self) -> str:
+        """The end of what the program wrote to stderr."""
+        written = self.log.read_bytes()[-1500:].decode(errors="replace").strip() if self.log.exists() else ""
+        return f"Its stderr ends: {written}" if written else ""
 
     def call(self, op: str, *arguments, **named):
-        if self.program is None:
-            self.start()
         names = Driver.__dict__[op].__code__.co_varnames[1:]
         given = {**dict(zip(names, arguments)), **named}
         self.number += 1
-        args = {k: pack(v, Path(self.folder.name, f"{self.number}-{k}.safetensors")) for k, v in given.items()}
+        args = {k: pack(v, Path(self.exchange.name, f"{self.number}-{k}.safetensors")) for k, v in given.items()}
         try:
-            self.program.stdin.write(json.dumps({"op": op, "args": args}) + "\n")
-            self.program.stdin.flush()
-            line = self.read_line()
+            if self.program is None:
+                self.start()
+            answer = self.answer(json.dumps({"op": op, "args": args}).encode() + b"\n")
+            if "ok" in answer:
+                return unpack(answer["ok"], self.check_file)
         except BaseException:
-            self.stop()  # also when the runner's alarm rings: the next operation gets a new program
+            self.stop()
             raise
-        if "ok" in line:
-            return unpack(line["ok"])
         for word, kind in (("unsupported", Unsupported), ("rejected", Rejected), ("error", Crashed)):
-            if word in line:
-                raise kind(line[word])
-        raise Crashed(f"an answer of no known kind: {line}")
+            if word in answer:
+                raise kind(str(answer[word]))
+        raise Crashed(f"an answer of no known kind: {str(answer)[:300]}")
 
-    def read_line(self) -> dict:
+    def answer(self, request: bytes) -> dict:
+        line = self.converse(request)
+        try:
+            answer = json.loads(line)
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            shown = line[:300].decode(errors="replace")
+            raise Crashed(f"a line that is no JSON object: {shown!r}. {self.last_words()}")
+        self.silent = 0
+        return answer
+
+    def converse(self, request: bytes) -> bytes:
+        """Write a line and read one, never longer than there is time, and never more than a line may hold."""
+        seconds = self.seconds if self.until is None else max(self.until - time.monotonic(), 0.0)
+        until, rest = time.monotonic() + seconds, request
+        stdin, stdout = self.program.stdin.fileno(), self.program.stdout.fileno()
         with selectors.DefaultSelector() as ready:
-            ready.register(self.program.stdout, selectors.EVENT_READ)
-            if not ready.select(self.seconds):
-                raise Crashed(f"no answer within {self.seconds:g} s")
-        line = self.program.stdout.readline()
-        if not line:
-            raise Crashed(f"the program ended with status {self.program.wait()}")
-        return json.loads(line)
+            ready.register(stdin, selectors.EVENT_WRITE)
+            ready.register(stdout, selectors.EVENT_READ)
+            while True:
+                line, found, after = self.unread.partition(b"\n")
+                if found:
+                    self.unread = after
+                    return line
+                if len(line) > LONGEST_LINE:
+                    raise Crashed(f"a line of more than {LONGEST_LINE >> 20} MiB")
+                events = ready.select(max(until - time.monotonic(), 0.0))
+                if not events and time.monotonic() >= until:
+                    raise Hung(f"no answer within {seconds:.3g} s. {self.last_words()}")
+                for key, _ in events:
+                    if key.fd == stdin:
+                        try:
+                            rest = rest[os.write(stdin, rest[:2**16]):]
+                        except BrokenPipeError:
+                            rest = b""  # it ended, or does not listen: what it says tells
+                        if not rest:
+                            ready.unregister(stdin)
+                    elif chunk := os.read(stdout, 2**16):
+                        self.unread += chunk
+                    else:
+                        raise Crashed(f"the program {self.ended()}. {self.last_words()}")
+
+    def ended(self) -> str:
+        try:
+            status = self.program.wait(1.0)
+        except subprocess.TimeoutExpired:
+            return "closed its stdout"
+        return f"ended with status {status}" if status >= 0 else f"was ended by {signal.Signals(-status).name}"
+
+    def check_file(self, path: str) -> None:
+        """Raise `Crashed` unless a file that the program names is a regular one of the exchange folder."""
+        try:
+            inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.exchange.name))
+            found = os.lstat(path)
+        except (OSError, ValueError) as error:
+            raise Crashed(f"its answer names a file that cannot be read: {error}") from error
+        if not inside:
+            raise Crashed(f"its answer names {path!r}, which is not in the folder that TMPDIR names")
+        if not stat.S_ISREG(found.st_mode) or found.st_size > LARGEST_FILE:
+            raise Crashed(f"its answer names {path!r}, which is no regular file of at most {LARGEST_FILE >> 30} GiB")
 
     def close(self):
         self.stop()
-        self.folder.cleanup()
+        for folder in (self.exchange, self.own):
+            folder.cleanup()
 
 
 def operation(op):

@@ -6,7 +6,9 @@ Each file has `TITLE`, `applies(method)` and `check(driver, sample)`, which rais
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import tempfile
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -87,11 +89,19 @@ def laws() -> dict:
     return {n: importlib.import_module(f"{__name__}.{n}") for n in names}
 
 
+@cache
+def scratch() -> tempfile.TemporaryDirectory:
+    """A folder that goes with the process."""
+    return tempfile.TemporaryDirectory()
+
+
 def hold(law, method: Method, examples: int, driver) -> None:
     """Check one law for one method on drawn configs; the first counterexample is raised."""
-    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import HealthCheck, Phase, configuration, given, settings
     from hypothesis import strategies as st
 
+    if "HYPOTHESIS_STORAGE_DIRECTORY" not in os.environ:
+        configuration.set_hypothesis_home_dir(scratch().name)  # not `.hypothesis` in the current folder
     more = method.draw_fresh if getattr(law, "DRAWS_INITIALISATIONS", False) else {}
     fields = {**method.draw, **more}
     drawn = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in fields.items()})

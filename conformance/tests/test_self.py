@@ -71,6 +71,20 @@ def test_known_issue_that_passes_fails_the_run():
     assert result.outcome == "fail" and "known issue, and passes" in result.message
 
 
+def test_known_issue_that_depends_on_the_machine_may_pass():
+    issue = {"results": ["lora/linear/plain:forward:*"], "what": "", "link": "https://example.org", "sometimes": "why"}
+    task = next(t for t in LORA if t.id == "lora/linear/plain:forward:float32")
+    assert runner.apply_known(runner.run_one(Oracle(), task), [issue]).outcome == "pass"
+
+
+@pytest.mark.parametrize("version, wanted, fits", [
+    ("0.21.2", "0.21.2", True), ("0.21.20", "0.21.2", False), ("0.21.2.dev0", "0.21.2", True),
+    ("0.15.2", ">= 0.15, <= 0.21.2", True), ("0.9.0", ">= 0.15", False), ("0.22.0", "<= 0.21.2", False),
+    ("0.20.0", "< 0.20", False), ("0.19.1", "< 0.20", True), ("unknown", "<= 1", True)])
+def test_ranges_of_versions(version, wanted, fits):
+    assert runner.in_range(version, wanted) is fits
+
+
 def test_known_issue_needs_link_and_evidence():
     import json
     from pathlib import Path

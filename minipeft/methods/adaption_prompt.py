@@ -19,6 +19,7 @@ It is called with `hidden_states` (batch, length, hidden), and returns y or a tu
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,14 +28,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..base import lasting
 from ..checkpoint import PREFIX, Entry, check, fill
 from ..config import PeftConfig
 from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from ..inject import check_adapter_name, model_config
-from ..layer import INSIDE, walk
+from ..layer import INSIDE, put_at, walk
 from ..targets import named
 from ..tuner import BaseTuner
 
+MIXING = threading.Lock()
 TARGETS = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # by model type
 
 
@@ -97,17 +100,25 @@ class AdaptedAttention(nn.Module):
 
 
 class MixedAttention(nn.Module):
-    """The same for a mixed batch: each sample has the prompt of its adapter, if that has one here."""
+    """The same for a mixed batch: each sample has the prompt of its adapter, if that has one here.
 
-    def __init__(self, model: nn.Module, prompts: dict[str, AdaptedAttention], context: Any):
+    Passes of other threads, whose batches are not mixed, run `plain`.
+    """
+
+    plain: Any
+
+    def __init__(self, model: nn.Module, plain: nn.Module, prompts: dict[str, AdaptedAttention], context: Any):
         super().__init__()
         self.model, self.prompts, self.context = model, prompts, context
+        self.__dict__["plain"] = plain  # the module itself, or one of `prompts`
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.context.now.adapter_names is None:
+            return self.plain(*args, **kwargs)
         return _added(self.model(*args, **kwargs), lambda y: self.add(y, **_inputs(args, kwargs)))
 
     def add(self, y: Tensor, x: Tensor, rotation: Any = None) -> Tensor:
-        for name, rows in self.context.groups(len(x), None).items():
+        for name, rows in self.context.now.groups(len(x), None).items():
             if name in self.prompts:
                 index = torch.tensor(rows, device=x.device)
                 turn = rotation and tuple(t if len(t) == 1 else t[index] for t in rotation)
@@ -140,11 +151,13 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
     def _begin(self, model: Any) -> None:
         super()._begin(model)
         self.prompts: dict[str, dict[str, AdaptedAttention]] = {}
+        self.mixing = 0  # how many mixed passes are running, in all threads
 
     def add_adapter(self, adapter_name: str, config: PeftConfig) -> None:
         """Add an untrained adapter. It becomes active if it is the only one."""
         self.add(adapter_name, config)
 
+    @lasting()
     def add(
         self,
         name: str,
@@ -154,6 +167,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         weights: Mapping[str, Tensor] | None = None,
         strict: bool = True,
         keys: Any = None,
+        ignore: bool = False,
     ) -> Any:
         """See `BaseTuner.add`."""
         if name in self.peft_config:
@@ -162,7 +176,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         target, paths = self._find(config)
         device = "meta" if low_cpu_mem_usage and weights is None else None
         prompts = {path: AdaptedAttention(self._attention(path), config.adapter_len, path, device) for path in paths}
-        report = None if weights is None else _load(prompts, weights, strict)
+        report = None if weights is None else _load(prompts, weights, strict, ignore)
         config.target_modules = target
         self.prompts[name], self.peft_config[name] = prompts, config
         self.targeted_module_names[:] = dict.fromkeys([*self.targeted_module_names, *prompts])
@@ -204,9 +218,8 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
             module = self._attention(path)
             here = {name: prompts[path] for name, prompts in self.prompts.items() if path in prompts}
             on = [] if self._disabled else [n for n in self.active_adapters if n in here]
-            if mixed:
-                module = MixedAttention(module, here, self.context)
-            self.model.set_submodule(path, here[on[0]] if on and not mixed else module)
+            shown = here[on[0]] if on else module
+            put_at(self.model, path, MixedAttention(module, shown, here, self.context) if mixed else shown)
 
     # ----------------------------------------------------------------------------------------------- which adapter
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -241,16 +254,22 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         self._show()
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        with super()._enable_peft_forward_hooks(*args, **kwargs):
-            if self.context.adapter_names is None:
+    def _tell(self, args: tuple, kwargs: dict[str, Any], anew: bool = False) -> Iterator[None]:
+        with super()._tell(args, kwargs, anew):
+            if self.context.now.adapter_names is None:
                 yield
                 return
-            self._show(mixed=True)
+            with MIXING:
+                self.mixing += 1
+                if self.mixing == 1:
+                    self._show(mixed=True)
             try:
                 yield
             finally:
-                self._show()
+                with MIXING:
+                    self.mixing -= 1
+                    if self.mixing == 0:
+                        self._show()
 
     # ------------------------------------------------------------------------------------------------------- tensors
     def further_entries(self, name: str, prefix: str) -> Iterator[Entry]:
@@ -281,8 +300,8 @@ def _entries(prompts: dict[str, AdaptedAttention], prefix: str) -> Iterator[Entr
             yield Entry(f"{prefix}{path}.{key}", f"{prefix}{path}.{key}", attention._parameters, key)
 
 
-def _load(prompts: dict[str, AdaptedAttention], weights: Mapping[str, Tensor], strict: bool) -> Any:
+def _load(prompts: dict[str, AdaptedAttention], weights: Mapping[str, Tensor], strict: bool, ignore: bool) -> Any:
     entries = list(_entries(prompts, PREFIX))
-    report = check(entries, weights, strict=strict)
+    report = check(entries, weights, strict=strict, ignore=ignore)
     fill(entries, weights)
     return report

@@ -80,15 +80,15 @@ class ALoRA(Factors, Routed, config=LoraConfig, variant="alora_invocation_tokens
 
     def invoked(self, y: Tensor) -> Tensor:
         """Which tokens of y it acts on. PEFT: generating without a cache, or in chunks, counts from the wrong end."""
-        context = self.layer.context
-        if self.name not in context.by_sample and torch._C._current_graph_task_id() != -1:
-            how = "with that of transformers' models, by gradient_checkpointing_enable()"
-            raise UnsupportedFeatureError(f"aLoRA cannot run '{self.path}' again for gradient checkpointing but {how}.")
-        start, length = context.noticed(self.name, len(y)), y.shape[1] if y.dim() > 2 else 1
+        now = self.layer.context.now
+        if self.name not in now.by_sample and torch._C._current_graph_task_id() != -1:
+            why = "gradients must come from what the model returned"
+            raise UnsupportedFeatureError(f"aLoRA cannot run '{self.path}' again for gradient checkpointing: {why}.")
+        start, length = now.noticed(self.name, len(y)), y.shape[1] if y.dim() > 2 else 1
         if start is None:
             on = torch.zeros(len(y), length, dtype=torch.bool, device=y.device)
         else:
-            on = torch.arange(context.grown - length, context.grown, device=y.device) >= start.to(y.device)[:, None]
+            on = torch.arange(now.grown - length, now.grown, device=y.device) >= start.to(y.device)[:, None]
         return on if y.dim() > 2 else on.squeeze(1)
 
 

@@ -94,12 +94,14 @@ class Arrow(Factors, Routed, config=LoraConfig, variant="arrow_config"):
     def prototypes(self, tasks: list[LoRA], general: list[LoRA]) -> Tensor:
         """P (experts, in), computed anew when an expert came, went or changed. PEFT: not when it changed."""
         weights = [f for fs in factors(tasks + general) for f in fs]
-        key = [expert.name for expert in tasks], [(f.data_ptr(), f._version, f.dtype, f.device) for f in weights]
-        if vars(self).get("kept", (None,))[0] != key:
+        names = [expert.name for expert in tasks + general]
+        known, of, P = vars(self).get("kept", (None, (), None))
+        if known != names or not all(map(same, of, weights)):
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
-                rows = [self.direction(*AB) for AB in zip(key[0], *self.purified(tasks, general))]
-                vars(self)["kept"] = key, torch.stack(rows)
-        return vars(self)["kept"][1]
+                of = [f.clone() for f in weights]  # also changes that torch does not see are seen by their values
+                P = torch.stack([self.direction(*AB) for AB in zip(names, *self.purified(tasks, general))])
+            vars(self)["kept"] = names, of, P
+        return P
 
     def direction(self, name: str, A: Tensor, B: Tensor) -> Tensor:
         """The right singular vector (in,) of B A with the largest singular value, in float32 and then as A."""
@@ -116,6 +118,10 @@ class Arrow(Factors, Routed, config=LoraConfig, variant="arrow_config"):
             v = A.t() @ (C @ (A @ v))
             v = v / (v.norm() + EPSILON)
         return v.to(dtype)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def plain(expert: Any) -> LoRA:

@@ -74,20 +74,15 @@ class CPTEmbedding(Prompt, config=CPTConfig):
         self.embedding.requires_grad_(False)
         self.delta_embedding = nn.Embedding(*shape)  # (tokens, dim)
         nn.init.zeros_(self.delta_embedding.weight)
-        self.set_updated_tokens()
 
     def forward(self, indices: Tensor) -> Tensor:
         short = self.get_projection()
         if self.training:  # projected gradient descent: the next step starts from here
             self.delta_embedding.weight.data = short
-        weight = self.delta_embedding.weight
-        return self.embedding(indices) + F.embedding(indices, weight + (short - weight).detach())
-
-    def set_updated_tokens(self) -> None:
-        """Labels of the examples never change: their gradient is zero."""
-        kinds = torch.tensor(self.config.cpt_tokens_type_mask) % 4
-        trained = (kinds != 0).view(-1, 1)
-        self.delta_embedding.weight.register_hook(lambda grad: grad * trained.to(grad.device))
+        delta = self.delta_embedding.weight
+        kinds = torch.tensor(self.config.cpt_tokens_type_mask, device=delta.device) % 4
+        delta = torch.where((kinds != 0).view(-1, 1), delta, delta.detach())  # labels of the examples never change
+        return self.embedding(indices) + F.embedding(indices, delta + (short - delta).detach())
 
     def get_epsilon(self) -> Tensor:
         """The largest norm that each token's change may have, (tokens,)."""

@@ -3,7 +3,7 @@
     W' = m * (W + s B A) / |W + s B A|        A: (r, in), B: (out, r), m: (out,), |.|: norm of each row, held constant
     parameters                                r (in + out) + out
 
-The norm comes from the factors, so that no (out, in) product is formed; |W|^2 is computed once and kept:
+The norm comes from the factors, so that no (out, in) product is formed:
 
     |W + s B A|^2 = |W|^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B                   row by row
 """
@@ -29,6 +29,7 @@ class Magnitude(nn.Module):
 
 class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding")
+    fades = False
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
@@ -47,7 +48,7 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
         there = torch.device("cuda") if self.config.runtime_config.ephemeral_gpu_offload else self.base.device
         W = vars(self).get("left", self.base.read()[0])
         W, A, B = (t.to(there) for t in (W, *self.factors()))
-        return norm(W, A, B, self.scaling, square(W)).to(self.base.device)
+        return norm(W, A, B, self.scaling).to(self.base.device)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)  # (r, in), (out, r)
@@ -55,10 +56,7 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
     def gain(self) -> Tensor:
         """m / |W + s B A|, (out,)."""
         W, (A, B) = self.base.read()[0].detach(), (t.detach() for t in self.factors())
-        key = (W.data_ptr(), W._version, W.dtype, W.device)
-        if vars(self).get("kept", (None,))[0] != key:
-            vars(self)["kept"] = key, square(W)
-        return self.lora_magnitude_vector.weight.flatten() / norm(W, A, B, self.scaling, vars(self)["kept"][1])
+        return self.lora_magnitude_vector.weight.flatten() / norm(W, A, B, self.scaling)
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
@@ -84,17 +82,13 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
         return {key.removesuffix(".weight") if "lora_magnitude_vector" in key else key: t for key, t in tensors.items()}
 
 
-def square(W: Tensor) -> Tensor:
-    """|W|^2 of each row, (out,), in at least float32."""
-    dtype = torch.promote_types(W.dtype, torch.float32)
-    return torch.linalg.vector_norm(W.flatten(1), dim=1, dtype=dtype).square()
-
-
-def norm(W: Tensor, A: Tensor, B: Tensor, s: float, WW: Tensor) -> Tensor:
-    """|W + s B A| of each row, (out,), from WW = |W|^2."""
+def norm(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """|W + s B A| of each row, (out,), in at least float32."""
+    W, dtype = W.flatten(1), torch.promote_types(W.dtype, torch.float32)
     if B.shape[1] < len(A):  # PEFT: the product for a convolution with groups, B being (out, r / groups), is not B A
         BA = (B.reshape(-1, len(A)) @ A).view(len(W), -1)  # (out, in / groups * taps)
-        return torch.linalg.vector_norm(W.flatten(1) + s * BA, dim=1, dtype=WW.dtype)
-    A, B = A.to(WW.dtype), B.t().to(WW.dtype)  # (r, in), (r, out)
-    C = torch.addmm(A @ W.flatten(1).t().to(WW.dtype), A @ A.t(), B, beta=2 * s, alpha=s * s)  # (r, out)
+        return torch.linalg.vector_norm(W + s * BA, dim=1, dtype=dtype)
+    WW = torch.linalg.vector_norm(W, dim=1, dtype=dtype).square()  # |W|^2, (out,)
+    A, B = A.to(dtype), B.t().to(dtype)  # (r, in), (r, out)
+    C = torch.addmm(A @ W.t().to(dtype), A @ A.t(), B, beta=2 * s, alpha=s * s)  # (r, out)
     return (WW + (C * B).sum(0)).clamp_min_(0).sqrt_()

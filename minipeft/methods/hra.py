@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -59,11 +59,18 @@ class HRA(Activation, config=HRAConfig):
         self.hra_u = nn.Parameter(U.repeat_interleave(2, 1) if paired else U)
 
     def pre(self, x: Tensor) -> Tensor:
-        x = self.cast(x, self.hra_u)  # (..., in)
-        if self.hra_apply_GS:
+        return self.reflected(x, reversed)
+
+    def adjoint(self, rows: Tensor) -> Tensor:
+        return self.reflected(rows, iter)
+
+    def reflected(self, x: Tensor, order: Any) -> Tensor:
+        """x (..., in) at all the hyperplanes, in that order."""
+        x = self.cast(x, self.hra_u)
+        if self.hra_apply_GS:  # they are orthogonal to each other: in any order
             V = orthonormal(self.hra_u)
             return x - 2 * (x @ V) @ V.T
-        for u in (self.hra_u / self.hra_u.norm(dim=0)).flip(1).unbind(1):
+        for u in order((self.hra_u / self.hra_u.norm(dim=0)).unbind(1)):
             x = x - 2 * (x @ u)[..., None] * u
         return x
 

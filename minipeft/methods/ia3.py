@@ -51,5 +51,8 @@ class IA3(Activation, config=IA3Config):
     def pre(self, x: Tensor) -> Tensor:
         return x * self.base.spread(self.ia3_l) if self.is_feedforward else x  # (..., in)
 
+    def adjoint(self, rows: Tensor) -> Tensor:
+        return self.pre(rows)
+
     def post(self, y: Tensor) -> Tensor:
         return y if self.is_feedforward else y * self.ia3_l.flatten()  # (..., out)

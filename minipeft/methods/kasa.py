@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Delta
-from ..base import Linear
+from ..base import Linear, lasting
 from ..errors import ConfigError, MergeError, UnsupportedLayerError
 from ..rotations import from_orthonormal
 from ..svd import leading
@@ -52,7 +52,7 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
     def complete(cls, config: Any, adapters: list[Any]) -> None:
         left: dict[int, Tensor] = {}  # by weight: replicated layers share theirs
         for adapter in adapters:
-            W = adapter.base.frozen
+            W = adapter.base.cell
             if W.is_meta:
                 vars(adapter)["late"] = True
             else:
@@ -60,6 +60,7 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
                 left[id(W)] = truncated(before, adapter.r)
                 leave(adapter, left[id(W)])
 
+    @lasting()
     def catch_up(self) -> None:
         """Truncate a weight that had no values yet when the adapter was added."""
         if self.base.device.type == "meta":

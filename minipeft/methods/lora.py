@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Delta, variants
 from ..base import dropout, weight_of
-from ..checkpoint import read_weights
+from ..checkpoint import entries_of_model, read_weights
 from ..errors import ConfigError, UnsupportedFeatureError
+from ..hotswap import refit
 from ..replicate import replicate_layers
 from ..targets import pattern_value
 from .lora_configs import LoraConfig as LoraConfig
@@ -55,6 +56,15 @@ class Factors(Adapter):
             if mine and theirs and mine != theirs:
                 has = f"'{name}' has {sorted(theirs)}, not {sorted(mine)}"
                 raise ConfigError(f"All adapters must target the same parameters, but {has}.")
+
+    @classmethod
+    def convert_for_save(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        refit(entries_of_model(model, name), name, tensors, pad=False)
+        return tensors
+
+    @classmethod
+    def resize(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> None:
+        refit(entries_of_model(model, name), name, tensors, pad=True)
 
     def build(self) -> None:
         c = self.config

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..base import Linear
+from ..base import Linear, lasting
 from ..checkpoint import PREFIX, tuner_of
 from ..errors import ConfigError, PeftWarning
 from ..layer import Layer, adapted, walk
@@ -123,6 +123,7 @@ def _move(inputs: Any, device: Any) -> Any:
     return type(inputs)(_move(value, device) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
 
 
+@lasting()
 @torch.no_grad()
 def initialize_lora_eva_weights(
     model: Any,

@@ -83,12 +83,15 @@ def preprocess_loraga(
     if lora_config.lora_ga_config is None:
         raise ConfigError("LoRA-GA needs a LoraConfig with init_lora_weights='lora_ga' and a `lora_ga_config`.")
     default_targets(lora_config, model, model_config(model).get("model_type"))
-    layers = {path: base.leaf for path, base in linear_targets(model, lora_config).items()}
-    if not layers:
+    targets = linear_targets(model, lora_config)
+    if not targets:
         raise ConfigError("No supported layers were found: LoRA-GA is for linear layers in `target_modules`.")
-    for path, leaf in layers.items():
-        if not leaf.weight.is_floating_point():
+    for path, base in targets.items():
+        if base.packed:
             raise ConfigError(f"LoRA-GA needs gradients in full precision, but '{path}' is quantised.")
+        if base.computed is not None:
+            raise ConfigError(f"LoRA-GA needs the gradient of a parameter, but '{path}' computes its weight.")
+    layers = {path: base.leaf for path, base in targets.items()}
     cache = None if cache_file is None else Path(cache_file)
     if cache is not None and cache.is_file() and cache.stat().st_size:
         stored = torch.load(cache, map_location=next(model.parameters()).device, weights_only=True)

@@ -68,12 +68,13 @@ def initialise(adapter: Any, how: bool | str) -> None:
             for factor, value in ((A, a), (B, b)):
                 getattr(factor, "weight", factor).data = value
         if changes_base(how):
-            leave(adapter, rest.to(base.dtype))
+            leave(adapter, rest.to(W.dtype))
 
 
 def leave(adapter: Any, W: Tensor) -> None:
     """Let W (out, in) be what is in the frozen layer, once the adapter is accepted; till then it is `adapter.left`."""
     check_unmerged(adapter)
+    adapter.base.check_writes(W)
     own = vars(adapter)
     if "left" not in own:
         adapter.at_commit(lambda: replace(adapter.base, own.pop("left")))
@@ -88,7 +89,7 @@ def replace(base: Any, W: Tensor) -> None:
 
 def check_unmerged(adapter: Any) -> None:
     """Raise `MergeError` where a merge is on, which could not be undone once the frozen weight is another."""
-    if adapter.base.home.original is not None:
+    if adapter.base.changed:
         raise MergeError(f"{adapter!r} changes the frozen weight, in which an adapter is merged. Unmerge that first.")
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base import lasting
 from ..errors import CheckpointError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError, nearest
 from ..layer import Layer, adapted
 from ..quant import Linear4bit
@@ -32,7 +33,7 @@ def start(adapter: Any, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     c = LoftQConfig.of(c) if isinstance(c, dict) else c
     if c.loftq_bits not in (4, 8) or c.loftq_iter <= 0:
         raise ConfigError(f"LoftQ quantises to 4 or 8 bits, in one or more steps, got {c}.")
-    if not adapter.base.stored()[0].is_floating_point():
+    if adapter.base.packed:
         raise ConfigError(
             f"'{adapter.path}' is quantised already: use `replace_lora_weights_loftq`, not LoftQ's start."
         )
@@ -62,6 +63,7 @@ def closest(D: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
+@lasting()
 @torch.no_grad()
 def replace_lora_weights_loftq(
     peft_model: Any,

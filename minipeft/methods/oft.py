@@ -1,10 +1,10 @@
 """OFT - Orthogonal Fine-Tuning. Qiu et al., 2023, https://arxiv.org/abs/2306.07280, eq. 2 to 4.
 Cayley-Neumann: OFTv2, Qiu et al., 2025, https://arxiv.org/abs/2506.19847, section 3.3.
 
-    x' = x R,  y = W x' + b      R = diag(R_1, ..., R_r), R_i: (b, b) orthogonal, r b = in
-    y' = y R                     on an embedding, r b = dim
+    W' = W R^T                   R = diag(R_1, ..., R_r), R_i: (b, b) orthogonal, r b = in
+    y' = R^T y                   y: what is looked up, on an embedding, r b = dim
     R_i = (I - Q)(I + Q)^-1      Q_i: (b, b) skew-symmetric, its upper triangle stored: (b (b - 1) / 2)
-        ~ I + 2 Q + ... + 2 Q^(p-1) + Q^p          Cayley-Neumann
+    R_i = I + 2 Q + ... + 2 Q^(p-1) + Q^p      Cayley-Neumann, p + 1 terms of the series of (I + Q)(I - Q)^-1
     |Q_i| <= eps / sqrt(r)       CoFT
     parameters                   in (oft_block_size - 1) / 2
 """
@@ -113,11 +113,15 @@ class OFT(Activation, config=OFTConfig):
     def pre(self, x: Tensor) -> Tensor:
         return self.rotate(x) if self.base.reads_vectors else x  # (..., in)
 
+    def adjoint(self, rows: Tensor) -> Tensor:
+        return self.rotate(rows, back=True) if self.base.reads_vectors else rows
+
     def post(self, y: Tensor) -> Tensor:
         return y if self.base.reads_vectors else self.rotate(y)  # (..., dim)
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, back: bool = False) -> Tensor:
         R = self.oft_dropout(self.oft_R.blocks())  # (r, b, b)
+        R = R.mT if back else R
         x = self.cast(x, R).unflatten(-1, (-1, R.shape[-1]))  # (..., r, b)
         return torch.einsum("...rk,rkc->...rc", x, R).flatten(-2)
 

@@ -44,6 +44,8 @@ class OSFConfig(PeftConfig, method="OSF"):
 class Project(torch.autograd.Function):
     """The identity, whose gradient is multiplied by I - K K^T (`away`) or K K^T; K: (n, k) with orthonormal columns."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, K: Tensor, away: bool) -> Tensor:
         return x.view_as(x)

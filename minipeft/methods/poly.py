@@ -77,7 +77,7 @@ class Poly(Routed, config=PolyConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (batch, ..., out)
-        tasks = self.layer.context.tasks(len(x)).to(x.device)
+        tasks = self.layer.context.now.tasks(len(x)).to(x.device)
         if tasks.min() < 0 or tasks.max() >= self.n_tasks:
             raise BatchError(f"`task_ids` must lie between 0 and {self.n_tasks - 1}, got {tasks.tolist()}.")
         a = self.poly_router(tasks)  # (batch, splits, skills)

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Routed
+from ..base import lasting
 from ..config import PeftConfig, Positive, Probability, TaskType
 from ..errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
-from ..layer import BASE, Context, walk
+from ..layer import BASE, walk
+from ..passes import NOTHING, Context, Pass
 from ..targets import Targets, embedding
 from ..tuner import BaseTuner
 from . import shadow_backbone as network
@@ -65,9 +67,9 @@ class ShadowConfig(PeftConfig, method="SHADOW", layers_need_list=True):
 
 
 class Trajectory(Context):
-    """What one forward pass tells the blocks: also s_0 (batch, length, d), or a function of the first block's input."""
+    """Passes that also tell the blocks `start`: s_0 (batch, length, d), or a function of the first block's input."""
 
-    start: Any = None
+    last: Pass = NOTHING  # the one that ended last
 
 
 @dataclass
@@ -159,7 +161,7 @@ class Shadow(Routed, config=ShadowConfig):
 
     def forward(self, x: Any, inner: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(x, Tensor):  # the first block
-            start = getattr(self.layer.context, "start", None)
+            start = getattr(self.layer.context.now, "start", None)
             if start is None:
                 return inner(x, *args, **kwargs)
             x = Pair(x, start(x) if callable(start) else start)
@@ -181,16 +183,17 @@ class Shadow(Routed, config=ShadowConfig):
 
     @staticmethod
     def together(layer: Any, groups: dict[str, list[int]], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """One pass of the block for all samples, the state of each kept in the context."""
+        """One pass of the block for all samples, the state of each kept in the pass."""
+        now = layer.context.now
         here = {n: torch.tensor(rows, device=x.device) for n, rows in groups.items() if n in layer.adapters}
         for name, rows in here.items():
-            _check_lengths(x, layer.context.start)
-            x = x.index_copy(0, rows, layer.adapters[name].inject(x[rows], layer.context.start[rows]))
+            _check_lengths(x, now.start)
+            x = x.index_copy(0, rows, layer.adapters[name].inject(x[rows], now.start[rows]))
         output = layer.base_layer(x, *args, **kwargs)
         h = output if isinstance(output, Tensor) else output[0]
         for name, rows in here.items():
-            s = layer.context.start
-            layer.context.start = s.index_copy(0, rows, layer.adapters[name].advance(h[rows], s[rows]))
+            s = now.start
+            now.start = s.index_copy(0, rows, layer.adapters[name].advance(h[rows], s[rows]))
         return output
 
 
@@ -219,18 +222,18 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         super()._begin(model)
         self.context = Trajectory()
         self.last_shadow_loss: Tensor | None = None
-        self.pasts: dict[str, Any] = {}  # the shadows' caches, until the model's own is there
         self.hooks: list[Any] = []
         for slot in BESIDE:
             self.register(slot, nn.ModuleDict(), trained=True)
 
+    @lasting()
     def add(self, name: str, config: Any, *args: Any, **kwargs: Any) -> Any:
         """See `BaseTuner.add`."""
         report = super().add(name, config, *args, **kwargs)
         self._train_beside(name, name in self.active_adapters and not config.inference_mode)
         if not self.hooks:
             self.hooks.append(self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True))
-            self.hooks.append(self.model.register_forward_hook(self._end_pass, with_kwargs=True))
+            self.hooks.append(self.model.register_forward_hook(self._end_pass, always_call=True))
             self.on_unload.append(self._stop)
         return report
 
@@ -242,12 +245,12 @@ class ShadowModel(BaseTuner, method="SHADOW"):
     # ------------------------------------------------------------------------------------------------------- running
     def _begin_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Compute s_0, and give the model its own part of the cache."""
-        self.context.start, self.pasts = None, {}
+        now: Any = self.context.open(start=None, pasts={})  # pasts: the shadows' caches, until the model's own is there
         pasts: dict[str, Any] = {}
         cache: Any = kwargs.get("past_key_values")
         if isinstance(cache, network.ShadowCache):
             kwargs, cache, pasts = {**kwargs, "past_key_values": cache.base}, cache.base, cache.shadows
-        mixed = self.context.adapter_names
+        mixed = now.adapter_names
         names = [name for name in dict.fromkeys(mixed or self.active_adapters) if name != BASE]
         if self._disabled or not names:
             return args, kwargs
@@ -257,7 +260,7 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         if ids is None and embeds is None:  # a diffusion transformer
             if mixed is not None:
                 raise BatchError("Mixed batches are not possible on a diffusion transformer with a shadow.")
-            self.context.start = lambda hidden: self._start(names[0], None, hidden).last_hidden_state
+            now.start = lambda hidden: self._start(names[0], None, hidden).last_hidden_state
             return args, kwargs
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
@@ -271,13 +274,13 @@ class ShadowModel(BaseTuner, method="SHADOW"):
             output = self._start(name, ids, embeds, past_key_values=pasts.get(name), **given)
             starts[name] = output.last_hidden_state
             if use_cache and (past := getattr(output, "past_key_values", None)) is not None:
-                self.pasts[name] = past
+                now.pasts[name] = past
         start = starts[names[0]]
-        for name, rows in (self.context.groups(len(start), None) or {}).items():
+        for name, rows in (now.groups(len(start), None) or {}).items():
             if name in starts:
                 index = torch.tensor(rows, device=start.device)
                 start = start.index_copy(0, index, starts[name][index])
-        self.context.start = start
+        now.start = start
         return args, kwargs
 
     def _start(self, name: str, ids: Any, embeds: Any, **given: Any) -> Any:
@@ -292,20 +295,24 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         output.last_hidden_state = self.shadow_projection[name](output.last_hidden_state)
         return output
 
-    def _end_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        pasts, self.pasts = self.pasts, {}
+    def _end_pass(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        now: Any = self.context.now
+        pasts, now.pasts = now.pasts, {}
         if pasts and hasattr(output, "past_key_values"):
             output.past_key_values = network.ShadowCache(output.past_key_values, pasts)
+        self.context.kept(output)
+        self.context.close()
+        self.context.last = now
         return output
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward. With `labels`, the output's loss has the shadow's own added, times its weight."""
         output = super().forward(*args, **kwargs)
         self.last_shadow_loss = None
-        labels, start = kwargs.get("labels"), self.context.start
+        labels, start = kwargs.get("labels"), getattr(self.context.last, "start", None)
         if labels is None or getattr(output, "loss", None) is None or not isinstance(start, Tensor):
             return output
-        if self.context.adapter_names is not None:  # there is no one shadow
+        if self.context.last.adapter_names is not None:  # there is no one shadow
             return output
         loss = self.shadow_auxiliary_loss(labels, kwargs.get("attention_mask"))
         if loss is not None:
@@ -317,7 +324,7 @@ class ShadowModel(BaseTuner, method="SHADOW"):
 
     def shadow_auxiliary_loss(self, labels: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
         """The loss of head(s_0) in the last pass, not yet weighted; None when there was no shadow, or has no head."""
-        name, start = self.active_adapters[0], self.context.start
+        name, start = self.active_adapters[0], getattr(self.context.last, "start", None)
         head = self._head(name)
         if head is None or not isinstance(start, Tensor):
             return None

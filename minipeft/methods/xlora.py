@@ -94,12 +94,12 @@ class XLoRA(Routed, Factors, config=XLoraConfig):
 
     def weight_for(self, branch: Tensor) -> Tensor:
         """g p_i of this adapter and layer, to be multiplied with `branch` (batch, length, ..., out)."""
-        context = self.layer.context
-        if context.adapter_names is not None:
+        now = self.layer.context.now
+        if now.adapter_names is not None:
             raise BatchError("X-LoRA mixes its adapters for each token by itself; leave out `adapter_names`.")
-        if context.scalings is None:
+        if now.scalings is None:
             raise BatchError(f"'{self.path}' was called by itself; X-LoRA needs a call of the whole model.")
-        p = context.scalings[:, :, self.layer_number, self.expert]  # (batch, length), or (1, 1) in the first pass
+        p = now.scalings[:, :, self.layer_number, self.expert]  # (batch, length), or (1, 1) in the first pass
         shape = tuple(branch.shape)
         fits = len(shape) > 2 and p.shape[1] in (1, shape[1]) and (len(p) == shape[0] or 1 in (len(p), shape[0]))
         if not fits:

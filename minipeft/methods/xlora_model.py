@@ -7,11 +7,12 @@ The base model may be any module whose forward
 - hands (batch, length, ...) to every adapted layer, token by token; an embedding is given (batch, length) indices
 - keeps no cache of earlier tokens: `config.use_cache`, if there is one, must be False
 
-Gradient checkpointing needs `use_reentrant=False`, and a backward pass before the next forward pass.
+Gradient checkpointing needs `use_reentrant=False`.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import ADAPTERS, Adapter, adapter_class, variants
+from ..base import lasting
 from ..checkpoint import Entry, base_entries, check, entries_of_module, fill, load_peft_weights, strip
 from ..config import PeftConfig, PeftType
 from ..errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError
+from ..files import of_one_version
 from ..inject import check_adapter_name, model_config
 from ..layer import layers
 from ..tuner import BaseTuner
@@ -64,6 +67,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
     def check_name(self, name: Any) -> None:
         """The names "0", "1", ... of the LoRA adapters may well be names of modules too."""
 
+    @lasting()
     def add(
         self,
         name: str,
@@ -73,6 +77,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
         weights: Any = None,
         strict: bool = True,
         keys: Any = None,
+        ignore: bool = False,
     ) -> Any:
         """Load the LoRA adapters that `config` names, and put a classifier beside them."""
         if self.peft_config:
@@ -89,7 +94,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
             report = None
             if weights is not None:
                 entries = list(entries_of(classifier))
-                report = check(entries, weights, strict=strict)
+                report = check(entries, weights, strict=strict, ignore=ignore)
                 fill(entries, weights)
         except BaseException:
             self.unload()
@@ -123,25 +128,26 @@ class XLoraModel(BaseTuner, method="XLORA"):
     # --------------------------------------------------------------------------------------------------------- running
     def route(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Before the model runs: find out the weights of the adapters, by running it without gradients."""
+        now = self.context.open()
         if self._disabled:
             return
         if kwargs.get("past_key_values") is not None:
             raise BatchError("X-LoRA runs the model twice, so it cannot go on from a cache; pass use_cache=False.")
         classifier = self.internal_xlora_classifier
         more = {"output_hidden_states": True} | ({"return_dict": True} if accepts(model, "return_dict") else {})
-        self.context.scalings = classifier.weights(classifier.constant())
+        now.scalings = classifier.weights(classifier.constant())
         with torch.no_grad():
             output = model.forward(*args, **{**kwargs, **more})
         states = output.get("hidden_states") if isinstance(output, dict) else getattr(output, "hidden_states", None)
         if states is None:
             raise BatchError(f"X-LoRA needs `hidden_states`, but {type(model).__name__} returned none.")
-        self.internal_xlora_scalings = classifier(states[-1])
-        self.context.scalings = classifier.weights(self.internal_xlora_scalings)
+        self.internal_xlora_scalings = scalings = classifier(states[-1])
+        now.scalings = classifier.weights(scalings)
 
-    def forget(self, *args: Any) -> None:
-        """After the model has run: the weights were for this run. Gradient checkpointing needs them once more."""
-        if not torch.is_grad_enabled():
-            self.context.scalings = None
+    def forget(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After the model has run, or failed: the weights were for this run."""
+        self.context.kept(output)
+        self.context.close()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate, without a cache: each token asks for weights of all tokens."""
@@ -254,9 +260,8 @@ def read_adapters(config: Any, name: str, model: nn.Module) -> list[tuple[str, A
     found = []
     for given, folder in config.adapters.items():
         with naming(where := f"Adapter {given!r} of X-LoRA, from '{folder}'"):
-            own: Any = PeftConfig.from_pretrained(folder)
-            check_expert(own)
-            found.append((where, own, without_embeddings(load_peft_weights(folder, "cpu"), model)))
+            own, weights = of_one_version(folder, None, functools.partial(read_expert, folder))
+            found.append((where, own, without_embeddings(weights, model)))
         own.inference_mode = False
     return found
 
@@ -268,6 +273,13 @@ def naming(what: str) -> Iterator[None]:
         yield
     except PeftError as error:
         raise type(error)(f"{what}: {error}") from error
+
+
+def read_expert(folder: str) -> tuple[Any, dict[str, Tensor]]:
+    """Configuration and tensors of a saved LoRA. Raises `PeftError` for what cannot be one of X-LoRA's."""
+    config = PeftConfig.from_pretrained(folder)
+    check_expert(config)
+    return config, load_peft_weights(folder, "cpu")
 
 
 def check_expert(config: Any) -> None:
@@ -289,7 +301,7 @@ def check_expert(config: Any) -> None:
 
 def without_embeddings(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Tensors without the model's own embeddings, which stand beside those of an adapter on them."""
-    own = {strip(entry.saved): entry.tensor for entry in base_entries(model, tensors)}
+    own = {strip(entry.saved): entry.tensor for entry in base_entries(model, tensors, ())[0]}
     for key, value in tensors.items():
         there = own.get(strip(key))
         if there is not None and not (there.shape == value.shape and torch.equal(there, value.to(there))):

@@ -23,6 +23,7 @@ BEGINS = {"default": [4, None, 0, 7], "other": [7, 7, 7, 6]}  # the first token 
 MIXED = ["default", "other", "__base__", "plain"]
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True,
           "output_logits": True}
+TOLERANCE = 2e-6  # of float64: Llama's norms and angles are float32 inside, as `Base.float32_inside` says of it
 
 
 def adapted(lib, base=None, task_type="CAUSAL_LM", targets=("q_proj", "down_proj"), **fields):
@@ -51,13 +52,13 @@ def logits(model, **inputs):
     return model(**{"input_ids": IDS, "attention_mask": MASK, **inputs}).logits
 
 
-def same(got, want):
-    H.close({"logits": got}, {"logits": want}, 1e-10)
+def same(got, want, tolerance=TOLERANCE):
+    H.close({"logits": got}, {"logits": want}, tolerance)
 
 
 def changed_from(a, b):
     """The first token of each sample that differs, or None."""
-    rows = (a - b).abs().amax(-1) > 1e-9
+    rows = (a - b).abs().amax(-1) > 1e-5
     return [int(row.nonzero()[0]) if row.any() else None for row in rows]
 
 
@@ -176,7 +177,7 @@ def test_nothing_invoked_is_the_base_model_with_zero_gradients(both):
 def test_gradients_equal(both):
     batch = {"input_ids": IDS, "attention_mask": MASK, "labels": IDS}
     got, want = (H.gradients(model, batch) for model in reversed(both))
-    H.close(got, want, 1e-9)
+    H.close(got, want, TOLERANCE)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["reentrant=False", "reentrant=True"])
@@ -193,10 +194,10 @@ def test_gradient_checkpointing(lib, ref, is_ref, both, reentrant):
     want = [backward(models[1], batches[:n]) for n in (1, 2)]
     for model in models:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    H.close(backward(models[1], batches[:1]), want[0], 1e-9)
-    H.close(backward(models[0], batches[:1]), want[0], 1e-9)
+    H.close(backward(models[1], batches[:1]), want[0], TOLERANCE)
+    H.close(backward(models[0], batches[:1]), want[0], TOLERANCE)
     if not is_ref:
-        H.close(backward(models[1], batches), want[1], 1e-9)
+        H.close(backward(models[1], batches), want[1], TOLERANCE)
     with pytest.raises(ValueError, match="Multiple invocations"):
         backward(models[0], batches)
 
@@ -266,10 +267,10 @@ def test_plain_module(lib, ref, is_ref):
         with ours.disable_adapter():
             base = ours(input_ids=IDS)
         assert changed_from(got, base) == BEGINS["default"]
-        same(got, theirs(input_ids=IDS))
-        same(ours(IDS), got)
+        same(got, theirs(input_ids=IDS), 1e-10)
+        same(ours(IDS), got, 1e-10)
         if not is_ref:  # there the tuner itself does not search
-            same(ours.base_model(IDS), got)
+            same(ours.base_model(IDS), got, 1e-10)
 
 
 def test_plain_module_of_no_task(lib, ref):
@@ -280,17 +281,34 @@ def test_plain_module_of_no_task(lib, ref):
     for given in ({}, {"alora_offsets": [2, None, 1, 9]}):
         with torch.no_grad():
             got, want = ours(input_ids=IDS, **given), theirs(input_ids=IDS, **given)
-        same(got, want)
+        same(got, want, 1e-10)
         with ours.disable_adapter(), torch.no_grad():
             assert any(changed_from(got, ours(input_ids=IDS))) is bool(given)
 
 
-def test_refuses_checkpointing_of_another_kind(lib, is_ref):
+def test_checkpointing_of_another_kind(lib, is_ref):
     if is_ref:
         pytest.skip("peft forgets the offsets there")
-    ours = plain(lib, again=True).train()
+    grads = []
+    for again in (False, True):
+        ours = H.move(plain(lib, again)).train()
+        one, two = ours(input_ids=IDS), ours(input_ids=IDS.flip(0))  # the second before the first's gradients
+        one.cos().sum().backward()
+        two.sin().sum().backward()
+        grads.append({n: p.grad for n, p in ours.named_parameters() if p.grad is not None})
+    H.identical(grads[1], grads[0])
+    assert all(grad.any() for grad in grads[0].values())
+
+
+def test_refuses_checkpointing_that_it_cannot_see(lib, is_ref):
+    """The gradients go round the model's output."""
+    if is_ref:
+        pytest.skip("peft forgets the offsets there")
+    ours, inside = plain(lib, again=True).train(), []
+    ours.get_base_model().inner.register_forward_hook(lambda module, args, output: inside.append(output))
+    ours(input_ids=IDS)
     with pytest.raises(lib.PeftError, match="gradient checkpointing"):
-        ours(input_ids=IDS).sum().backward()
+        inside[0].sum().backward()
 
 
 def test_warnings(lib, ref, both):
@@ -302,7 +320,7 @@ def test_warnings(lib, ref, both):
         with pytest.warns(UserWarning, match="aLoRA"):
             got = logits(model, input_ids=None, inputs_embeds=embeds)
         with model.disable_adapter():
-            same(got, logits(model))
+            same(got, logits(model), 1e-10)
         with pytest.warns(UserWarning, match="aLoRA"):
             model.generate(inputs_embeds=embeds, max_new_tokens=1)
 
@@ -313,7 +331,7 @@ def test_bad_offsets(lib, is_ref, both):
     for offsets, what in (([1, -2, None, 3], "at least 0"), ([1, 2, 3], "3 samples, that of a layer 4")):
         with pytest.raises(lib.BatchError, match=what):
             logits(both[1], alora_offsets=offsets)
-    assert both[1].base_model.context.by_sample == {}
+    assert both[1].base_model.context.now.by_sample == {}
 
 
 def test_is_no_plain_lora(lib, is_ref, both):
@@ -323,6 +341,6 @@ def test_is_no_plain_lora(lib, is_ref, both):
     assert not ours.supports_lora_conversion()
     with pytest.raises(lib.MergeError):
         ours.merge_adapter()
-    H.close({"y": logits(ours)}, {"y": logits(both[0])}, 1e-10)
+    H.close({"y": logits(ours)}, {"y": logits(both[0])}, TOLERANCE)
     with pytest.raises(lib.PeftError):
         ours.base_model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "sum", combination_type="linear")

@@ -58,12 +58,13 @@ def test_trainer(trainer):
 
 
 def test_trainer_resumed(trainer):
-    """Resumed from a checkpoint the losses are those of the unbroken run."""
+    """Resumed from a checkpoint the losses are those of the unbroken run, and the frozen model is as it was."""
     cases = [case for case in trainer["seen"] if "resumed" in case]
-    assert len(cases) == 4
+    assert len(cases) == 5
     for case in cases:
         assert len(case["losses"]) == 7 and len(set(case["losses"])) == 7
         assert case["resumed"] == pytest.approx(case["losses"], rel=1e-6), case["label"]
+        assert case["frozen"], case["label"]
 
 
 def test_trainer_keeps_a_checkpoint(trainer):

@@ -14,6 +14,7 @@ from torch import nn
 
 from . import bases as B
 from . import harness as H
+from .test_passes import overlapping
 
 TARGETS = [["q_proj", "v_proj"], ["q_proj", "embed_tokens", "up_proj"], ["down_proj"]]  # of the three adapters
 NAMES = "base_model.internal_xlora_classifier"
@@ -634,3 +635,39 @@ def test_reference_lora_bias_has_no_weight(lib, ref, tmp_path):
             for p in model.internal_xlora_classifier.parameters():
                 p.zero_()
         assert ((model(**batch()).logits - base).abs().max() > 1e-3) == at_odds
+
+
+def test_overlapping_calls(lib, is_ref, adapters):
+    """The weights of a pass are its thread's own."""
+    if is_ref:
+        pytest.skip("peft keeps them on the model")
+    model = adapt(lib, adapters)
+    layer = model.base_model.model.get_submodule("model.layers.1.mlp.down_proj").base_layer
+    batches = [batch(seed) for seed in (7, 8)]
+    alone = [H.run(model, one) for one in batches]
+    assert H.differ(*alone, 1e-3)
+    seen = []
+    layer.register_forward_pre_hook(lambda *args: seen.append(args))
+    for one, other in zip(overlapping(model, *batches, at=layer), alone):
+        H.identical(one, other)
+    assert len(seen) == 4  # each call runs the model twice
+
+
+def test_gradients_after_another_pass(lib, is_ref, adapters):
+    """Checkpointed blocks run again with the weights of their own pass."""
+    if is_ref:
+        pytest.skip("peft keeps them on the model")
+    grads = []
+    for again in (False, True):
+        model = adapt(lib, adapters, use_trainable_adapters=True)
+        if again:
+            model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.modules():
+            module.training = again  # without the adapters' dropout
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        first, second = model(**batch(7)), model(**batch(8))
+        first.loss.backward()
+        second.loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    H.close(grads[1], grads[0], 1e-5)

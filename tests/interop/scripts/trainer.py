@@ -62,16 +62,36 @@ def ada():
 CASES = {
     "lora": lora,
     "lora, whole head": lambda: lora(modules_to_save=["lm_head"], target_modules=["c_attn"]),
+    "lora, whole embedding": lambda: lora(modules_to_save=["wte"], target_modules=["c_attn"]),
     "prompt tuning": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     "prefix tuning": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
 }
+
+
+def frozen(adapted):
+    """Whether the model under an adapter gives what it gave before any training."""
+    ids, fresh = torch.stack([row["input_ids"] for row in ROWS]), model(lora())
+    with torch.no_grad(), adapted.eval().disable_adapter(), fresh.eval().disable_adapter():
+        return torch.equal(adapted(input_ids=ids).logits, fresh(input_ids=ids).logits)
+
+
 seen = []
 for label, config in CASES.items() if sys.argv[1] == "best" else ():
     with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as broken:
         _, losses, end = train(model(config()), whole)
         train(model(config()), broken, [Stop()])
-        _, resumed, end_resumed = train(model(config()), broken, resume=f"{broken}/checkpoint-{STOP}")
-    seen.append({"label": label, "losses": [*losses, end], "resumed": [*resumed, end_resumed]})
+        trainer, resumed, end_resumed = train(model(config()), broken, resume=f"{broken}/checkpoint-{STOP}")
+    left = frozen(trainer.model)
+    seen.append({"label": label, "losses": [*losses, end], "resumed": [*resumed, end_resumed], "frozen": left})
+
+if sys.argv[1] == "best":  # what Trainer makes of a prompt whose network is not saved
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True)
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": STOP}
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train(model(config), folder, **options)
+        except RuntimeError as error:
+            seen.append({"label": "a prompt's network", "said": str(error)[:60]})
 
 with tempfile.TemporaryDirectory() as folder:
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
