@@ -274,6 +274,13 @@ class Adapter:
         """Whether a slot's tensors belong in a checkpoint."""
         return getattr(config, cls.kept_if[slot]) if slot in cls.kept_if else slot.startswith(cls.prefix)
 
+    def below(self, slot: str) -> Any:
+        """What the numbers in a saved tensor of positions must be smaller than, also by row; None: no positions."""
+
+    @classmethod
+    def below_shared(cls, slot: str, shared: Mapping[str, Any]) -> Any:
+        """The same for one of the tensors that layers share; `shared` has all of them, by slot."""
+
     def trains(self, slot: str) -> bool:
         """Whether the parameters of a slot of the method are trained, and not only kept."""
         return True

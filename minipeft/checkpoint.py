@@ -22,12 +22,23 @@ from torch import Tensor, nn
 
 from .adapter import adapter_class
 from .base import lasting
-from .errors import AdapterNameError, CheckpointError, PeftWarning, nearest
-from .files import find_weights, of_one_version
-from .layer import INSIDE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, adapted, walk
+from .config import sizes
+from .errors import AdapterNameError, CheckpointError, PeftWarning, cut, nearest, shown
+from .files import PICKLE, find_weights, look, of_one_version
+from .layer import (
+    INSIDE,
+    WRAPPERS,
+    Layer,
+    ModulesToSaveWrapper,
+    PlainNames,
+    TrainableTokensWrapper,
+    adapted,
+    walk,
+)
 from .targets import EMBEDDINGS, embedding, named
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
+SAFE_PICKLES = (2, 6)  # the first torch whose `weights_only` lets no pickle run code
 PREFIX = "base_model.model."
 WRAPPED = {INSIDE[kind] for kind in (Layer, ModulesToSaveWrapper, TrainableTokensWrapper)}  # names in live keys
 LoadReport = namedtuple("LoadReport", ["missing_keys", "unexpected_keys"])
@@ -44,6 +55,7 @@ class Entry:
     layer: Layer | None = None  # the layer that it belongs to, which says where a new tensor goes
     shared: bool = False  # True: earlier adapters may look at the same tensor, from elsewhere
     frozen: bool = False  # True: it is not the adapter's but the model's own, and the checkpoint says so
+    below: Any = None  # of a tensor of positions: each is smaller than this; or a bound for each of its rows
 
     @property
     def tensor(self) -> Tensor:
@@ -53,7 +65,8 @@ class Entry:
         """Take over `value`. A tensor without storage (meta), or shared with other adapters, is replaced."""
         old, layer = self.tensor, self.layer
         if old.is_meta and not self.shared:
-            new = value.detach().clone() if layer is None else layer.settle(value.detach(), copy=True)
+            value = value.detach()
+            new = value.to(old.dtype, copy=True) if layer is None else layer.settle(value, copy=True)
             if not new.is_meta:  # as it is where the frozen layer is on the meta device too
                 self.box[self.key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         elif self.shared or any(tensor is old for key, tensor in self.box.items() if key != self.key):
@@ -99,18 +112,24 @@ def entries_of_layer(
             continue
         if isinstance(value, Tensor):
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
-            yield Entry(f"{path}.{adapter.saved_key(slot, '')}", f"{live}.{slot}.{name}", inner, name, layer)
+            saved = f"{path}.{adapter.saved_key(slot, '')}"
+            yield Entry(saved, f"{live}.{slot}.{name}", inner, name, layer, below=adapter.below(slot))
         else:
             for rest, inner, key in tensors_of_module(value):
                 saved = f"{path}.{adapter.saved_key(slot, rest)}"
                 yield Entry(saved, f"{live}.{slot}.{name}.{rest}", inner, key, layer)
 
 
-def entries_of_shared(cls: Any, slot: str, name: str, value: Any, box: Any, key: str) -> Iterator[Entry]:
-    """An entry for a tensor beside the model, at `box[key]`, or for each tensor of such a module."""
+def entries_of_shared(
+    cls: Any, slot: str, name: str, value: Any, box: Any, key: str, shared: Mapping[str, Any]
+) -> Iterator[Entry]:
+    """An entry for a tensor beside the model, at `box[key]`, or for each tensor of such a module.
+
+    `shared`: all that layers share, by slot.
+    """
     saved, live = f"base_model.{cls.saved_key(slot, '')}", f"base_model.{slot}.{name}"
     if isinstance(value, Tensor):
-        yield Entry(saved, live, box, key)
+        yield Entry(saved, live, box, key, below=cls.below_shared(slot, shared))
     else:
         yield from entries_of_module(value, saved, live)
 
@@ -132,14 +151,16 @@ def entries_of_model(model: Any, name: str, idle: bool = False) -> Iterator[Entr
     for slot, box in shared.items():
         if name in box and cls.keeps(slot, config):
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
-            yield from entries_of_shared(cls, slot, name, box[name], inner, name)
+            values = {s: b[name] for s, b in shared.items() if name in b}
+            yield from entries_of_shared(cls, slot, name, box[name], inner, name, values)
+    names = PlainNames(root)
     for _, live, module in adapted(root):
         if isinstance(module, Layer) and name in module.adapters:
             if not module.tied and (idle or not module.adapters[name].idle):
-                yield from entries_of_layer(module, name, prefix + live, shared, begin + live)
+                yield from entries_of_layer(module, name, prefix + names(live), shared, begin + live)
         elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             yield from entries_of_module(
-                module.modules_to_save[name], prefix + live, f"{prefix}{live}.modules_to_save.{name}"
+                module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
             )
     if tuner is not None:
         yield from tuner.further_entries(name, prefix)
@@ -159,6 +180,67 @@ def tuner_of(model: nn.Module) -> Any:
 def strip(key: str) -> str:
     """A key without the prefix that a PeftModel puts before the names of its base model."""
     return key.removeprefix(PREFIX)
+
+
+def incoming(weights: Mapping[str, Tensor], config: Any = None) -> dict[str, Tensor]:
+    """A checkpoint's tensors without what wrappers around modules put into their keys.
+
+    `config`: that of an adapter which is to be built for them. Raises `CheckpointError` for what is no tensor of real
+    numbers, for two keys that mean the same, and if `config` speaks of tensors larger than all of these together.
+    """
+    found: dict[str, Tensor] = {}
+    origins: dict[str, str] = {}
+    for key, tensor in weights.items():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            raise CheckpointError(f"A checkpoint has tensors by name, but {shown(key)} is {type(tensor).__name__}.")
+        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
+            kind = str(tensor.layout if tensor.layout != torch.strided else tensor.dtype).removeprefix("torch.")
+            raise CheckpointError(f"'{cut(key, 200)}' is {kind}; an adapter has plain tensors of real numbers.")
+        name = unwrapped(key)
+        other = origins.setdefault(strip(name), key)
+        if other != key:
+            raise CheckpointError(f"'{cut(key, 200)}' and '{cut(other, 200)}' mean the same tensor; remove one.")
+        found[name] = tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor  # float8
+    most = sum(tensor.numel() for tensor in found.values())
+    for field, value in sizes(config) if config is not None else ():
+        if value > most:
+            raise CheckpointError(f"The configuration has {field}={value}, but the file holds only {most} numbers.")
+    return found
+
+
+def unwrapped(key: str) -> str:
+    """A key without the segments that only wrappers have, and without DistributedDataParallel's around a PeftModel."""
+    name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+    return name.removeprefix("module.") if name.startswith("module.base_model.") else name
+
+
+def fitted(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`weights` under the keys and in the kinds of dtype that `entries` have, where only that differs.
+
+    The segment `module`, which DistributedDataParallel and others add, may be lacking in either.
+    Integers become floating-point numbers, as in PEFT.
+    """
+    wanted = {strip(entry.saved): entry for entry in entries}
+    short: dict[str, list[str]] = {}
+    if any("module." in key for key in (*weights, *wanted)):
+        for key in wanted:
+            short.setdefault(without_module(key), []).append(key)
+    given: dict[str, Tensor] = {}
+    for key, tensor in weights.items():
+        if strip(key) not in wanted and len(found := short.get(without_module(strip(key)), [])) == 1:
+            if found[0] in given or found[0] in weights or PREFIX + found[0] in weights:
+                raise CheckpointError(f"'{cut(key, 200)}' and '{cut(found[0], 200)}' mean the same tensor; remove one.")
+            key = found[0]
+        entry = wanted.get(strip(key))
+        if entry is not None and entry.tensor.is_floating_point() and not tensor.is_floating_point():
+            tensor = tensor.to(entry.tensor.dtype)
+        given[key] = tensor
+    return given
+
+
+def without_module(key: str) -> str:
+    """A key without any segment `module`."""
+    return ".".join(part for part in key.split(".") if part != "module")
 
 
 def check(
@@ -184,11 +266,15 @@ def check(
     shapes = [_unlike(key, given[key], entry) for key, entry in unlike.items()]
     stored = weights if stored is None else stored
     broken = [strip(key) for key, t in stored.items() if t.is_floating_point() and not _finite(t)]
+    broken += [key for key in wanted if key in given and key not in broken and _overflows(wanted[key], given[key])]
+    misplaced = [key for key in wanted if key in given and _misplaced(wanted[key], given[key])]
     faults = []
     for title, keys, known in (("missing", missing, given), ("unexpected", unexpected, wanted)):
         if keys:
-            shown = "; ".join(f"{key}{nearest(key, set(known) - set(keys), 1)}" for key in keys[:5])
-            faults.append(f"{len(keys)} {title} tensor(s): {shown}" + (" ..." if len(keys) > 5 else ""))
+            names = "; ".join(f"{cut(key, 200)}{nearest(key, set(known) - set(keys), 1)}" for key in keys[:5])
+            faults.append(f"{len(keys)} {title} tensor(s): {names}" + (" ..." if len(keys) > 5 else ""))
+    if unexpected and (hint := _foreign(unexpected)):
+        faults.append(hint)
     if faults and not strict:
         warnings.warn("The checkpoint does not fit the model. " + " | ".join(faults), PeftWarning)
         faults = []
@@ -197,6 +283,8 @@ def check(
         faults += [] if ignore else [fault]
     if broken:
         faults.append(f"{len(broken)} tensor(s) with NaN or infinite values: " + ", ".join(broken[:5]))
+    if misplaced:
+        faults.append(f"{len(misplaced)} tensor(s) of positions that do not exist: " + ", ".join(misplaced[:5]))
     if faults:
         raise CheckpointError("The checkpoint does not fit the model; nothing was loaded. " + " | ".join(faults))
     if shapes:
@@ -210,6 +298,36 @@ def _unlike(key: str, value: Tensor, entry: Entry) -> str:
     if entry.frozen and value.dim() and value.shape[1:] == entry.tensor.shape[1:]:
         text += f" (the whole layer was saved: call resize_token_embeddings({value.shape[0]}) on the model first)"
     return text
+
+
+def _foreign(keys: list[str]) -> str:
+    """A hint for keys that other software gives to adapters."""
+    if any(key.startswith(("lora_unet_", "lora_te", "lycoris_")) or ".lora_down." in key for key in keys):
+        return (
+            "These are names of kohya's scripts, A1111 or LyCORIS (lora_down, lora_up, alpha); PEFT's are lora_A and "
+            "lora_B. diffusers' `load_lora_weights` reads such a file and can save it anew"
+        )
+    if any(".processor." in key or "_lora.down." in key for key in keys):
+        return "These are names of old diffusers; its `load_lora_weights` reads such a file and can save it anew"
+    return ""
+
+
+def _overflows(entry: Entry, value: Tensor) -> bool:
+    """Whether values that are finite in the file's dtype would not be so in the model's."""
+    held = entry.tensor if entry.layer is None or not entry.tensor.is_meta else entry.layer.settle(value.new_empty(0))
+    if not value.is_floating_point() or not held.is_floating_point() or value.dtype == held.dtype:
+        return False
+    return torch.finfo(value.dtype).max > torch.finfo(held.dtype).max and not _finite(value.to(held.dtype))
+
+
+def _misplaced(entry: Entry, value: Tensor) -> bool:
+    """Whether `value` is for a tensor of positions and holds what is none."""
+    if entry.tensor.is_floating_point() or entry.below is None or value.shape != entry.tensor.shape:
+        return False
+    if value.is_floating_point() or value.dtype == torch.bool:
+        return True
+    value, below = value.to("cpu", torch.int64), torch.as_tensor(entry.below, device="cpu")
+    return bool((value < 0).any() or (value >= below.view(-1, *[1] * (value.dim() - 1))).any())
 
 
 def fill(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> None:
@@ -241,10 +359,7 @@ def read_weights_file(path: Path, device: Any = None) -> dict[str, Tensor]:
     """The tensors in a file: a pickle of tensors if its name ends with `.bin`, otherwise safetensors."""
     device = str(device) if device is not None else "cpu"
     if path.suffix == ".bin":
-        try:
-            return torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:
-            raise CheckpointError(f"'{path}' cannot be read as a pickle of tensors: {error}") from error
+        return _read_pickle(path, device)
     from safetensors.torch import load, load_file
 
     try:
@@ -252,11 +367,22 @@ def read_weights_file(path: Path, device: Any = None) -> dict[str, Tensor]:
             return load(path.read_bytes())
         return load_file(path, device=device)
     except Exception as error:
-        with open(path, "rb") as file:
-            head = file.read(4)
-        hint = " It looks like a pickle." if head[:1] == b"\x80" or head[:2] == b"PK" else ""
-        hint = " It is empty." if not head else hint
-        raise CheckpointError(f"'{path}' is not a complete safetensors file ({error}).{hint}") from error
+        raise CheckpointError(f"'{path}' is not a complete safetensors file ({error}).{look(path)}") from error
+
+
+def _read_pickle(path: Path, device: str) -> dict[str, Tensor]:
+    if tuple(map(int, torch.__version__.split(".")[:2])) < SAFE_PICKLES:
+        least = ".".join(map(str, SAFE_PICKLES))
+        raise CheckpointError(f"'{path}' is a pickle, which torch reads safely from {least} on; convert or update.")
+    try:
+        tensors = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        hint = look(path, PICKLE)
+        raise CheckpointError(f"'{path}' cannot be read as a pickle of tensors: {error}.{hint}") from error
+    if not isinstance(tensors, dict):
+        raise CheckpointError(f"'{path}' must hold a dict of tensors, but holds a {type(tensors).__name__}.")
+    warnings.warn(f"'{path}' is a pickle, read with weights_only=True; save it again as safetensors.", PeftWarning)
+    return tensors
 
 
 def serialise(tensors: Mapping[str, Tensor], safe: bool = True) -> bytes:
@@ -349,11 +475,13 @@ def get_peft_model_state_dict(
             saved.setdefault(entry.saved, entry.tensor.detach())
         return saved
     saved = {}
+    plain = {unwrapped(key): tensor for key, tensor in (state_dict or {}).items()}
     for entry in entries_of_model(model, adapter_name):
         if state_dict is None:
             saved[entry.saved] = entry.tensor.detach()
-        elif entry.live in state_dict:
-            saved[entry.saved] = state_dict[entry.live]
+        elif entry.live in state_dict or unwrapped(entry.live) in plain:
+            own = entry.live in state_dict
+            saved[entry.saved] = state_dict[entry.live] if own else plain[unwrapped(entry.live)]
         else:
             raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
     saved = adapter_class(config).convert_for_save(model, adapter_name, saved)
@@ -369,10 +497,11 @@ def get_peft_model_state_dict(
 
 
 def _copies(model: Any, name: str, prefix: str) -> Iterator[Entry]:
+    names = PlainNames(model.base_model)
     for _, live, module in adapted(model.base_model):
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             yield from entries_of_module(
-                module.modules_to_save[name], prefix + live, f"{prefix}{live}.modules_to_save.{name}"
+                module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
             )
 
 
@@ -381,7 +510,8 @@ def _bias_tensors(model: Any, name: str) -> dict[str, Tensor]:
     if tuner is None or tuner.bias_owner != name:
         return {}
     prefix = "" if tuner is model else "base_model."
-    return {f"{prefix}model.{key}": tuner.trained_bias(key) for key in tuner.biases}
+    names = PlainNames(tuner.model)
+    return {f"{prefix}model.{names(key)}": tuner.trained_bias(key) for key in tuner.biases}
 
 
 def _embeddings_to_save(model: Any, name: str, save: bool | str, root: Any, prefix: str) -> list[Entry]:
@@ -411,7 +541,8 @@ def _embeddings_to_save(model: Any, name: str, save: bool | str, root: Any, pref
     if embedding(root) is None:
         warnings.warn("Could not identify embedding layer(s): `get_input_embeddings` gives none.", PeftWarning)
         return []
-    names = {id(module): live for _, live, module in walk(root)}
+    plain = PlainNames(root)
+    names = {id(module): plain(live) for _, live, module in walk(root)}
     found: list[Entry] = []
     for layer in embeddings(root):  # what stands inside a copy (modules_to_save) is saved with that
         if id(layer) in names and (isinstance(layer, Layer) or not targeted):
@@ -472,10 +603,12 @@ def set_peft_model_state_dict(
         from .prompt import load_prompt_state
 
         return load_prompt_state(model, adapter_name, peft_model_state_dict, strict, ignore_mismatched_sizes)
-    weights = adapter_class(config).convert_for_load(config, dict(peft_model_state_dict))
+    peft_model_state_dict = incoming(peft_model_state_dict)
+    weights = adapter_class(config).convert_for_load(config, peft_model_state_dict)
     undo = adapter_class(config).resize(model, adapter_name, weights)
     try:
         entries = list(entries_of_model(model, adapter_name))
+        weights = fitted(entries, weights)
         have = {strip(e.saved) for e in entries}
         entries += [e for e in _bias_entries(model, adapter_name) if strip(e.saved) not in have]
         base, again = base_entries(model, weights, entries)
@@ -497,7 +630,8 @@ def _bias_entries(model: Any, name: str) -> list[Entry]:
     if tuner is None or tuner.bias_owner != name:
         return []
     prefix = "" if tuner is model else "base_model."
-    return [Entry(f"{prefix}model.{k}", k, {k: tuner.trained_bias(k)}, k) for k in tuner.biases]
+    names = PlainNames(tuner.model)
+    return [Entry(f"{prefix}model.{names(k)}", k, {k: tuner.trained_bias(k)}, k) for k in tuner.biases]
 
 
 def base_entries(

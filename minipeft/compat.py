@@ -33,20 +33,34 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from . import conversion, defaults, files, functional, helpers, hotswap, merging, mixed, optimizers, status, utils
+from . import (
+    checkpoint,
+    conversion,
+    defaults,
+    files,
+    functional,
+    helpers,
+    hotswap,
+    merging,
+    mixed,
+    optimizers,
+    status,
+    utils,
+)
 from .adapter import ADAPTERS
 from .base import Attention, Base, Conv, Conv1D, Embedding, Linear, Param
-from .checkpoint import infer_device
+from .checkpoint import LoadReport, infer_device
 from .config import CONFIGS, PeftType
-from .errors import UnsupportedFeatureError
+from .errors import PeftWarning, UnsupportedFeatureError
 from .layer import BufferDict, Layer, ModulesToSaveWrapper, TrainableTokensWrapper
 from .lycoris import LycorisConfig
 from .methods import adalora_budget, arrow, lokr, lora_configs, lora_corda, lora_eva, lora_ga
@@ -140,6 +154,31 @@ def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_c
     ]
 
 
+def set_peft_model_state_dict(
+    model: Any,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadReport:
+    """What peft's function of that name does: missing and unexpected keys are returned, for the caller to judge.
+
+    Those that are missing are live keys of the adapter, the others stand as they were given. All else is refused as by
+    minipeft's own function.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The checkpoint does not fit", PeftWarning)
+        report = checkpoint.set_peft_model_state_dict(
+            model, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage, strict=False
+        )
+    prompt = model.peft_config[adapter_name].is_prompt_learning
+    entries = () if prompt else checkpoint.entries_of_model(model, adapter_name)
+    live = {checkpoint.strip(entry.saved): entry.live for entry in entries}
+    given = {checkpoint.strip(checkpoint.unwrapped(key)): key for key in peft_model_state_dict}
+    missing, unexpected = report
+    return LoadReport([live.get(key, key) for key in missing], [given.get(key, key) for key in unexpected])
+
+
 def _available(*names: str) -> Callable[[], bool]:
     return lambda: all(importlib.util.find_spec(name) is not None for name in names)
 
@@ -224,6 +263,9 @@ def offered() -> dict[str, dict[str, Any]]:
         paths[path] = {name: getattr(home, name) for name in names.split()}
     for path, names in IN_PEFT_AT.items():
         paths[path].update({name: everything[name] for name in names.split()})
+    for offers in paths.values():
+        if "set_peft_model_state_dict" in offers:
+            offers["set_peft_model_state_dict"] = set_peft_model_state_dict
     paths["peft.tuners.lokr"]["factorization"] = lokr.factorization
     paths["peft.tuners.adalora"]["RankAllocator"] = adalora_budget.RankAllocator
     return paths

@@ -8,22 +8,25 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import json
 import numbers
 import os
-import re
 import types
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
 from . import methods
-from .errors import CheckpointError, ConfigError, ConfigTypeError, PeftWarning, nearest
-from .files import CONFIG_NAME, find_config
+from .errors import CheckpointError, ConfigError, ConfigTypeError, PeftWarning, nearest, shown
+from .files import CONFIG_NAME, find_config, look
+from .patterns import check_pattern, in_layer_path, is_intricate
 
 PEFT_VERSION = "0.21.2"  # the release of peft whose files and names minipeft reads and writes
+LARGEST = 3.4e38  # number in a field, about that of float32
+DEEPEST = 20  # levels of lists and dicts in a field
 
 
 class PeftType(str, enum.Enum):
@@ -96,8 +99,12 @@ class Bound:
 
 
 ABOVE_ZERO = Bound("above 0", lambda value: value > 0)
+AT_LEAST_ZERO = Bound("0 or more", lambda value: value >= 0)
+IN_FILE = Bound("a size of a saved tensor", lambda value: True)  # so not above the number of values in a checkpoint
+Count = Annotated[int, Bound("an integer from 1 to 1000", lambda value: 0 < value <= 1000)]  # of parts made one by one
 Positive = Annotated[int, Bound("a positive integer", lambda value: value > 0)]
 NotNegative = Annotated[int, Bound("an integer that is not negative", lambda value: value >= 0)]
+Size = Annotated[Positive, IN_FILE]
 Probability = Annotated[float, Bound("at least 0 and below 1", lambda value: 0 <= value < 1)]
 Fraction = Annotated[float, Bound("above 0 and below 1", lambda value: 0 < value < 1)]
 Share = Annotated[float, Bound("between 0 and 1", lambda value: 0 <= value <= 1)]
@@ -144,15 +151,7 @@ class PeftConfig:
 
     def __post_init__(self):
         self._replace_none()
-        cls: Any = type(self)
-        kinds = _types(cls)
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), kinds[field.name]
-            if not _fits(value, kind):
-                must = f"{cls.__name__}.{field.name} must be {_spell(kind)}"
-                if _fits(value, kind, by_type=True):
-                    raise ConfigError(f"{must}, got {value!r}.")
-                raise ConfigTypeError(f"{must}, got {value!r} ({_full_name(type(value))}).")
+        check_fields(self)
         if self.task_type is not None:
             self.task_type = _member(TaskType, self.task_type, "task_type")
         given = None if self.peft_type is None else _member(PeftType, self.peft_type, "peft_type")
@@ -165,12 +164,7 @@ class PeftConfig:
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
             if isinstance(getattr(self, name, None), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-            if isinstance(pattern := getattr(self, name, None), str):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ConfigError(f"`{name}` is not a regular expression: {pattern!r} ({error}).") from None
+        self.check_patterns()
         if getattr(self, "layers_pattern", None) and getattr(self, "layers_to_transform", None) is None:
             raise ConfigError("`layers_pattern` says where the layer number stands; set `layers_to_transform` as well.")
         if self._layers_need_list:
@@ -186,6 +180,21 @@ class PeftConfig:
                     setattr(self, field.name, field.default if make is dataclasses.MISSING else make())
                 elif _fits(False, kinds[field.name]):
                     setattr(self, field.name, False)
+
+    def check_patterns(self) -> None:
+        """Raise `ConfigError` unless each field of regular expressions holds such as can be matched."""
+        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+            if isinstance(pattern := getattr(self, name, None), str):
+                check_pattern(pattern, name)
+        for field in dataclasses.fields(self):
+            if field.name.endswith("_pattern") and isinstance(keys := getattr(self, field.name), dict):
+                for key in keys:
+                    check_pattern(in_layer_path(key), field.name, key)
+        stems = getattr(self, "layers_pattern", None) or ()
+        for stem in [stems] if isinstance(stems, str) else stems:
+            check_pattern(stem, "layers_pattern")
+            if is_intricate(stem):
+                raise ConfigError(f"`layers_pattern` {shown(stem)} must be a name or a simple regular expression.")
 
     def require_positive(self, *names: str) -> None:
         """Raise `ConfigError` unless each field of `names` is a whole number above 0."""
@@ -259,8 +268,9 @@ class PeftConfig:
         try:
             with open(path_json_file, encoding="utf-8") as file:
                 fields = json.load(file)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path_json_file} is not a readable JSON file: {error}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            hint = look(path_json_file, known=b"{")
+            raise CheckpointError(f"{path_json_file} is not a readable JSON file: {error}.{hint}") from error
         if not isinstance(fields, dict):
             raise CheckpointError(f"{path_json_file} must hold one JSON object, but holds a {type(fields).__name__}.")
         if fields.pop("runtime_config", None) is not None:
@@ -268,7 +278,7 @@ class PeftConfig:
         return fields
 
     @classmethod
-    def from_peft_type(cls, **kwargs: Any) -> PeftConfig:
+    def from_peft_type(cls, /, **kwargs: Any) -> PeftConfig:
         """The configuration that `kwargs["peft_type"]` names, made from `kwargs`; unknown keys: a warning."""
         if "peft_type" in kwargs:
             method = _member(PeftType, kwargs["peft_type"], "peft_type")
@@ -281,9 +291,8 @@ class PeftConfig:
         known = {field.name for field in dataclasses.fields(cls) if field.init}
         unknown = sorted(set(kwargs) - known)
         if unknown:
-            warnings.warn(
-                f"{cls.__name__} does not know {unknown}; ignored. The file may come from another release.", PeftWarning
-            )
+            other = "ignored. The file may come from another release."
+            warnings.warn(f"{cls.__name__} does not know {shown(unknown)}; {other}", PeftWarning)
         kwargs = {key: value for key, value in kwargs.items() if key in known}
         cls.check_kwargs(**kwargs)
         return cls(**kwargs)
@@ -296,7 +305,7 @@ class PeftConfig:
         return method
 
     @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+    def check_kwargs(cls, /, **kwargs: Any) -> dict[str, Any]:
         """A place for a method to refuse files of old releases, before anything is built. Returns `kwargs`."""
         return kwargs
 
@@ -309,7 +318,7 @@ class PeftConfig:
 class PromptLearningConfig(PeftConfig):
     """The fields of the methods that learn a prompt; sizes left None are read off the model's config."""
 
-    num_virtual_tokens: int | None = None
+    num_virtual_tokens: Annotated[int, IN_FILE] | None = None
     token_dim: int | None = None  # hidden size of the model
     num_transformer_submodules: int | None = None  # 1, or 2 for an encoder and a decoder
     num_attention_heads: int | None = None
@@ -349,9 +358,41 @@ def check_config(config: Any) -> None:
     raise ConfigError(f"{got}{_full_name(cls)}.")
 
 
-# ------------------------------------------------------------------------------------------------- checking of types
 def _full_name(cls: type) -> str:
     return cls.__qualname__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__qualname__}"
+
+
+# ------------------------------------------------------------------------------------------------ checking of values
+def check_fields(record: Any) -> None:
+    """Raise `ConfigTypeError` or `ConfigError` unless each field of a dataclass holds what its annotation says.
+
+    Whatever that is, numbers are finite and fit into 64 bits, and no value is nested deeply.
+    """
+    cls: Any = type(record)
+    for field in dataclasses.fields(cls):
+        value, kind = getattr(record, field.name), _types(cls)[field.name]
+        name = f"{cls.__name__}.{field.name}"
+        if fault := _unsound(value):
+            raise ConfigError(f"{name} {fault}, got {shown(value)}.")
+        if not _fits(value, kind):
+            must = f"{name} must be {_spell(kind)}"
+            if _fits(value, kind, by_type=True):
+                raise ConfigError(f"{must}, got {shown(value)}.")
+            raise ConfigTypeError(f"{must}, got {shown(value)} ({_full_name(type(value))}).")
+
+
+def _unsound(value: Any, depth: int = 0) -> str | None:
+    """What is wrong with a value whatever it is for, or None."""
+    if isinstance(value, numbers.Integral):
+        return None if abs(int(value)) < 2**63 else "must hold integers of at most 64 bits"
+    if isinstance(value, numbers.Real):
+        return None if abs(float(value)) <= LARGEST else "must hold finite numbers"
+    if not isinstance(value, (dict, list, tuple, set, frozenset)):
+        return None
+    if depth == DEEPEST:
+        return f"must not be nested more than {DEEPEST} deep"
+    inside = itertools.chain(value, value.values()) if isinstance(value, dict) else value
+    return next((fault for item in inside if (fault := _unsound(item, depth + 1))), None)
 
 
 def _member(kind: type[enum.Enum], value: Any, field: str) -> Any:
@@ -359,8 +400,8 @@ def _member(kind: type[enum.Enum], value: Any, field: str) -> Any:
         return kind(value)
     except ValueError:
         names = [member.value for member in kind]
-        hint = nearest(str(value), names)
-        raise ConfigError(f"Invalid {field} {value!r}.{hint} It must be one of {', '.join(names)}.") from None
+        hint = nearest(str(value)[:100], names)
+        raise ConfigError(f"Invalid {field} {shown(value)}.{hint} It must be one of {', '.join(names)}.") from None
 
 
 @functools.cache
@@ -398,6 +439,15 @@ def _fits(value: Any, kind: Any, by_type: bool = False) -> bool:
     return isinstance(value, kind)
 
 
+def sizes(config: Any) -> Iterator[tuple[str, int]]:
+    """(field, value) of every field that is the size of a tensor which a checkpoint holds."""
+    cls: Any = type(config)
+    for name, kind in _types(cls).items():
+        bounds = {bound for part in (kind, *typing.get_args(kind)) for bound in getattr(part, "__metadata__", ())}
+        if IN_FILE in bounds and (value := getattr(config, name)) is not None:
+            yield name, value
+
+
 def _spell(kind: Any) -> str:
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
@@ -405,7 +455,7 @@ def _spell(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(map(repr, args))
     if origin is Annotated:
-        return args[1].says
+        return args[1].says if args[1] is not IN_FILE else _spell(args[0])
     if args:
         return f"{origin.__name__}[{', '.join(map(_spell, args))}]"
     return "None" if kind is type(None) else getattr(kind, "__name__", str(kind))

@@ -7,11 +7,34 @@ catches it too.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+LONGEST = 1000  # characters of a message: what a damaged file holds may be of any size
+
+
+def cut(text: str, longest: int = LONGEST) -> str:
+    """A text without its middle, if it is longer than `longest` characters."""
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} [{len(text) - 2 * half} characters] {text[-half:]}"
+
+
+def shown(value: object) -> str:
+    """`repr(value)`, cut, for a message about it."""
+    if isinstance(value, str):
+        return repr(cut(value, 200))
+    try:
+        return cut(repr(value), 200)
+    except (RecursionError, ValueError):  # nested too deeply, an int of too many digits
+        return f"a {type(value).__name__}"
 
 
 class PeftError(Exception):
     """Any error that minipeft raises about an adapter, a configuration or a checkpoint."""
+
+    def __init__(self, *args: object):
+        super().__init__(*(cut(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(PeftError, ValueError):
@@ -57,8 +80,30 @@ class BatchError(PeftError, ValueError):
 class PeftWarning(UserWarning):
     """Any warning of minipeft."""
 
+    def __init__(self, *args: object):
+        super().__init__(*(cut(arg) if isinstance(arg, str) else arg for arg in args))
+
+
+TOO_LARGE = re.compile(  # what torch, numpy and Python say of sizes that no tensor can have
+    "alloc_cpu|not enough memory|unable to allocate|size calculation overflowed|multiplication overflow|too big|"
+    "failed to unpack|too large|dimension exceeded",
+    re.IGNORECASE,
+)
+
+
+@contextmanager
+def sized() -> Iterator[None]:
+    """While it is open, tensors too large to be made are a `ConfigError`: their sizes are out of a configuration."""
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, PeftError) or not (isinstance(error, MemoryError) or TOO_LARGE.search(str(error))):
+            raise
+        raise ConfigError(f"The configuration asks for tensors that are too large: {error}") from error
+
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """` Did you mean ...?` with the `known` names closest to `name`, or an empty string when none is close."""
-    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    known = [other for other in known if len(other) <= 200] if len(name) <= 200 else []
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""

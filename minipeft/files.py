@@ -32,6 +32,16 @@ T = TypeVar("T")
 CONFIG_NAME = "adapter_config.json"
 SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
 WEIGHTS_NAME = "adapter_model.bin"
+PICKLE = b"\x80"  # what a pickle begins with
+LOOKS = {  # what a file begins with, and what to say of it
+    b"version https://git-lfs": "It is a git-lfs pointer, not the file itself: run `git lfs pull` where it was cloned.",
+    b"<": "It looks like an HTML page: what was downloaded is an error or a login page, not the file.",
+    PICKLE: "It looks like a pickle, whose name should end with `.bin`.",
+    b"PK": "It looks like a zip archive: torch.save writes such, and names them `.bin`.",
+    b"GGUF": "It is a gguf file of llama.cpp, of other names and layouts: load what it was made from.",
+    b"{": "It looks like JSON.",
+}
+NOT_THERE = ("EntryNotFoundError", "RemoteEntryNotFoundError", "LocalEntryNotFoundError")  # huggingface_hub's
 HUB_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only", "repo_type", "proxies")
 LEFT_BEHIND = re.compile(
     r"\.((adapter_config|adapter_model|README)\.[a-z]+\.[\w-]+\.tmp|adapter_model\.[0-9a-f_]+\.(safetensors|bin))"
@@ -54,22 +64,44 @@ def find_config(model_id: str | os.PathLike, subfolder: str | None = None, **opt
 def find_weights(
     model_id: str | os.PathLike, subfolder: str | None = None, use_safetensors: bool | None = None, **options: Any
 ) -> Path:
-    """Path of the weights of a saved adapter; a pickle (`.bin`) is taken only with `use_safetensors=False`."""
+    """Path of the weights of a saved adapter: safetensors, or where there are none a pickle (`.bin`).
+
+    `use_safetensors` allows only one of the two.
+    """
     folder = Path(model_id, subfolder or "")
-    wanted = WEIGHTS_NAME if use_safetensors is False else SAFETENSORS_WEIGHTS_NAME
+    names = {True: [SAFETENSORS_WEIGHTS_NAME], False: [WEIGHTS_NAME]}.get(
+        use_safetensors,  # type: ignore[arg-type]
+        [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME],
+    )
     if not folder.is_dir():
-        return _from_hub(model_id, wanted, subfolder, options)
+        for name in names[:-1]:
+            try:
+                return _from_hub(model_id, name, subfolder, options)
+            except CheckpointError as error:
+                if type(error.__cause__).__name__ not in NOT_THERE:
+                    raise
+        return _from_hub(model_id, names[-1], subfolder, options)
     present = _weights_in(folder)
-    if wanted in present:
-        if present[wanted].is_dir():
-            raise CheckpointError(f"'{present[wanted]}' is a directory, not a file.")
-        return present[wanted]
-    if use_safetensors is not False and WEIGHTS_NAME in present:
-        raise CheckpointError(
-            f"'{folder}' holds only {WEIGHTS_NAME}, a pickle. If you trust where it comes from, "
-            "pass use_safetensors=False."
-        )
-    raise CheckpointError(f"Can't find '{wanted}' at '{folder}'.")
+    for path in (present[name] for name in names if name in present):
+        if path.is_dir():
+            raise CheckpointError(f"'{path}' is a directory, not a file.")
+        return path
+    raise CheckpointError(f"Can't find '{names[0]}' at '{folder}'.")
+
+
+def look(path: str | os.PathLike, known: bytes | None = None) -> str:
+    """A hint of what a file is that is not what it should be, to stand behind an error message.
+
+    `known`: what such files do begin with, of which nothing is said.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64).lstrip()
+    except OSError:
+        return ""
+    if not head:
+        return " It is empty."
+    return next((f" {hint}" for start, hint in LOOKS.items() if start != known and head.startswith(start)), "")
 
 
 def _from_hub(model_id: str | os.PathLike, filename: str, subfolder: str | None, options: dict[str, Any]) -> Path:

@@ -28,12 +28,25 @@ from .checkpoint import (
     entries_of_module,
     entries_of_shared,
     fill,
+    fitted,
     strip,
+    unwrapped,
+    without_module,
 )
 from .config import check_config
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
-from .layer import BASE, Layer, ModulesToSaveWrapper, TrainableTokensWrapper, other_names, walk
+from .layer import (
+    BASE,
+    Layer,
+    ModulesToSaveWrapper,
+    PlainNames,
+    TrainableTokensWrapper,
+    other_names,
+    place_of,
+    walk,
+)
+from .patterns import in_layer_path, matches
 from .targets import ALL_LINEAR, Targets, all_linear, check_saved, named, suffixes, unmatched, warn_unmatched
 from .tying import Ties
 
@@ -191,7 +204,7 @@ class Plan:
             unused = [
                 key
                 for key in getattr(config, field, None) or {}
-                if not any(re.match(rf"(.*\.)?({key})$", path) for path in self.modules + self.parameters)
+                if not any(matches(in_layer_path(key), path) for path in self.modules + self.parameters)
             ]
             if unused:
                 warnings.warn(f"{field} keys {unused} fit no adapted layer and were ignored.", PeftWarning)
@@ -287,6 +300,7 @@ class Plan:
     # ------------------------------------------------------------------------------------------------------- loading
     def entries(self) -> Iterator[Entry]:
         """The tensors that a checkpoint of this adapter holds, where they are now, under the keys they will have."""
+        names = PlainNames(self.model)
         around = Counter(live for live, _, joins in self.new if joins is None)  # layers that come to stand there
         for live, scratch, joins in self.new:
             if joins is not None:
@@ -294,39 +308,40 @@ class Plan:
             else:
                 around[live] -= 1
                 where = live + ".base_layer" * around[live]
-            yield from entries_of_layer(scratch, self.name, PREFIX + where, skip=self.shared)
+            yield from entries_of_layer(scratch, self.name, PREFIX + names(where), skip=self.shared)
         for slot, value in self.shared.items():
             if self.cls.keeps(slot, self.config):
-                for entry in entries_of_shared(self.cls, slot, self.name, value, self.shared, slot):
+                for entry in entries_of_shared(self.cls, slot, self.name, value, self.shared, slot, self.shared):
                     entry.shared = entry.box is self.shared
                     yield entry
         for slot, module in self.beside.items():
-            yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot)
+            yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot, self.shared)
         for live, _, copied in self.copies:
-            yield from entries_of_module(copied, PREFIX + live, f"{PREFIX}{live}.modules_to_save.{self.name}")
+            yield from entries_of_module(copied, PREFIX + names(live), f"{PREFIX}{live}.modules_to_save.{self.name}")
         for live, scratch, joins in self.tokens:
             if not scratch.tied:
                 where = self.live_paths[id(joins)] if joins is not None else f"{live}.token_adapter"
-                yield from entries_of_layer(scratch, self.name, PREFIX + where)
+                yield from entries_of_layer(scratch, self.name, PREFIX + names(where))
 
     def bias_entries(self) -> Iterator[Entry]:
         """The biases that the adapter trains, under the keys they will have; they are the model's own tensors."""
         bias = getattr(self.config, "bias", "none")
+        names = PlainNames(self.model)
         wrapped = {live for live, _, joins in self.new if joins is None}
         for path, module in self.model.named_modules() if bias != "none" else ():
             if module._parameters.get("bias") is None:
                 continue
             key = f"{path}.base_layer.bias" if path in wrapped else f"{path}.bias" if path else "bias"
             if bias == "all" or key.endswith(".base_layer.bias"):
-                yield Entry(PREFIX + key, key, module._parameters, "bias")
+                yield Entry(PREFIX + names(key), key, module._parameters, "bias")
 
     def load(self, weights: Mapping[str, Tensor], strict: bool = True, ignore: bool = False) -> LoadReport:
-        """Fill the adapter with a checkpoint's tensors. Raises `CheckpointError` when they do not fit.
+        """Fill the adapter with a checkpoint's tensors, as `incoming` gives them. Raises `CheckpointError`.
 
         `strict` and `ignore` as for `checkpoint.check`.
         """
-        stored, weights = weights, self.cls.convert_for_load(self.config, dict(weights))
         entries = list(self.entries())
+        stored, weights = weights, fitted(entries, self.cls.convert_for_load(self.config, dict(weights)))
         have = {strip(entry.saved) for entry in entries}
         later = [entry for entry in self.bias_entries() if strip(entry.saved) not in have]
         base, again = base_entries(self.model, weights, entries + later)
@@ -397,7 +412,7 @@ class Plan:
             entry.fill(value)
 
     def _set(self, live: str, module: nn.Module) -> None:
-        head, _, last = live.rpartition(".")
+        head, _, last = place_of(live).rpartition(".")
         parent = self.parents.get(head)
         if parent is None:
             parent = self.parents[head] = self.model.get_submodule(head)
@@ -424,5 +439,6 @@ def _own_slot(cls: Any, slot: str, path: str) -> str | None:
 
 def _paths_in(keys: Any, prefix: str, outer: dict[str, Any]) -> list[str]:
     """The modules that the keys of a checkpoint speak of: whatever stands before a slot of the method."""
-    heads = {strip(key).rsplit(f".{prefix}", 1)[0].removeprefix("_orig_mod.") for key in keys}
-    return [path for path in outer if path in heads]
+    heads = {strip(unwrapped(key)).rsplit(f".{prefix}", 1)[0] for key in keys}
+    others = {without_module(head) for head in heads if head not in outer}
+    return [path for path in outer if path in heads or (path and without_module(path) in others)]

@@ -846,17 +846,21 @@ class TrainableTokensWrapper(nn.Module):
 def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """(path, live path, module) of a model, with each module once and nothing that adapters brought.
 
-    `path` is what the module was called before any adapter came; `live` is what it is called now.
+    `path` is what the module was called before any adapter came; `live` is what it is called now. A wrapper around a
+    module (see `WRAPPERS`) is no module of its own: it is not in `path`, and it is passed over.
     """
     seen: set[int] = set()
-    ahead = [("", "", model)]  # the next one last
+    ahead: list[tuple[str, str, Any]] = [("", "", model)]  # the next one last
     while ahead:
         path, live, module = ahead.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
-        yield path, live, module
         head, live_head = path and f"{path}.", live and f"{live}."
+        if (wrapped := wrapped_in(module)) is not None:
+            ahead.append((path, live_head + wrapped, module._modules[wrapped]))
+            continue
+        yield path, live, module
         if (inside := INSIDE.get(type(module))) is not None:
             ahead.append((path, live_head + inside, getattr(module, inside)))
         elif module._modules:
@@ -878,6 +882,42 @@ def other_names(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def wrapped_in(module: nn.Module) -> str | None:
+    """The name of the one child that a wrapper stands around; None for what is no wrapper."""
+    children = module._modules
+    if len(children) != 1:
+        return None
+    (name,) = children
+    return name if name in WRAPPERS or (name == "module" and isinstance(module, PARALLEL)) else None
+
+
+def place_of(live: str) -> str:
+    """Where another module has to be put to stand in the place of the one at `live`.
+
+    That is outside a wrapper of torch.compile, which would go on with what it has compiled.
+    """
+    while live.endswith("._orig_mod"):
+        live = live.removesuffix("._orig_mod")
+    return live
+
+
+class PlainNames:
+    """Live names of a model's modules and tensors without what wrappers add to them: `names(live)`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.wrapped: set[str] | None = None  # the live names of what stands in a wrapper, once they are needed
+
+    def __call__(self, live: str) -> str:
+        parts = live.split(".")
+        if not any(part in WRAPPERS or part == "module" for part in parts):
+            return live
+        if self.wrapped is None:
+            inside = ((name, wrapped_in(module)) for name, module in self.model.named_modules())
+            self.wrapped = {f"{name}.{child}".lstrip(".") for name, child in inside if child is not None}
+        return ".".join(part for i, part in enumerate(parts, 1) if ".".join(parts[:i]) not in self.wrapped)
+
+
 def adapted(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
     """(path, live path, module) of every Layer and ModulesToSaveWrapper of a model."""
     for path, live, module in walk(model):
@@ -892,10 +932,12 @@ def layers(model: nn.Module) -> list[Layer]:
 
 def put_at(model: nn.Module, live: str, module: nn.Module) -> None:
     """Put `module` where a model has another, by live path (torch has `set_submodule` since 2.5)."""
-    parent, _, last = live.rpartition(".")
+    parent, _, last = place_of(live).rpartition(".")
     model.get_submodule(parent)._modules[last] = module
 
 
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, checkpointing
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # their child is called `module`
 INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
 
 

@@ -22,7 +22,7 @@ class LycorisConfig(PeftConfig, optional=("rank_dropout",)):
     """The fields that LoHa and LoKr have in common."""
 
     rank_pattern: dict[str, Positive] | None = field(default_factory=dict)  # path or regular expression -> r
-    alpha_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] | None = field(default_factory=dict)
     r: Positive = 8  # rank
     alpha: int | float = 8
     rank_dropout: Share = 0.0  # share of the rows of D that are left out, while training

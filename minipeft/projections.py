@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapter import Delta, adapter_class
 from .base import Base
-from .config import PeftConfig, Positive
+from .config import PeftConfig, Size
 from .errors import CheckpointError, ConfigError, PeftWarning
 
 
@@ -20,7 +20,7 @@ from .errors import CheckpointError, ConfigError, PeftWarning
 class ProjectedConfig(PeftConfig):
     """The first fields of the methods with such a pair. All adapters of a model have the same seed."""
 
-    r: Positive = 256  # rank
+    r: Size = 256  # rank
     target_modules: list[str] | str | None = None
     projection_prng_key: int = 0  # seed of A and B
     save_projection: bool = True  # keep A and B in the checkpoint; otherwise the seed has to bring them back

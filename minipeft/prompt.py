@@ -44,9 +44,17 @@ from torch import Tensor, nn
 from . import checkpoint
 from .base import lasting
 from .config import PeftConfig, PeftType, PromptLearningConfig, TaskType
-from .errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
+from .errors import (
+    AdapterNameError,
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    PeftWarning,
+    UnsupportedFeatureError,
+    sized,
+)
 from .inject import check_adapter_name, model_config
-from .layer import BASE, Context, ModulesToSaveWrapper, adapted, other_names, put_at, walk
+from .layer import BASE, Context, ModulesToSaveWrapper, PlainNames, adapted, other_names, put_at, walk
 from .targets import check_saved, embedding, named
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
@@ -119,6 +127,7 @@ class Joins:
 
 # ---------------------------------------------------------------------------------------------------------- adapters
 @lasting()
+@sized()
 def add_prompt(
     peft_model: Any,
     name: str,
@@ -148,13 +157,17 @@ def add_prompt(
         )
     if cls.reads_words and words is None:
         raise ConfigError("The model has no word embedding; give it a method `get_input_embeddings`.")
-    prompt = cls(config_now, words) if cls.reads_words else cls(config_now)
-    prompt = prompt.to(_device(base))
+    given = (config_now, words) if cls.reads_words else (config_now,)
+    if weights is not None:
+        weights = checkpoint.incoming(weights, config_now)
+        _check_sizes(cls, given, weights)
+    prompt = cls(*given).to(_device(base))
     tokens = torch.arange(config_now.num_virtual_tokens * config_now.num_transformer_submodules)
     copies = _copied_modules(base, config_now, loading=weights is not None)
     report = None
     if weights is not None:
-        boxes = [(live, copied) for live, _, copied in copies]
+        names = PlainNames(base)
+        boxes = [(names(live), copied) for live, _, copied in copies]
         report = _load(base, prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict, ignore)
     # from here on nothing can fail
     vars(config).update(vars(config_now))
@@ -305,6 +318,14 @@ def word_embeddings(base: nn.Module, backbone: str | None = None) -> nn.Module |
     return next((module for module in base.modules() if isinstance(module, nn.Embedding)), None)
 
 
+def _check_sizes(cls: type[Prompt], given: tuple, weights: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` if a loaded prompt would have a tensor that is larger than all of `weights`."""
+    with torch.device("meta"):
+        largest = max(parameter.numel() for parameter in cls(*given).parameters())
+    if largest > (most := sum(tensor.numel() for tensor in weights.values())):
+        raise CheckpointError(f"The configuration asks for {largest} numbers, but the file holds only {most}.")
+
+
 def _copied_modules(base: nn.Module, config: Any, loading: bool) -> list[tuple[str, nn.Module, nn.Module]]:
     """(live path, module there now, its trained copy) of every module in `modules_to_save`."""
     names = set(config.modules_to_save or ())
@@ -383,13 +404,14 @@ def load_prompt_state(
 ) -> Any:
     """Write a checkpoint's tensors into a prompt. Raises `CheckpointError`, and writes nothing, if they do not fit."""
     prompt = peft_model.prompt_encoder[name]
+    names = PlainNames(peft_model.base_model)
     boxes = [
-        (live, wrapper.modules_to_save[name])
+        (names(live), wrapper.modules_to_save[name])
         for _, live, wrapper in adapted(peft_model.base_model)
         if name in wrapper.modules_to_save
     ]
     rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-    return _load(peft_model.base_model, prompt, rows, name, boxes, tensors, strict, ignore)
+    return _load(peft_model.base_model, prompt, rows, name, boxes, checkpoint.incoming(tensors), strict, ignore)
 
 
 def _load(
@@ -409,6 +431,7 @@ def _load(
     for live, module in copies:
         live = f"base_model.{live}"
         beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
+    tensors = checkpoint.fitted(entries + beside, tensors)
     frozen, again = checkpoint.base_entries(base, tensors, entries + beside, "base_model.")
     beside += frozen
     report = checkpoint.check(entries + beside, tensors, again, strict, ignore=ignore)

@@ -14,6 +14,7 @@ from typing import Any
 
 from .config import TaskType
 from .errors import NoMatchingPeftModuleError, PeftWarning, nearest
+from .patterns import in_layer_path, matches
 
 ALL_LINEAR = "all-linear"
 DUMMY_TARGETS = "dummy-target-modules"  # an adapter without any layer, to be filled in later
@@ -36,7 +37,7 @@ def named(path: str, names: Iterable[str] | str | None) -> bool:
     if not names:
         return False
     if isinstance(names, str):
-        return re.fullmatch(names, path) is not None
+        return matches(names, path)
     names = names if isinstance(names, (set, frozenset, dict)) else set(names)
     return any(tail in names for tail in suffixes(path))
 
@@ -57,7 +58,7 @@ def under(path: str, names: Iterable[str] | None) -> bool:
 def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The value in `rank_pattern` or `alpha_pattern` for a layer: the first key that fits its path, or `default`."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if matches(in_layer_path(key), path):
             return value
     return default
 
@@ -80,7 +81,7 @@ class Targets:
         if not self.names or not path:
             return False
         hits = {self.names} if isinstance(self.names, str) else set(suffixes(path)) & self.names
-        if isinstance(self.names, str) and re.fullmatch(self.names, path) is None:
+        if isinstance(self.names, str) and not matches(self.names, path):
             return False
         if not hits:
             return False

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from . import methods, tying
 from .adapter import ADAPTERS, Adapter, adapter_class, method_class
 from .base import lasting
-from .checkpoint import Entry
+from .checkpoint import Entry, incoming
 from .config import PeftConfig, PeftType
-from .errors import AdapterNameError, BatchError, MergeError, PeftWarning
+from .errors import AdapterNameError, BatchError, MergeError, PeftWarning, sized
 from .inject import Plan, check_adapter_name, model_config
 from .layer import (
     BASE,
@@ -124,6 +124,7 @@ class BaseTuner(Slots):
     # -------------------------------------------------------------------------------------------------------- adding
     @lasting()
     @uncollected()
+    @sized()
     def add(
         self,
         name: str,
@@ -188,6 +189,7 @@ class BaseTuner(Slots):
         self, name: str, config: Any, autocast: bool, weights: Any, strict: bool, ignore: bool
     ) -> tuple[Plan, Any]:
         """A plan filled with a checkpoint. What is to be loaded is not initialised, unless it is lacking."""
+        weights = incoming(weights, config)
         empty = not adapter_class(config).changes_base(config)
         plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
         try:
@@ -562,7 +564,8 @@ class BaseTuner(Slots):
             else:
                 continue
             head, _, last = live.rpartition(".")
-            at[head]._modules[last] = replacement
+            parent = at[head] if head in at else self.model.get_submodule(head)  # a wrapper is not in `at`
+            parent._modules[last] = replacement
         if "peft_config" in vars(self.model):
             del self.model.peft_config
         if self.growth is not None:

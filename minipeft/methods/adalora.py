@@ -42,7 +42,7 @@ class AdaLoraConfig(LoraConfig, method="ADALORA", optional=("r",)):
     beta2: Fraction = 0.85  # and of its uncertainty
     orth_reg_weight: float = 0.5  # c
     total_step: int | None = None  # of the whole training
-    rank_pattern: dict | None = None  # E by name -> which of its entries are left; found while training
+    rank_pattern: dict[str, list[bool]] | None = None  # type: ignore[assignment]  # E by name -> what is left of it
 
     def __post_init__(self):
         super().__post_init__()

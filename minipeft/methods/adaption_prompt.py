@@ -23,15 +23,15 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..base import lasting
-from ..checkpoint import PREFIX, Entry, check, fill
-from ..config import PeftConfig
-from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
+from ..checkpoint import PREFIX, Entry, check, fill, fitted, incoming
+from ..config import IN_FILE, PeftConfig
+from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError, sized
 from ..inject import check_adapter_name, model_config
 from ..layer import INSIDE, put_at, walk
 from ..targets import named
@@ -46,7 +46,7 @@ class AdaptionPromptConfig(PeftConfig, method="ADAPTION_PROMPT"):
     """Fields of adaption prompts; `adapter_len` and `adapter_layers` must be given."""
 
     target_modules: str | None = None  # name of the attention modules, if None that of the model type
-    adapter_len: int | None = None  # tokens
+    adapter_len: Annotated[int, IN_FILE] | None = None  # tokens
     adapter_layers: int | None = None  # how many layers, counted from the last
 
     is_adaption_prompt: ClassVar[bool] = True
@@ -158,6 +158,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         self.add(adapter_name, config)
 
     @lasting()
+    @sized()
     def add(
         self,
         name: str,
@@ -174,6 +175,8 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
         check_adapter_name(name, self.model)
         target, paths = self._find(config)
+        if weights is not None:
+            weights = incoming(weights, config)
         device = "meta" if low_cpu_mem_usage and weights is None else None
         prompts = {path: AdaptedAttention(self._attention(path), config.adapter_len, path, device) for path in paths}
         report = None if weights is None else _load(prompts, weights, strict, ignore)
@@ -208,8 +211,12 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
             )
         return target, paths[-config.adapter_layers :]
 
+    def _live(self, path: str) -> str:
+        """What stands at `path` is called so now: wrappers around modules may have come."""
+        return next(live for known, live, _ in walk(self.model) if known == path)
+
     def _attention(self, path: str) -> nn.Module:
-        module = self.model.get_submodule(path)
+        module = self.model.get_submodule(self._live(path))
         return module.model if isinstance(module, (AdaptedAttention, MixedAttention)) else module
 
     def _show(self, mixed: bool = False) -> None:
@@ -219,7 +226,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
             here = {name: prompts[path] for name, prompts in self.prompts.items() if path in prompts}
             on = [] if self._disabled else [n for n in self.active_adapters if n in here]
             shown = here[on[0]] if on else module
-            put_at(self.model, path, MixedAttention(module, shown, here, self.context) if mixed else shown)
+            put_at(self.model, self._live(path), MixedAttention(module, shown, here, self.context) if mixed else shown)
 
     # ----------------------------------------------------------------------------------------------- which adapter
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -302,6 +309,7 @@ def _entries(prompts: dict[str, AdaptedAttention], prefix: str) -> Iterator[Entr
 
 def _load(prompts: dict[str, AdaptedAttention], weights: Mapping[str, Tensor], strict: bool, ignore: bool) -> Any:
     entries = list(_entries(prompts, PREFIX))
+    weights = fitted(entries, weights)
     report = check(entries, weights, strict=strict, ignore=ignore)
     fill(entries, weights)
     return report

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapter import Transform
 from ..base import Base
-from ..config import PeftConfig, Positive, Share
+from ..config import Count, PeftConfig, Share
 from ..errors import UnsupportedLayerError
 from ..rotations import FactorDropout, cayley
 from ..tuner import register_tuner
@@ -30,7 +30,7 @@ class BOFTConfig(PeftConfig, method="BOFT", optional=("boft_n_butterfly_factor",
 
     boft_block_size: int = 4  # b
     boft_block_num: int = 0  # d
-    boft_n_butterfly_factor: Positive = 1  # m
+    boft_n_butterfly_factor: Count = 1  # m
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     boft_dropout: Share = 0.0  # share of the blocks of one factor that do nothing, while training

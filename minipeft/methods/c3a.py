@@ -32,7 +32,7 @@ class C3AConfig(PeftConfig, method="C3A", layers_need_list=True):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    block_size_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> block_size
+    block_size_pattern: dict[str, Positive] | None = field(default_factory=dict)  # by path or regular expression
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"  # True: zeros
 
 

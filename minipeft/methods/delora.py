@@ -36,8 +36,8 @@ class DeloraConfig(PeftConfig, method="DELORA", layers_need_list=True):
     init_weights: bool = True  # False: B random
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> r
-    lambda_pattern: dict | None = field(default_factory=dict)
+    rank_pattern: dict[str, Positive] | None = field(default_factory=dict)  # path or regular expression -> r
+    lambda_pattern: dict[str, int | float] | None = field(default_factory=dict)
     modules_to_save: list[str] | None = None
 
 

@@ -36,7 +36,7 @@ class FourierFTConfig(PeftConfig, method="FOURIERFT", layers_need_list=True):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    n_frequency_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> n_frequency
+    n_frequency_pattern: dict[str, Positive] | None = field(default_factory=dict)  # by path or regular expression
     init_weights: bool = False  # True: zeros; otherwise standard normal
 
     def __post_init__(self):

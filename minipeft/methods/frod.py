@@ -11,6 +11,7 @@ W = U diag(l) V^T, with columns of length 1 in U.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -68,6 +69,11 @@ class FRoD(Delta, config=FrodConfig):
     @classmethod
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
         return shared_by_group(config, found, existing)
+
+    @classmethod
+    def below_shared(cls, slot: str, shared: Mapping[str, Tensor]) -> Any:
+        kind, _, group = slot.partition(".")
+        return len(shared[f"frod_V.{group}"]) if kind == "frod_s_indices" else None
 
     @classmethod
     def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

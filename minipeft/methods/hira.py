@@ -35,7 +35,7 @@ class HiraConfig(PeftConfig, method="HIRA", layers_need_list=True):
     init_weights: bool | Literal["gaussian"] | None = True  # "gaussian": A normal, std 1 / r; False: B random, too
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    rank_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> r
+    rank_pattern: dict[str, Positive] | None = field(default_factory=dict)  # path or regular expression -> r
 
 
 class HiRA(Delta, config=HiraConfig):

@@ -6,13 +6,16 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..config import PeftConfig, Positive, Probability
+from ..config import PeftConfig, Positive, Probability, check_fields
 from ..errors import ConfigError
 from .lora_init import INITS
 
 
 class Record:
-    """A part of a LoRA configuration."""
+    """A part of a LoRA configuration, whose fields are checked as those of a PeftConfig are."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Record:
@@ -54,6 +57,7 @@ class EvaConfig(Record):
     adjust_scaling_factors: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(rho=self.rho >= 1.0, tau=0.0 <= self.tau <= 1.0)
 
 
@@ -87,6 +91,7 @@ class VeloraConfig(Record):
     init_type: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(num_groups=self.num_groups > 0, scale=self.scale > 0)
 
 
@@ -102,6 +107,7 @@ class MontecloraConfig(Record):
     buffer_size: int = 150
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(
             num_samples=self.num_samples > 0, dirichlet_prior=self.dirichlet_prior > 0, buffer_size=self.buffer_size > 0
         )
@@ -117,6 +123,7 @@ class BdLoraConfig(Record):
     match_strict: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         lists = {name: getattr(self, name) for name in ("target_modules_bd_a", "target_modules_bd_b")}
         self.require(nblocks=self.nblocks > 0, **{k: not isinstance(v, str) for k, v in lists.items()})
         if both := set.intersection(*(set(v or ()) for v in lists.values())):
@@ -135,6 +142,7 @@ class ArrowConfig(Record):
     rng_seed: int | None = None
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(top_k=self.top_k > 0, router_temperature=self.router_temperature > 0)
 
 
@@ -146,6 +154,7 @@ class KasaConfig(Record):
     gamma: float = 1e-3
 
     def __post_init__(self):
+        super().__post_init__()
         self.require(beta=self.beta >= 0, gamma=self.gamma >= 0)
 
 
@@ -181,7 +190,7 @@ class LoraConfig(
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     rank_pattern: dict[str, Positive] | None = field(default_factory=dict)  # path or regular expression -> r
-    alpha_pattern: dict | None = field(default_factory=dict)
+    alpha_pattern: dict[str, int | float] | None = field(default_factory=dict)
     megatron_config: dict | None = None
     megatron_core: str | None = "megatron.core"
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -209,6 +218,8 @@ class LoraConfig(
         for name, cls in as_config.items():
             value = getattr(self, name)
             setattr(self, name, cls.of(value) if isinstance(value, dict) else value)
+        if isinstance(self.loftq_config, dict):
+            LoftQConfig.of(self.loftq_config)  # it stays a dict, of values that are right
         if isinstance(self.init_lora_weights, str) and not INITS.fullmatch(self.init_lora_weights):
             raise ConfigError(f"Unknown initialization init_lora_weights={self.init_lora_weights!r}.")
         if self.init_lora_weights == "eva" and self.eva_config is None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Activation
-from ..config import ABOVE_ZERO, PeftConfig, Positive, Share
+from ..config import ABOVE_ZERO, Count, PeftConfig, Share
 from ..errors import CheckpointError, ConfigError, PeftWarning
 from ..rotations import BlockDropout, cayley, cayley_neumann, skew
 from ..tuner import register_tuner
@@ -46,7 +46,7 @@ class OFTConfig(PeftConfig, method="OFT", optional=("eps",)):
     eps: Annotated[float, ABOVE_ZERO] = 6e-5  # how near
     block_share: bool = False  # one R_i for all i
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: Positive = 5
+    num_cayley_neumann_terms: Count = 5
 
     def __post_init__(self):
         super().__post_init__()
@@ -56,7 +56,7 @@ class OFTConfig(PeftConfig, method="OFT", optional=("eps",)):
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
         if "oft_block_size" not in kwargs:
             raise ConfigError("OFT without `oft_block_size` is of peft < 0.14 and means another R. Train it again.")
-        version = [int(n) for n in re.findall(r"\d+", kwargs.get("peft_version") or "0")[:2]]
+        version = [int(n) for n in re.findall(r"\d{1,9}", str(kwargs.get("peft_version") or 0))[:2]]
         if kwargs.get("use_cayley_neumann") and version < [0, 18]:
             warnings.warn("This OFT adapter is of peft < 0.18, whose Cayley-Neumann series was another.", PeftWarning)
         return super().check_kwargs(**kwargs)

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from ..adapter import Factored
 from ..base import Base
 from ..config import PeftConfig
 from ..errors import ConfigError, PeftWarning
+from ..patterns import matches
 from ..tuner import register_tuner
 
 
@@ -70,7 +70,7 @@ class OSF(Factored, config=OSFConfig):
     def rank(cls, config: OSFConfig, path: str, base: Base) -> int:
         """k on one layer."""
         side = min(base.inp, base.out)
-        found = (k for pattern, k in (config.rank_pattern or {}).items() if re.search(pattern, path))
+        found = (k for pattern, k in (config.rank_pattern or {}).items() if matches(f".*({pattern}).*", path))
         k = next(found, config.effective_rank)
         if k is None:
             return side // 2

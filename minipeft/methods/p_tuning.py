@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..config import Positive, PromptLearningConfig, Share, _member
+from ..config import Count, Positive, PromptLearningConfig, Share, _member
 from ..errors import PeftWarning
 from ..prompt import Prompt
 
@@ -33,7 +33,7 @@ class PromptEncoderConfig(PromptLearningConfig, method="P_TUNING", optional=("en
 
     encoder_reparameterization_type: str | PromptEncoderReparameterizationType = PromptEncoderReparameterizationType.MLP
     encoder_hidden_size: Positive | None = None  # default: token_dim
-    encoder_num_layers: Positive = 2  # of the LSTM
+    encoder_num_layers: Count = 2  # of the LSTM
     encoder_dropout: Share = 0.0  # of the LSTM
 
     def __post_init__(self):

@@ -10,24 +10,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
 from ..adapter import Delta
 from ..base import linear
-from ..config import NotNegative, PeftConfig, Positive
+from ..config import Bound, PeftConfig, Size
 from ..draw import redraw
 from ..errors import ConfigError, nearest
 from ..tuner import register_tuner
+
+Depth = Annotated[int, Bound("an integer from 0 to 1000", lambda value: 0 <= value <= 1000)]
 
 
 @dataclass
 class PeanutConfig(PeftConfig, method="PEANUT"):
     """Fields of PEANuT."""
 
-    r: Positive = 32  # width of the network
-    depth: NotNegative = 0  # pairs of (r, r) layers between A and B
+    r: Size = 32  # width of the network
+    depth: Depth = 0  # pairs of (r, r) layers between A and B
     act_fn: str = "relu"  # a key of activations.ACTIVATIONS
     scaling: float = 1.0
     target_modules: list[str] | str | None = None

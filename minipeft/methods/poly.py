@@ -20,7 +20,7 @@ from torch.distributions import RelaxedBernoulli
 
 from ..adapter import Routed
 from ..base import Base
-from ..config import PeftConfig, Positive
+from ..config import Count, PeftConfig, Size
 from ..errors import BatchError
 from ..tuner import register_tuner
 
@@ -29,15 +29,15 @@ from ..tuner import register_tuner
 class PolyConfig(PeftConfig, method="POLY"):
     """Fields of Poly. A model with it is run with `task_ids` (batch,), whole numbers from 0 to n_tasks - 1."""
 
-    r: Positive = 8  # rank
+    r: Size = 8  # rank
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True  # B = 0; otherwise uniform, as A is
     poly_type: Literal["poly"] = "poly"
-    n_tasks: Positive = 1
-    n_skills: Positive = 4
-    n_splits: Positive = 1  # must divide the numbers of input and of output features
+    n_tasks: Size = 1
+    n_skills: Count = 4
+    n_splits: Size = 1  # must divide the numbers of input and of output features
 
 
 class Router(nn.Module):

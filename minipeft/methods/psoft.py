@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Factored
 from ..base import Base, dropout
-from ..config import PeftConfig, Positive, Probability
+from ..config import Bound, PeftConfig, Positive, Probability
 from ..errors import ConfigError, PeftWarning
 from ..rotations import cayley, cayley_neumann, skew
 from ..svd import leading
@@ -46,7 +46,7 @@ class PsoftConfig(
     psoft_mag_b: bool = True  # False: no b
     psoft_mag_a: bool = True
     use_cayley_neumann: bool = False
-    num_cayley_neumann_terms: int = 5  # t
+    num_cayley_neumann_terms: Annotated[int, Bound("at most 1000", lambda value: value <= 1000)] = 5  # t
     cayley_neumann_eps: float | None = None  # the largest Frobenius norm of Q
     modules_to_save: list[str] | None = None
     init_weights: bool = True  # False: C random

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..adapter import Factored
 from ..base import dropout
-from ..config import Positive, Probability
+from ..config import Probability, Size
 from ..projections import Projected, ProjectedConfig, uniform
 from ..tuner import register_tuner
 
@@ -29,7 +29,7 @@ from ..tuner import register_tuner
 class RandLoraConfig(ProjectedConfig, method="RANDLORA"):
     """Fields of RandLoRA. All adapters of a model have the same bases: `r`, `sparse` and all that says `projection`."""
 
-    r: Positive = 32  # rank of one base; the smaller, the more bases there are
+    r: Size = 32  # rank of one base; the smaller, the more bases there are
     sparse: bool = False  # entries of A and B are -1, 0, 1 with probabilities 1/6, 2/3, 1/6
     very_sparse: bool = False  # the same with 1 / (2 sqrt(min)) in place of 1/6
     randlora_dropout: Probability = 0.0  # on the input, while training

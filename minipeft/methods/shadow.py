@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ..adapter import Routed
 from ..base import lasting
-from ..config import PeftConfig, Positive, Probability, TaskType
+from ..config import Count, PeftConfig, Positive, Probability, Size, TaskType
 from ..errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
 from ..layer import BASE, walk
 from ..passes import NOTHING, Context, Pass
@@ -42,17 +42,17 @@ class ShadowConfig(PeftConfig, method="SHADOW", layers_need_list=True):
 
     target_modules: list[str] | str | None = None  # blocks, if None all
     exclude_modules: list[str] | str | None = None
-    r: Positive = 8
+    r: Size = 8
     shadow_alpha: float = 0.1
     shadow_dropout: Probability = 0.2  # on h - s
     init_weights: bool = True  # W_up = 0
     shadow_model: str = "mirror"  # a decoder like the model's own, or a folder or hub id of a trained one
-    shadow_num_hidden_layers: Positive | None = None  # of a mirror: 1 if None, and for the next three as in the model
-    shadow_hidden_size: Positive | None = None
+    shadow_num_hidden_layers: Count | None = None  # of a mirror: 1 if None, and for the next three as in the model
+    shadow_hidden_size: Size | None = None
     shadow_num_attention_heads: Positive | None = None
-    shadow_intermediate_size: Positive | None = None
+    shadow_intermediate_size: Size | None = None
     share_embeddings: bool = True  # a mirror of the same width reads the model's frozen embeddings
-    update_hidden_size: Positive | None = None  # u, if None r
+    update_hidden_size: Size | None = None  # u, if None r
     auxiliary_loss_weight: float = 0.05
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None

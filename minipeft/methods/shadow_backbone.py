@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import BatchError, CheckpointError, ConfigError, UnsupportedFeatureError
+from ..errors import BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError, shown
 from ..prompt import of_transformers, takes
 from ..tasks import Output
 
@@ -122,7 +122,19 @@ class TokenBackbone(nn.Module):
 
 
 def load(source: str) -> tuple[nn.Module, nn.Linear | None]:
-    """A pretrained backbone of transformers, from a folder or a hub id, and its projection if it brings one."""
+    """A pretrained backbone of transformers, from a folder or a hub id, and its projection if it brings one.
+
+    Raises `CheckpointError` when there is none that can be read.
+    """
+    try:
+        return _load(source)
+    except PeftError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"shadow_model={shown(source)} cannot be loaded: {error}") from error
+
+
+def _load(source: str) -> tuple[nn.Module, nn.Linear | None]:
     from safetensors.torch import load_file
     from transformers import AutoConfig, AutoModel
     from transformers.utils import cached_file

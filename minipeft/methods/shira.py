@@ -60,6 +60,9 @@ class SHiRA(Delta, config=ShiraConfig):
         indices = torch.zeros(2, n, dtype=torch.int) if self.blank else self.positions(n)
         self.layer.put("shira_indices", self.name, indices)  # PEFT: in the checkpoint, but not in the state dict
 
+    def below(self, slot: str) -> Any:
+        return (self.base.out, self.base.inp) if slot == "shira_indices" else None
+
     def positions(self, n: int) -> Tensor:
         """Rows and columns (2, n) of the mask's entries."""
         c = self.config

@@ -72,6 +72,9 @@ class SuperTuning(Delta, config=SupertuningConfig):
         redraw(self.supertuning_lora_A, self.supertuning_lora_B, zero=c.init_weights)
         self.supertuning_lora_dropout = dropout(c.lora_dropout)
 
+    def below(self, slot: str) -> Any:
+        return self.base.out * self.base.inp if slot == "supertuning_indices" else None
+
     def sparse(self) -> Tensor:
         flat, n = self.supertuning_indices, self.base.inp
         return dense(self.supertuning_values, torch.stack([flat // n, flat % n]), self.base.out, n)  # (out, in)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Factored
 from ..base import Base, dropout
-from ..config import ABOVE_ZERO, PeftConfig, Positive, Probability
+from ..config import ABOVE_ZERO, PeftConfig, Positive, Probability, Size
 from ..draw import balanced_indices
 from ..tuner import BaseTuner
 
@@ -31,7 +31,7 @@ class UniLoraConfig(PeftConfig, method="UNILORA", layers_need_list=True):
 
     r: Positive = 4  # rank
     proj_seed: int = 42  # of the indices
-    theta_d_length: Positive = 256  # d
+    theta_d_length: Size = 256  # d
     target_modules: list[str] | str | None = None
     unilora_dropout: Probability = 0.0  # on the input of A, while training
     fan_in_fan_out: bool = False
@@ -69,6 +69,9 @@ class UniLoRA(Factored, config=UniLoraConfig):
             adapter, side, part = adapters[i // 2], "AB"[i % 2], part.view(shapes[i]).clone()
             setattr(adapter, f"unilora_indices_{side}", part.to(adapter.base.device))
             setattr(adapter, f"unilora_scales_{side}", scales[part].to(adapter.base.device, adapter.base.dtype))
+
+    def below(self, slot: str) -> Any:
+        return self.config.theta_d_length if slot.startswith("unilora_indices") else None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         theta = self.unilora_theta_d

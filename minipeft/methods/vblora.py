@@ -10,14 +10,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import Factored
 from ..base import Base, dropout
-from ..config import PeftConfig, Positive, Probability
+from ..config import AT_LEAST_ZERO, PeftConfig, Positive, Probability, Size
 from ..errors import ConfigError
 from .vblora_topk import BANK, LOGITS, compressed, expanded
 from .vblora_topk import VBLoRAModel as VBLoRAModel
@@ -28,8 +28,8 @@ class VBLoRAConfig(PeftConfig, method="VBLORA"):
     """Fields of VB-LoRA. `vector_length` must divide the layers' sizes."""
 
     r: Positive = 4  # rank
-    num_vectors: Positive = 256  # h
-    vector_length: Positive = 256  # b
+    num_vectors: Size = 256  # h
+    vector_length: Size = 256  # b
     topk: Positive = 2  # vectors mixed into one piece
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -38,8 +38,8 @@ class VBLoRAConfig(PeftConfig, method="VBLORA"):
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "vblora_only"] = "none"  # which of the model's own biases are trained
     modules_to_save: list[str] | None = None
-    init_vector_bank_bound: float = 0.02  # the bank is drawn from [-bound, bound]
-    init_logits_std: float = 0.1
+    init_vector_bank_bound: Annotated[float, AT_LEAST_ZERO] = 0.02  # the bank is drawn from [-bound, bound]
+    init_logits_std: Annotated[float, AT_LEAST_ZERO] = 0.1
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
 

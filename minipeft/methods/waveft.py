@@ -41,7 +41,7 @@ class WaveFTConfig(PeftConfig, method="WAVEFT", layers_need_list=True):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    n_frequency_pattern: dict | None = field(default_factory=dict)  # path or regular expression -> n_frequency
+    n_frequency_pattern: dict[str, Positive] | None = field(default_factory=dict)  # by path or regular expression
     proportional_parameters: bool = False  # n_frequency is the mean: larger layers get more, by the size of W
     init_weights: bool = True  # zeros; otherwise normal, std 0.01
 

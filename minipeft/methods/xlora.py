@@ -23,7 +23,7 @@ from typing import Annotated, Any, ClassVar
 from torch import Tensor
 
 from ..adapter import Routed
-from ..config import ABOVE_ZERO, PeftConfig, Positive, Probability
+from ..config import ABOVE_ZERO, Count, PeftConfig, Positive, Probability
 from ..errors import BatchError, PeftWarning
 from ..files import saved_at
 from .lora import Factors
@@ -39,7 +39,7 @@ class XLoraConfig(PeftConfig, method="XLORA"):
     enable_softmax: bool = True  # False: p = C(h)
     enable_softmax_topk: bool = False
     layerwise_scalings: bool = False  # False: all layers have the same p
-    xlora_depth: Positive = 1  # number of linear layers of C
+    xlora_depth: Count = 1  # number of linear layers of C
     xlora_size: Positive = 2048  # width between them
     xlora_dropout_p: Probability = 0.2  # between them, while training
     use_trainable_adapters: bool = False  # also train the A_i and B_i

@@ -23,9 +23,27 @@ from torch import Tensor, nn
 
 from ..adapter import ADAPTERS, Adapter, adapter_class, variants
 from ..base import lasting
-from ..checkpoint import Entry, base_entries, check, entries_of_module, fill, load_peft_weights, strip
+from ..checkpoint import (
+    Entry,
+    base_entries,
+    check,
+    entries_of_module,
+    fill,
+    fitted,
+    incoming,
+    load_peft_weights,
+    strip,
+)
 from ..config import PeftConfig, PeftType
-from ..errors import AdapterNameError, BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError
+from ..errors import (
+    AdapterNameError,
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    PeftError,
+    UnsupportedFeatureError,
+    sized,
+)
 from ..files import of_one_version
 from ..inject import check_adapter_name, model_config
 from ..layer import layers
@@ -68,6 +86,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
         """The names "0", "1", ... of the LoRA adapters may well be names of modules too."""
 
     @lasting()
+    @sized()
     def add(
         self,
         name: str,
@@ -83,6 +102,8 @@ class XLoraModel(BaseTuner, method="XLORA"):
         if self.peft_config:
             raise UnsupportedFeatureError("X-LoRA is one adapter for a whole model; call `unload()` before another.")
         check_adapter_name(name, self.model)
+        if weights is not None:
+            weights = incoming(weights, config)
         loaded = read_adapters(config, name, self.model)
         check_model(self.model)
         trainable = [(p, p.requires_grad) for p in self.model.parameters()]
@@ -90,12 +111,14 @@ class XLoraModel(BaseTuner, method="XLORA"):
             for number, (where, own, tensors) in enumerate(loaded):
                 with naming(where):
                     super().add(str(number), own, autocast=autocast, weights=tensors)
-            classifier = self.classifier(config, low_cpu_mem_usage)
             report = None
-            if weights is not None:
-                entries = list(entries_of(classifier))
+            if weights is not None:  # before the classifier takes memory
+                entries = list(entries_of(self.classifier(config, True)))
+                weights = fitted(entries, weights)
                 report = check(entries, weights, strict=strict, ignore=ignore)
-                fill(entries, weights)
+            classifier = self.classifier(config, low_cpu_mem_usage)
+            if weights is not None:
+                fill(entries_of(classifier), weights)
         except BaseException:
             self.unload()
             self.peft_config = {}
