@@ -74,6 +74,7 @@ class Adapter:
     asked_by: ClassVar[str | None] = None  # of a variant of a method: the field of the configuration that asks for it
     exclusive: ClassVar[bool] = False  # True: at most one adapter of this method may be active
     shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
+    held: ClassVar[tuple[str, ...]] = ()  # slots of such tensors that each layer saves too, so that it needs no tuner
     ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
     renames: ClassVar[bool] = True  # False: its matrices have the same names on an embedding as elsewhere
     rewrites: ClassVar[bool] = False  # True: the frozen weights change for good, not by a start that may be converted

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .adapter import adapter_class
 from .config import PeftConfig, check_config
 from .errors import PeftWarning, UnsupportedFeatureError
-from .layer import Layer
+from .layer import Layer, layers
 from .mixed import PeftMixedModel
 from .model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -103,23 +103,28 @@ def inject_adapter_in_model(
     """Put an adapter into `model` itself, which is returned; its keys get no prefix. It becomes the active one.
 
     `state_dict`: adapt the layers that its keys speak of, whatever `target_modules` says; its values are not used.
-    Not for prompt learning, nor for methods whose layers share tensors.
+    Not for prompt learning, nor for methods that keep tensors beside the model for all layers.
     """
     check_config(peft_config)
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise UnsupportedFeatureError("`inject_adapter_in_model` does not support prompt learning and adaption prompt.")
     if peft_config.peft_type not in TUNERS:
         raise UnsupportedFeatureError(f"peft_type {peft_config.peft_type!r} is not in this release of minipeft.")
-    if adapter_class(peft_config).shares:
+    cls = adapter_class(peft_config)
+    if cls.shares and not cls.held:
         raise UnsupportedFeatureError(
             f"{peft_config.method.value} keeps tensors that all layers share beside the model; use get_peft_model."
         )
     tuner = TUNERS[peft_config.method].around(model)
     existing = vars(model).get("peft_config")
     if existing:  # a further adapter beside injected ones
+        found = layers(model)
         tuner.peft_config = existing
-        tuner.active_adapter = next((m.active_adapters for m in model.modules() if isinstance(m, Layer)), [])
-        tuner.context = next((m.context for m in model.modules() if isinstance(m, Layer)), tuner.context)
+        tuner.active_adapter = next((layer.active_adapters for layer in found), [])
+        tuner.context = next((layer.context for layer in found), tuner.context)
+        for slot in cls.held:
+            if (box := next((layer._modules[slot] for layer in found if slot in layer._modules), None)) is not None:
+                tuner.register(slot, box, trained=False)
     tuner.add(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, keys=state_dict)
     if existing:
         tuner.set_adapter(adapter_name, peft_config.inference_mode)

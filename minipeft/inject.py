@@ -200,7 +200,7 @@ class Plan:
                 warnings.warn(f"fan_in_fan_out set to {value}, as the layers are {base.label}.", PeftWarning)
         parameters = self.find_parameters(outer)
         self.parameters = [path for path, *_ in parameters]
-        targets.check(self.modules + self.parameters, list(outer), self.others)
+        targets.check(self.modules + self.parameters, list(outer), self.others, lambda: stacked(outer))
         if targets.exclude and not targets.excluded:
             warnings.warn(f"exclude_modules={targets.exclude!r} did not exclude anything.", PeftWarning)
         for field in cls.patterns:
@@ -428,6 +428,16 @@ class Plan:
         parent._modules[last] = module
         if isinstance(parent, nn.MultiheadAttention) and isinstance(module, Layer):
             module.read_through = True
+
+
+def stacked(outer: dict[str, tuple[str, nn.Module]]) -> list[str]:
+    """Names, for `target_parameters`, of what may be the weights of experts: 3-D parameters that are no layer's."""
+    names = []
+    for path, (_, module) in outer.items():
+        for name, parameter in module._parameters.items() if path else ():
+            if parameter is not None and parameter.dim() == 3 and len(parameter) > 1 and base_of(module) is None:
+                names.append(f"{path.rpartition('.')[2]}.{name}")
+    return list(dict.fromkeys(names))
 
 
 def _own_slot(cls: Any, slot: str, path: str) -> str | None:

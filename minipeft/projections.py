@@ -37,7 +37,6 @@ class Projected(Delta):
     shares = True
     pair: ClassVar[tuple[str, str]]
     alike: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")
-    saves_views: ClassVar[bool] = False  # True: a checkpoint repeats A and B for each layer, beside its own tensors
 
     @classmethod
     def shapes(cls, config: Any, inp: int, out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -80,7 +79,7 @@ class Projected(Delta):
         ends = (key.rpartition(".") for key in tensors if key.startswith("base_model.model."))
         layers = dict.fromkeys(path for path, _, slot in ends if slot.startswith(cls.prefix) and slot not in cls.pair)
         shared = {slot: tensors[f"base_model.{slot}"] for slot in cls.pair if f"base_model.{slot}" in tensors}
-        return {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared} if cls.saves_views else {}
+        return {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared if slot in cls.held}
 
     @classmethod
     def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,6 +92,11 @@ class Projected(Delta):
                 same = f"'base_model.{view.rpartition('.')[2]}'"
                 raise CheckpointError(f"'{view}' must be in the checkpoint and equal to {same}, but is not.")
         named = {key for key in tensors if key.rpartition(".")[2] in cls.pair}
+        first: dict[str, str] = {}
+        for key in sorted(named):  # of an adapter without a tuner there are only the layers'
+            other = first.setdefault(key.rpartition(".")[2], key)
+            if config.save_projection and not torch.equal(tensors[key], tensors[other]):
+                raise CheckpointError(f"All layers share '{other}', so '{key}' must be equal to it, but is not.")
         views = {key for key in named if key.startswith("base_model.model.")}  # a layer's, of the one that is shared
         tensors = {key: t for key, t in tensors.items() if key not in views}
         own = {key: t for key, t in tensors.items() if key not in named}

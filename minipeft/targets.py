@@ -100,14 +100,17 @@ class Targets:
                 return int(match[1])
         return None
 
-    def check(self, found: list[str], paths: list[str], others: Others) -> None:
+    def check(self, found: list[str], paths: list[str], others: Others, stacked: Callable[[], list[str]]) -> None:
         """Raise `NoMatchingPeftModuleError` when nothing was found to adapt; warn of names that match nothing.
 
-        `paths`: those of all modules.
+        `paths`: those of all modules; `stacked()` gives those of parameters that hold the weights of several experts.
         """
         if self.names is None or self.names == DUMMY_TARGETS:
             return
         hint = unmatched(set() if isinstance(self.names, str) else self.names - self.met, paths, found, others)
+        if (hint or not found) and (experts := stacked()):
+            names = ", ".join(map(repr, experts[:5]))
+            hint = f"{hint} The experts of this model are no modules: name {names} in `target_parameters`.".lstrip()
         if not found:
             shown = self.names if isinstance(self.names, str) else sorted(self.names)
             why = hint

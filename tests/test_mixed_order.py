@@ -25,7 +25,6 @@ CASES = [
     (kind, *pair)
     for kind, names in (("linear", METHODS), ("conv", ("lora", "loha", "lokr", "oft")))
     for pair in itertools.product(names, repeat=2)
-    if kind == "linear" or pair[1] != "oft"
 ]
 
 

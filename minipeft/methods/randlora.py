@@ -45,7 +45,7 @@ class RandLoraConfig(ProjectedConfig, method="RANDLORA"):
 class RandLoRA(Projected, Factored, config=RandLoraConfig):
     prefix = "randlora_"
     pair = ("randlora_A", "randlora_B")
-    saves_views = True  # PEFT: whereas VeRA's are saved once
+    held = pair  # PEFT: whereas VeRA's are saved once
     alike = ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse")
 
     @classmethod

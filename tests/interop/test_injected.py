@@ -1,0 +1,66 @@
+"""Adapters injected into a model itself, without a PeftModel around it: every method that peft injects."""
+
+import copy
+
+import pytest
+
+from . import harness as H
+from .cases import CASES
+
+METHODS = {}
+for _case in CASES:
+    if not _case.prompt and (_case.method == "randlora" or "mlp" in _case.base.name):
+        if _case.kwargs.get("bias", "none") == "none" and not _case.inputs:
+            METHODS.setdefault(_case.id if _case.method == "randlora" else _case.method, _case)
+
+
+def injected(module, case):
+    H.seed(0)
+    return module.inject_adapter_in_model(H.config(module, case), case.base.build()).eval()
+
+
+@pytest.mark.parametrize("case", METHODS.values(), ids=METHODS)
+def test_as_peft_does_it(case, lib, ref):
+    """Equal outputs and keys, the state dict in both directions, a second adapter, and deletion."""
+    try:
+        theirs = injected(ref, case)
+    except ValueError:  # its layers share tensors that are beside the model
+        with pytest.raises(ValueError):
+            injected(lib, case)
+        return
+    ours, batch = injected(lib, case), H.inputs(case)
+    for model in (theirs, ours):
+        H.move(model)
+    want = H.run(theirs, batch)
+    H.close(H.run(ours, batch), want, 2e-5)
+    state = {module: module.get_peft_model_state_dict(model) for module, model in ((ref, theirs), (lib, ours))}
+    state = {module: copy.deepcopy(tensors) for module, tensors in state.items()}
+    H.same_names(state[lib], state[ref])
+    for into, source in ((ref, lib), (lib, ref)):
+        fresh = injected(into, case)
+        into.set_peft_model_state_dict(fresh, state[source])
+        H.close(H.run(fresh, batch), want, 2e-5)
+    if case.second is None:
+        return
+    H.seed(1)
+    lib.inject_adapter_in_model(H.config(lib, case, **case.second), ours, "other")
+    other = H.run(H.move(ours, only=lambda n, p: p.requires_grad and "other" in n).eval(), batch)
+    H.same_names(lib.get_peft_model_state_dict(ours), state[lib])
+    lib.functional.set_adapter(ours, "default")
+    H.close(H.run(ours, batch), want, 2e-5)
+    lib.functional.set_adapter(ours, "other")
+    lib.functional.delete_adapter(ours, "default", "")
+    H.close(H.run(ours, batch), other, 1e-6)
+
+
+def test_layers_that_disagree_about_what_they_share(lib, is_ref):
+    if is_ref:
+        pytest.skip("peft takes the values of each")
+    case = METHODS["randlora/linear/plain"]
+    model = injected(lib, case)
+    state = {key: tensor.clone() for key, tensor in lib.get_peft_model_state_dict(model).items()}
+    state["wide.randlora_A"] += 1
+    before = H.snapshot(model)
+    with pytest.raises(lib.CheckpointError, match=r"wide\.randlora_A"):
+        lib.set_peft_model_state_dict(model, state)
+    H.identical(H.snapshot(model), before)
