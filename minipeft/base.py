@@ -646,7 +646,8 @@ class Conv(Base):
 
     @staticmethod
     def matrix(factor: Any) -> Tensor:
-        return acting(OnPatches(factor)) if has_hooks(factor) else factor.weight.flatten(1)
+        # of a factor with groups PEFT's norm takes the weight, and no weight of the layer is made of it
+        return acting(OnPatches(factor)) if factor.groups == 1 and has_hooks(factor) else factor.weight.flatten(1)
 
     def outward(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.dims)

@@ -493,10 +493,12 @@ def get_peft_model_state_dict(
         saved.setdefault(key, tensor if state_dict is None else state_dict[key])
     root = getattr(tuner_of(model), "model", model)
     prefix = "" if root is model else PREFIX
-    for entry in _embeddings_to_save(model, adapter_name, save_embedding_layers, root, prefix):
-        if state_dict is not None and entry.live not in state_dict:
-            raise CheckpointError(f"`state_dict` lacks '{entry.live}'; save_embedding_layers=False leaves it out.")
-        saved.setdefault(entry.saved, entry.tensor.detach() if state_dict is None else state_dict[entry.live])
+    whole = _embeddings_to_save(model, adapter_name, save_embedding_layers, root, prefix)
+    with onloaded(model, whole if state_dict is None else ()):
+        for entry in whole:
+            if state_dict is not None and entry.live not in state_dict:
+                raise CheckpointError(f"`state_dict` lacks '{entry.live}'; save_embedding_layers=False leaves it out.")
+            saved.setdefault(entry.saved, entry.tensor.detach() if state_dict is None else state_dict[entry.live])
     return saved
 
 
