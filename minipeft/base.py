@@ -139,6 +139,8 @@ class Base:
         for name, tensor in tensors.items():
             if name not in kept and not (name == "weight" and home.lent is not None):
                 kept.add(name, own_copy(tensor))
+                if tensor is self.stored_by_name().get(name):  # not what it is computed from
+                    kept.note(name, tensor)
         return kept
 
     def check_written(self) -> None:
@@ -163,8 +165,14 @@ class Base:
 
     def note_written(self) -> None:
         """Note what is stored now, to notice edits."""
-        if self.home.kept is not None:
+        if (kept := self.home.kept) is not None:
             self.home.written = self.fingerprints()
+            for name in [*kept.versions]:
+                kept.note(name, self.stored_by_name()[name])
+
+    def stored_by_name(self) -> dict[str, Any]:
+        """What `stored` gives, by the names under which it is kept."""
+        return dict(zip(("weight", "bias"), self.stored()))
 
     def fingerprints(self) -> dict[str, Any]:
         """Of the tensors that have been written, by name."""
@@ -228,7 +236,7 @@ class Base:
         if home.kept is not None:
             for name, tensor in zip(("weight", "bias"), self.stored()):
                 if tensor is not None and name in home.kept:
-                    put(tensor, home.kept[name])
+                    home.kept.put_back(name, tensor)
             if (made := self.computed) is not None:
                 made.restore(home.kept)
             if home.lent is not None:
@@ -847,8 +855,11 @@ class Whole(Base):
     def restore(self) -> None:
         if (kept := self.home.kept) is not None:
             for name, tensor in self.tensors(self.leaf).items():
-                put(tensor, kept[name])
+                kept.put_back(name, tensor)
         self.release()
+
+    def stored_by_name(self) -> dict[str, Any]:
+        return self.tensors(self.leaf)
 
     def is_stored(self, key: str) -> bool:
         return True

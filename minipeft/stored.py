@@ -14,6 +14,23 @@ CHUNK = 1 << 14  # words of 8 bytes that are looked at together
 class Kept(nn.Module):
     """Tensors by name, any name, that go where the module goes and are not in its state dict."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.versions: dict[str, tuple[int, int]] = {}  # of what is overwritten: autograd's counts, before and since
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        """Note how often the overwritten tensor of that name has been written to in place."""
+        if not tensor.is_inference():
+            self.versions[name] = self.versions.get(name, (tensor._version,))[0], tensor._version
+
+    def put_back(self, name: str, tensor: Tensor) -> None:
+        """Write the kept values where they were. Autograd's graphs from before hold again, for not a bit is other."""
+        versions = None if tensor.is_inference() else self.versions.get(name)
+        unseen = versions is not None and versions[1] == tensor._version  # nobody else has written meanwhile
+        put(tensor, self[name])
+        if versions is not None and unseen:
+            set_version(tensor, versions[0])
+
     def add(self, name: str, tensor: Tensor) -> None:
         self.register_buffer(name.replace(".", "/"), tensor, persistent=False)
 
@@ -49,6 +66,14 @@ def put(to: Any, values: Any) -> None:
         values = distribute_tensor(values.to(to.dtype), to.device_mesh, to.placements, src_data_rank=None)
     with torch.inference_mode(to.is_inference() or torch.is_inference_mode_enabled()), torch.no_grad():
         to.copy_(values if sharded(to) else whole(values))
+
+
+def set_version(tensor: Tensor, version: int) -> None:
+    """Set autograd's count of the writes into a tensor."""
+    as_it_is = torch.autograd._unsafe_preserve_version_counter(tensor)
+    several = hasattr(as_it_is, "prev_versions")  # torch 2.5 and newer
+    setattr(as_it_is, "prev_versions" if several else "prev_version", (version,) if several else version)
+    as_it_is.__exit__()
 
 
 def sharded(tensor: Any) -> bool:
