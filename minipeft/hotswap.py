@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from .adapter import variants
 from .base import Conv, Conv1D, Linear, lasting
-from .checkpoint import Entry, base_entries, entries_of_model, infer_device, load_peft_weights, strip, tuner_of
+from .checkpoint import (
+    Entry,
+    base_entries,
+    entries_of_model,
+    incoming,
+    infer_device,
+    load_peft_weights,
+    strip,
+    tuner_of,
+)
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, CheckpointError, ConfigError, MergeError, PeftWarning, UnsupportedFeatureError
 from .files import of_one_version
@@ -137,7 +146,7 @@ def _planned(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> 
     told = config.target_modules or config.target_parameters
     plan = Plan(tuner, name, config, loading=True, empty=True, keys=None if told else weights)
     try:
-        plan.load(weights)
+        plan.load(incoming(weights))
     finally:
         plan.give_up()
     config.layer_replication = replicated

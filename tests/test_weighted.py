@@ -359,7 +359,7 @@ REFUSED = {  # fields of the second adapter, arguments, what the message says
     "svd_clamp": ({}, {"svd_clamp": 2}, "svd_clamp"),
     "svd_driver": ({}, {"svd_driver": "gesvd"}, "svd_driver"),
     "name": ({}, {"adapter_name": "a.b"}, "cannot be an adapter name"),
-    "name_of_module": ({}, {"adapter_name": "wide"}, "cannot be an adapter name"),
+    "long_name": ({}, {"adapter_name": "a" * 300}, "cannot be an adapter name"),
     "ranks": ({"r": 3}, {"combination_type": "linear"}, "same r value"),
     "rank_of_a_layer": ({"rank_pattern": {"wide": 2}}, {"combination_type": "linear"}, "'wide'"),
     "dora": ({"use_dora": True}, {}, "DoRA adapters do not add up"),

@@ -102,6 +102,9 @@ def test_generate(case, lib, ref):
     """The same greedy tokens, from the same adapter."""
     theirs, ours = H.pair(ref, lib, case)
     batch = {k: v for k, v in H.inputs(case).items() if k in ("input_ids", "attention_mask", "task_ids")}
+    if case.prompt and case.method not in ("prefix_tuning", "cartridge"):
+        # peft counts padding behind the prompt among the positions: test_prompt_inputs has what is right there
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
     options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 1}
     got, want = ours.generate(**batch, **options), theirs.generate(**batch, **options)
     assert torch.equal(got, want)
