@@ -326,7 +326,7 @@ def _misplaced(entry: Entry, value: Tensor) -> bool:
     """Whether `value` is for a tensor of positions and holds what is none."""
     if entry.tensor.is_floating_point() or entry.below is None or value.shape != entry.tensor.shape:
         return False
-    if value.is_floating_point() or value.dtype == torch.bool:
+    if value.dtype == torch.bool or (value.is_floating_point() and bool((value != value.trunc()).any())):
         return True
     value, below = value.to("cpu", torch.int64), torch.as_tensor(entry.below, device="cpu")
     return bool((value < 0).any() or (value >= below.view(-1, *[1] * (value.dim() - 1))).any())

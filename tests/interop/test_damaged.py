@@ -271,3 +271,19 @@ def test_messages_are_short(lib):
     with pytest.raises(lib.PeftError, match="target_modules") as error:
         lib.LoraConfig(target_modules=["x" * 10**6, 1])
     assert len(str(error.value)) < LONGEST
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.id in (
+    "shira/linear/plain", "unilora/linear/save_indices", "supertuning/linear/plain", "frod/linear/plain")], ids=lambda c: c.id)
+def test_positions_may_be_whole_numbers_in_floats(case, lib, is_ref):
+    """As a program without integers in its files writes them; a fraction is no position."""
+    if is_ref:
+        pytest.skip("a promise of the module under test alone")
+    model = H.adapt(lib, case)
+    held = {k: t.clone() for k, t in lib.get_peft_model_state_dict(model).items()}
+    whole = [k for k, t in held.items() if not t.is_floating_point()]
+    assert whole
+    lib.set_peft_model_state_dict(model, {k: t.float() for k, t in held.items()})
+    H.identical(lib.get_peft_model_state_dict(model), held)
+    with pytest.raises(lib.PeftError, match="positions"):
+        lib.set_peft_model_state_dict(model, {**held, whole[0]: held[whole[0]] + 0.5})
