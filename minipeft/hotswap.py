@@ -20,6 +20,7 @@ from .checkpoint import (
     incoming,
     infer_device,
     load_peft_weights,
+    onloaded,
     strip,
     tuner_of,
 )
@@ -76,11 +77,14 @@ def hotswap_adapter(
     entries = _entries(model, adapter_name)
     base, again = base_entries(getattr(model, "_orig_mod", model), weights, entries)
     given = {strip(key): tensor for key, tensor in weights.items()}
-    for entry in base:
-        key = strip(entry.saved)
-        value = given.pop(key)
-        if value.shape != entry.tensor.shape or not torch.equal(value.to(entry.tensor), entry.tensor):
-            raise CheckpointError(f"'{key}' is the model's own and has other values there; hot swapping keeps those.")
+    with onloaded(getattr(model, "_orig_mod", model), base):
+        for entry in base:
+            key = strip(entry.saved)
+            value = given.pop(key)
+            if value.shape != entry.tensor.shape or not torch.equal(value.to(entry.tensor), entry.tensor):
+                raise CheckpointError(
+                    f"'{key}' is the model's own and has other values there; hot swapping keeps those."
+                )
     live = {strip(entry.saved): entry.live for entry in entries}
     state_dict = {live.get(key, key): tensor for key, tensor in given.items() if key not in again}
     hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config)
@@ -125,18 +129,19 @@ def hotswap_adapter_from_state_dict(
         swaps.append((entry, source, None if source is None else _resized(entry, source.tensor, adapter_name)))
     # from here on nothing can fail
     inner.peft_config[adapter_name] = config
-    for entry, source, value in swaps:
-        adapter, old = _layer(entry).adapters[adapter_name], entry.tensor
-        vars(adapter).update(config=config, idle=source is None)
-        if source is None or value is None:
-            old.zero_()
-            continue
-        if value.shape == old.shape:
-            old.copy_(value)
-        else:
-            old.data = value.to(old, copy=True)
-        _note_padded(adapter, entry.live, source.tensor.shape, value.shape)
-        _take_over(_layer(entry), _layer(source), adapter_name)
+    with onloaded(inner, entries.values(), keep=True):
+        for entry, source, value in swaps:
+            adapter, old = _layer(entry).adapters[adapter_name], entry.tensor
+            vars(adapter).update(config=config, idle=source is None)
+            if source is None or value is None:
+                old.zero_()
+                continue
+            if value.shape == old.shape:
+                old.copy_(value)
+            else:
+                old.data = value.to(old, copy=True)
+            _note_padded(adapter, entry.live, source.tensor.shape, value.shape)
+            _take_over(_layer(entry), _layer(source), adapter_name)
 
 
 def _planned(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> list[Entry]:

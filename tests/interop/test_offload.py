@@ -6,6 +6,7 @@ import zlib
 
 import pytest
 import torch
+from torch import nn
 
 from . import harness as H
 from .cases import CASES
@@ -218,3 +219,24 @@ def test_trained_biases_are_refused_where_the_model_is_offloaded(lib):
     with pytest.raises(ValueError, match="offload"), model.disable_adapter():
         pass
     H.close(H.run(model, H.inputs(case)), want, 1e-6)
+
+
+@pytest.mark.parametrize("rank", [2, 4, 8], ids="r={}".format)
+def test_hot_swapping_an_offloaded_adapter(rank, lib, is_ref, tmp_path):
+    if is_ref:
+        pytest.skip("a promise of the module under test alone")
+    from minipeft.hotswap import hotswap_adapter
+
+    def model(seed, r=4):
+        H.seed(0)
+        base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+        H.seed(seed)
+        return lib.get_peft_model(base, lib.LoraConfig(r=r, target_modules=["0", "2"], init_lora_weights=False)).eval()
+
+    x, new, offloaded = torch.randn(3, 6), model(2, rank), model(1)
+    new.save_pretrained(tmp_path)
+    accelerate.cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    before = offloaded(x)
+    hotswap_adapter(offloaded, str(tmp_path), "default", torch_device="cpu")
+    torch.testing.assert_close(offloaded(x), new(x))
+    assert not torch.allclose(offloaded(x), before, atol=1e-3)
