@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from pathlib import Path
 
-from . import cli, record, store
 from .drivers import open_driver
-from .method import methods
+from .record import coverage, disputed, recorder
+from .reference import store
+from .reference.methods import methods
+from .run import cli, power
 
 
 def do_record(args: list[str]) -> int:
@@ -18,35 +21,21 @@ def do_record(args: list[str]) -> int:
     driver, bad = open_driver("peft"), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if check else store.folder()
-        record.record_bases(folder)
+        recorder.record_bases(folder)
         if check and (folder / "bases.json").read_text() != (store.folder() / "bases.json").read_text():
             bad.append("bases.json: other base models, or other shapes")
         for name in chosen:
-            bad += record.record_method(methods()[name], driver, folder)
+            bad += recorder.record_method(methods()[name], driver, folder)
             if check:
                 new, old = store.Pack(folder / "methods" / f"{name}.json"), store.packs().get(name)
-                bad += record.differences(new, old) if old else [f"{name}: there is no such pack"]
+                bad += recorder.differences(new, old) if old else [f"{name}: there is no such pack"]
             print(f"{name}: {len(methods()[name].rows)} cases", flush=True)
     print("\n".join(bad) if bad else ("all packs are as recorded" if check else "recorded"))
     return 1 if bad else 0
 
 
-def do_power(args: list[str]) -> int:
-    from . import power
-
-    return power.main()
-
-
-def do_coverage(args: list[str]) -> int:
-    from . import coverage
-
-    return coverage.main()
-
-
 def do_freeze(args: list[str]) -> int:
     """Note the meaning of new case ids; ids noted before stay as they are."""
-    import json
-
     path = store.folder() / "ids.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     new = {c.id: store.meaning(c) for c in store.all_cases() if c.id not in known}
@@ -55,14 +44,8 @@ def do_freeze(args: list[str]) -> int:
     return 0
 
 
-def do_disputed(args: list[str]) -> int:
-    from . import disputed
-
-    return disputed.main()
-
-
-COMMANDS = {"record": do_record, "freeze": do_freeze, "power": do_power, "coverage": do_coverage,
-            "disputed": do_disputed}
+COMMANDS = {"record": do_record, "freeze": do_freeze, "power": lambda args: power.main(),
+            "coverage": lambda args: coverage.main(), "disputed": lambda args: disputed.main()}
 
 
 def main(argv=None) -> int:

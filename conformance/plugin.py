@@ -42,7 +42,7 @@ def driver(request):
 def pytest_generate_tests(metafunc):
     if metafunc.definition.path.name != "test_implementation.py" or "task" not in metafunc.fixturenames:
         return
-    from conformance import plan
+    from conformance.run import plan
 
     methods = metafunc.config.getoption("--methods")
     tasks = plan.tasks(metafunc.config.getoption("--profile"), methods.split(",") if methods else None)

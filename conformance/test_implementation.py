@@ -2,7 +2,7 @@
 
 import pytest
 
-from conformance import runner
+from conformance.run import runner
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ embeddings, or keys and values (a cache), which every attention layer sees befor
     embeddings      [prompt, input]     -                  [1 .. 1, mask]     dropped         [-100 .. -100, labels]
     keys, values    as they are         the prompt         [1 .. 1, mask]     + tokens        as they are
 
-The model may be any module that keeps this protocol (transformers' models do; `conformance/language_models.py` has a
-small decoder, encoder and encoder-decoder that do no more):
+The model may be any module that keeps this protocol (transformers' models do; `conformance/models/language_models.py`
+has a small decoder, encoder and encoder-decoder that do no more):
 
 - its word embedding is found by `get_input_embeddings()` or is its first `nn.Embedding`
 - `forward` takes `input_ids` (batch, length) and `attention_mask` (batch, length), where 0 hides a token

@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import minipeft
-from conformance import language_models, models
+from conformance import models
+from conformance.models import language_models
 from minipeft.errors import (
     AdapterNameError,
     BatchError,

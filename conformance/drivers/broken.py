@@ -8,6 +8,7 @@ import time
 import numpy as np
 
 from ..driver import Driver, Unsupported
+from ..reference.methods import methods
 from .oracle import Oracle
 
 
@@ -51,8 +52,6 @@ class AlwaysWrong(Oracle):
 
     @staticmethod
     def type_of(case):
-        from ..method import methods
-
         return methods()[case.split("/")[0]].peft_type
 
 

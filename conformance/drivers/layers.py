@@ -13,7 +13,7 @@ import torch
 
 from .. import models
 from ..driver import Driver, Unsupported
-from ..method import KEY
+from ..reference.method import KEY
 from .peft_api import to_numpy, to_torch
 
 

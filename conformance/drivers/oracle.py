@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from .. import formulas, store
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..method import KEY, methods, slots
-from ..numpy_model import sites
+from ..reference import formulas, store
+from ..reference.method import KEY, slots
+from ..reference.methods import methods
+from ..reference.numpy_model import sites
 
 
 class Oracle(Driver):

@@ -18,7 +18,7 @@ import torch
 
 from .. import models
 from ..driver import Driver, Rejected, Unsupported
-from ..method import methods
+from ..reference.methods import methods
 
 # What a library raises when it means "I will not take this". NotImplementedError with a message says that it does not
 # offer this; any other exception is a crash.

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from conformance import bases, models, store
+from conformance import models
+from conformance.reference import bases, store
 
 EXAMPLE = f"cmd:{sys.executable} conformance/examples/numpy_lora.py"
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys(['torch', 'minipeft', 'peft', 'pytest', 'jsonschema']));"

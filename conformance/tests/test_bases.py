@@ -7,12 +7,12 @@ PSOFT's singular vectors may have other signs than those of the recorder.
 import numpy as np
 import pytest
 
-from .. import numpy_model, store
-from ..checks import goldens, lifecycle
-from ..compare import distance
 from ..drivers.oracle import Oracle
-from ..method import Fault
-from ..methods import frod, psoft
+from ..reference import numpy_model, store
+from ..reference.compare import distance
+from ..reference.method import Fault
+from ..reference.methods import frod, psoft
+from ..run.checks import goldens, lifecycle
 
 CASES = store.packs()["frod"].cases
 

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from conformance import coverage, formulas, numpy_model, store
-from conformance.checks.figures import figures
-from conformance.compare import distance
-from conformance.method import methods
+from conformance.record import coverage
+from conformance.reference import formulas, numpy_model, store
+from conformance.reference.compare import distance
+from conformance.reference.methods import methods
+from conformance.run.checks.figures import figures
 
 CASES = store.all_cases()
 

@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from conformance import cli, plan, runner
 from conformance.drivers import process
 from conformance.drivers.process import Process
+from conformance.run import cli, plan, runner
 
 TASKS = [t for t in plan.tasks("core", ["ia3"], dtypes=["float32"]) if t.check == "forward"][:2]
 INFO = {"name": "hostile", "version": "1", "dtypes": ["float32"]}

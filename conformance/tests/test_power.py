@@ -1,7 +1,8 @@
 """Every seeded fault is caught, and no case could let one slip through."""
 
-from conformance import power, store
-from conformance.faults import all_faults
+from conformance.reference import store
+from conformance.reference.faults import all_faults
+from conformance.run import power
 
 
 def test_every_fault_is_caught():

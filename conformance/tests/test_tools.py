@@ -9,8 +9,10 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from conformance import bases, cli, compare, numpy_model, record
-from conformance.checks.figures import figures
+from conformance.record import recorder
+from conformance.reference import bases, compare, draw, numpy_model
+from conformance.run import cli
+from conformance.run.checks.figures import figures
 
 
 def test_distance_is_per_row():
@@ -38,7 +40,7 @@ def recorded(**changes):
      ({"count": [1, 3]}, False)],
 )
 def test_recording_anew_allows_for_rounding_alone(change, fits):
-    assert (record.differences(recorded(**change), recorded()) == []) is fits
+    assert (recorder.differences(recorded(**change), recorded()) == []) is fits
 
 
 @pytest.mark.parametrize("bad", [np.zeros((2, 3)), np.full((2, 2), np.nan), np.full((2, 2), np.inf)])
@@ -57,7 +59,7 @@ def test_numpy_model_is_torch_model(name):
         more["attention_mask"] = {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}
     if name == "encoder-decoder":
         more |= {"decoder_input_ids": [[2, 4], 13], "decoder_attention_mask": {"values": [[1, 1, 1, 1], [1, 1, 0, 0]]}}
-    weights, inputs = record.draw_base(base, rng), record.draw_inputs(base, more, rng)
+    weights, inputs = draw.draw_base(base, rng), draw.draw_inputs(base, more, rng)
     net = models.make(base).double()
     net.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
     with torch.no_grad():
@@ -71,7 +73,7 @@ def test_skeleton_is_the_real_model(name):
     transformers = pytest.importorskip("transformers")
     import torch
 
-    from conformance import skeletons
+    from conformance.models import skeletons
 
     bert = transformers.BertConfig(vocab_size=28996)
     gpt2 = transformers.GPT2Config(n_embd=1280, n_layer=36, n_head=20)

@@ -1,1 +1,0 @@
-"""One file per method, found by itself: its cases, its formula, its shapes, its seeded faults."""

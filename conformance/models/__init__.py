@@ -1,0 +1,71 @@
+"""Base models in torch, built from the data in a case. For drivers that live in a torch process."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from . import decoders, language_models, skeletons
+from .layers import make_layer
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Net(nn.Module):
+    """Layers in order, under dotted names; looked up at every call, so they may be replaced."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.order = [name for name, _, _ in layers]
+        for name, kind, args in layers:
+            parent = self
+            *path, last = name.split(".")
+            for part in path:
+                if not hasattr(parent, part):
+                    parent.add_module(part, nn.Module())
+                parent = getattr(parent, part)
+            parent.add_module(last, make_layer(kind, args))
+        self.attention = {name for name, kind, _ in layers if kind == "MultiheadAttention"}
+
+    def forward(self, x):
+        for name in self.order:
+            layer = self.get_submodule(name)
+            x = layer(x, x, x)[0] if name in self.attention else layer(x)
+        return x
+
+
+class States(Net):
+    """A Net that shows its hidden states as models of transformers do: the last are what its last layer is given."""
+
+    def __init__(self, layers):
+        super().__init__(layers)
+        self.config = language_models.LMConfig(model_type="tiny")
+
+    def forward(self, input_ids=None, inputs_embeds=None, output_hidden_states=False, return_dict=True):
+        *others, last = self.order
+        x = inputs_embeds if input_ids is None else input_ids
+        for name in others:
+            x = self.get_submodule(name)(x)
+        y = self.get_submodule(last)(x)
+        return language_models.Output(logits=y, hidden_states=(x,)) if output_hidden_states else y
+
+
+def answer(output, has_labels=False):
+    """What a case compares of a model's output: the loss (1,) if labels were given, else logits or hidden states."""
+    if has_labels:
+        return output.loss.reshape(1)
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], -1)
+    output = output[0] if isinstance(output, tuple) else output
+    return getattr(output, "logits", getattr(output, "last_hidden_state", output))
+
+
+def make(base):
+    """The base model of a case's description, its weights yet to be set."""
+    if base.get("model") in language_models.KINDS:
+        return language_models.KINDS[base["model"]](base)
+    if base.get("model") == "decoder":
+        return decoders.DecoderLM(base)
+    if base.get("model") == "skeleton":
+        return skeletons.make(base["name"])
+    return (States if base.get("states") else Net)(base["layers"])

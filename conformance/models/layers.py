@@ -1,0 +1,66 @@
+"""Layers of base models that torch itself does not have."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Conv1D(nn.Module):
+    """A linear layer that keeps its weight as (in, out), as transformers' class of this name does."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.empty(nx, nf))
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+def conv1d() -> Any:
+    """The class that stands for Conv1D: an implementation that imports transformers knows only transformers' own."""
+    other = sys.modules.get("transformers.pytorch_utils")
+    return other.Conv1D if other else Conv1D
+
+
+class Experts(nn.Module):
+    """y = mean over experts e of W_e x, with the bare parameter `weight` of shape (experts, out, in).
+
+    `is_transposed`, an attribute that PEFT reads, says that the shape is (experts, in, out).
+    """
+
+    def __init__(self, shape, is_transposed=False):
+        super().__init__()
+        self.is_transposed = is_transposed
+        self.weight = nn.Parameter(torch.empty(*shape))
+
+    def forward(self, x):
+        axes = "eio" if self.is_transposed else "eoi"
+        return torch.einsum(f"...i,{axes}->...eo", x, self.weight).mean(-2)
+
+
+class Matrix(nn.Module):
+    """y = W x with the bare parameter `weight` of shape (out, in), in no nn.Linear."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def make_layer(kind, args):
+    if kind == "Conv1D":
+        return conv1d()(args["nf"], args["nx"])
+    if kind in ("Experts", "Matrix"):
+        return {"Experts": Experts, "Matrix": Matrix}[kind](**args)
+    if kind == "MultiheadAttention":
+        return nn.MultiheadAttention(batch_first=True, **args)
+    args = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}
+    return getattr(nn, kind)(**args)

@@ -1,0 +1,1 @@
+"""Recording golden data from a reference implementation, and what is promised of it."""

@@ -1,0 +1,1 @@
+"""What is right: the methods' formulas and laws in NumPy, base models as data, and the recorded cases."""

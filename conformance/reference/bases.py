@@ -1,0 +1,108 @@
+"""The base models of the cases, as data: layers in order, each `[name, kind, arguments]`, and the input's shape.
+
+Square and non-square layers stand side by side, and the untargeted layer behind them makes gradients pass through.
+Language models are a kind of their own, for prompts: `{"model": "causal_lm", ...}`; see models/language_models.py.
+"""
+
+from __future__ import annotations
+
+
+def lin(name, i, o, bias=True):
+    return [name, "Linear", {"in_features": i, "out_features": o, "bias": bias}]
+
+
+def conv(name, d, i, o, k, **more):
+    return [name, f"Conv{d}d", {"in_channels": i, "out_channels": o, "kernel_size": k, **more}]
+
+
+def tanh(name):
+    return [name, "Tanh", {}]
+
+
+def net(*layers, shape=None, below=None, batch=3):
+    """`shape`: of a float input; `below`: integer inputs in [0, below) of that shape."""
+    given = {"shape": [batch, *shape]} if below is None else {"shape": [batch, *shape], "below": below}
+    return {"layers": [list(x) for x in layers], "input": given}
+
+
+def blocks(n):
+    """`model.layers.<i>.q_proj/v_proj`: what layers_to_transform and patterns choose from."""
+    rows = []
+    for i in range(n):
+        rows += [lin(f"model.layers.{i}.q_proj", 6, 6), tanh(f"model.layers.{i}.act"),
+                 lin(f"model.layers.{i}.v_proj", 6, 6, bias=False)]
+    return net(*rows, lin("head", 6, 4), shape=[6])
+
+
+def states(argument, *layers, **given):
+    """A net that shows its hidden states and is given its input by name; all layers but the head are in `model`."""
+    *others, head = layers
+    return {**net(*[[f"model.{name}", kind, args] for name, kind, args in others], head, **given), "states": argument}
+
+
+def language_model(model, **more):
+    return {"model": model, "vocab": 13, "hidden": 8, "heads": 2, "depth": 2,
+            "input": {"shape": [2, 5], "below": 13}, **more}
+
+
+BASES = {
+    "mlp": net(lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[6]),
+    "mlp-nobias": net(lin("up", 6, 10, False), tanh("act1"), lin("mid", 10, 10, False), tanh("act2"),
+                      lin("head", 10, 4), shape=[6]),
+    "mlp-tokens": net(lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4),
+                      shape=[5, 6]),
+    "mlp-even": net(lin("up", 8, 12), tanh("act1"), lin("mid", 12, 12), tanh("act2"), lin("head", 12, 4), shape=[8]),
+    "mlp-even-tokens": net(lin("up", 8, 12), tanh("act1"), lin("mid", 12, 12), tanh("act2"), lin("head", 12, 4),
+                           shape=[5, 8]),
+    "blocks": blocks(3),
+    "conv1d": net(conv("c1", 1, 4, 6, 3, padding=1), tanh("act1"), conv("c2", 1, 6, 6, 3, stride=2), tanh("act2"),
+                  conv("head", 1, 6, 2, 1), shape=[4, 9], batch=2),
+    "conv2d": net(conv("c1", 2, 4, 6, 3, padding=1), tanh("act1"), conv("c2", 2, 6, 6, 3, stride=2), tanh("act2"),
+                  conv("head", 2, 6, 2, 1), shape=[4, 6, 7], batch=2),
+    "conv2d-dilated": net(conv("c1", 2, 4, 6, [3, 2], padding=[2, 1], dilation=2, stride=[1, 2]), tanh("act1"),
+                          conv("c2", 2, 6, 4, 1, bias=False), tanh("act2"), conv("head", 2, 4, 2, 1),
+                          shape=[4, 7, 6], batch=2),
+    "conv2d-strided": net(conv("c1", 2, 4, 6, [3, 2], padding=[2, 1], stride=[1, 2]), tanh("act1"),
+                          conv("c2", 2, 6, 6, 2, bias=False), tanh("act2"), conv("head", 2, 6, 2, 1),
+                          shape=[4, 5, 6], batch=2),
+    "conv2d-groups": net(conv("c1", 2, 4, 8, 3, padding=1, groups=2), tanh("act1"), conv("c2", 2, 8, 8, 3, groups=4),
+                         tanh("act2"), conv("head", 2, 8, 2, 1), shape=[4, 5, 6], batch=2),
+    "conv2d-1x1": net(conv("c1", 2, 4, 8, 1), tanh("act1"), conv("c2", 2, 8, 8, 1, stride=2), tanh("act2"),
+                      conv("head", 2, 8, 2, 1), shape=[4, 5, 6], batch=2),
+    "conv3d": net(conv("c1", 3, 3, 4, 3, padding=1), tanh("act1"), conv("c2", 3, 4, 4, [1, 2, 2], stride=[1, 2, 1]),
+                  tanh("act2"), conv("head", 3, 4, 2, 1), shape=[3, 3, 4, 4], batch=2),
+    "embedding": net(["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 7}], tanh("act1"),
+                     ["sq", "Linear", {"in_features": 7, "out_features": 4, "bias": True}], shape=[5], below=12),
+    "embedding-padded": net(["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 8, "padding_idx": 0}],
+                            tanh("act1"), lin("head", 8, 4), shape=[5], below=12),
+    "gpt": net(["c_attn", "Conv1D", {"nf": 10, "nx": 6}], tanh("act1"), ["c_proj", "Conv1D", {"nf": 10, "nx": 10}],
+               tanh("act2"), lin("head", 10, 4), shape=[5, 6]),
+    "gpt-even": net(["c_attn", "Conv1D", {"nf": 12, "nx": 8}], tanh("act1"), ["c_proj", "Conv1D", {"nf": 12, "nx": 12}],
+                    tanh("act2"), lin("head", 12, 4), shape=[5, 8]),
+    "attention": net(lin("into", 6, 8), ["attn", "MultiheadAttention", {"embed_dim": 8, "num_heads": 2}],
+                     lin("head", 8, 4), shape=[5, 6]),
+    "experts": net(lin("into", 6, 8), tanh("act1"), ["experts", "Experts", {"shape": [3, 10, 8]}], tanh("act2"),
+                   lin("head", 10, 4), shape=[5, 6]),
+    "experts-transposed": net(lin("into", 6, 8), tanh("act1"), ["experts", "Experts", {
+        "shape": [3, 8, 10], "is_transposed": True}], tanh("act2"), lin("head", 10, 4), shape=[5, 6]),
+    "parameter": net(lin("into", 6, 8), tanh("act1"), ["router", "Matrix", {"shape": [10, 8]}], tanh("act2"),
+                     lin("head", 10, 4), shape=[5, 6]),
+    "norm": net(lin("into", 6, 10), ["norm", "LayerNorm", {"normalized_shape": 10}], tanh("act1"),
+                lin("mid", 10, 8), ["norm2", "LayerNorm", {"normalized_shape": 8}], lin("head", 8, 4), shape=[5, 6]),
+    "tokens-mlp": net(["embed_tokens", "Embedding", {"num_embeddings": 12, "embedding_dim": 8}], lin("up", 8, 10),
+                      tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[5], below=12),
+    "states": states("inputs_embeds", lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"),
+                     lin("head", 10, 4), shape=[5, 6]),
+    "states-words": states("input_ids", ["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 6}],
+                           lin("mid", 6, 10), tanh("act"), lin("head", 10, 4), shape=[5], below=12),
+    "causal-lm": language_model("causal_lm"),
+    "encoder": language_model("encoder", task="FEATURE_EXTRACTION", positions=17),
+    "encoder-sequence": language_model("encoder", task="SEQ_CLS", positions=17),
+    "encoder-tokens": language_model("encoder", task="TOKEN_CLS", positions=17),
+    "encoder-answers": language_model("encoder", task="QUESTION_ANS", positions=17),
+    "encoder-decoder": language_model("encoder_decoder", positions=17),
+    "decoder-llama": language_model("decoder", names="llama", kv_heads=1, depth=3),
+    "decoder-gpt2": language_model("decoder", names="gpt2", depth=3),
+    "decoder-three": language_model("decoder", names="llama", kv_heads=1, depth=3,
+                                    input={"shape": [3, 5], "below": 13}),
+}

@@ -1,0 +1,256 @@
+"""Seeded faults of no particular method: wrong bookkeeping around a right formula.
+
+Each is the oracle, wrong in one way. A change is `replacement(oracle, right operation, *arguments)`. Faults of one
+method's formula stand in that method's file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from . import formulas
+from .method import KEY, Fault
+from .methods import methods
+
+PLAIN, SAVED = ("linear/plain",), ("linear/modules-to-save",)
+
+
+def half(a):
+    return np.asarray(a, np.float64).astype(np.float16).astype(np.float64)
+
+
+def keep_going(o, right, *a):
+    return None
+
+
+def merge_twice(o, right, names=None):
+    o.merged = list(names or o.active) * 2
+
+
+def merge_and_run(o, right, inputs, adapter_names=None):
+    return o.rounded(o.run(inputs, o.merged + o.active if o.merged else [] if o.off else o.active))
+
+
+def inexact(o, right):
+    o.merged = []
+    o.base_weights = {k: (v.astype(np.float32) * np.float32(1 + 2e-7)).astype(np.float64)
+                      for k, v in o.base_weights.items()}
+
+
+def rename(o, right, old, new, *a):
+    return {k.replace(old, new): v for k, v in right(*a).items()}
+
+
+def load_any(o, right, tensors, name="default"):
+    config, own = o.adapters[name]
+    fits = {k: np.asarray(v, np.float64) for k, v in tensors.items() if k in own and v.shape == own[k].shape}
+    o.adapters[name] = (config, {**own, **fits})
+
+
+def load_then_refuse(o, right, tensors, name="default"):
+    load_any(o, right, tensors, name)
+    right(tensors, name)
+
+
+def load_only(o, right, skip, tensors, name="default"):
+    """Strict but for one thing."""
+    own = o.adapters[name][1]
+    tensors = {k: np.nan_to_num(v) if skip == "finite" else v for k, v in tensors.items()
+               if skip != "extra" or k in own}
+    right({**own, **tensors} if skip == "missing" else tensors, name)
+
+
+def save_without(o, right, path, field):
+    right(path)
+    file = Path(path, "adapter_config.json")
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != field}))
+
+
+def save_half(o, right, path):
+    config, tensors = o.adapters["default"]
+    o.adapters["default"] = (config, {k: half(v) for k, v in tensors.items()})
+    right(path)
+    o.adapters["default"] = (config, tensors)
+
+
+def restore_fresh(o, right, path, base, weights, dtype):
+    config = json.loads(Path(path, "adapter_config.json").read_text())
+    o.build(base, weights, config, dtype, o.case.id if o.case else f"{o.method.name}/x")
+
+
+def crash_on_damage(o, right, path, *a):
+    data = Path(path, "adapter_model.safetensors").read_bytes()
+    size = int.from_bytes(data[:8], "little")  # of a header that may not be there
+    if 8 + size + 40 > len(data) or data[8 + size - 1] is None:
+        data[8 + size]  # reads past the end
+    return right(path, *a)
+
+
+def believe_config(o, right, base, weights, config, dtype, case="", seed=0):
+    """No check of the config; what is wrong with it goes wrong later or never."""
+    if config is not None:
+        config = {**config, "peft_type": o.method.peft_type if getattr(o, "method", None) else "LORA"}
+        config["target_modules"] = [t for t in config["target_modules"] if t != "nowhere"] or ["up"]
+        if isinstance(config.get("r"), int) and config["r"] <= 0:
+            config["r"] = 8
+    right(base, weights, config, dtype, case, seed)
+
+
+def add_and_activate(o, right, name, config):
+    right(name, config)
+    o.active = [name]
+
+
+def load_into_active(o, right, tensors, name="default"):
+    right(tensors, o.active[0])
+
+
+def add_over(o, right, name, config):
+    """The new adapter's initial tensors are written over all adapters."""
+    right(name, config)
+    for other in o.adapters:
+        o.adapters[other] = (o.adapters[other][0], dict(o.adapters[name][1]))
+
+
+def delete_resets(o, right, name):
+    right(name)
+    for other, (config, tensors) in list(o.adapters.items()):
+        o.adapters[other] = (config, {k: v * 0 for k, v in tensors.items()})
+
+
+def last_only(o, right, names):
+    right(list(names)[-1:])
+
+
+def without_last(o, right, inputs, cotangent):
+    found = right(inputs, cotangent)
+    return {k: v for k, v in found.items() if k != sorted(found)[-1]}
+
+
+def with_frozen(o, right, inputs, cotangent):
+    return {**right(inputs, cotangent), f"{KEY}up.base_layer.weight": np.ones((1, 1))}
+
+
+def halved(o, right, inputs, cotangent):
+    return {k: v / 2 if "lora_A" in k else v for k, v in right(inputs, cotangent).items()}
+
+
+def mixed_first(o, right, inputs, adapter_names=None):
+    return right(inputs, adapter_names and [adapter_names[0]] * len(adapter_names))
+
+
+def mixed_no_base(o, right, inputs, adapter_names=None):
+    return right(inputs, adapter_names and [n or "default" for n in adapter_names])
+
+
+def copy_loses(o, right):
+    right()
+    o.adapters = {k: (c, {n: v * 0 for n, v in t.items()}) for k, (c, t) in o.adapters.items()}
+
+
+def low_precision(o, right, tensors, name="default"):
+    right({k: half(v * 1.001) for k, v in tensors.items()}, name)
+
+
+def half_output(o, right, inputs, adapter_names=None):
+    return half(right(inputs, adapter_names))
+
+
+def batch_leak(o, right, inputs, adapter_names=None):
+    y = right(inputs, adapter_names)
+    return y - 0.01 * y.mean(0, keepdims=True)
+
+
+def not_fresh(o, right, name, config):
+    right(name, config)
+    config, tensors = o.adapters[name]
+    o.adapters[name] = (config, {k: v + 0.05 for k, v in tensors.items()})
+
+
+def disabled_keeps_saved(o, right, inputs, adapter_names=None):
+    """Adapters are off, modules_to_save are not."""
+    if not o.off:
+        return right(inputs, adapter_names)
+    config, tensors = o.adapters["default"]
+    weights = formulas.replaced(o.base_weights, tensors)
+    return o.rounded(formulas.output(o.method, o.base, weights, {}, config, inputs))
+
+
+def scale_with_r(o, right, factor):
+    """The new scale is computed from alpha / r, although the config asks for rsLoRA."""
+    config = o.adapters["default"][0]
+    right(factor / np.sqrt(config.get("r", 8)) if config.get("use_rslora") and factor != 1 else factor)
+
+
+def f(id, what, change, caught_by, cases=PLAIN, link=""):
+    return Fault(id, what, change, tuple(caught_by.split()), cases, link=link)
+
+
+GENERAL = (
+    f("adapter-ignored", "the adapter has no effect at all", {"load": keep_going}, "forward merge"),
+    f("leaks-when-disabled", "the adapter stays on when disabled", {"disable": keep_going}, "disable lifecycle"),
+    f("disabled-keeps-saved-modules", "disabling leaves modules_to_save in place", {"forward": disabled_keeps_saved},
+      "disable", SAVED, "https://github.com/huggingface/peft/issues/493"),
+    f("merged-twice", "merging adds the delta twice", {"merge": merge_twice}, "merge lifecycle",
+      link="https://github.com/huggingface/peft/pull/3774"),
+    f("merge-does-nothing", "merging changes a copy of the weights", {"merge": keep_going}, "merge",
+      link="https://github.com/EricLBuehler/candle-lora/issues/26"),
+    f("merged-and-running", "a merged adapter is run, too", {"forward": merge_and_run}, "merge lifecycle",
+      link="https://github.com/EricLBuehler/candle-lora/issues/26"),
+    f("unmerge-does-nothing", "unmerging leaves the merged weights", {"unmerge": keep_going}, "unmerge"),
+    f("unmerge-inexact", "unmerging subtracts, and rounding stays behind", {"unmerge": inexact}, "laws"),
+    f("keys-with-adapter-name", "saved keys hold the adapter's name",
+      {"state_dict": lambda o, right, *a: rename(o, right, ".weight", ".default.weight", *a)}, "keys"),
+    f("keys-without-prefix", "saved keys lack base_model.model.",
+      {"state_dict": lambda o, right, *a: rename(o, right, KEY, "", *a)}, "keys"),
+    f("names-without-base-layer", "the frozen layer keeps its old name",
+      {"names": lambda o, right, *a: rename(o, right, ".base_layer", "", *a)}, "names"),
+    f("names-adapter-first", "live names are adapter-first, parameter-second",
+      {"names": lambda o, right, *a: rename(o, right, "lora_A.default", "default.lora_A", *a)}, "names"),
+    f("base-trainable", "the base weights are left trainable",
+      {"names": lambda o, right: dict.fromkeys(right(), True)}, "names"),
+    f("count-off", "frozen parameters count as trainable", {"count": lambda o, right: (right()[1],) * 2}, "count"),
+    f("saved-in-half", "tensors are rounded to 16 bits when saved", {"save": save_half}, "save"),
+    f("config-field-lost", "use_rslora is not saved",
+      {"save": lambda o, right, path: save_without(o, right, path, "use_rslora")}, "save", ("linear/rslora",)),
+    f("restore-ignores-tensors", "loading a checkpoint leaves the initial tensors", {"restore": restore_fresh},
+      "save lifecycle laws", link="https://github.com/unslothai/unsloth/issues/2009"),
+    f("crash-on-damage", "a damaged file ends in an index error", {"restore": crash_on_damage}, "reject"),
+    f("config-believed", "configs are not checked", {"build": believe_config}, "reject"),
+    f("missing-accepted", "missing tensors keep their initial values",
+      {"load": lambda o, right, *a: load_only(o, right, "missing", *a)}, "reject"),
+    f("extra-accepted", "unknown tensors are dropped",
+      {"load": lambda o, right, *a: load_only(o, right, "extra", *a)}, "reject"),
+    f("nan-accepted", "values that are not finite are replaced",
+      {"load": lambda o, right, *a: load_only(o, right, "finite", *a)}, "reject"),
+    f("loads-anything", "loading takes what fits and says nothing", {"load": load_any}, "reject"),
+    f("refused-too-late", "a bad adapter is refused after half of it was loaded", {"load": load_then_refuse}, "reject"),
+    f("add-activates", "adding an adapter makes it the active one", {"add": add_and_activate}, "lifecycle laws"),
+    f("loads-into-active", "tensors go to the active adapter, not the named one", {"load": load_into_active},
+      "lifecycle"),
+    f("add-overwrites", "a new adapter's tensors overwrite the others'", {"add": add_over}, "lifecycle laws"),
+    f("delete-resets-others", "deleting one adapter empties the others", {"delete": delete_resets}, "lifecycle laws"),
+    f("switch-ignored", "the first adapter stays active", {"switch": keep_going}, "lifecycle laws"),
+    f("last-of-several", "of several active adapters only the last runs", {"switch": last_only}, "lifecycle laws"),
+    f("gradient-missing", "one trainable tensor has no gradient", {"gradients": without_last}, "gradients"),
+    f("gradient-for-frozen", "a frozen weight has a gradient", {"gradients": with_frozen}, "gradients"),
+    f("gradient-halved", "A's gradient lacks a factor", {"gradients": halved}, "gradients"),
+    f("mixed-uses-first", "a mixed batch uses the first sample's adapter for all", {"forward": mixed_first}, "laws"),
+    f("mixed-has-no-base", "a sample without adapter gets the default one", {"forward": mixed_no_base}, "laws"),
+    f("copy-loses-adapter", "a deep copy has empty adapters", {"copy": copy_loses}, "laws"),
+    f("tensors-in-half", "tensors are held with 11 bits", {"load": low_precision}, "forward merge"),
+    f("output-in-half", "the output passes through 16 bits", {"forward": half_output}, "forward"),
+    f("batch-leak", "samples of a batch leak into each other", {"forward": batch_leak}, "forward laws"),
+    f("fresh-not-identity", "a new adapter changes the output", {"add": not_fresh}, "laws"),
+    f("set-scale-ignores-rslora", "changing the scale falls back to alpha / r", {"scale": scale_with_r}, "laws",
+      ("linear/rslora",), "https://github.com/huggingface/peft/issues/2733"),
+)
+
+
+def all_faults():
+    """(method, fault) for every seeded fault of the suite."""
+    found = [(m, fault) for m in methods().values() for fault in m.faults]
+    return [*((methods()["lora"], fault) for fault in GENERAL), *found]

@@ -1,0 +1,114 @@
+"""Properties that hold for every method, whatever the numbers: one file per law, found by itself.
+
+Each file has `TITLE`, `applies(method)` and `check(driver, sample)`, which raises `Failure`. Hypothesis draws samples.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import tempfile
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+from .. import store
+from ..bases import BASES
+from ..compare import Failure, close
+from ..draw import bf16, draw_base, draw_inputs
+from ..method import Method
+
+EXAMPLES = {"core": 2, "full": 8}
+
+
+@dataclass
+class Sample:
+    """A base model, a config and how the adapter's tensors are made: they follow from what the driver saves."""
+
+    method: Method
+    base_name: str
+    config: dict
+    seed: int
+    dtype: str = "float32"
+    inputs: dict = field(init=False)
+    weights: dict = field(init=False)
+
+    def __post_init__(self):
+        self.base = BASES[self.base_name]
+        self.rng = np.random.default_rng(self.seed)
+        self.weights = draw_base(self.base, self.rng)
+        self.inputs = draw_inputs(self.base, self.method.draw_inputs, self.rng)
+        self.config = store.resolved({"peft_type": self.method.peft_type, **self.config})
+
+    def tensors(self, driver, name="default", seed=0):
+        """Values for the adapter's tensors, away from where training starts."""
+        rng = np.random.default_rng((self.seed, seed))
+        found = {}
+        for key, fresh in sorted(driver.state_dict(name).items()):
+            fresh = np.asarray(fresh, np.float64)
+            if self.method.is_frozen(key):
+                found[key] = fresh if self.method.exact else bf16(fresh)
+            elif self.method.perturb:
+                found[key] = bf16(self.method.perturb(key, fresh, rng))
+            else:
+                found[key] = bf16(fresh + 0.3 * rng.normal(size=fresh.shape))
+        return found
+
+    def build(self, driver, config=True, dtype=None):
+        """The adapted model, its tensors new; with `config` None the bare base model."""
+        driver.build(self.base, self.weights, self.config if config else None, dtype or self.dtype,
+                     case=f"{self.method.name}/law", seed=self.seed)
+
+    def start(self, driver, dtype=None):
+        """The adapted model with its tensors set."""
+        self.build(driver, dtype=dtype)
+        driver.load(self.tensors(driver))
+
+    def second(self, driver):
+        """Add and fill another adapter, "other"; the active one stays."""
+        driver.add("other", {**self.config, **self.method.more_for_second})
+        driver.load(self.tensors(driver, "other", seed=1), "other")
+
+    def base_output(self, driver):
+        self.build(driver, config=None)
+        return driver.forward(self.inputs)
+
+    def same(self, what, got, want, dtype=None):
+        try:
+            close(what, got, want, dtype or self.dtype)
+        except Failure as e:
+            raise Failure(f"{e.message}, config {self.config} on {self.base_name}", e.expected, e.got, e.by) from None
+
+
+@cache
+def laws() -> dict:
+    names = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return {n: importlib.import_module(f"{__name__}.{n}") for n in names}
+
+
+@cache
+def scratch() -> tempfile.TemporaryDirectory:
+    """A folder that goes with the process."""
+    return tempfile.TemporaryDirectory()
+
+
+def hold(law, method: Method, examples: int, driver) -> None:
+    """Check one law for one method on drawn configs; the first counterexample is raised."""
+    from hypothesis import HealthCheck, Phase, configuration, given, settings
+    from hypothesis import strategies as st
+
+    if "HYPOTHESIS_STORAGE_DIRECTORY" not in os.environ:
+        configuration.set_hypothesis_home_dir(scratch().name)  # not `.hypothesis` in the current folder
+    more = method.draw_fresh if getattr(law, "DRAWS_INITIALISATIONS", False) else {}
+    fields = {**method.draw, **more}
+    drawn = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in fields.items()})
+
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))
+    @given(st.sampled_from(method.draw_bases), drawn, st.integers(0, 2**31))
+    def run(base_name, config, seed):
+        law.check(driver, Sample(method, base_name, config, seed))
+
+    run()

@@ -1,0 +1,23 @@
+"""Every trainable tensor gets a finite gradient that is not zero, but those that are idle."""
+
+import numpy as np
+
+from ..compare import Failure
+
+TITLE = "gradients reach every trainable tensor"
+
+
+def applies(method):
+    return "inference_mode" not in method.draw
+
+
+def check(driver, sample):
+    sample.start(driver)
+    cotangent = np.random.default_rng(sample.seed).normal(size=driver.forward(sample.inputs).shape)
+    idle = sample.method.idle or (lambda key, config: False)
+    for key, g in driver.gradients(sample.inputs, cotangent).items():
+        if idle(key, sample.config):
+            continue
+        if not np.isfinite(g).all() or not np.asarray(g).any():
+            raise Failure(f"the gradient of {key} is {'zero' if np.isfinite(g).all() else 'not finite'}, "
+                          f"config {sample.config}")

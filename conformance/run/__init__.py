@@ -1,0 +1,1 @@
+"""Running the checks against a driver, and telling how each ended."""

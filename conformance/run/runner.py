@@ -1,0 +1,133 @@
+"""Runs checks against a driver and says how each ended."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import operator
+import re
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..driver import Driver, Hung, Rejected, Unsupported
+from ..reference.compare import Failure
+
+OUTCOMES = ("pass", "fail", "error", "unsupported", "known-issue", "not run")
+
+
+@dataclass
+class Result:
+    method: str
+    case: str
+    check: str
+    dtype: str
+    outcome: str
+    message: str = ""
+    expected: str = ""
+    got: str = ""
+    by: float | None = None  # in tolerances
+    link: str = ""
+    seconds: float = 0.0
+
+    @property
+    def id(self):
+        return f"{self.case}:{self.check}:{self.dtype}"
+
+    def as_dict(self):
+        return {k: v for k, v in asdict(self).items() if v not in ("", None)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One check of one case in one dtype; `call(driver)` raises where something is wrong."""
+
+    method: str
+    case: str
+    check: str
+    dtype: str
+    call: Callable[[Driver], None]
+
+    @property
+    def id(self):
+        return f"{self.case}:{self.check}:{self.dtype}"
+
+
+def clean(text, most: int = 2000) -> str:
+    """What an implementation said, as text that no report stumbles over: printable, and not too long."""
+    text = str(text).strip()
+    text = text if len(text) <= most else text[: most // 2] + " ... " + text[-most // 2 :]
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def run_one(driver: Driver, task: Task, seconds: float = 30.0) -> Result:
+    result = Result(task.method, task.case, task.check, task.dtype, "pass")
+    begun = time.perf_counter()
+    try:
+        with driver._within(seconds):
+            task.call(driver)
+    except Failure as e:
+        result.outcome, result.message = "fail", e.message
+        result.expected, result.got, result.by = clean(e.expected), clean(e.got), e.by
+    except Unsupported as e:
+        result.outcome, result.message = "unsupported", str(e)
+    except Rejected as e:
+        result.outcome, result.message = "fail", f"refused: {e}"
+    except Hung as e:
+        result.outcome, result.message = "error", f"hung: {e}"
+    except Exception as e:
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        result.outcome = "error"
+        result.message = f"crashed: {type(e).__name__}: {e} ({Path(where.filename).name}:{where.lineno})"
+    result.message = clean(result.message)
+    result.seconds = round(time.perf_counter() - begun, 4)
+    return result
+
+
+def known_issues(name: str, version: str) -> list[dict]:
+    """The listed issues of an implementation; each needs a link and its evidence."""
+    found = json.loads((Path(__file__).parent / "known_issues.json").read_text())["issues"]
+    return [i for i in found if i["implementation"] == name and in_range(version, i["versions"])]
+
+
+def in_range(version: str, wanted: str) -> bool:
+    """Whether a version is that one, or within a range: `>= 0.17, <= 0.21.2`. What follows the numbers is ignored."""
+    compare = {">=": operator.ge, "<=": operator.le, "<": operator.lt, ">": operator.gt, "": operator.eq}
+
+    def numbers(text):
+        return [int(n) for n in re.match(r"[\d.]*", text)[0].split(".") if n]  # type: ignore[index]
+
+    parts = [re.fullmatch(r"\s*([<>]=?|)\s*(\d[\w.]*)\s*", part) for part in wanted.split(",")]
+    return all(compare[part[1]](numbers(version), numbers(part[2])) for part in parts)  # type: ignore[index]
+
+
+def apply_known(result: Result, issues: Iterable[dict]) -> Result:
+    for issue in issues:
+        if any(fnmatch.fnmatchcase(result.id, pattern) for pattern in issue["results"]):
+            if result.outcome in ("fail", "error"):
+                result.outcome, result.link = "known-issue", issue["link"]
+                result.message = f"{issue['what']} | {result.message}"
+            elif result.outcome == "pass" and not issue.get("sometimes"):
+                result.outcome, result.link = "fail", issue["link"]
+                result.message = f"listed as a known issue, and passes: {issue['what']}"
+            break
+    return result
+
+
+def run(driver: Driver, tasks: list[Task], issues=(), seconds=30.0, on_result=lambda result: None) -> list[Result]:
+    results = []
+    for task in tasks:
+        result = apply_known(run_one(driver, task, seconds), issues)
+        results.append(result)
+        on_result(result)
+    return results
+
+
+def verdict(results: list[Result]) -> tuple[bool, Counter]:
+    """Did the run succeed: nothing failed, and something ran."""
+    counts = Counter(r.outcome for r in results)
+    ran = counts["pass"] + counts["fail"] + counts["error"] + counts["known-issue"]
+    return counts["pass"] > 0 and ran > 0 and not counts["fail"] and not counts["error"], counts
