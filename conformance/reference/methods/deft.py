@@ -67,7 +67,9 @@ FAULTS = (
 
 
 def fresh(site, t, c):
-    """R such that nothing changes."""
+    """R such that nothing changes, where it is trained."""
+    if "deft_R" not in t:
+        return t
     unscaled = rank(site, c) / c["alpha"] if c.get("alpha") else 1
     return {**t, "deft_R": pair(t, c)[1].T @ site.W * unscaled}
 
