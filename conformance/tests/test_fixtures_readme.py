@@ -72,26 +72,27 @@ def test_the_loop_sees_a_wrong_scale():
     }
 
 
-class Port(Oracle):
+class Port:
     """The formulas, which are told the case as they need it for what is convention."""
 
     def __init__(self, method):
-        super().__init__()
-        self.cases = iter(store.packs()[method].cases)
+        self.oracle, self.cases = Oracle(), iter(store.packs()[method].cases)
 
     def build(self, base, weights, config, dtype):
-        super().build(base, weights, store.resolved(config), dtype, next(self.cases).id)
+        self.case = next(self.cases)
+        self.oracle.build(base, weights, store.resolved(config), dtype, self.case.id)
         return True
 
     def load(self, tensors):
         if self.case.data.get("live"):
-            return self.assign(self.case.tensors("adapter"))
-        return super().load(tensors)
+            self.oracle.assign(self.case.tensors("adapter"))
+        else:
+            self.oracle.load(tensors)
 
-    def __getattribute__(self, name):
-        if name == "gradients" and self.method.name != "ia3":
+    def __getattr__(self, name):
+        if name == "gradients" and not self.case.id.startswith("ia3/"):
             raise AttributeError("finite differences of every case take too long here")
-        return super().__getattribute__(name)
+        return getattr(self.oracle, name)
 
 
 @pytest.mark.parametrize("method", methods())
