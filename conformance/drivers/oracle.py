@@ -50,7 +50,7 @@ class Oracle(Driver):
             return self.case.targets
         wanted = config.get("target_modules") or []
         found = [p for p in sites(self.base, self.base_weights) if p.split(".")[-1] in wanted or p in wanted]
-        if not found and not self.method.prompts and not self.method.route:
+        if not found and not self.method.prompt and not self.method.route:
             raise Rejected(f"target_modules {wanted} match nothing")
         return found
 
@@ -60,20 +60,20 @@ class Oracle(Driver):
         shapes = formulas.expected_shapes(self.method, self.base, self.base_weights, config, self.targets(config))
         if self.case is not None and config == self.case.config:
             shapes = self.case.keys
-        shapes = self.method.lives(config) or shapes
+        shapes = self.method.live(config) or shapes
         tensors = {}
         for key, shape in shapes.items():
-            value = next((v for slot, v in self.method.neutral.items() if key.endswith(slot)), None)
+            value = next((v for slot, v in self.method.tensors.neutral.items() if key.endswith(slot)), None)
             tensors[key] = np.full(shape, value) if value is not None else rng.normal(size=tuple(shape)) * 0.1
             if formulas.plain_name(key) in self.base_weights:
                 tensors[key] = self.base_weights[formulas.plain_name(key)].copy()
         at = {p: s for p, s in sites(self.base, self.base_weights).items() if p in self.targets(config)}
-        made = self.method.made(config, list(at.values())) if self.method.made else {}
+        made = self.method.tensors.made(config, list(at.values())) if self.method.tensors.made else {}
         tensors.update({k: np.asarray(v, np.float64) for k, v in made.items()})
-        if self.method.fresh:
+        if self.method.tensors.fresh:
             for path, site in at.items():
                 if own := slots(tensors, path):
-                    new = self.method.fresh(site, {**own, **made}, config)
+                    new = self.method.tensors.fresh(site, {**own, **made}, config)
                     tensors.update({f"{KEY}{path}.{k}": np.asarray(v, np.float64) for k, v in new.items()})
         self.adapters[name] = (copy.deepcopy(config), tensors)
 
@@ -99,7 +99,7 @@ class Oracle(Driver):
     def saved(self, name="default"):
         """What a checkpoint holds of an adapter, unrounded."""
         config, tensors = self.adapters[name]
-        return self.method.saved(tensors, config) if self.method.lives(config) else tensors
+        return self.method.saved(tensors, config)
 
     def scaled(self, config):
         if self.factor == 1:
@@ -116,7 +116,7 @@ class Oracle(Driver):
 
     def forward(self, inputs, adapter_names=None):
         if adapter_names is not None:
-            if not self.method.mixed_batch:
+            if not self.method.laws.mixed_batch:
                 raise Unsupported("mixed batches of this method")
             picked = [self.run(inputs, [] if n is None else [n])[i] for i, n in enumerate(adapter_names)]
             return self.rounded(np.stack(picked))
@@ -190,7 +190,7 @@ class Oracle(Driver):
         from safetensors.numpy import save_file
 
         config, tensors = self.adapters["default"][0], self.saved()
-        if self.method.lives(config):
+        if self.method.live(config):
             config = {**config, "inference_mode": True}
         Path(path, "adapter_config.json").write_text(json.dumps(config))
         save_file({k: np.ascontiguousarray(self.rounded(v)) for k, v in tensors.items()},

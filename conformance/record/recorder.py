@@ -65,14 +65,14 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     used = config.get("inference_mode")  # nothing is trained any more
     take = driver.live_gradients if row.live or row.lost else driver.gradients
     put = driver.assign if row.live else driver.load
-    fresh = {k: np.zeros(s) for k, s in method.lives(config).items()} if row.live else fresh_state
+    fresh = {k: np.zeros(s) for k, s in method.live(config).items()} if row.live else fresh_state
     trainable = set(fresh if used else take(inputs, cotangent)) - {"input"}
     frozen = set(fresh) - trainable
     adapter = draw_adapter(method, fresh, set() if row.live else frozen, rng)
     put(adapter)
 
     parts: dict[str, dict] = {"base": weights, "adapter": adapter, "input": inputs, "cotangent": {"y": cotangent}}
-    made = method.made(config, []) if row.begins and method.made else {}
+    made = method.tensors.made(config, []) if row.begins and method.tensors.made else {}
     parts["fresh"] = {k: fresh_state[k] for k in made}
     said = formulas.output(method, base, weights, adapter, config, inputs)
     if row.golden == "formula":
@@ -116,7 +116,7 @@ def record_case(method: Method, row: Row, driver) -> tuple[dict, dict]:
     targets = targets_of(base, weights, adapter, method.name)
     if row.live:
         parts["saved"] = driver.state_dict()
-        for k, v in method.saved(adapter, config).items() if method.saved else ():
+        for k, v in method.saved(adapter, config).items():
             agreement_of(v, parts["saved"][k], f"saved {k}: formula and reference", problems)
     saved = parts.get("saved", adapter)
     closed = formulas.expected_shapes(method, base, weights, config, targets)
@@ -162,7 +162,7 @@ def widest(row) -> str:
 
 def second_config(method, row):
     return None if row.second is None else \
-        {"peft_type": method.peft_type, **(row.second or row.config), **method.more_for_second}
+        {"peft_type": method.peft_type, **(row.second or row.config), **method.laws.second}
 
 
 def record_trace(method, row, driver, base, config, parts, problems, case_id):
@@ -173,8 +173,8 @@ def record_trace(method, row, driver, base, config, parts, problems, case_id):
     weights, inputs = parts["base"], parts["input"]
     driver.build(base, weights, second, widest(row), case=case_id)
     state = driver.state_dict()
-    other = draw_adapter(method, state, {k for k in state if method.is_frozen(k)}, rng_of(case_id + " second"))
-    other.update({k: v for k, v in parts["adapter"].items() if method.is_frozen(k)})
+    other = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng_of(case_id + " second"))
+    other.update({k: v for k, v in parts["adapter"].items() if method.tensors.is_frozen(k)})
     known = (method, base, weights, config, second, parts["adapter"], other, inputs, "float64")
     asked = [(Oracle(), case_id + "?")] if row.golden == "formula" else [(driver, case_id), (Oracle(), case_id + "?")]
     told = [list(lifecycle.steps(d, *known, case=name)) for d, name in asked]
@@ -199,7 +199,7 @@ def agreement_of(a, b, what, problems) -> float:
 
 def margin_of(method, row, base, weights, adapter, config, inputs, y, plain, targets):
     """(distance of the nearest fault in float32 tolerances, its name), over the faults meant for this case."""
-    gauges = [{}] if method.gauges is None else list(method.gauges(config, targets))
+    gauges = [{}] if method.tensors.gauges is None else list(method.tensors.gauges(config, targets))
 
     def outputs(**change):
         return [formulas.output(method, base, weights, turned(adapter, gauge), config, inputs, **change)

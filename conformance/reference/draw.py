@@ -56,9 +56,9 @@ def draw_adapter(method: Method, state: dict, frozen: set, rng) -> dict:
     for key in sorted(state):
         fresh = np.asarray(state[key], np.float64)
         if key in frozen:
-            found[key] = fresh if method.exact else bf16(fresh)
-        elif method.perturb is not None:
-            found[key] = bf16(method.perturb(key, fresh, rng))
+            found[key] = fresh if method.tensors.exact else bf16(fresh)
+        elif method.tensors.perturb is not None:
+            found[key] = bf16(method.tensors.perturb(key, fresh, rng))
         else:
             found[key] = bf16(fresh + 0.3 * rng.normal(size=fresh.shape))
     return found

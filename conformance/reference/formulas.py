@@ -48,7 +48,8 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
     formula = formula or method.formula
     if method.prompt:
         return folded, routed
-    shared = {k: v for k, v in tensors.items() if method.shared and not any(k in (f"{KEY}{w}",) for w in weights)}
+    base_keys = {f"{KEY}{w}" for w in weights}
+    shared = {k: v for k, v in tensors.items() if method.tensors.shared and k not in base_keys}
     first = numpy_model.sites(base, frozen) if frozen and formula and asked(formula, frozen=frozen) else {}
     for path, site in numpy_model.sites(base, folded).items():
         t = slots(tensors, path)
@@ -56,7 +57,7 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
              and not k.startswith("base_layer.out_proj")}
         if not t:
             continue
-        if method.shared:
+        if method.tensors.shared:
             t = {**t, **{k: v for k, v in shared.items() if not k.startswith(KEY)}}
         if (new := token_rows(site, t, config)) is None:
             if method.run and (method.formula is None or site.args.get("groups", 1) > 1):
@@ -84,12 +85,12 @@ def output(method, base, weights, tensors, config, inputs, held=None, formula=No
     special = {p: (lambda site, x, t=t: run(site, t, config, x, inputs)) for p, t in routed.items()}
     route = route or method.route
     special |= route(base, folded, tensors, config, inputs, **asked(route, held=held)) if route else {}
-    prompt = prompt or method.prompt
+    prompt = prompt or (method.prompt.formula if method.prompt else None)
     joined = prompt(tensors, config, **asked(prompt, inputs=inputs, held=held)) if prompt else {}
     y = numpy_model.run(base, folded, inputs, special, joined)
     if "labels" not in inputs:
         return y
-    loss = loss or method.loss
+    loss = loss or (method.prompt.loss if method.prompt else None)
     own = loss is not None and joined
     return np.array([loss(y, inputs, config) if own else numpy_model.loss(base, y, inputs["labels"])])
 
@@ -109,7 +110,7 @@ def gradients(method, base, weights, tensors, config, inputs, cotangent, step=1e
     def loss():
         return float((output(method, base, weights, tensors, config, inputs, held, **faulty) * cotangent).sum())
 
-    moving = {k: v for k, v in tensors.items() if not method.is_frozen(k)}
+    moving = {k: v for k, v in tensors.items() if not method.tensors.is_frozen(k)}
     if "x" in inputs and inputs["x"].dtype.kind == "f":
         inputs["x"] = inputs["x"].astype(np.float64)
         moving["input"] = inputs["x"]
@@ -123,7 +124,7 @@ def gradients(method, base, weights, tensors, config, inputs, cotangent, step=1e
             flat[i] = old - step
             out[i] = (up - loss()) / (2 * step)
             flat[i] = old
-        found[key] = np.where(method.fixed(key, grad.shape, config), 0, grad) if method.fixed else grad
+        found[key] = np.where(method.tensors.fixed(key, grad.shape, config), 0, grad) if method.tensors.fixed else grad
     return found
 
 
@@ -131,14 +132,15 @@ def expected_shapes(method, base, weights, config, targets) -> dict:
     """Saved key -> shape in closed form, for the layers `targets`."""
     at = numpy_model.sites(base, weights)
     found = {f"{KEY}{p}.{slot}": tuple(s) for p in targets for slot, s in method.shapes(at[p], config).items()}
-    if method.shared:
-        found.update(method.shared(config, [at[p] for p in targets]))  # prompts have no targets
+    if method.tensors.shared:
+        found.update(method.tensors.shared(config, [at[p] for p in targets]))  # prompts have no targets
     return found
 
 
 def trained_count(method, shapes: dict, config) -> int:
     """How many of the numbers in the tensors of `shapes` are trained."""
-    shapes = method.lives(config) or shapes
-    trained = {k: s for k, s in shapes.items() if not method.is_frozen(k)}
-    fixed = [np.broadcast_to(method.fixed(k, s, config), s).sum() for k, s in trained.items()] if method.fixed else []
-    return int(sum(np.prod(s) for s in trained.values()) - sum(fixed))
+    shapes = method.live(config) or shapes
+    trained = {k: s for k, s in shapes.items() if not method.tensors.is_frozen(k)}
+    fixed = method.tensors.fixed
+    left_out = [np.broadcast_to(fixed(k, s, config), s).sum() for k, s in trained.items()] if fixed else []
+    return int(sum(np.prod(s) for s in trained.values()) - sum(left_out))

@@ -33,9 +33,9 @@ class Row:
     disputed: str = ""
     note: str = ""
     # prompts that are computed from what is trained, and saved as the result: the case holds what is trained, by live
-    # name, instead of what is saved. See `Method.live`
+    # name, instead of what is saved. See `Prompt.live`
     live: bool = False
-    begins: bool = False  # a new adapter's tensors that `Method.made` gives are recorded, and checked with the keys
+    begins: bool = False  # a new adapter's tensors that `Tensors.made` gives are recorded, and checked with the keys
     lost: bool = False  # the reference saves less than it trains: what there is to save follows from the closed form
 
 
@@ -57,6 +57,68 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Tensors:
+    """What is special about an adapter's tensors."""
+
+    # shared(config, sites) -> {whole key: shape} of tensors that belong to no single layer
+    shared: Callable | None = None
+    # tensors that PEFT saves but does not train (VeRA's projections), by slot or whole key
+    frozen: tuple = ()
+    exact: bool = False  # those are not rounded to 8 bits: the reference computes others from its own, not from them
+    # fixed(key, shape, config) -> True where an entry of a saved tensor is not trained though others are
+    fixed: Callable | None = None
+    # fresh(site, tensors, config) -> tensors that a new adapter takes from the base (DoRA's magnitude, copied rows)
+    fresh: Callable | None = None
+    # made(config, sites) -> {whole key: value} of the shared ones that a new adapter takes from the base, or a file
+    made: Callable | None = None
+    # slot (or key) -> the value that makes a fresh adapter do nothing; the others may be anything
+    neutral: dict = field(default_factory=dict)
+    # the recorder's tensors: perturb(key, fresh value, rng) -> value; None: fresh + 0.3 normal
+    perturb: Callable | None = None
+    # gauges(config, paths) -> the choices that an implementation has, each {key: array}: multiplying the adapter's
+    # tensors by it undoes the choice. The checks take the one that comes closest to the golden
+    gauges: Callable | None = None
+
+    def is_frozen(self, key: str) -> bool:
+        """Is this saved tensor one that is not trained?"""
+        return any(key == f or key.endswith("." + f) for f in self.frozen)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is joined to a model's input; the output may be longer than the base model's."""
+
+    # formula(tensors by key, config[, inputs][, held]) -> {"tokens": ..., "decoder_tokens": ...} or {"past": ...}
+    formula: Callable
+    # live(config) -> {live name: shape} of an adapter's parameters, and saved(tensors by live name, config) -> what a
+    # checkpoint holds, where these are not the same ({} where they are)
+    live: Callable | None = None
+    saved: Callable | None = None
+    # loss(logits, inputs, config), where it is not the model's own
+    loss: Callable | None = None
+
+
+@dataclass(frozen=True)
+class Laws:
+    """Which laws hold, and what they draw."""
+
+    draw: dict  # config field -> values
+    draw_fresh: dict = field(default_factory=dict)  # more of that for the law of fresh adapters: initialisations
+    bases: tuple = ("mlp-tokens",)
+    inputs: dict = field(default_factory=dict)  # as those of a row
+    second: dict = field(default_factory=dict)  # config fields that a second adapter needs
+    # one adapter name per sample in a batch; several active adapters; a strength that scales the delta linearly
+    mixed_batch: bool = False
+    stacks: bool = True
+    scales: bool = False
+    whole_batch: bool = False  # a sample's output depends on the other samples
+    single: bool = False  # a model has one adapter of this method at most
+    fresh_identity: bool = False  # a new adapter does nothing because its tensors are taken from the base
+    # idle(key, config) -> True for a trained tensor that the output does not depend on
+    idle: Callable | None = None
+
+
+@dataclass(frozen=True)
 class Method:
     name: str
     peft_type: str
@@ -66,6 +128,7 @@ class Method:
     rows: list
     # shapes(site, config) -> {slot: shape} of the tensors saved for one adapted weight, e.g. {"lora_A.weight": (r, in)}
     shapes: Callable
+    laws: Laws
     # formula(site, tensors by slot, config) -> (W', b'), W as (out, in, *kernel). With a parameter `frozen` it is given
     # the site of the base model's own weight, where others may be folded into `site` already
     formula: Callable | None = None
@@ -74,60 +137,23 @@ class Method:
     # route(base, weights, tensors by key, config, inputs[, held]) -> {path: function(site, x) -> y}, where it takes the
     # whole model to find out what a layer does; `held`: tensors and inputs as they are where no gradient goes
     route: Callable | None = None
-    # prompt(tensors by key, config[, inputs][, held]) -> {"tokens": ..., "decoder_tokens": ...} or {"past": ...}
-    prompt: Callable | None = None
-    # live(config) -> {live name: shape} of an adapter's parameters, and saved(tensors by live name, config) -> what a
-    # checkpoint holds, where these are not the same ({} where they are)
-    live: Callable | None = None
-    saved: Callable | None = None
-    # loss(logits, inputs, config), where it is not the model's own
-    loss: Callable | None = None
-    # fixed(key, shape, config) -> True where an entry of a saved tensor is not trained though others are
-    fixed: Callable | None = None
-    # idle(key, config) -> True for a trained tensor that the output does not depend on
-    idle: Callable | None = None
+    prompt: Prompt | None = None
+    tensors: Tensors = Tensors()
     faults: tuple = ()
-    # tensors that PEFT saves but does not train (VeRA's projections), by slot or whole key
-    frozen: tuple = ()
-    exact: bool = False  # those are not rounded to 8 bits: the reference computes others from its own, not from them
-    # shared(config, sites) -> {whole key: shape} of tensors that belong to no single layer
-    shared: Callable | None = None
-    # made(config, sites) -> {whole key: value} of those that a new adapter takes from the base, or from a file
-    made: Callable | None = None
-    # slot (or key) -> the value that makes a fresh adapter do nothing; the others may be anything
-    neutral: dict = field(default_factory=dict)
-    # the recorder's tensors: perturb(slot, shape, fresh value, rng) -> value; None: fresh + 0.3 normal
-    perturb: Callable | None = None
-    # for the laws: config field -> values to draw from, and the bases to draw them on
-    draw: dict = field(default_factory=dict)
-    draw_fresh: dict = field(default_factory=dict)  # more of that for the law of fresh adapters: initialisations
-    draw_bases: tuple = ("mlp-tokens",)
-    # gauges(config, paths) -> the choices that an implementation has, each {key: array}: multiplying the adapter's
-    # tensors by it undoes the choice. The checks take the one that comes closest to the golden
-    gauges: Callable | None = None
-    # one adapter name per sample in a batch; several active adapters; a strength that scales the delta linearly
-    mixed_batch: bool = False
-    whole_batch: bool = False  # a sample's output depends on the other samples
-    stacks: bool = True
-    single: bool = False  # a model has one adapter of this method at most
-    scales: bool = False
     merges: bool = True
-    more_for_second: dict = field(default_factory=dict)  # config fields that a second adapter needs
-    draw_inputs: dict = field(default_factory=dict)
     # files(folder): write what configs name by path, into `folder`/adapters
     files: Callable | None = None
-    # fresh(site, tensors, config) -> tensors that a new adapter takes from the base (DoRA's magnitude, copied rows)
-    fresh: Callable | None = None
-    fresh_identity: bool = False  # a new adapter does nothing because its tensors are taken from the base
-    prompts: bool = False  # joined to the model's input; the output may be longer than the base model's
 
-    def lives(self, config: dict) -> dict:
+    def live(self, config: dict) -> dict:
         """The live parameters that a checkpoint is computed from; {} where it holds them, as it does for use alone."""
-        return self.live(config) if self.live and not config.get("inference_mode") else {}
+        if not self.prompt or not self.prompt.live or config.get("inference_mode"):
+            return {}
+        return self.prompt.live(config)
 
-    def is_frozen(self, key: str) -> bool:
-        """Is this saved tensor one that is not trained?"""
-        return any(key == f or key.endswith("." + f) for f in self.frozen)
+    def saved(self, tensors: dict, config: dict) -> dict:
+        """What a checkpoint holds of an adapter with these parameters."""
+        saved = self.prompt and self.prompt.saved
+        return saved(tensors, config) if saved and self.live(config) else tensors
 
 
 def turned(tensors: dict, gauge: dict) -> dict:

@@ -92,7 +92,8 @@ def test_counts_follow_from_the_closed_form(case):
 def test_every_case_is_moved_away_from_its_start():
     for case in CASES:
         for key, values in case.tensors("adapter").items():
-            neutral = next((v for s, v in methods()[case.pack.data["method"]].neutral.items() if key.endswith(s)), None)
+            neutrals = methods()[case.pack.data["method"]].tensors.neutral
+            neutral = next((v for slot, v in neutrals.items() if key.endswith(slot)), None)
             assert neutral is None or np.abs(np.asarray(values) - neutral).max() > 1e-3, (case.id, key)
 
 

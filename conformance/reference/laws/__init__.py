@@ -17,7 +17,7 @@ import numpy as np
 from .. import store
 from ..bases import BASES
 from ..compare import Failure, close
-from ..draw import bf16, draw_base, draw_inputs
+from ..draw import draw_adapter, draw_base, draw_inputs
 from ..method import Method
 
 EXAMPLES = {"core": 2, "full": 8}
@@ -39,22 +39,14 @@ class Sample:
         self.base = BASES[self.base_name]
         self.rng = np.random.default_rng(self.seed)
         self.weights = draw_base(self.base, self.rng)
-        self.inputs = draw_inputs(self.base, self.method.draw_inputs, self.rng)
+        self.inputs = draw_inputs(self.base, self.method.laws.inputs, self.rng)
         self.config = store.resolved({"peft_type": self.method.peft_type, **self.config})
 
     def tensors(self, driver, name="default", seed=0):
         """Values for the adapter's tensors, away from where training starts."""
-        rng = np.random.default_rng((self.seed, seed))
-        found = {}
-        for key, fresh in sorted(driver.state_dict(name).items()):
-            fresh = np.asarray(fresh, np.float64)
-            if self.method.is_frozen(key):
-                found[key] = fresh if self.method.exact else bf16(fresh)
-            elif self.method.perturb:
-                found[key] = bf16(self.method.perturb(key, fresh, rng))
-            else:
-                found[key] = bf16(fresh + 0.3 * rng.normal(size=fresh.shape))
-        return found
+        state = driver.state_dict(name)
+        frozen = {key for key in state if self.method.tensors.is_frozen(key)}
+        return draw_adapter(self.method, state, frozen, np.random.default_rng((self.seed, seed)))
 
     def build(self, driver, config=True, dtype=None):
         """The adapted model, its tensors new; with `config` None the bare base model."""
@@ -68,7 +60,7 @@ class Sample:
 
     def second(self, driver):
         """Add and fill another adapter, "other"; the active one stays."""
-        driver.add("other", {**self.config, **self.method.more_for_second})
+        driver.add("other", {**self.config, **self.method.laws.second})
         driver.load(self.tensors(driver, "other", seed=1), "other")
 
     def base_output(self, driver):
@@ -101,13 +93,13 @@ def hold(law, method: Method, examples: int, driver) -> None:
 
     if "HYPOTHESIS_STORAGE_DIRECTORY" not in os.environ:
         configuration.set_hypothesis_home_dir(scratch().name)  # not `.hypothesis` in the current folder
-    more = method.draw_fresh if getattr(law, "DRAWS_INITIALISATIONS", False) else {}
-    fields = {**method.draw, **more}
+    more = method.laws.draw_fresh if getattr(law, "DRAWS_INITIALISATIONS", False) else {}
+    fields = {**method.laws.draw, **more}
     drawn = st.fixed_dictionaries({k: st.sampled_from(v) for k, v in fields.items()})
 
     @settings(max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
               suppress_health_check=list(HealthCheck))
-    @given(st.sampled_from(method.draw_bases), drawn, st.integers(0, 2**31))
+    @given(st.sampled_from(method.laws.bases), drawn, st.integers(0, 2**31))
     def run(base_name, config, seed):
         law.check(driver, Sample(method, base_name, config, seed))
 

@@ -5,7 +5,7 @@ DRAWS_INITIALISATIONS = True
 
 
 def applies(method):
-    return bool(method.neutral or method.fresh_identity) and not method.prompts
+    return bool(method.tensors.neutral or method.laws.fresh_identity) and not method.prompt
 
 
 def check(driver, sample):

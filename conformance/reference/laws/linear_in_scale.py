@@ -6,7 +6,7 @@ TITLE = "linearity in the scale"
 
 
 def applies(method):
-    return method.scales and method.merges
+    return method.laws.scales and method.merges
 
 
 def check(driver, sample):

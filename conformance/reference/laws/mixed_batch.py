@@ -6,7 +6,7 @@ TITLE = "mixed batch == one by one"
 
 
 def applies(method):
-    return method.mixed_batch
+    return method.laws.mixed_batch
 
 
 def check(driver, sample):

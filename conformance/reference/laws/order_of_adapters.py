@@ -4,7 +4,7 @@ TITLE = "order of active adapters"
 
 
 def applies(method):
-    return method.stacks
+    return method.laws.stacks
 
 
 def check(driver, sample):

@@ -6,7 +6,7 @@ TITLE = "samples are independent"
 
 
 def applies(method):
-    return not method.whole_batch
+    return not method.laws.whole_batch
 
 
 def check(driver, sample):

@@ -4,7 +4,7 @@ TITLE = "switch, delete, back"
 
 
 def applies(method):
-    return not method.single
+    return not method.laws.single
 
 
 def check(driver, sample):

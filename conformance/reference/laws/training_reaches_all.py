@@ -8,13 +8,13 @@ TITLE = "gradients reach every trainable tensor"
 
 
 def applies(method):
-    return "inference_mode" not in method.draw
+    return "inference_mode" not in method.laws.draw
 
 
 def check(driver, sample):
     sample.start(driver)
     cotangent = np.random.default_rng(sample.seed).normal(size=driver.forward(sample.inputs).shape)
-    idle = sample.method.idle or (lambda key, config: False)
+    idle = sample.method.laws.idle or (lambda key, config: False)
     for key, g in driver.gradients(sample.inputs, cotangent).items():
         if idle(key, sample.config):
             continue

@@ -1,6 +1,6 @@
 """AdaLoRA: Zhang et al., 2023, https://arxiv.org/abs/2303.10512, eq. 3."""
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 EPSILON = 1e-5  # the reference adds it to the rank it divides by
 
@@ -55,7 +55,7 @@ FAULTS = (
 METHOD = Method(
     name="adalora", peft_type="ADALORA", title="AdaLoRA", paper="https://arxiv.org/abs/2303.10512",
     equation="W' = W + (alpha / r) B diag(E) A", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"lora_E": 0.0}, more_for_second={"inference_mode": True},
-    draw={"init_r": [1, 2, 4], "lora_alpha": [1, 3, 8], "total_step": [10], "target_modules": [["up", "mid"]]},
-    mixed_batch=True,
+    tensors=Tensors(neutral={"lora_E": 0.0}),
+    laws=Laws(draw={"init_r": [1, 2, 4], "lora_alpha": [1, 3, 8], "total_step": [10],
+                    "target_modules": [["up", "mid"]]}, second={"inference_mode": True}, mixed_batch=True),
 )

@@ -7,7 +7,7 @@ projection, which `random_seed` fixes; `r` and the seed of each row are such tha
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 V = "adamss_newB"
 A, B = "adamss_A.{}".format, "adamss_B.{}".format
@@ -116,7 +116,8 @@ FAULTS = (
 
 METHOD = Method(
     name="adamss", peft_type="ADAMSS", title="AdaMSS", paper="https://openreview.net/forum?id=8ZdWmpYxT0",
-    equation="[W' b'] = [W b] + S B A V", rows=ROWS, shapes=shapes, formula=formula, frozen=(V,), faults=FAULTS,
-    neutral={B(i): 0.0 for i in range(3)}, fresh=fresh,
-    draw={"r": [2, 3], "num_subspaces": [1, 2, 3], "subspace_rank": [1, 2], "target_modules": [["up", "mid"]]},
+    equation="[W' b'] = [W b] + S B A V", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
+    tensors=Tensors(frozen=(V,), neutral={B(i): 0.0 for i in range(3)}, fresh=fresh),
+    laws=Laws(draw={"r": [2, 3], "num_subspaces": [1, 2, 3], "subspace_rank": [1, 2],
+                    "target_modules": [["up", "mid"]]}),
 )

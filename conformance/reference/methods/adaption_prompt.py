@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import KEY, Fault, Method, Row
+from ..method import KEY, Fault, Laws, Method, Row, Tensors
 from ..numpy_model import apply_layer, heads_of, sites, softmax, turned
 
 DIM, HEADS, DEPTH = 8, 2, 3  # of the decoders
@@ -97,8 +97,9 @@ def moved(tensors):
 METHOD = Method(
     name="adaption_prompt", peft_type="ADAPTION_PROMPT", title="Adaption prompt",
     paper="https://arxiv.org/abs/2303.16199", equation="y = Attention(x) + g softmax(Q K_P^T / sqrt(d)) V_P W_O",
-    rows=ROWS, shapes=lambda site, c: {}, shared=shared, route=route, faults=FAULTS, merges=False, stacks=False,
-    mixed_batch=True, neutral={GATE: 0.0},
-    perturb=lambda key, fresh, rng: rng.normal(size=fresh.shape) + 3 * key.endswith(GATE),
-    draw={"adapter_len": [1, 3], "adapter_layers": [1, 2, 3]}, draw_bases=("decoder-three",),
+    rows=ROWS, shapes=lambda site, c: {}, route=route, faults=FAULTS, merges=False,
+    tensors=Tensors(shared=shared, neutral={GATE: 0.0},
+                    perturb=lambda key, fresh, rng: rng.normal(size=fresh.shape) + 3 * key.endswith(GATE)),
+    laws=Laws(draw={"adapter_len": [1, 3], "adapter_layers": [1, 2, 3]}, stacks=False, mixed_batch=True,
+              bases=("decoder-three",)),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from ..numpy_model import apply_layer
 from . import lora as LoRA
 
@@ -60,8 +60,8 @@ FAULTS = (
 METHOD = Method(
     name="alora", peft_type="LORA", title="aLoRA", paper="https://arxiv.org/abs/2504.12397",
     equation="y_t = W x_t + b + s B A x_t from the invocation on", rows=ROWS, shapes=LoRA.shapes, run=run,
-    faults=FAULTS, merges=False, neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0},
-    draw={"alora_invocation_tokens": [[5, 9]], "r": [1, 2, 5], "lora_alpha": [1, 3, 8],
-          "target_modules": [["up", "mid"]]},
-    draw_inputs=OFFSETS, mixed_batch=True, stacks=False, scales=True,
+    faults=FAULTS, merges=False,
+    tensors=Tensors(neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0}),
+    laws=Laws(draw={"alora_invocation_tokens": [[5, 9]], "r": [1, 2, 5], "lora_alpha": [1, 3, 8],
+                    "target_modules": [["up", "mid"]]}, inputs=OFFSETS, mixed_batch=True, stacks=False, scales=True),
 )

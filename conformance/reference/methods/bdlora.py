@@ -5,7 +5,7 @@ The blocks of a factor stand one below the other: A (r, in / n) or B (out, r / n
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from . import lora as LoRA
 
 A, B = "lora_A.weight", "lora_B.weight"
@@ -93,8 +93,9 @@ FAULTS = (
 METHOD = Method(
     name="bdlora", peft_type="LORA", title="BD-LoRA", paper="https://arxiv.org/abs/2510.23346",
     equation="W' = W + (alpha / r) B A, A or B block-diagonal", rows=ROWS, shapes=shapes, formula=formula,
-    faults=FAULTS, neutral={"lora_B.weight": 0.0},
-    draw={"r": [2, 4], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]], "use_bdlora": [
-        bdlora()["use_bdlora"], bdlora(a=["mid"], b=["up"])["use_bdlora"]]},
-    mixed_batch=True, scales=True,
+    faults=FAULTS,
+    tensors=Tensors(neutral={"lora_B.weight": 0.0}),
+    laws=Laws(draw={"r": [2, 4], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]],
+                    "use_bdlora": [bdlora()["use_bdlora"], bdlora(a=["mid"], b=["up"])["use_bdlora"]]},
+              mixed_batch=True, scales=True),
 )

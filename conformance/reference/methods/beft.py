@@ -1,6 +1,6 @@
 """BEFT: Huang et al., 2025, https://arxiv.org/abs/2509.15974."""
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def shapes(site, c):
@@ -30,7 +30,8 @@ FAULTS = (
 )
 
 METHOD = Method(
-    name="beft", peft_type="BEFT", title="BEFT", paper="https://arxiv.org/abs/2509.15974",
-    equation="y = W x + b + d", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS, neutral={"beft_bias": 0.0},
-    mixed_batch=True, draw={"target_modules": [["up", "mid"]]},
+    name="beft", peft_type="BEFT", title="BEFT", paper="https://arxiv.org/abs/2509.15974", equation="y = W x + b + d",
+    rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
+    tensors=Tensors(neutral={"beft_bias": 0.0}),
+    laws=Laws(draw={"target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

@@ -5,7 +5,7 @@ The reference has more than one butterfly factor only with its CUDA kernel; else
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def blocks(site, c):
@@ -66,6 +66,8 @@ FAULTS = (
 METHOD = Method(
     name="boft", peft_type="BOFT", title="BOFT", paper="https://arxiv.org/abs/2311.06243",
     equation="W' = diag(s) W R^T, R = diag(R_1 .. R_d) from skew-symmetric Q_i", rows=ROWS, shapes=shapes,
-    formula=formula, faults=FAULTS, neutral={"boft_R": 0.0, "boft_s": 1.0}, mixed_batch=True, stacks=False,
-    draw_bases=("mlp-even-tokens",), draw={"boft_block_size": [2, 4], "target_modules": [["up", "mid"]]},
+    formula=formula, faults=FAULTS,
+    tensors=Tensors(neutral={"boft_R": 0.0, "boft_s": 1.0}),
+    laws=Laws(draw={"boft_block_size": [2, 4], "target_modules": [["up", "mid"]]}, mixed_batch=True, stacks=False,
+              bases=("mlp-even-tokens",)),
 )

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def block(site, c):
@@ -67,6 +67,7 @@ FAULTS = (
 METHOD = Method(
     name="c3a", peft_type="C3A", title="C3A", paper="https://arxiv.org/abs/2407.19342",
     equation="W' = W + C / in, C of circulant blocks", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    perturb=perturb, neutral={"c3a_kernel": 0.0}, mixed_batch=True, draw_bases=("mlp-even-tokens",),
-    draw={"block_size": [1, 2, 4], "init_weights": [True], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(perturb=perturb, neutral={"c3a_kernel": 0.0}),
+    laws=Laws(draw={"block_size": [1, 2, 4], "init_weights": [True], "target_modules": [["up", "mid"]]},
+              mixed_batch=True, bases=("mlp-even-tokens",)),
 )

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from .. import formulas
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Prompt, Row, Tensors
 from .prefix_tuning import DIM, LAYERS, prompt, shared
 
 
@@ -60,8 +60,10 @@ FAULTS = (
 
 METHOD = Method(
     name="cartridge", peft_type="CARTRIDGE", title="Cartridges", paper="https://arxiv.org/abs/2506.06266",
-    equation="K' = [F_K; T_K; K], V' = [F_V; T_V; V]", rows=ROWS, shapes=lambda site, c: {}, shared=shared,
-    prompt=prompt, fixed=fixed, faults=FAULTS, merges=False, stacks=False,
-    draw={"num_virtual_tokens": [2, 5], "num_frozen_tokens": [0, 1], "task_type": ["CAUSAL_LM"]},
-    draw_bases=("causal-lm",), prompts=True,
+    equation="K' = [F_K; T_K; K], V' = [F_V; T_V; V]", rows=ROWS, shapes=lambda site, c: {}, faults=FAULTS,
+    merges=False,
+    tensors=Tensors(shared=shared, fixed=fixed),
+    prompt=Prompt(formula=prompt),
+    laws=Laws(draw={"num_virtual_tokens": [2, 5], "num_frozen_tokens": [0, 1], "task_type": ["CAUSAL_LM"]},
+              stacks=False, bases=("causal-lm",)),
 )

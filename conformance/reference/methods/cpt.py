@@ -6,7 +6,7 @@ so gradients are those at the cut change. Labels among the examples are never ch
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Prompt, Row, Tensors
 from ..numpy_model import NO_LABEL, softmax
 
 KEY, LIVE = "prompt_embeddings", "prompt_encoder.default."
@@ -100,12 +100,12 @@ FAULTS = (
 
 METHOD = Method(
     name="cpt", peft_type="CPT", title="CPT", paper="https://arxiv.org/abs/2410.17222",
-    equation="x' = [E(examples) + D; E(x)], |D_i| <= e_i", rows=ROWS, shapes=lambda site, c: {},
-    shared=lambda c, sites: {KEY: (len(c["cpt_token_ids"]), DIM)},
-    live=lambda c: dict.fromkeys((EMBEDDING, DELTA), (len(c["cpt_token_ids"]), DIM)), frozen=("embedding.weight",),
-    saved=lambda t, c: {KEY: vectors(t, c)}, prompt=prompt, loss=loss,
-    perturb=lambda key, fresh, rng: rng.normal(size=fresh.shape) * (0.4 if "delta" in key else 1), faults=FAULTS,
-    merges=False, stacks=False,
-    draw={"task_type": ["CAUSAL_LM"], "cpt_token_ids": [[4, 9, 6], [5]], "inference_mode": [True]},
-    draw_bases=("causal-lm",), prompts=True,
+    equation="x' = [E(examples) + D; E(x)], |D_i| <= e_i", rows=ROWS, shapes=lambda site, c: {}, faults=FAULTS,
+    merges=False,
+    tensors=Tensors(shared=lambda c, sites: {KEY: (len(c["cpt_token_ids"]), DIM)}, frozen=("embedding.weight",),
+                    perturb=lambda key, fresh, rng: rng.normal(size=fresh.shape) * (0.4 if "delta" in key else 1)),
+    prompt=Prompt(formula=prompt, live=lambda c: dict.fromkeys((EMBEDDING, DELTA), (len(c["cpt_token_ids"]), DIM)),
+                  saved=lambda t, c: {KEY: vectors(t, c)}, loss=loss),
+    laws=Laws(draw={"task_type": ["CAUSAL_LM"], "cpt_token_ids": [[4, 9, 6], [5]], "inference_mode": [True]},
+              stacks=False, bases=("causal-lm",)),
 )

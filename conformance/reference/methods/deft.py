@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 NOT_64 = ("float32", "bfloat16")
 ROUNDED = "the reference computes in float32 whatever the model's dtype"
@@ -77,7 +77,7 @@ def fresh(site, t, c):
 METHOD = Method(
     name="deft", peft_type="DEFT", title="DEFT", paper="https://arxiv.org/abs/2509.22793",
     equation="W' = (I - Q P'^T) W + s Q R", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    fresh_identity=True, stacks=False,
-    fresh=fresh,
-    draw={"r": [1, 3], "decomposition_method": ["relu", "qr"], "alpha": [None, 4], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(fresh=fresh),
+    laws=Laws(draw={"r": [1, 3], "decomposition_method": ["relu", "qr"], "alpha": [None, 4],
+                    "target_modules": [["up", "mid"]]}, fresh_identity=True, stacks=False),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from .lora import of_pattern
 
 
@@ -60,7 +60,8 @@ FAULTS = (
 METHOD = Method(
     name="delora", peft_type="DELORA", title="DeLoRA", paper="https://arxiv.org/abs/2503.18225",
     equation="W' = W + (lambda / r) B diag(1 / |a_i| |b_i|) A diag(|W_j|)", rows=ROWS, shapes=shapes, formula=formula,
-    faults=FAULTS, frozen=("delora_w_norm",), neutral={"delora_B": 0.0}, mixed_batch=True,
-    fresh=lambda site, t, c: {"delora_w_norm": np.sqrt((site.W**2).sum(0))},
-    draw={"r": [1, 2, 5], "delora_lambda": [1, 3], "target_modules": [["up", "mid"]]},
+    faults=FAULTS,
+    tensors=Tensors(frozen=("delora_w_norm",), neutral={"delora_B": 0.0},
+                    fresh=lambda site, t, c: {"delora_w_norm": np.sqrt((site.W**2).sum(0))}),
+    laws=Laws(draw={"r": [1, 2, 5], "delora_lambda": [1, 3], "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from . import lora as LoRA
 
 
@@ -80,9 +80,9 @@ FAULTS = (
 METHOD = Method(
     name="dora", peft_type="LORA", title="DoRA", paper="https://arxiv.org/abs/2402.09353",
     equation="W' = m (W + s B A) / |W + s B A|", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    draw={"use_dora": [True], "r": [1, 2, 5], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]]},
-    mixed_batch=True, stacks=False, fresh_identity=True,
-    neutral={"lora_B.weight": 0.0, "lora_embedding_A": 0.0},
-    fresh=lambda site, t, c: {"lora_magnitude_vector": column_norm(site.W).reshape(shapes(site, c)[
-        "lora_magnitude_vector"])},
+    tensors=Tensors(neutral={"lora_B.weight": 0.0, "lora_embedding_A": 0.0},
+                    fresh=lambda site, t, c: {"lora_magnitude_vector": column_norm(site.W).reshape(
+                        shapes(site, c)["lora_magnitude_vector"])}),
+    laws=Laws(draw={"use_dora": [True], "r": [1, 2, 5], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]]},
+              mixed_batch=True, stacks=False, fresh_identity=True),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from ..permutation import places
 
 
@@ -61,6 +61,7 @@ FAULTS = (
 METHOD = Method(
     name="fourierft", peft_type="FOURIERFT", title="FourierFT", paper="https://arxiv.org/abs/2405.03003",
     equation="W' = W + s Re(IDFT(S))", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"fourierft_spectrum": 0.0}, mixed_batch=True,
-    draw={"n_frequency": [1, 20], "init_weights": [True], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(neutral={"fourierft_spectrum": 0.0}),
+    laws=Laws(draw={"n_frequency": [1, 20], "init_weights": [True], "target_modules": [["up", "mid"]]},
+              mixed_batch=True),
 )

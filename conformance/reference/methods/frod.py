@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 SHARED = ("base_model.frod_V", "base_model.frod_s_indices", "base_model.frod_s_size")
 ROLES = ("up", "mid", "head", "c_attn", "c_proj", "q_proj", "v_proj")
@@ -122,10 +122,10 @@ FAULTS = (
 
 METHOD = Method(
     name="frod", peft_type="FROD", title="FRoD", paper="https://arxiv.org/abs/2512.23485",
-    equation="W' = U (S + diag(l)) V^T", rows=ROWS, shapes=shapes, shared=shared, made=made, formula=formula,
-    frozen=tuple(f"{slot}.{name}" for slot in SHARED for name in ROLES), exact=True, faults=FAULTS,
-    neutral={S: 0.0}, fresh=fresh, fresh_identity=True,
-    perturb=lambda key, value, rng: value + 0.2 * rng.normal(size=value.shape),
-    draw={"progressbar": [False], "sparse_rate": [0.05, 0.3], "regularization_alpha": [1e-3, 0.1],
-          "target_modules": [["up", "mid"]]},
+    equation="W' = U (S + diag(l)) V^T", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
+    tensors=Tensors(shared=shared, made=made, frozen=tuple(f"{slot}.{name}" for slot in SHARED for name in ROLES),
+                    exact=True, neutral={S: 0.0}, fresh=fresh,
+                    perturb=lambda key, value, rng: value + 0.2 * rng.normal(size=value.shape)),
+    laws=Laws(draw={"progressbar": [False], "sparse_rate": [0.05, 0.3], "regularization_alpha": [1e-3, 0.1],
+                    "target_modules": [["up", "mid"]]}, fresh_identity=True),
 )

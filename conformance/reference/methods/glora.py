@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def kinds(site, c):
@@ -81,7 +81,8 @@ FAULTS = (
 METHOD = Method(
     name="glora", peft_type="GLORA", title="GLoRA", paper="https://arxiv.org/abs/2306.07967",
     equation="W' = W + W * A + B, b' = b + b * D + E + W C", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    frozen=("zeros",), neutral={"Xd": 0.0, "X": 0.0}, mixed_batch=True, stacks=False,
-    draw={"r": [1, 3], "config_A_B": ["lora", "vector", "constant"], "config_C": ["lora", "vector"],
-          "config_D_E": ["vector", "constant"], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(frozen=("zeros",), neutral={"Xd": 0.0, "X": 0.0}),
+    laws=Laws(draw={"r": [1, 3], "config_A_B": ["lora", "vector", "constant"], "config_C": ["lora", "vector"],
+                    "config_D_E": ["vector", "constant"], "target_modules": [["up", "mid"]]}, mixed_batch=True,
+              stacks=False),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def shapes(site, c):
@@ -61,6 +61,7 @@ FAULTS = (
 METHOD = Method(
     name="gralora", peft_type="GRALORA", title="GraLoRA", paper="https://arxiv.org/abs/2505.20355",
     equation="W'_ji = W_ji + alpha / (r + h) B_ji A_ji", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"gralora_B": 0.0, "gralora_B_general.weight": 0.0}, mixed_batch=True,
-    draw={"r": [2, 4], "alpha": [1, 8], "hybrid_r": [0, 3], "gralora_k": [1, 2], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(neutral={"gralora_B": 0.0, "gralora_B_general.weight": 0.0}),
+    laws=Laws(draw={"r": [2, 4], "alpha": [1, 8], "hybrid_r": [0, 3], "gralora_k": [1, 2],
+                    "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def names(site):
@@ -64,6 +64,6 @@ FAULTS = (
 METHOD = Method(
     name="hira", peft_type="HIRA", title="HiRA", paper="https://openreview.net/forum?id=TwJrTz9cRS",
     equation="W' = W * (1 + B A), elementwise", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"hira_B": 0.0, "hira_embedding_A": 0.0}, mixed_batch=True, stacks=False,
-    draw={"r": [1, 2, 5], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(neutral={"hira_B": 0.0, "hira_embedding_A": 0.0}),
+    laws=Laws(draw={"r": [1, 2, 5], "target_modules": [["up", "mid"]]}, mixed_batch=True, stacks=False),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def shapes(site, c):
@@ -62,5 +62,6 @@ FAULTS = (
 METHOD = Method(
     name="hra", peft_type="HRA", title="HRA", paper="https://arxiv.org/abs/2405.17484",
     equation="W' = W prod (I - 2 u_i u_i^T / |u_i|^2)", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    perturb=perturb, mixed_batch=True, stacks=False, draw={"r": [2, 4], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(perturb=perturb),
+    laws=Laws(draw={"r": [2, 4], "target_modules": [["up", "mid"]]}, mixed_batch=True, stacks=False),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def feedforward(site, c):
@@ -61,6 +61,8 @@ FAULTS = (
 METHOD = Method(
     name="ia3", peft_type="IA3", title="(IA)^3", paper="https://arxiv.org/abs/2205.05638",
     equation="y = l * (W x + b); feed-forward: y = W (l * x) + b", rows=ROWS, shapes=shapes, formula=formula,
-    faults=FAULTS, neutral={"ia3_l": 1.0},
-    mixed_batch=True, draw={"target_modules": [["up", "mid"]], "feedforward_modules": [[], ["mid"], ["up", "mid"]]},
+    faults=FAULTS,
+    tensors=Tensors(neutral={"ia3_l": 1.0}),
+    laws=Laws(draw={"target_modules": [["up", "mid"]], "feedforward_modules": [[], ["mid"], ["up", "mid"]]},
+              mixed_batch=True),
 )

@@ -5,7 +5,7 @@ No two layers of these rows share a tensor of their own: each has another name o
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from ..numpy_model import apply_layer
 
 A, B, ROUTER = "lily_A.weight", "lily_B.weight", "lily_router.weight"
@@ -62,7 +62,8 @@ def perturb(key, fresh, rng):
 
 METHOD = Method(
     name="lily", peft_type="LILY", title="Lily", paper="https://arxiv.org/abs/2407.09946",
-    equation="y = W x + s sum_e p_e B_e A x, p = mean softmax(G A x)", rows=ROWS, shapes=shapes, run=run, faults=FAULTS,
-    merges=False, neutral={B: 0.0}, perturb=perturb, stacks=False, whole_batch=True,
-    draw={"r": [1, 2], "num_B": [2, 3], "target_modules": [["up", "mid"]]},
+    equation="y = W x + s sum_e p_e B_e A x, p = mean softmax(G A x)", rows=ROWS, shapes=shapes, run=run,
+    faults=FAULTS, merges=False,
+    tensors=Tensors(neutral={B: 0.0}, perturb=perturb),
+    laws=Laws(draw={"r": [1, 2], "num_B": [2, 3], "target_modules": [["up", "mid"]]}, stacks=False, whole_batch=True),
 )

@@ -1,6 +1,6 @@
 """LN tuning: Zhao et al., 2023, https://arxiv.org/abs/2312.11420: the norm layers themselves are trained."""
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 W, B = "ln_tuning_layers.weight", "ln_tuning_layers.bias"
 
@@ -32,7 +32,7 @@ FAULTS = (
 METHOD = Method(
     name="ln_tuning", peft_type="LN_TUNING", title="LN tuning", paper="https://arxiv.org/abs/2312.11420",
     equation="y = g' norm(x) + b'", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    mixed_batch=True, draw={"target_modules": [["norm"], ["norm", "norm2"]]}, draw_bases=("norm",), stacks=False,
-    fresh_identity=True,
-    fresh=lambda site, t, c: {W: site.W, **({B: site.b} if site.b is not None else {})},
+    tensors=Tensors(fresh=lambda site, t, c: {W: site.W, **({B: site.b} if site.b is not None else {})}),
+    laws=Laws(draw={"target_modules": [["norm"], ["norm", "norm2"]]}, mixed_batch=True, bases=("norm",), stacks=False,
+              fresh_identity=True),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from .lora import of_pattern
 
 
@@ -79,6 +79,6 @@ FAULTS = (
 METHOD = Method(
     name="loha", peft_type="LOHA", title="LoHa", paper="https://arxiv.org/abs/2108.06098",
     equation="W' = W + (alpha / r) (A1 B1) * (A2 B2)", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"hada_w2_b": 0.0}, mixed_batch=True,
-    draw={"r": [1, 2, 5], "alpha": [1, 3, 8], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(neutral={"hada_w2_b": 0.0}),
+    laws=Laws(draw={"r": [1, 2, 5], "alpha": [1, 3, 8], "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

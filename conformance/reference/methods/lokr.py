@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from .loha import core, rank, scaling
 
 
@@ -87,7 +87,7 @@ FAULTS = (
 METHOD = Method(
     name="lokr", peft_type="LOKR", title="LoKr", paper="https://arxiv.org/abs/2309.14859",
     equation="W' = W + (alpha / r) W1 (x) W2", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"lokr_w1": 0.0, "lokr_w1_a": 0.0}, mixed_batch=True,
-    draw={"r": [1, 2, 4], "alpha": [1, 3, 8], "decompose_both": [False, True], "decompose_factor": [-1, 1, 2],
-          "target_modules": [["up", "mid"]]},
+    tensors=Tensors(neutral={"lokr_w1": 0.0, "lokr_w1_a": 0.0}),
+    laws=Laws(draw={"r": [1, 2, 4], "alpha": [1, 3, 8], "decompose_both": [False, True],
+                    "decompose_factor": [-1, 1, 2], "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

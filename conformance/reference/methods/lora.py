@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def of_pattern(patterns, path, default):
@@ -173,8 +173,10 @@ FAULTS = (
 METHOD = Method(
     name="lora", peft_type="LORA", title="LoRA", paper="https://arxiv.org/abs/2106.09685",
     equation="W' = W + (alpha / r) B A", rows=ROWS, shapes=shapes, formula=formula, run=run, faults=FAULTS,
-    neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0, "lora_embedding_A": 0.0},
-    draw={"r": [1, 2, 5], "lora_alpha": [1, 3, 8], "use_rslora": [False, True], "target_modules": [["up", "mid"]]},
-    draw_fresh={"r": [2, 4], "init_lora_weights": [True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]},
-    mixed_batch=True, scales=True,
+    tensors=Tensors(neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0, "lora_embedding_A": 0.0}),
+    laws=Laws(draw={"r": [1, 2, 5], "lora_alpha": [1, 3, 8], "use_rslora": [False, True],
+                    "target_modules": [["up", "mid"]]},
+              draw_fresh={"r": [2, 4],
+                          "init_lora_weights": [True, "gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]},
+              mixed_batch=True, scales=True),
 )

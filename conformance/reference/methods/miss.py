@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def shapes(site, c):
@@ -78,6 +78,8 @@ FAULTS = (
 METHOD = Method(
     name="miss", peft_type="MISS", title="MiSS", paper="https://arxiv.org/abs/2409.15371",
     equation="W' = W + [D D ... D]; bat: W'_ij = W_ij + W_ij D_i + D_i", rows=ROWS, shapes=shapes, formula=formula,
-    faults=FAULTS, neutral={"miss_block": 0.0}, mixed_batch=True,
-    draw={"r": [1, 2, 4, 6], "init_weights": [True, "mini"], "mini_r": [1, 2], "target_modules": [["up", "mid"]]},
+    faults=FAULTS,
+    tensors=Tensors(neutral={"miss_block": 0.0}),
+    laws=Laws(draw={"r": [1, 2, 4, 6], "init_weights": [True, "mini"], "mini_r": [1, 2],
+                    "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

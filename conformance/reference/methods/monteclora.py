@@ -5,7 +5,7 @@ The parameters of the distributions and their last moments are saved beside A an
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from . import lora as LoRA
 
 SLOT = "lora_monteclora_sampler"
@@ -56,9 +56,9 @@ FAULTS = (
 
 METHOD = Method(
     name="monteclora", peft_type="LORA", title="MonteCLoRA", paper="https://arxiv.org/abs/2411.04358",
-    equation="W' = W + (alpha / r) B A", rows=ROWS, shapes=shapes, formula=LoRA.formula, faults=FAULTS, frozen=MOMENTS,
-    idle=lambda key, c: SLOT in key, neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0},
-    draw={"r": [1, 2, 5], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]],
-          "monteclora_config": [{"num_samples": 3, "buffer_size": 2}, {"num_samples": 1, "buffer_size": 1}]},
-    mixed_batch=True, scales=True,
+    equation="W' = W + (alpha / r) B A", rows=ROWS, shapes=shapes, formula=LoRA.formula, faults=FAULTS,
+    tensors=Tensors(frozen=MOMENTS, neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0}),
+    laws=Laws(draw={"r": [1, 2, 5], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]],
+                    "monteclora_config": [{"num_samples": 3, "buffer_size": 2}, {"num_samples": 1, "buffer_size": 1}]},
+              idle=lambda key, c: SLOT in key, mixed_batch=True, scales=True),
 )

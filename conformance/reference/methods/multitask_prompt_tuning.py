@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import store
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Prompt, Row, Tensors
 
 KEY, COLS, ROWS_OF = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 DIM = 8  # of the language models
@@ -115,9 +115,9 @@ FAULTS = (
 METHOD = Method(
     name="multitask_prompt_tuning", peft_type="MULTITASK_PROMPT_TUNING", title="Multitask prompt tuning",
     paper="https://arxiv.org/abs/2303.02861", equation="x' = [P * (U_k V_k); E(x)]", rows=ROWS,
-    shapes=lambda site, c: {}, shared=shared, made=made, files=files, prompt=prompt,
-    perturb=lambda key, fresh, rng: rng.normal(size=fresh.shape), faults=FAULTS, merges=False, stacks=False,
-    draw_inputs=TASKS,
-    draw={"num_virtual_tokens": [1, 2, 5], "num_tasks": [4], "num_ranks": [1, 3], "task_type": ["CAUSAL_LM"]},
-    draw_bases=("causal-lm",), prompts=True,
+    shapes=lambda site, c: {}, files=files, faults=FAULTS, merges=False,
+    tensors=Tensors(shared=shared, made=made, perturb=lambda key, fresh, rng: rng.normal(size=fresh.shape)),
+    prompt=Prompt(formula=prompt),
+    laws=Laws(draw={"num_virtual_tokens": [1, 2, 5], "num_tasks": [4], "num_ranks": [1, 3],
+                    "task_type": ["CAUSAL_LM"]}, stacks=False, inputs=TASKS, bases=("causal-lm",)),
 )

@@ -6,7 +6,7 @@ solution is (I - Q)(I + Q)^-1. Both are covered as they are.
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 
 def divisor(n, wanted):
@@ -133,8 +133,9 @@ FAULTS = (
 METHOD = Method(
     name="oft", peft_type="OFT", title="OFT", paper="https://arxiv.org/abs/2306.07280",
     equation="W' = W R^T, R = diag(R_1 .. R_n) from skew-symmetric Q_i", rows=ROWS, shapes=shapes, formula=formula,
-    perturb=perturb, faults=FAULTS, neutral={"oft_R.weight": 0.0},
-    mixed_batch=True, stacks=False, draw_bases=("mlp-even-tokens",),
-    draw={"r": [0], "oft_block_size": [2, 4], "use_cayley_neumann": [False, True], "block_share": [False, True],
-          "target_modules": [["up", "mid"]]},
+    faults=FAULTS,
+    tensors=Tensors(perturb=perturb, neutral={"oft_R.weight": 0.0}),
+    laws=Laws(draw={"r": [0], "oft_block_size": [2, 4], "use_cayley_neumann": [False, True],
+                    "block_share": [False, True], "target_modules": [["up", "mid"]]}, mixed_batch=True, stacks=False,
+              bases=("mlp-even-tokens",)),
 )

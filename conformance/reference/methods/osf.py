@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 U, S, V = (f"osf_svd_params.{name}_low" for name in "USV")
 SINGLE: dict[str, Any] = {
@@ -73,6 +73,7 @@ FAULTS = (
 METHOD = Method(
     name="osf", peft_type="OSF", title="OSF", paper="https://arxiv.org/abs/2504.07097",
     equation="W' = U_high S_high V_high + U S V", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    fresh=fresh, fresh_identity=True, stacks=False,
-    draw={"effective_rank": [1, 3, 0.5], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(fresh=fresh),
+    laws=Laws(draw={"effective_rank": [1, 3, 0.5], "target_modules": [["up", "mid"]]}, fresh_identity=True,
+              stacks=False),
 )

@@ -5,7 +5,7 @@ The network is trained and not saved: a checkpoint holds the vectors that came o
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Prompt, Row, Tensors
 
 KEY, LIVE = "prompt_embeddings", "prompt_encoder.default."
 DIM = 8  # of the language models
@@ -115,10 +115,11 @@ FAULTS = (
 
 METHOD = Method(
     name="p_tuning", peft_type="P_TUNING", title="P-tuning", paper="https://arxiv.org/abs/2103.10385",
-    equation="x' = [MLP(BiLSTM(E)); E(x)]", rows=ROWS, shapes=lambda site, c: {},
-    shared=lambda c, sites: {KEY: (total(c), DIM)}, live=live, saved=lambda t, c: {KEY: encode(t, c)}, prompt=prompt,
-    perturb=lambda key, fresh, rng: 0.6 * rng.normal(size=fresh.shape), faults=FAULTS, merges=False, stacks=False,
-    draw={"num_virtual_tokens": [1, 2, 5], "task_type": ["CAUSAL_LM"], "encoder_hidden_size": [5],
-          "encoder_reparameterization_type": ["MLP", "LSTM"], "inference_mode": [True]},
-    draw_bases=("causal-lm",), prompts=True,
+    equation="x' = [MLP(BiLSTM(E)); E(x)]", rows=ROWS, shapes=lambda site, c: {}, faults=FAULTS, merges=False,
+    tensors=Tensors(shared=lambda c, sites: {KEY: (total(c), DIM)},
+                    perturb=lambda key, fresh, rng: 0.6 * rng.normal(size=fresh.shape)),
+    prompt=Prompt(formula=prompt, live=live, saved=lambda t, c: {KEY: encode(t, c)}),
+    laws=Laws(draw={"num_virtual_tokens": [1, 2, 5], "task_type": ["CAUSAL_LM"], "encoder_hidden_size": [5],
+                    "encoder_reparameterization_type": ["MLP", "LSTM"], "inference_mode": [True]}, stacks=False,
+              bases=("causal-lm",)),
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 ACTIVATIONS: dict[str, Callable] = {
     "relu": lambda a: np.maximum(a, 0),
@@ -69,6 +69,7 @@ FAULTS = (
 METHOD = Method(
     name="peanut", peft_type="PEANUT", title="PEANuT", paper="https://arxiv.org/abs/2410.01870",
     equation="W' = W + s B f(A W)", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"peanut_B.weight": 0.0}, mixed_batch=False, stacks=False,
-    draw={"r": [2, 4], "depth": [0, 1, 2], "act_fn": ["tanh", "silu"], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(neutral={"peanut_B.weight": 0.0}),
+    laws=Laws(draw={"r": [2, 4], "depth": [0, 1, 2], "act_fn": ["tanh", "silu"], "target_modules": [["up", "mid"]]},
+              stacks=False),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from ..numpy_model import apply_layer
 
 EPSILON = 1e-12  # the reference adds it to the sum
@@ -61,7 +61,7 @@ FAULTS = (
 METHOD = Method(
     name="poly", peft_type="POLY", title="Poly", paper="https://arxiv.org/abs/2202.13914",
     equation="y = W x + (1 / r) B(task) A(task) x", rows=ROWS, shapes=shapes, run=run, faults=FAULTS, merges=False,
-    neutral={B: 0.0}, mixed_batch=True,
-    draw={"r": [1, 2], "n_tasks": [4], "n_skills": [2, 3], "target_modules": [["up", "mid"]]},
-    draw_inputs=TASKS, stacks=False,
+    tensors=Tensors(neutral={B: 0.0}),
+    laws=Laws(draw={"r": [1, 2], "n_tasks": [4], "n_skills": [2, 3], "target_modules": [["up", "mid"]]},
+              mixed_batch=True, inputs=TASKS, stacks=False),
 )

@@ -5,7 +5,7 @@ With a projection they come out of a network, which is trained and not saved.
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Prompt, Row, Tensors
 
 KEY, LIVE = "prompt_embeddings", "prompt_encoder.default."
 DIM, HEADS, LAYERS = 8, 2, 2  # of the language models
@@ -73,8 +73,8 @@ FAULTS = (
 
 METHOD = Method(
     name="prefix_tuning", peft_type="PREFIX_TUNING", title="Prefix tuning", paper="https://arxiv.org/abs/2101.00190",
-    equation="K' = [P_K; K], V' = [P_V; V]", rows=ROWS, shapes=lambda site, c: {}, shared=shared, prompt=prompt,
-    live=live, saved=lambda t, c: {KEY: project(t, c)},
-    faults=FAULTS, merges=False, stacks=False, draw={"num_virtual_tokens": [1, 2, 5], "task_type": ["CAUSAL_LM"]},
-    draw_bases=("causal-lm",), prompts=True,
+    equation="K' = [P_K; K], V' = [P_V; V]", rows=ROWS, shapes=lambda site, c: {}, faults=FAULTS, merges=False,
+    tensors=Tensors(shared=shared),
+    prompt=Prompt(formula=prompt, live=live, saved=lambda t, c: {KEY: project(t, c)}),
+    laws=Laws(draw={"num_virtual_tokens": [1, 2, 5], "task_type": ["CAUSAL_LM"]}, stacks=False, bases=("causal-lm",)),
 )

@@ -1,6 +1,6 @@
 """Prompt tuning: Lester et al., 2021, https://arxiv.org/abs/2104.08691: trained vectors before the embedded input."""
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Prompt, Row, Tensors
 
 KEY = "prompt_embeddings"
 
@@ -52,7 +52,8 @@ FAULTS = (
 
 METHOD = Method(
     name="prompt_tuning", peft_type="PROMPT_TUNING", title="Prompt tuning", paper="https://arxiv.org/abs/2104.08691",
-    equation="x' = [P; E(x)]", rows=ROWS, shapes=lambda site, c: {}, shared=shared, prompt=prompt, faults=FAULTS,
-    merges=False, stacks=False, draw={"num_virtual_tokens": [1, 2, 5], "task_type": ["CAUSAL_LM"]},
-    draw_bases=("causal-lm",), prompts=True,
+    equation="x' = [P; E(x)]", rows=ROWS, shapes=lambda site, c: {}, faults=FAULTS, merges=False,
+    tensors=Tensors(shared=shared),
+    prompt=Prompt(formula=prompt),
+    laws=Laws(draw={"num_virtual_tokens": [1, 2, 5], "task_type": ["CAUSAL_LM"]}, stacks=False, bases=("causal-lm",)),
 )

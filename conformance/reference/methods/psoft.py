@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..method import KEY, Fault, Method, Row
+from ..method import KEY, Fault, Laws, Method, Row, Tensors
 
 Q, BEHIND, BEFORE = "psoft_R.weight", "psoft_R.vector_b", "psoft_R.vector_a"
 SINGLE: dict[str, Any] = {"golden": "formula", "dtypes": ("float32", "bfloat16"),
@@ -118,8 +118,9 @@ FAULTS = (
 
 METHOD = Method(
     name="psoft", peft_type="PSOFT", title="PSOFT", paper="https://arxiv.org/abs/2505.11235",
-    equation="W' = W + U_r S_r (diag(b) C diag(a) - I) V_r^T", rows=ROWS, shapes=shapes, formula=formula, gauges=gauges,
-    faults=FAULTS, neutral={Q: 0.0, BEHIND: 1.0, BEFORE: 1.0}, fresh=fresh,
-    draw={"r": [2, 3, 4], "psoft_alpha": [1, 4], "use_cayley_neumann": [False, True],
-          "target_modules": [["up", "mid"]]},
+    equation="W' = W + U_r S_r (diag(b) C diag(a) - I) V_r^T", rows=ROWS, shapes=shapes, formula=formula,
+    faults=FAULTS,
+    tensors=Tensors(gauges=gauges, neutral={Q: 0.0, BEHIND: 1.0, BEFORE: 1.0}, fresh=fresh),
+    laws=Laws(draw={"r": [2, 3, 4], "psoft_alpha": [1, 4], "use_cayley_neumann": [False, True],
+                    "target_modules": [["up", "mid"]]}),
 )

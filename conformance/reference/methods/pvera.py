@@ -1,6 +1,6 @@
 """PVeRA: Fillioux et al., 2025, https://arxiv.org/abs/2512.07703; outside training the latent vector is its mean."""
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 A, B = "base_model.pvera_A", "base_model.pvera_B"
 
@@ -53,7 +53,8 @@ FAULTS = (
 
 METHOD = Method(
     name="pvera", peft_type="PVERA", title="PVeRA", paper="https://arxiv.org/abs/2512.07703",
-    equation="W' = W + diag(lambda_b) B diag(lambda_d[:r]) A[:r]", rows=ROWS, shapes=shapes, shared=shared,
-    formula=formula, frozen=(A, B), faults=FAULTS, neutral={"pvera_lambda_b": 0.0},
-    draw={"r": [1, 3, 6], "target_modules": [["up", "mid"]]},
+    equation="W' = W + diag(lambda_b) B diag(lambda_d[:r]) A[:r]", rows=ROWS, shapes=shapes, formula=formula,
+    faults=FAULTS,
+    tensors=Tensors(shared=shared, frozen=(A, B), neutral={"pvera_lambda_b": 0.0}),
+    laws=Laws(draw={"r": [1, 3, 6], "target_modules": [["up", "mid"]]}),
 )

@@ -4,7 +4,7 @@ from math import ceil
 
 import numpy as np
 
-from ..method import KEY, Fault, Method, Row
+from ..method import KEY, Fault, Laws, Method, Row, Tensors
 
 A, B = "base_model.randlora_A", "base_model.randlora_B"
 
@@ -76,7 +76,8 @@ FAULTS = (
 
 METHOD = Method(
     name="randlora", peft_type="RANDLORA", title="RandLoRA", paper="https://arxiv.org/abs/2502.00987",
-    equation="W' = W + alpha / r * sum_j B_j diag(lambda_j) A diag(gamma_j)", rows=ROWS, shapes=shapes, shared=shared,
-    formula=formula, frozen=(A, B, "randlora_A", "randlora_B"), faults=FAULTS, neutral={"randlora_lambda": 0.0},
-    draw={"r": [2, 3, 6], "randlora_alpha": [2, 5], "target_modules": [["up", "mid"]]},
+    equation="W' = W + alpha / r * sum_j B_j diag(lambda_j) A diag(gamma_j)", rows=ROWS, shapes=shapes,
+    formula=formula, faults=FAULTS,
+    tensors=Tensors(shared=shared, frozen=(A, B, "randlora_A", "randlora_B"), neutral={"randlora_lambda": 0.0}),
+    laws=Laws(draw={"r": [2, 3, 6], "randlora_alpha": [2, 5], "target_modules": [["up", "mid"]]}),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 SIZE = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 
@@ -81,6 +81,7 @@ FAULTS = (
 METHOD = Method(
     name="road", peft_type="ROAD", title="RoAd", paper="https://arxiv.org/abs/2409.00119",
     equation="y = R (W x + b), R of scaled 2 x 2 rotations", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"road_theta": 0.0, "road_alpha": 1.0}, mixed_batch=True, stacks=False, draw_bases=("mlp-even-tokens",),
-    draw={"variant": ["road_1", "road_2", "road_4"], "group_size": [2, 4], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(neutral={"road_theta": 0.0, "road_alpha": 1.0}),
+    laws=Laws(draw={"variant": ["road_1", "road_2", "road_4"], "group_size": [2, 4],
+                    "target_modules": [["up", "mid"]]}, mixed_batch=True, stacks=False, bases=("mlp-even-tokens",)),
 )

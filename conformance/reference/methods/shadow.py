@@ -4,7 +4,7 @@ from math import erf
 
 import numpy as np
 
-from ..method import KEY, Fault, Method, Row
+from ..method import KEY, Fault, Laws, Method, Row, Tensors
 from ..numpy_model import apply_layer, decode, sites
 
 DIM, HEADS, KV_HEADS, DEPTH, VOCAB = 8, 2, 1, 3, 13  # of the decoders; KV_HEADS of that with Llama's names
@@ -157,9 +157,10 @@ def idle(key, c):
 
 METHOD = Method(
     name="shadow", peft_type="SHADOW", title="Shadow", paper="https://arxiv.org/abs/2604.19254",
-    equation="h_l = F_l(h + a U D (h - s)), s_l = (1 - g) s + g t", rows=ROWS, shapes=lambda site, c: {},
-    shared=shared, route=route, faults=FAULTS, merges=False, stacks=False, mixed_batch=True, perturb=perturb,
-    neutral={f"{UP}.weight": 0.0}, idle=idle,
-    draw={"r": [1, 3], "shadow_alpha": [0.5, 1.0], "update_hidden_size": [None, 2],
-          "shadow_hidden_size": [None, 4], "share_embeddings": [True, False]}, draw_bases=("decoder-three",),
+    equation="h_l = F_l(h + a U D (h - s)), s_l = (1 - g) s + g t", rows=ROWS, shapes=lambda site, c: {}, route=route,
+    faults=FAULTS, merges=False,
+    tensors=Tensors(shared=shared, perturb=perturb, neutral={f"{UP}.weight": 0.0}),
+    laws=Laws(draw={"r": [1, 3], "shadow_alpha": [0.5, 1.0], "update_hidden_size": [None, 2],
+                    "shadow_hidden_size": [None, 4], "share_embeddings": [True, False]}, stacks=False,
+              mixed_batch=True, idle=idle, bases=("decoder-three",)),
 )

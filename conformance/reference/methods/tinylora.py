@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 V = "base_model.tinylora_v"
 FROZEN = ("tinylora_A", "tinylora_B", "tinylora_P")
@@ -78,8 +78,9 @@ FAULTS = (
 
 METHOD = Method(
     name="tinylora", peft_type="TINYLORA", title="TinyLoRA", paper="https://arxiv.org/abs/2602.04118",
-    equation="W' = W + B (sum_i v_i P_i) A", rows=ROWS, shapes=shapes, shared=shared, formula=formula,
-    frozen=FROZEN, faults=FAULTS, perturb=lambda key, fresh, rng: fresh + rng.normal(size=fresh.shape),
-    neutral={f"{V}.0": 0.0, f"{V}.1": 0.0}, draw={"r": [1, 3], "u": [2, 5], "weight_tying": [0.0, 1.0],
-                                                  "target_modules": [["up", "mid"]]},
+    equation="W' = W + B (sum_i v_i P_i) A", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
+    tensors=Tensors(shared=shared, frozen=FROZEN,
+                    perturb=lambda key, fresh, rng: fresh + rng.normal(size=fresh.shape),
+                    neutral={f"{V}.0": 0.0, f"{V}.1": 0.0}),
+    laws=Laws(draw={"r": [1, 3], "u": [2, 5], "weight_tying": [0.0, 1.0], "target_modules": [["up", "mid"]]}),
 )

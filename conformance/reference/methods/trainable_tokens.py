@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 SLOT = "trainable_tokens_delta"
 
@@ -39,8 +39,8 @@ FAULTS = (
 METHOD = Method(
     name="trainable_tokens", peft_type="TRAINABLE_TOKENS", title="Trainable tokens",
     paper="https://huggingface.co/docs/peft/package_reference/trainable_tokens", equation="E'[i] = delta_i",
-    rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS, fresh_identity=True, stacks=False,
-    fresh=lambda site, t, c: {SLOT: site.W[:, c["token_indices"]].T},
-    draw={"token_indices": [[0], [3, 1], [5, 2, 7]], "target_modules": [["embed_tokens"]]},
-    draw_bases=("tokens-mlp",), mixed_batch=True,
+    rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
+    tensors=Tensors(fresh=lambda site, t, c: {SLOT: site.W[:, c["token_indices"]].T}),
+    laws=Laws(draw={"token_indices": [[0], [3, 1], [5, 2, 7]], "target_modules": [["embed_tokens"]]},
+              fresh_identity=True, stacks=False, bases=("tokens-mlp",), mixed_batch=True),
 )

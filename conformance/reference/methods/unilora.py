@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 THETA = "base_model.unilora_theta_d"
 FIXED = ("unilora_indices_A", "unilora_indices_B", "unilora_scales_A", "unilora_scales_B")
@@ -53,7 +53,9 @@ FAULTS = (
 METHOD = Method(
     name="unilora", peft_type="UNILORA", title="Uni-LoRA", paper="https://arxiv.org/abs/2506.00799",
     equation="W' = W + B A, A = theta[i_A] / sqrt(n[i_A]), B = theta[i_B] / sqrt(n[i_B])", rows=ROWS, shapes=shapes,
-    shared=shared, formula=formula, frozen=FIXED, faults=FAULTS,
-    perturb=lambda key, fresh, rng: fresh + rng.normal(size=fresh.shape),
-    draw={"r": [1, 3], "theta_d_length": [5, 40], "save_indices": [True], "target_modules": [["up", "mid"]]},
+    formula=formula, faults=FAULTS,
+    tensors=Tensors(shared=shared, frozen=FIXED,
+                    perturb=lambda key, fresh, rng: fresh + rng.normal(size=fresh.shape)),
+    laws=Laws(draw={"r": [1, 3], "theta_d_length": [5, 40], "save_indices": [True],
+                    "target_modules": [["up", "mid"]]}),
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 BANK = "base_model.vblora_vector_bank"
 
@@ -83,7 +83,8 @@ FAULTS = (
 METHOD = Method(
     name="vblora", peft_type="VBLORA", title="VB-LoRA", paper="https://arxiv.org/abs/2405.15179",
     equation="W' = W + B A, each piece of B and A = sum over the top k of softmax(logits) * bank", rows=ROWS,
-    shapes=shapes, shared=shared, formula=formula, faults=FAULTS, perturb=spread,
-    draw={"r": [1, 3], "num_vectors": [6, 9], "vector_length": [2, 4], "topk": [2, 3],
-          "target_modules": [["up", "mid"]]}, draw_bases=("mlp-even-tokens",),
+    shapes=shapes, formula=formula, faults=FAULTS,
+    tensors=Tensors(shared=shared, perturb=spread),
+    laws=Laws(draw={"r": [1, 3], "num_vectors": [6, 9], "vector_length": [2, 4], "topk": [2, 3],
+                    "target_modules": [["up", "mid"]]}, bases=("mlp-even-tokens",)),
 )

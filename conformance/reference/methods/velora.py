@@ -5,7 +5,7 @@ What v does while training, to the gradient of A, no case can hold: the checks r
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from . import lora as LoRA
 
 V = "lora_velora_embed"
@@ -48,9 +48,9 @@ FAULTS = (
 
 METHOD = Method(
     name="velora", peft_type="LORA", title="VeLoRA", paper="https://arxiv.org/abs/2405.17991",
-    equation="W' = W + (alpha / r) B A", rows=ROWS, shapes=shapes, formula=LoRA.formula, faults=FAULTS, frozen=(V,),
-    neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0},
-    draw={"r": [1, 2, 5], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]],
-          "velora_config": [{"num_groups": 3}, {"num_groups": 4, "init_type": "random"}]},
-    mixed_batch=True, scales=True,
+    equation="W' = W + (alpha / r) B A", rows=ROWS, shapes=shapes, formula=LoRA.formula, faults=FAULTS,
+    tensors=Tensors(frozen=(V,), neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0}),
+    laws=Laws(draw={"r": [1, 2, 5], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]],
+                    "velora_config": [{"num_groups": 3}, {"num_groups": 4, "init_type": "random"}]}, mixed_batch=True,
+              scales=True),
 )

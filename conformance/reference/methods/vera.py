@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 
 A, B = "base_model.vera_A", "base_model.vera_B"
 
@@ -54,7 +54,7 @@ FAULTS = (
 
 METHOD = Method(
     name="vera", peft_type="VERA", title="VeRA", paper="https://arxiv.org/abs/2310.11454",
-    equation="W' = W + diag(lambda_b) B diag(lambda_d) A", rows=ROWS, shapes=shapes, shared=shared, formula=formula,
-    frozen=(A, B), faults=FAULTS, neutral={"vera_lambda_b": 0.0},
-    mixed_batch=True, draw={"r": [1, 3, 6], "target_modules": [["up", "mid"]]},
+    equation="W' = W + diag(lambda_b) B diag(lambda_d) A", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
+    tensors=Tensors(shared=shared, frozen=(A, B), neutral={"vera_lambda_b": 0.0}),
+    laws=Laws(draw={"r": [1, 3, 6], "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

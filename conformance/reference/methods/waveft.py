@@ -5,7 +5,7 @@ Filters in closed form, from Daubechies, Ten Lectures on Wavelets, 1992, chapter
 
 import numpy as np
 
-from ..method import Fault, Method, Row
+from ..method import Fault, Laws, Method, Row, Tensors
 from ..permutation import places
 
 q, p = np.sqrt(10), np.sqrt(5 + 2 * np.sqrt(10))
@@ -111,6 +111,7 @@ FAULTS = (
 METHOD = Method(
     name="waveft", peft_type="WAVEFT", title="WaveFT", paper="https://arxiv.org/abs/2505.12532",
     equation="W' = W + s IDWT(S)", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    neutral={"waveft_spectrum": 0.0}, mixed_batch=True,
-    draw={"n_frequency": [1, 20], "wavelet_family": ["db1", "db2", "coif1"], "target_modules": [["up", "mid"]]},
+    tensors=Tensors(neutral={"waveft_spectrum": 0.0}),
+    laws=Laws(draw={"n_frequency": [1, 20], "wavelet_family": ["db1", "db2", "coif1"],
+                    "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .. import numpy_model
-from ..method import KEY, Fault, Method, Row
+from ..method import KEY, Fault, Laws, Method, Row, Tensors
 
 CLASSIFIER = "base_model.internal_xlora_classifier.layers"
 LORAS = {  # name -> (config, {path: (out, in)}); an embedding's W is (dim, tokens)
@@ -180,9 +180,9 @@ def perturb(key, fresh, rng):
 METHOD = Method(
     name="xlora", peft_type="XLORA", title="X-LoRA", paper="https://arxiv.org/abs/2402.07148",
     equation="y = W x + g sum_i p_i s_i B_i A_i x, p = softmax(C(h) / T)", rows=ROWS, shapes=lambda site, c: {},
-    shared=shared, route=route, files=files, faults=FAULTS, merges=False, stacks=False, single=True, perturb=perturb,
-    draw={"hidden_size": [10], "adapters": [xlora()["adapters"], xlora("both", "square")["adapters"]],
-          "layerwise_scalings": [False, True], "xlora_depth": [1, 2], "xlora_size": [5],
-          "scaling_pass_value": [0.0, 0.25]},
-    draw_bases=("states",),
+    route=route, files=files, faults=FAULTS, merges=False,
+    tensors=Tensors(shared=shared, perturb=perturb),
+    laws=Laws(draw={"hidden_size": [10], "adapters": [xlora()["adapters"], xlora("both", "square")["adapters"]],
+                    "layerwise_scalings": [False, True], "xlora_depth": [1, 2], "xlora_size": [5],
+                    "scaling_pass_value": [0.0, 0.25]}, stacks=False, single=True, bases=("states",)),
 )

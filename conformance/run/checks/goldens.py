@@ -28,14 +28,14 @@ def start(driver: Driver, case: Case, dtype: str) -> dict:
 def closest_gauge(driver: Driver, case: Case) -> dict:
     """Of the choices that a method leaves to an implementation, the one nearest to the golden; {}: there are none."""
     method, tensors = methods()[case.pack.data["method"]], case.tensors("adapter")
-    if method.gauges is None:
+    if method.tensors.gauges is None:
         return {}
 
     def off(gauge):
         driver.load(turned(tensors, gauge))
         return compare.distance(driver.forward(case.tensors("input")), case.tensors("out")["y"], "float32")
 
-    return min(method.gauges(case.config, case.targets), key=off)
+    return min(method.tensors.gauges(case.config, case.targets), key=off)
 
 
 def same_set(what, got, want):

@@ -32,7 +32,7 @@ def steps(driver, method, base, weights, config, second, adapter, other, inputs,
         driver.merge(["other"])
         yield "merge it", now()
         driver.unmerge()
-    if method.stacks:
+    if method.laws.stacks:
         driver.switch(["default", "other"])
         yield "both active", now()
         if method.merges:
