@@ -2,7 +2,7 @@
 
 import pytest
 
-from conformance.run import runner
+from conformance.run import causes, runner
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +19,11 @@ def test_check(task, driver, info, issues):
     if task.dtype not in info["dtypes"]:
         pytest.skip(f"no {task.dtype}")
     result = runner.apply_known(runner.run_one(driver, task), issues)
+    causes.name_causes([task], [result])
     if result.outcome == "unsupported":
         pytest.skip(result.message)
     if result.outcome == "known-issue":
         pytest.xfail(f"{result.message} ({result.link})")
+    likely = f"\nlikely mistake: {result.cause}" if result.cause else ""
     detail = f"\nexpected {result.expected}\ngot      {result.got}" if result.expected else ""
-    assert result.outcome == "pass", f"{result.outcome}: {result.message}{detail}"
+    assert result.outcome == "pass", f"{result.outcome}: {result.message}{detail}{likely}"

@@ -6,6 +6,7 @@ numbers; what is trivial (the adapter hardly changes the output) or blind (a fau
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -213,14 +214,12 @@ def margin_of(method, row, base, weights, adapter, config, inputs, y, plain, tar
         wrong["prompt 1% too large"] = [formulas.output(method, base, weights,
                                                         {k: 1.01 * v for k, v in adapter.items()}, config, inputs)]
     for fault in method.faults:
-        meant = fault.meant_for(row.id)
-        if fault.gradient_only:
+        if fault.gradient_only or not fault.meant_for(row.id):
             continue
-        if meant and "formula" in fault.change:
-            wrong[fault.id] = outputs(formula=fault.change["formula"])
-        for part in ("run", "prompt", "loss", "route"):
-            if meant and part in fault.change:
-                wrong[fault.id] = outputs(**{part: fault.change[part]})
+        for part in ("formula", "run", "prompt", "loss", "route"):
+            if part in fault.change:
+                with contextlib.suppress(ValueError):  # it does not even run
+                    wrong[fault.id] = outputs(**{part: fault.change[part]})
     measured = {k: min(distance(v, y, "float32") for v in found) for k, found in wrong.items()}
     if not measured:
         return float("inf"), ""

@@ -14,16 +14,31 @@ ALLOWED = {"float64": 256.0, "float32": 64.0, "bfloat16": 12.0}
 
 
 class Failure(Exception):
-    """The implementation answered, and the answer is wrong."""
+    """The implementation answered, and the answer is wrong.
 
-    def __init__(self, message: str, expected: str = "", got: str = "", by: float | None = None):
+    What a search for the cause compares: `what` was computed, and the `values` that came; `floor` as in `distance`.
+    """
+
+    def __init__(self, message: str, expected: str = "", got: str = "", by: float | None = None, what: str = "",
+                 values=None, floor: float = 1 / 16):
         super().__init__(message)
         self.message, self.expected, self.got, self.by = message, expected, got, by
+        self.what, self.values, self.floor = what, values, floor
 
 
 def rows(a):
     a = np.asarray(a, np.float64)
     return a.reshape(-1, a.shape[-1]) if a.ndim > 1 else a.reshape(1, -1)
+
+
+def row_errors(got, want, dtype: str, floor: float):
+    """The largest error of each row, in tolerances."""
+    g, w = rows(got), rows(want)
+    scale = np.maximum(np.abs(w).max(1), np.abs(w).max() * floor)
+    error = np.abs(g - w).max(1)
+    if not scale.all():
+        return np.where(error > 0, np.inf, 0.0)
+    return error / (scale * EPS[dtype] * ALLOWED[dtype])
 
 
 def distance(got, want, dtype: str, floor: float = 1 / 16) -> float:
@@ -37,30 +52,46 @@ def distance(got, want, dtype: str, floor: float = 1 / 16) -> float:
         return float("inf")
     if want.size == 0:
         return 0.0
-    g, w = rows(got), rows(want)
-    scale = np.maximum(np.abs(w).max(1), np.abs(w).max() * floor)
-    error = np.abs(g - w).max(1)
-    if not scale.all():
-        return 0.0 if not error.any() else float("inf")
-    return float((error / (scale * EPS[dtype] * ALLOWED[dtype])).max())
+    return float(row_errors(got, want, dtype, floor).max())
 
 
-def first_difference(got, want) -> str:
+def worst_index(got, want, dtype: str = "float32", floor: float = 1 / 16) -> tuple:
+    """Where the error is largest in the row that is furthest off; of what is not finite, the first."""
+    if not np.isfinite(got).all():
+        return np.unravel_index(int(np.isfinite(got).argmin()), got.shape)
+    errors = np.abs(rows(got) - rows(want))
+    row = int(row_errors(got, want, dtype, floor).argmax())
+    return np.unravel_index(row * errors.shape[1] + int(errors[row].argmax()), got.shape)
+
+
+def first_difference(got, want, dtype: str = "float32", floor: float = 1 / 16) -> str:
     """Where two arrays differ most, in words."""
     got, want = np.asarray(got), np.asarray(want)
     if got.shape != want.shape:
         return f"shape {tuple(got.shape)}, expected {tuple(want.shape)}"
-    if not np.isfinite(got).all():
-        return f"{int((~np.isfinite(got)).sum())} of {got.size} values are not finite"
-    error = np.abs(np.asarray(got, np.float64) - want)
-    at = np.unravel_index(error.argmax(), error.shape)
-    return f"at {list(map(int, at))}: got {float(got[at]):.9g}, expected {float(want[at]):.9g}"
+    at = worst_index(got, want, dtype, floor)
+    missing = int((~np.isfinite(got)).sum())
+    nothing = f"{missing} of {got.size} values are not finite; " if missing else ""
+    return f"{nothing}at {list(map(int, at))}: got {float(got[at]):.9g}, expected {float(want[at]):.9g}"
+
+
+def around(a, at: tuple, most: int = 6) -> str:
+    """The values of a row around an index, and where they stand."""
+    *row, place = map(int, at)
+    first = min(max(place - most // 2, 0), max(a.shape[-1] - most, 0))
+    values = np.asarray(a[tuple(row)])[first : first + most]
+    where = ", ".join(map(str, [*row, f"{first}:{first + len(values)}"]))
+    return f"{np.array2string(values, precision=7)} at [{where}]"
 
 
 def close(what, got, want, dtype, also=None, floor=1 / 16):
     """`also`: the other answer of a disputed case."""
     by = distance(got, want, dtype, floor)
     if by > 1 and (also is None or distance(got, also, dtype, floor) > 1):
-        shown = np.array2string(np.asarray(want).ravel()[:6], precision=7)
-        raise Failure(f"{what}: {first_difference(got, want)} ({by:.3g} tolerances of {dtype})",
-                      expected=shown, got=np.array2string(np.asarray(got).ravel()[:6], precision=7), by=by)
+        got, want = np.asarray(got), np.asarray(want)
+        shown = {}
+        if got.shape == want.shape and got.ndim:
+            at = worst_index(got, want, dtype, floor)
+            shown = {"expected": around(want, at), "got": around(got, at)}
+        raise Failure(f"{what}: {first_difference(got, want, dtype, floor)} ({by:.3g} tolerances of {dtype})",
+                      **shown, by=by, what=what, values=got, floor=floor)

@@ -44,6 +44,52 @@ def rename(o, right, old, new, *a):
     return {k.replace(old, new): v for k, v in right(*a).items()}
 
 
+def other_keys(*pairs):
+    """Saved keys are called otherwise, `new` for `old`, and only those are taken."""
+    def other(key):
+        for old, new in pairs:
+            key = key.replace(old, new)
+        return key
+
+    def load(o, right, tensors, name="default"):
+        back = {other(k): k for k in o.adapters[name][1]}
+        right({back.get(k): v for k, v in tensors.items()}, name)
+
+    return {"state_dict": lambda o, right, *a: {other(k): v for k, v in right(*a).items()}, "load": load}
+
+
+def held_transposed(which=""):
+    """Matrices whose key contains `which` are held, saved and expected the other way round."""
+    def other(tensors):
+        return {k: np.ascontiguousarray(v.T) if which in k and v.ndim == 2 else v for k, v in tensors.items()}
+
+    def load(o, right, tensors, name="default"):
+        right(other(tensors), name)
+
+    return {"state_dict": lambda o, right, *a: other(right(*a)), "load": load}
+
+
+def by_columns(o, right, tensors, name="default"):
+    """The numbers of a matrix are read in the order of its transpose."""
+    right({k: np.ascontiguousarray(v).reshape(v.shape[::-1]).T if v.ndim == 2 else v for k, v in tensors.items()}, name)
+
+
+def without_bias(adapted, running=False):
+    """Layers are run without their bias: the adapted ones, or all; `running`: only while the adapter runs."""
+    def forward(o, right, inputs, adapter_names=None):
+        if not o.adapters or (running and (o.off or o.merged)):
+            return right(inputs, adapter_names)
+        lost = {f"{path}.bias" for path in o.targets(next(iter(o.adapters.values()))[0])}
+        kept, own = o.base_weights, {k for k in o.base_weights if k.endswith("bias")}
+        o.base_weights = {k: v * 0 if k in (lost if adapted else own) else v for k, v in kept.items()}
+        try:
+            return right(inputs, adapter_names)
+        finally:
+            o.base_weights = kept
+
+    return {"forward": forward}
+
+
 def load_any(o, right, tensors, name="default"):
     config, own = o.adapters[name]
     fits = {k: np.asarray(v, np.float64) for k, v in tensors.items() if k in own and v.shape == own[k].shape}
@@ -202,10 +248,18 @@ GENERAL = (
       link="https://github.com/EricLBuehler/candle-lora/issues/26"),
     f("unmerge-does-nothing", "unmerging leaves the merged weights", {"unmerge": keep_going}, "unmerge"),
     f("unmerge-inexact", "unmerging subtracts, and rounding stays behind", {"unmerge": inexact}, "laws"),
+    f("bias-lost", "an adapted layer is run without its own bias", without_bias(True), "forward merge disable"),
+    f("bias-lost-while-running", "an adapted layer is run without its own bias, but for when it is merged or off",
+      without_bias(True, running=True), "forward"),
+    f("every-bias-lost", "all layers are run without their bias", without_bias(False), "forward merge disable"),
+    f("read-by-columns", "the numbers of a matrix are read column by column", {"load": by_columns}, "forward merge"),
+    f("held-transposed", "all matrices of an adapter are held and saved transposed", held_transposed(), "keys forward"),
+    f("b-held-transposed", "lora_B is held and saved as (r, out)", held_transposed("lora_B"), "keys forward"),
+    f("a-held-transposed", "lora_A is held and saved as (in, r)", held_transposed("lora_A"), "keys forward"),
     f("keys-with-adapter-name", "saved keys hold the adapter's name",
-      {"state_dict": lambda o, right, *a: rename(o, right, ".weight", ".default.weight", *a)}, "keys"),
-    f("keys-without-prefix", "saved keys lack base_model.model.",
-      {"state_dict": lambda o, right, *a: rename(o, right, KEY, "", *a)}, "keys"),
+      other_keys((".weight", ".default.weight")), "keys"),
+    f("keys-without-prefix", "saved keys lack base_model.model.", other_keys((KEY, "")), "keys"),
+    f("keys-without-weight", "saved keys lack .weight at their end", other_keys((".weight", "")), "keys"),
     f("names-without-base-layer", "the frozen layer keeps its old name",
       {"names": lambda o, right, *a: rename(o, right, ".base_layer", "", *a)}, "names"),
     f("names-adapter-first", "live names are adapter-first, parameter-second",

@@ -8,7 +8,7 @@ import sys
 import time
 
 from ..drivers import open_driver
-from . import plan, runner
+from . import causes, plan, runner
 from .reporting import files, html, terminal
 
 
@@ -85,6 +85,7 @@ def main(argv=None) -> int:
             progress = terminal.Progress(len(tasks))
             results = runner.run(driver, tasks, issues, a.timeout, progress)
             progress.close()
+            causes.name_causes(tasks, results)
     finally:
         driver.close()
     good, counts = runner.verdict(results)

@@ -10,7 +10,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..driver import Driver, Hung, Rejected, Unsupported
@@ -32,13 +32,15 @@ class Result:
     by: float | None = None  # in tolerances
     link: str = ""
     seconds: float = 0.0
+    cause: str = ""  # the seeded fault that gives the same wrong answer; see causes.py
+    raised: Exception | None = field(default=None, repr=False, compare=False)
 
     @property
     def id(self):
         return f"{self.case}:{self.check}:{self.dtype}"
 
     def as_dict(self):
-        return {k: v for k, v in asdict(self).items() if v not in ("", None)}
+        return {k: v for k, v in vars(self).items() if v not in ("", None) and k != "raised"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ def clean(text, most: int = 2000) -> str:
     return "".join(c if c.isprintable() else " " if c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
+def masked(text: str) -> str:
+    """A message without its numbers, and tensors without the layer that they belong to."""
+    text = re.sub(r"[\w.]+\.(?=\w+\.(weight|bias)\b)|\w+(?=\.(weight|bias)\b)", "", text)
+    return re.sub(r"\[[#, ]*\]", "[#]", re.sub(r"-?\d[\d.e+-]*|\bnan\b|\binf\b", "#", text))
+
+
 def run_one(driver: Driver, task: Task, seconds: float = 30.0) -> Result:
     result = Result(task.method, task.case, task.check, task.dtype, "pass")
     begun = time.perf_counter()
@@ -70,18 +78,20 @@ def run_one(driver: Driver, task: Task, seconds: float = 30.0) -> Result:
         with driver._within(seconds):
             task.call(driver)
     except Failure as e:
-        result.outcome, result.message = "fail", e.message
+        result.raised, result.outcome, result.message = e, "fail", e.message
         result.expected, result.got, result.by = clean(e.expected), clean(e.got), e.by
     except Unsupported as e:
         result.outcome, result.message = "unsupported", str(e)
     except Rejected as e:
-        result.outcome, result.message = "fail", f"refused: {e}"
+        result.raised, result.outcome, result.message = e, "fail", f"refused: {e}"
     except Hung as e:
         result.outcome, result.message = "error", f"hung: {e}"
     except Exception as e:
         where = traceback.extract_tb(e.__traceback__)[-1]
-        result.outcome = "error"
+        result.raised, result.outcome = e, "error"
         result.message = f"crashed: {type(e).__name__}: {e} ({Path(where.filename).name}:{where.lineno})"
+    if result.raised is not None:
+        result.raised.__traceback__ = result.raised.__context__ = None  # frames hold models
     result.message = clean(result.message)
     result.seconds = round(time.perf_counter() - begun, 4)
     return result

@@ -71,7 +71,8 @@ class Sample:
         try:
             close(what, got, want, dtype or self.dtype)
         except Failure as e:
-            raise Failure(f"{e.message}, config {self.config} on {self.base_name}", e.expected, e.got, e.by) from None
+            e.message += f", config {self.config} on {self.base_name}"
+            raise
 
 
 @cache

@@ -140,13 +140,43 @@ def swapped(site, t, c):
     return site.W + scaling(site, c) * (np.swapaxes(D, 0, 1) if D.shape[0] == D.shape[1] else D), site.b
 
 
+def scaled(change):
+    """The formula with another scale, computed from the right one."""
+    def wrong_scale(site, t, c):
+        s, r = scaling(site, c), rank(site, c)
+        return formula(site, t, {**c, "lora_alpha": change(s) * r, "use_rslora": False, "alpha_pattern": {}})
+
+    return {"formula": wrong_scale}
+
+
+def b_by_columns(site, t, c):
+    b = names(site)[1]
+    B = t[b]
+    return formula(site, {**t, b: B.reshape(B.shape[1], B.shape[0], *B.shape[2:]).swapaxes(0, 1)}, c)
+
+
+def b_transposed(site, t, c):
+    """A^T B for A^T B^T: an error, unless r is the number of outputs."""
+    a, b = names(site)
+    return site.W + scaling(site, c) * (t[a].swapaxes(0, -1) @ t[b]).swapaxes(0, -1), site.b
+
+
 def alpha_only(site, t, c):
     return site.W + c.get("lora_alpha", 8) * delta(site, t), formula(site, t, c)[1]
 
 
+PLAIN = ("linear/plain",)
 FAULTS = (
     Fault("alpha-not-over-r", "the scale is alpha, not alpha / r", {"formula": alpha_only},
           spares=("linear/rank-one", "conv2d/groups"), link="https://github.com/Blaizzy/mlx-vlm/issues/845"),
+    Fault("unscaled", "there is no scale, B A is added as it is", scaled(lambda s: 1.0), cases=PLAIN),
+    Fault("scaled-twice", "the scale is applied twice", scaled(lambda s: s**2), cases=PLAIN),
+    Fault("scale-inverse", "the scale is r / alpha, the inverse of what it should be", scaled(lambda s: 1 / s),
+          cases=PLAIN),
+    Fault("rslora-always", "the scale is alpha / sqrt(r), whatever use_rslora says", wrong(use_rslora=True),
+          cases=PLAIN),
+    Fault("b-transposed", "B is used where B^T belongs", {"formula": b_transposed}, cases=PLAIN),
+    Fault("b-by-columns", "B's numbers are read as those of a matrix (r, out)", {"formula": b_by_columns}, cases=PLAIN),
     Fault("rslora-ignored", "use_rslora is read as False", wrong(use_rslora=False),
           cases=("linear/rslora", "embedding/rslora", "conv2d/strided"),
           link="https://github.com/NVIDIA/TensorRT-LLM/issues/1668"),

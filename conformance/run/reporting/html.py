@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from ...reference.methods import methods
-from .terminal import ORDER, grouped
+from .terminal import ORDER, grouped, names_of
 
 STYLE = """
 :root { --bg: #fbfaf7; --ink: #22252a; --soft: #6b7078; --line: #dedbd3; --card: #ffffff;
@@ -78,16 +78,19 @@ def cell(method, check, results) -> str:
     return f'<td class="{shown}" title="{title}"><a href="#{method}-{check}">{text}</a></td>'
 
 
-def item(group) -> str:
-    """Results with the same message, told once."""
-    r = group[0]
+def item(group, most: int = 1000) -> str:
+    """Results with one cause, told once."""
+    r = sorted(group, key=lambda r: r.dtype != "float32")[0]
+    fault, _, mistake = r.cause.partition(": ")
+    likely = f"{escape(mistake)} (the seeded fault <code>{escape(fault)}</code> gives the same wrong answers)"
     parts = [("expected", r.expected), ("got", r.got),
              ("off by", f"{r.by:.3g} times the tolerance of {r.dtype}" if r.by is not None else "")]
-    rows = "".join(f"<dt>{k}</dt><dd><code>{escape(str(v))}</code></dd>" for k, v in parts if v)
+    rows = f"<dt>likely</dt><dd>{likely}</dd>" if r.cause else ""
+    rows += "".join(f"<dt>{k}</dt><dd><code>{escape(str(v))}</code></dd>" for k, v in parts if v)
     link = f'<dt>see</dt><dd><a href="{escape(r.link)}">{escape(r.link)}</a></dd>' if r.link else ""
-    ids = escape(", ".join(x.id for x in group))
-    return (f'<div class="item"><span class="tag {r.outcome}">{r.outcome}</span><code>{ids}</code>'
-            f"<div>{escape(r.message)}</div>" + (f"<dl>{rows}{link}</dl>" if rows or link else "") + "</div>")
+    return (f'<div class="item"><span class="tag {r.outcome}">{r.outcome}</span>'
+            f"<code>{escape(names_of(group, most))}</code><div>{escape(r.message)}</div>"
+            + (f"<dl>{rows}{link}</dl>" if rows or link else "") + "</div>")
 
 
 def block(method, check, results) -> str:
@@ -123,6 +126,8 @@ def page(info, profile, results, good, seconds) -> str:
     tally = "".join(f'<div><b>{counts[o]}</b>{NAMES[o]}</div>' for o in NAMES if counts[o])
     ordered = sorted(((m, c) for m, c in by if by[m, c]), key=lambda k: (ORDER.index(worst(by[k])[0]), k))
     blocks = "".join(block(m, c, by[m, c]) for m, c in ordered)
+    bad = grouped(r for r in results if r.outcome in ("fail", "error"))
+    wrong = "<h2>What went wrong</h2>" + "".join(f"<details open>{item(g, 6)}</details>" for g in bad) if bad else ""
     verdict = f'<span class="verdict {"pass" if good else "fail"}">{"passed" if good else "failed"}</span>'
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -135,7 +140,7 @@ NumPy formulas; laws drawn by Hypothesis. Open a cell for what was expected, wha
 <p class="soft"><span class="tag pass">12</span>all passed <span class="tag fail">10 / 12</span>failed or crashed
 <span class="tag known-issue">11 / 12</span>known issue, with its link
 <span class="tag unsupported">&ndash;</span>unsupported <span class="tag not">&middot;</span>does not apply</p>
-<h2>Results</h2>{blocks}
+{wrong}<h2>Results</h2>{blocks}
 <script>{SCRIPT}</script></body></html>
 """
 

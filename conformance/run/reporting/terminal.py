@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from ..runner import masked
+
 MARKS = {"pass": "", "fail": " FAIL", "error": " ERROR", "known-issue": " known", "unsupported": "", "not run": ""}
 STYLES = {"pass": "green", "fail": "bold red", "error": "bold red", "known-issue": "yellow", "unsupported": "dim"}
 ORDER = ("error", "fail", "known-issue", "unsupported", "pass", "not run")
@@ -51,20 +53,50 @@ def print_table(results, console: Console) -> None:
     console.print(table)
 
 
+def one_cause(r) -> tuple:
+    """What results share that have the same cause, as far as the report can tell."""
+    if r.cause:
+        return (r.cause,)
+    if r.outcome == "known-issue":
+        return r.link, r.message.split(" | ")[0]
+    told = r.outcome, masked(r.message)
+    return told if r.outcome == "error" or r.message.startswith("refused: ") else (r.method, *told)
+
+
 def grouped(results) -> list[list]:
-    """Results with the same message, of one method, told once."""
+    """Results with one cause, told once; first those whose cause is known.
+
+    What is computed from a wrong output (merged, saved and loaded, ...) is told with it.
+    """
     groups: dict = {}
+    results = list(results)
+    outputs = {r.case: r for r in results if r.check == "forward" and r.outcome == "fail"}
     for r in results:
-        groups.setdefault((r.method, r.outcome, r.message), []).append(r)
-    return list(groups.values())
+        follows = r.outcome == "fail" and r.by is not None and not r.cause
+        first = outputs.get(r.case, r) if follows else r
+        groups.setdefault(one_cause(first), []).append(r)
+    return sorted(groups.values(), key=lambda group: (not group[0].cause, -len(group)))
+
+
+def names_of(group, most: int) -> str:
+    """The names of a group's results, one after the other; of many the first."""
+    shown = ", ".join(r.id for r in group[:most])
+    return shown + (f" and {len(group) - most} more" if len(group) > most else "")
 
 
 def failures(results, most: int = 40) -> str:
     lines = []
     groups = grouped(r for r in results if r.outcome in ("fail", "error"))
     for group in groups[:most]:
-        r, more = group[0], len(group) - 1
-        lines.append(f"{r.outcome.upper()} {r.id}" + (f" and {more} more" if more else "") + f"\n    {r.message}")
+        group = sorted(group, key=lambda r: r.dtype != "float32")
+        r, word = group[0], group[0].outcome.upper()
+        if r.cause:
+            fault, _, what = r.cause.partition(": ")
+            lines.append(f"{word} {len(group)} result{'s' * (len(group) > 1)}. Likely mistake: {what}\n    (the seeded "
+                         f"fault {fault} gives the same wrong answers{', see ' + r.link if r.link else ''})\n"
+                         f"    {names_of(group, 3)}\n    {r.message}")
+        else:
+            lines.append(f"{word} {names_of(group, 1)}\n    {r.message}")
         if r.expected:
             lines.append(f"    expected {r.expected[:300]}\n    got      {r.got[:300]}")
     if len(groups) > most:
