@@ -7,37 +7,37 @@ from typing import Any
 
 __version__ = "0.1.0"
 NAMES = {  # module: what it gives to this package. A name is imported when it is first asked for.
-    "auto": (
+    "compat.auto": (
         "AutoPeftModel AutoPeftModelForCausalLM AutoPeftModelForFeatureExtraction "
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
         "AutoPeftModelForTokenClassification"
     ),
-    "checkpoint": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
-    "config": "PeftConfig PeftType PromptLearningConfig TaskType get_peft_config",
-    "conversion": "convert_to_lora save_as_lora",
-    "errors": (
+    "core.state": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
+    "core.config": "PeftConfig PeftType PromptLearningConfig TaskType get_peft_config",
+    "compat.conversion": "convert_to_lora save_as_lora",
+    "core.errors": (
         "AdapterNameError BatchError CheckpointError ConfigError ConfigTypeError MergeError "
         "NoMatchingPeftModuleError PeftError PeftWarning UnsupportedFeatureError UnsupportedLayerError"
     ),
-    "factory": "get_peft_model inject_adapter_in_model",
-    "kappa": "find_kappa_target_modules",
-    "mapping": (
+    "model.factory": "get_peft_model inject_adapter_in_model",
+    "compat.kappa": "find_kappa_target_modules",
+    "compat.mapping": (
         "PEFT_TYPE_TO_CONFIG_MAPPING PEFT_TYPE_TO_MIXED_MODEL_MAPPING PEFT_TYPE_TO_PREFIX_MAPPING "
         "PEFT_TYPE_TO_TUNER_MAPPING"
     ),
-    "methods.adalora": "AdaLoraConfig AdaLoraModel",
-    "methods.adamss": "AdamssConfig AdamssModel",
+    "methods.adalora.adalora": "AdaLoraConfig AdaLoraModel",
+    "methods.adamss.adamss": "AdamssConfig AdamssModel",
     "methods.adaption_prompt": "AdaptionPromptConfig AdaptionPromptModel",
-    "methods.arrow": "create_arrow_model",
+    "methods.lora.arrow": "create_arrow_model",
     "methods.beft": "BeftConfig BeftModel",
     "methods.boft": "BOFTConfig BOFTModel",
     "methods.c3a": "C3AConfig C3AModel",
-    "methods.cartridge": "CartridgeConfig CartridgeEncoder",
-    "methods.cpt": "CPTConfig CPTEmbedding",
+    "methods.prompts.cartridge": "CartridgeConfig CartridgeEncoder",
+    "methods.prompts.cpt": "CPTConfig CPTEmbedding",
     "methods.deft": "DeftConfig DeftModel",
     "methods.delora": "DeloraConfig DeloraModel",
     "methods.fourierft": "FourierFTConfig FourierFTModel",
-    "methods.frod": "FrodConfig FrodModel",
+    "methods.frod.frod": "FrodConfig FrodModel",
     "methods.glora": "GloraConfig GloraModel",
     "methods.gralora": "GraloraConfig GraloraModel",
     "methods.hira": "HiraConfig HiraModel",
@@ -47,28 +47,28 @@ NAMES = {  # module: what it gives to this package. A name is imported when it i
     "methods.ln_tuning": "LNTuningConfig LNTuningModel",
     "methods.loha": "LoHaConfig LoHaModel",
     "methods.lokr": "LoKrConfig LoKrModel",
-    "methods.lora": "LoraConfig LoraModel",
-    "methods.lora_configs": (
+    "methods.lora.lora": "LoraConfig LoraModel",
+    "methods.lora.configs": (
         "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig "
         "MontecloraConfig VeloraConfig"
     ),
-    "methods.lora_eva": "get_eva_state_dict initialize_lora_eva_weights",
-    "methods.lora_ga": "preprocess_loraga",
-    "methods.lora_loftq": "replace_lora_weights_loftq",
+    "methods.lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "methods.lora.gradient": "preprocess_loraga",
+    "methods.lora.loftq": "replace_lora_weights_loftq",
     "methods.miss": "MissConfig MissModel",
-    "methods.multitask_prompt_tuning": "MultitaskPromptTuningConfig MultitaskPromptTuningInit",
+    "methods.prompts.multitask_prompt_tuning": "MultitaskPromptTuningConfig MultitaskPromptTuningInit",
     "methods.oft": "OFTConfig OFTModel",
     "methods.osf": "OSFConfig OSFModel",
-    "methods.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
+    "methods.prompts.p_tuning": "PromptEncoder PromptEncoderConfig PromptEncoderReparameterizationType",
     "methods.peanut": "PeanutConfig PeanutModel",
     "methods.poly": "PolyConfig PolyModel",
-    "methods.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
-    "methods.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
+    "methods.prompts.prefix_tuning": "PrefixEncoder PrefixTuningConfig",
+    "methods.prompts.prompt_tuning": "PromptEmbedding PromptTuningConfig PromptTuningInit",
     "methods.psoft": "PsoftConfig PsoftModel",
     "methods.pvera": "PveraConfig PveraModel",
     "methods.randlora": "RandLoraConfig RandLoraModel",
     "methods.road": "RoadConfig RoadModel",
-    "methods.shadow": "ShadowConfig ShadowModel",
+    "methods.shadow.shadow": "ShadowConfig ShadowModel",
     "methods.shira": "ShiraConfig ShiraModel",
     "methods.supertuning": "SupertuningConfig SupertuningModel",
     "methods.tinylora": "TinyLoraConfig TinyLoraModel",
@@ -77,21 +77,21 @@ NAMES = {  # module: what it gives to this package. A name is imported when it i
     "methods.vblora": "VBLoRAConfig VBLoRAModel",
     "methods.vera": "VeraConfig VeraModel",
     "methods.waveft": "WaveFTConfig WaveFTModel",
-    "methods.xlora": "XLoraConfig XLoraModel",
-    "mixed": "PeftMixedModel",
-    "model": "PeftModel",
-    "prefixes": (
+    "methods.xlora.xlora": "XLoraConfig XLoraModel",
+    "model.mixed": "PeftMixedModel",
+    "model.peft_model": "PeftModel",
+    "methods.prompts.prefixes": (
         "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
         "prompt_embeddings_from_past_key_values"
     ),
-    "prompt": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
-    "status": "get_layer_status get_model_status",
-    "tasks": (
+    "model.prompt": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING",
+    "model.status": "get_layer_status get_model_status",
+    "model.tasks": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING PeftModelForCausalLM PeftModelForFeatureExtraction "
         "PeftModelForQuestionAnswering PeftModelForSeq2SeqLM PeftModelForSequenceClassification "
         "PeftModelForTokenClassification"
     ),
-    "utils": (
+    "model.utils": (
         "bloom_model_postprocess_past_key_value cast_mixed_precision_params get_base_model_state_dict "
         "prepare_model_for_kbit_training set_base_model_state_dict shift_tokens_right"
     ),

@@ -1,5 +1,5 @@
 # What type checkers see of this package; a test holds it to the table in __init__.py.
-from .auto import (
+from .compat.auto import (
     AutoPeftModel as AutoPeftModel,
     AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
@@ -8,20 +8,20 @@ from .auto import (
     AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
 )
-from .checkpoint import (
+from .core.state import (
     get_peft_model_state_dict as get_peft_model_state_dict,
     load_peft_weights as load_peft_weights,
     set_peft_model_state_dict as set_peft_model_state_dict,
 )
-from .config import (
+from .core.config import (
     PeftConfig as PeftConfig,
     PeftType as PeftType,
     PromptLearningConfig as PromptLearningConfig,
     TaskType as TaskType,
     get_peft_config as get_peft_config,
 )
-from .conversion import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
-from .errors import (
+from .compat.conversion import convert_to_lora as convert_to_lora, save_as_lora as save_as_lora
+from .core.errors import (
     AdapterNameError as AdapterNameError,
     BatchError as BatchError,
     CheckpointError as CheckpointError,
@@ -34,30 +34,30 @@ from .errors import (
     UnsupportedFeatureError as UnsupportedFeatureError,
     UnsupportedLayerError as UnsupportedLayerError,
 )
-from .factory import get_peft_model as get_peft_model, inject_adapter_in_model as inject_adapter_in_model
-from .kappa import find_kappa_target_modules as find_kappa_target_modules
-from .mapping import (
+from .model.factory import get_peft_model as get_peft_model, inject_adapter_in_model as inject_adapter_in_model
+from .compat.kappa import find_kappa_target_modules as find_kappa_target_modules
+from .compat.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING as PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING as PEFT_TYPE_TO_PREFIX_MAPPING,
     PEFT_TYPE_TO_TUNER_MAPPING as PEFT_TYPE_TO_TUNER_MAPPING,
 )
-from .methods.adalora import AdaLoraConfig as AdaLoraConfig, AdaLoraModel as AdaLoraModel
-from .methods.adamss import AdamssConfig as AdamssConfig, AdamssModel as AdamssModel
+from .methods.adalora.adalora import AdaLoraConfig as AdaLoraConfig, AdaLoraModel as AdaLoraModel
+from .methods.adamss.adamss import AdamssConfig as AdamssConfig, AdamssModel as AdamssModel
 from .methods.adaption_prompt import (
     AdaptionPromptConfig as AdaptionPromptConfig,
     AdaptionPromptModel as AdaptionPromptModel,
 )
-from .methods.arrow import create_arrow_model as create_arrow_model
+from .methods.lora.arrow import create_arrow_model as create_arrow_model
 from .methods.beft import BeftConfig as BeftConfig, BeftModel as BeftModel
 from .methods.boft import BOFTConfig as BOFTConfig, BOFTModel as BOFTModel
 from .methods.c3a import C3AConfig as C3AConfig, C3AModel as C3AModel
-from .methods.cartridge import CartridgeConfig as CartridgeConfig, CartridgeEncoder as CartridgeEncoder
-from .methods.cpt import CPTConfig as CPTConfig, CPTEmbedding as CPTEmbedding
+from .methods.prompts.cartridge import CartridgeConfig as CartridgeConfig, CartridgeEncoder as CartridgeEncoder
+from .methods.prompts.cpt import CPTConfig as CPTConfig, CPTEmbedding as CPTEmbedding
 from .methods.deft import DeftConfig as DeftConfig, DeftModel as DeftModel
 from .methods.delora import DeloraConfig as DeloraConfig, DeloraModel as DeloraModel
 from .methods.fourierft import FourierFTConfig as FourierFTConfig, FourierFTModel as FourierFTModel
-from .methods.frod import FrodConfig as FrodConfig, FrodModel as FrodModel
+from .methods.frod.frod import FrodConfig as FrodConfig, FrodModel as FrodModel
 from .methods.glora import GloraConfig as GloraConfig, GloraModel as GloraModel
 from .methods.gralora import GraloraConfig as GraloraConfig, GraloraModel as GraloraModel
 from .methods.hira import HiraConfig as HiraConfig, HiraModel as HiraModel
@@ -67,8 +67,8 @@ from .methods.lily import LilyConfig as LilyConfig, LilyModel as LilyModel
 from .methods.ln_tuning import LNTuningConfig as LNTuningConfig, LNTuningModel as LNTuningModel
 from .methods.loha import LoHaConfig as LoHaConfig, LoHaModel as LoHaModel
 from .methods.lokr import LoKrConfig as LoKrConfig, LoKrModel as LoKrModel
-from .methods.lora import LoraConfig as LoraConfig, LoraModel as LoraModel
-from .methods.lora_configs import (
+from .methods.lora.lora import LoraConfig as LoraConfig, LoraModel as LoraModel
+from .methods.lora.configs import (
     ArrowConfig as ArrowConfig,
     BdLoraConfig as BdLoraConfig,
     CordaConfig as CordaConfig,
@@ -80,28 +80,28 @@ from .methods.lora_configs import (
     MontecloraConfig as MontecloraConfig,
     VeloraConfig as VeloraConfig,
 )
-from .methods.lora_eva import (
+from .methods.lora.eva import (
     get_eva_state_dict as get_eva_state_dict,
     initialize_lora_eva_weights as initialize_lora_eva_weights,
 )
-from .methods.lora_ga import preprocess_loraga as preprocess_loraga
-from .methods.lora_loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
+from .methods.lora.gradient import preprocess_loraga as preprocess_loraga
+from .methods.lora.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
 from .methods.miss import MissConfig as MissConfig, MissModel as MissModel
-from .methods.multitask_prompt_tuning import (
+from .methods.prompts.multitask_prompt_tuning import (
     MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
     MultitaskPromptTuningInit as MultitaskPromptTuningInit,
 )
 from .methods.oft import OFTConfig as OFTConfig, OFTModel as OFTModel
 from .methods.osf import OSFConfig as OSFConfig, OSFModel as OSFModel
-from .methods.p_tuning import (
+from .methods.prompts.p_tuning import (
     PromptEncoder as PromptEncoder,
     PromptEncoderConfig as PromptEncoderConfig,
     PromptEncoderReparameterizationType as PromptEncoderReparameterizationType,
 )
 from .methods.peanut import PeanutConfig as PeanutConfig, PeanutModel as PeanutModel
 from .methods.poly import PolyConfig as PolyConfig, PolyModel as PolyModel
-from .methods.prefix_tuning import PrefixEncoder as PrefixEncoder, PrefixTuningConfig as PrefixTuningConfig
-from .methods.prompt_tuning import (
+from .methods.prompts.prefix_tuning import PrefixEncoder as PrefixEncoder, PrefixTuningConfig as PrefixTuningConfig
+from .methods.prompts.prompt_tuning import (
     PromptEmbedding as PromptEmbedding,
     PromptTuningConfig as PromptTuningConfig,
     PromptTuningInit as PromptTuningInit,
@@ -110,7 +110,7 @@ from .methods.psoft import PsoftConfig as PsoftConfig, PsoftModel as PsoftModel
 from .methods.pvera import PveraConfig as PveraConfig, PveraModel as PveraModel
 from .methods.randlora import RandLoraConfig as RandLoraConfig, RandLoraModel as RandLoraModel
 from .methods.road import RoadConfig as RoadConfig, RoadModel as RoadModel
-from .methods.shadow import ShadowConfig as ShadowConfig, ShadowModel as ShadowModel
+from .methods.shadow.shadow import ShadowConfig as ShadowConfig, ShadowModel as ShadowModel
 from .methods.shira import ShiraConfig as ShiraConfig, ShiraModel as ShiraModel
 from .methods.supertuning import SupertuningConfig as SupertuningConfig, SupertuningModel as SupertuningModel
 from .methods.tinylora import TinyLoraConfig as TinyLoraConfig, TinyLoraModel as TinyLoraModel
@@ -122,20 +122,20 @@ from .methods.unilora import UniLoraConfig as UniLoraConfig, UniLoraModel as Uni
 from .methods.vblora import VBLoRAConfig as VBLoRAConfig, VBLoRAModel as VBLoRAModel
 from .methods.vera import VeraConfig as VeraConfig, VeraModel as VeraModel
 from .methods.waveft import WaveFTConfig as WaveFTConfig, WaveFTModel as WaveFTModel
-from .methods.xlora import XLoraConfig as XLoraConfig, XLoraModel as XLoraModel
-from .mixed import PeftMixedModel as PeftMixedModel
-from .model import PeftModel as PeftModel
-from .prefixes import (
+from .methods.xlora.xlora import XLoraConfig as XLoraConfig, XLoraModel as XLoraModel
+from .model.mixed import PeftMixedModel as PeftMixedModel
+from .model.peft_model import PeftModel as PeftModel
+from .methods.prompts.prefixes import (
     compose_cartridge_adapters as compose_cartridge_adapters,
     initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
     initialize_kv_prefix_from_text as initialize_kv_prefix_from_text,
     prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
 )
-from .prompt import (
+from .model.prompt import (
     TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
 )
-from .status import get_layer_status as get_layer_status, get_model_status as get_model_status
-from .tasks import (
+from .model.status import get_layer_status as get_layer_status, get_model_status as get_model_status
+from .model.tasks import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
     PeftModelForCausalLM as PeftModelForCausalLM,
     PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
@@ -144,7 +144,7 @@ from .tasks import (
     PeftModelForSequenceClassification as PeftModelForSequenceClassification,
     PeftModelForTokenClassification as PeftModelForTokenClassification,
 )
-from .utils import (
+from .model.utils import (
     bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value,
     cast_mixed_precision_params as cast_mixed_precision_params,
     get_base_model_state_dict as get_base_model_state_dict,

@@ -4,8 +4,11 @@ import re
 import sys
 from pathlib import Path
 
-from minipeft import adapter, base, methods, quant
-from minipeft.config import CONFIGS, PeftType, PromptLearningConfig
+from minipeft import methods
+from minipeft.core import adapter
+from minipeft.core import bases as base
+from minipeft.core import quantised as quant
+from minipeft.core.config import CONFIGS, PeftType, PromptLearningConfig
 
 methods.load_all()
 README = Path(__file__).parents[1] / "README.md"

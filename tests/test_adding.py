@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.errors import NoMatchingPeftModuleError
+from minipeft.core.errors import NoMatchingPeftModuleError
 
 
 @pytest.fixture

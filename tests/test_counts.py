@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 
 import minipeft
-from minipeft.config import CONFIGS
-from minipeft.prompt import PROMPTS
+from minipeft.core.config import CONFIGS
+from minipeft.model.prompt import PROMPTS
 from tests.methods_table import count, described, forms
 
 IN, OUT = 24, 60
@@ -96,9 +96,14 @@ class Blocks(nn.ModuleList):
 
 def model(depth):
     """Layers of one size; the linear ones have a bias."""
-    block = lambda: nn.ModuleDict({
-        "q": nn.Linear(IN, OUT), "norm": nn.LayerNorm(OUT), "words": nn.Embedding(IN, OUT), "attention": attention(),
-    })
+    block = lambda: nn.ModuleDict(
+        {
+            "q": nn.Linear(IN, OUT),
+            "norm": nn.LayerNorm(OUT),
+            "words": nn.Embedding(IN, OUT),
+            "attention": attention(),
+        }
+    )
     return Blocks(block() for _ in range(depth))
 
 

@@ -109,11 +109,11 @@ def test_import_brings_no_optional_package():
 def test_a_method_is_imported_when_it_is_asked_for():
     code = (
         "import sys, minipeft; minipeft.IA3Config, minipeft.get_peft_model;"
-        "print('minipeft.methods.lora' in sys.modules);"
+        "print('minipeft.methods.lora.lora' in sys.modules);"
         "print(minipeft.get_peft_config({'peft_type': 'LORA'}).__module__)"
     )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=FOLDER.parent)
-    assert seen.stdout.split() == ["False", "minipeft.methods.lora_configs"]
+    assert seen.stdout.split() == ["False", "minipeft.methods.lora.configs"]
 
 
 @pytest.mark.parametrize("peft_type", minipeft.PeftType)

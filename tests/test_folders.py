@@ -14,8 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 import minipeft
-from minipeft import LoraConfig, PeftModel, files, get_peft_model
-from minipeft.config import PeftConfig
+from minipeft import LoraConfig, PeftModel, get_peft_model
+from minipeft.core import files
+from minipeft.core.config import PeftConfig
 
 CONFIG, WEIGHTS, PICKLE = files.CONFIG_NAME, files.SAFETENSORS_WEIGHTS_NAME, files.WEIGHTS_NAME
 posix = pytest.mark.skipif(os.name != "posix", reason="permissions, links and locks as POSIX has them")
@@ -153,7 +154,7 @@ def by_subfolder(folder):
 
 def by_hotswap(folder):
     model = version(99)
-    from minipeft.hotswap import hotswap_adapter
+    from minipeft.model.hotswap import hotswap_adapter
 
     hotswap_adapter(model, folder, "default", torch_device="cpu")
     number = model.base_model.model[0].scaling["default"] * 2
@@ -192,7 +193,7 @@ def test_weights_renamed_under_a_reader(tmp_path, monkeypatch):
             return gone.pop()
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(minipeft.checkpoint, "find_weights", find)
+    monkeypatch.setattr(minipeft.core.state, "find_weights", find)
     assert found(tmp_path) == 2
 
 
@@ -285,10 +286,23 @@ def test_where_a_folder_cannot_be_locked(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------- all sorts of folders
 def test_other_files_in_the_folder(tmp_path):
     """What killed saves left goes; what is not ours stays, though it looks similar."""
-    left = [f".{WEIGHTS}.0123456789abcdef.tmp", f".{CONFIG}.0123456789abcdef.tmp", ".README.md.0123456789abcdef.tmp",
-            ".adapter_model.000000000000_111111111111.safetensors", ".adapter_model.000000000000.bin"]
-    others = [f".{CONFIG}.swp", f"{CONFIG}~", "model.safetensors", ".adapter_model.safetensors.icloud", ".hidden",
-              "adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json", "other"]
+    left = [
+        f".{WEIGHTS}.0123456789abcdef.tmp",
+        f".{CONFIG}.0123456789abcdef.tmp",
+        ".README.md.0123456789abcdef.tmp",
+        ".adapter_model.000000000000_111111111111.safetensors",
+        ".adapter_model.000000000000.bin",
+    ]
+    others = [
+        f".{CONFIG}.swp",
+        f"{CONFIG}~",
+        "model.safetensors",
+        ".adapter_model.safetensors.icloud",
+        ".hidden",
+        "adapter_model-00001-of-00002.safetensors",
+        "adapter_model.safetensors.index.json",
+        "other",
+    ]
     for name in left + others:
         (tmp_path / name).write_text(name)
     version(1).save_pretrained(tmp_path)

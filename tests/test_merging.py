@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from minipeft import LoraConfig, get_peft_model
-from minipeft.errors import MergeError
+from minipeft.core.errors import MergeError
 
 
 def trained(model, **options):

@@ -9,7 +9,8 @@ import pytest
 from torch import nn
 
 import minipeft
-from minipeft import ConfigError, patterns
+from minipeft import ConfigError
+from minipeft.core import patterns
 
 PATH = "base_model.model.model.layers.10.self_attn.q_proj"
 BOMBS = [

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import minipeft
-from minipeft.errors import PeftError
+from minipeft.core.errors import PeftError
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.bnb

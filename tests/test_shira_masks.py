@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import minipeft
-from minipeft.errors import ConfigError, PeftWarning
+from minipeft.core.errors import ConfigError, PeftWarning
 
 
 def largest(layer, r, **kwargs):

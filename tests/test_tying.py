@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import minipeft
-from minipeft.errors import PeftError
-from minipeft.tying import input_embedding, tied_names
+from minipeft.core.errors import PeftError
+from minipeft.core.tying import input_embedding, tied_names
 
 transformers = pytest.importorskip("transformers")
 X = torch.tensor([[1, 2, 3, 9]])

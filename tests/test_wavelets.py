@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from minipeft.wavelets import inverse_transform, low_pass, taps
+from minipeft.maths.wavelets import inverse_transform, low_pass, taps
 
 FAMILIES = [*(f"db{n}" for n in range(1, 39)), *(f"sym{n}" for n in range(2, 21)), "coif1", "coif2", "coif3", "coif5"]
 LOOSE = {f"db{n}" for n in range(20, 39)} | {"sym19", "sym20"}  # roots of high order, found in float64

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import minipeft
-from minipeft import merging
-from minipeft.errors import PeftError
+from minipeft.core.errors import PeftError
+from minipeft.methods.lora import merging
 
 FACTORS = ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 SVD = ["svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]

@@ -28,15 +28,22 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..base import lasting
-from ..checkpoint import PREFIX, Entry, check, fill, fitted, incoming
-from ..config import IN_FILE, PeftConfig
-from ..errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError, sized
-from ..inject import check_adapter_name, model_config
-from ..layer import INSIDE, put_at, walk
-from ..offload import device_of
-from ..targets import named
-from ..tuner import BaseTuner
+from ..core.bases import lasting
+from ..core.config import IN_FILE, PeftConfig
+from ..core.errors import (
+    AdapterNameError,
+    ConfigError,
+    MergeError,
+    UnsupportedFeatureError,
+    UnsupportedLayerError,
+    sized,
+)
+from ..core.layer import INSIDE, put_at, walk
+from ..core.offload import device_of
+from ..core.plan import check_adapter_name, model_config
+from ..core.state import PREFIX, Entry, check, fill, fitted, incoming
+from ..core.targets import named
+from ..model.tuner import BaseTuner
 
 MIXING = threading.Lock()
 TARGETS = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # by model type

@@ -1,7 +1,7 @@
 """BEFT - Bias-Efficient Fine-Tuning. Huang et al., 2025, https://arxiv.org/abs/2509.15974.
 
-    y = W x + b + d              d: (1, out), 0 at the start
-    parameters                   out
+y = W x + b + d              d: (1, out), 0 at the start
+parameters                   out
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Activation
-from ..config import PeftConfig
-from ..tuner import register_tuner
+from ..core.adapter import Activation
+from ..core.config import PeftConfig
+from ..model.tuner import register_tuner
 
 
 @dataclass

@@ -16,12 +16,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Transform
-from ..base import Base
-from ..config import Count, PeftConfig, Share
-from ..errors import UnsupportedLayerError
-from ..rotations import FactorDropout, cayley
-from ..tuner import register_tuner
+from ..core.adapter import Transform
+from ..core.bases import Base
+from ..core.config import Count, PeftConfig, Share
+from ..core.errors import UnsupportedLayerError
+from ..maths.rotations import FactorDropout, cayley
+from ..model.tuner import register_tuner
 
 
 @dataclass

@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Factored
-from ..base import dropout
-from ..config import PeftConfig, Positive, Probability
-from ..draw import uniform
-from ..targets import pattern_value
-from ..tuner import register_tuner
+from ..core.adapter import Factored
+from ..core.bases import dropout
+from ..core.config import PeftConfig, Positive, Probability
+from ..core.targets import pattern_value
+from ..maths.draw import uniform
+from ..model.tuner import register_tuner
 
 
 @dataclass

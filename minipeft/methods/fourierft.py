@@ -14,12 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Delta
-from ..config import PeftConfig, Positive
-from ..errors import ConfigError
-from ..sparse import dense, random_positions
-from ..targets import pattern_value
-from ..tuner import register_tuner
+from ..core.adapter import Delta
+from ..core.config import PeftConfig, Positive
+from ..core.errors import ConfigError
+from ..core.targets import pattern_value
+from ..maths.sparse import dense, random_positions
+from ..model.tuner import register_tuner
 
 
 @dataclass

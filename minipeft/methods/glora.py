@@ -17,10 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Delta
-from ..config import PeftConfig, Positive
-from ..draw import uniform
-from ..tuner import register_tuner
+from ..core.adapter import Delta
+from ..core.config import PeftConfig, Positive
+from ..maths.draw import uniform
+from ..model.tuner import register_tuner
 
 
 @dataclass

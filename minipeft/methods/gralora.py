@@ -18,12 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Delta
-from ..base import Base, dropout
-from ..config import NotNegative, PeftConfig, Positive, Probability
-from ..draw import uniform
-from ..errors import ConfigError
-from ..tuner import register_tuner
+from ..core.adapter import Delta
+from ..core.bases import Base, dropout
+from ..core.config import NotNegative, PeftConfig, Positive, Probability
+from ..core.errors import ConfigError
+from ..maths.draw import uniform
+from ..model.tuner import register_tuner
 
 
 @dataclass

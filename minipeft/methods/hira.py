@@ -1,9 +1,9 @@
 """HiRA - Hadamard High-Rank Adaptation. Huang et al., 2025, https://openreview.net/forum?id=TwJrTz9cRS.
 
-    W' = W + W0 * (B A)          A: (r, width), B: (out, r), B = 0 at the start, elementwise product;
-                                 on an embedding A = 0 at the start
-                                 W0: the frozen layer's own weight, also when other adapters are active
-    parameters                   r (in + out)
+W' = W + W0 * (B A)          A: (r, width), B: (out, r), B = 0 at the start, elementwise product;
+                             on an embedding A = 0 at the start
+                             W0: the frozen layer's own weight, also when other adapters are active
+parameters                   r (in + out)
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Delta
-from ..base import dropout
-from ..config import PeftConfig, Positive, Probability
-from ..targets import pattern_value
-from ..tuner import register_tuner
+from ..core.adapter import Delta
+from ..core.bases import dropout
+from ..core.config import PeftConfig, Positive, Probability
+from ..core.targets import pattern_value
+from ..model.tuner import register_tuner
 
 
 @dataclass

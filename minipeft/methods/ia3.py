@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Activation
-from ..config import PeftConfig
-from ..errors import ConfigError
-from ..targets import named
+from ..core.adapter import Activation
+from ..core.config import PeftConfig
+from ..core.errors import ConfigError
+from ..core.targets import named
 from .ia3_model import IA3Model as IA3Model
 
 

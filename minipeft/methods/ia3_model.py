@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-from .. import merging
-from ..errors import ConfigError, PeftWarning
-from ..layer import adapter_parts
-from ..offload import onload
-from ..tuner import BaseTuner
+from ..core.errors import ConfigError, PeftWarning
+from ..core.layer import adapter_parts
+from ..core.offload import onload
+from ..model.tuner import BaseTuner
+from .lora import merging
 
 
 class IA3Model(BaseTuner, method="IA3"):

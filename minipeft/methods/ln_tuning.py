@@ -1,7 +1,7 @@
 """LN tuning - training the normalisation layers in full. Zhao et al., 2023, https://arxiv.org/abs/2312.11420.
 
-    y = LN'(x)                   LN': a trained copy of the layer; any module can be a target
-    parameters                   2 dim
+y = LN'(x)                   LN': a trained copy of the layer; any module can be a target
+parameters                   2 dim
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..adapter import Replacement
-from ..config import PeftConfig
-from ..offload import real_copy
-from ..tuner import register_tuner
+from ..core.adapter import Replacement
+from ..core.config import PeftConfig
+from ..core.offload import real_copy
+from ..model.tuner import register_tuner
 
 
 @dataclass

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..draw import uniform
-from ..lycoris import Lycoris, LycorisConfig, core_shape, tucker
-from ..tuner import register_tuner
+from ..maths.draw import uniform
+from ..model.tuner import register_tuner
+from .lycoris import Lycoris, LycorisConfig, core_shape, tucker
 
 
 @dataclass

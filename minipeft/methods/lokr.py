@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..draw import uniform
-from ..lycoris import Lycoris, LycorisConfig, core_shape, tucker
-from ..lycoris import factorization as factorization
-from ..tuner import register_tuner
+from ..maths.draw import uniform
+from ..model.tuner import register_tuner
+from .lycoris import Lycoris, LycorisConfig, core_shape, tucker
+from .lycoris import factorization as factorization
 
 ZERO = {True: ("lokr_w1", "lokr_w1_a"), "lycoris": ("lokr_w2", "lokr_w2_b"), False: ()}  # by init_weights
 

@@ -20,11 +20,11 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Activation
-from ..config import ABOVE_ZERO, Count, PeftConfig, Share
-from ..errors import CheckpointError, ConfigError, PeftWarning
-from ..rotations import BlockDropout, cayley, cayley_neumann, skew
-from ..tuner import register_tuner
+from ..core.adapter import Activation
+from ..core.config import ABOVE_ZERO, Count, PeftConfig, Share
+from ..core.errors import CheckpointError, ConfigError, PeftWarning
+from ..maths.rotations import BlockDropout, cayley, cayley_neumann, skew
+from ..model.tuner import register_tuner
 
 
 @dataclass

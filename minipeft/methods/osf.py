@@ -1,10 +1,10 @@
 """OSF - Orthogonal Subspace Fine-tuning. Nayak et al., 2025, https://arxiv.org/abs/2504.07097.
 
-    W = U_high S_high V_high + U_0 S_0 V_0      singular value decomposition; high: the k largest values, frozen
-    W' = W + U S V - U_0 S_0 V_0                U: (out, m), S: (m,), V: (m, in), m = min(out, in) - k
-                                                at the start U, S, V = U_0, S_0, V_0
-    The gradients of U and V lose what lies in the frozen directions: g - U_high U_high^T g, g - g V_high^T V_high.
-    parameters                                  (min(in, out) - effective_rank) (in + out + 1)
+W = U_high S_high V_high + U_0 S_0 V_0      singular value decomposition; high: the k largest values, frozen
+W' = W + U S V - U_0 S_0 V_0                U: (out, m), S: (m,), V: (m, in), m = min(out, in) - k
+                                            at the start U, S, V = U_0, S_0, V_0
+The gradients of U and V lose what lies in the frozen directions: g - U_high U_high^T g, g - g V_high^T V_high.
+parameters                                  (min(in, out) - effective_rank) (in + out + 1)
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Factored
-from ..base import Base
-from ..config import PeftConfig
-from ..errors import ConfigError, PeftWarning
-from ..patterns import matches
-from ..tuner import register_tuner
+from ..core.adapter import Factored
+from ..core.bases import Base
+from ..core.config import PeftConfig
+from ..core.errors import ConfigError, PeftWarning
+from ..core.patterns import matches
+from ..model.tuner import register_tuner
 
 
 @dataclass

@@ -1,10 +1,10 @@
 """PEANuT - weight-aware neural tweakers. Zhong et al., 2024, https://arxiv.org/abs/2410.01870.
 
-    W' = W + s (f(W^T A^T) B^T)^T              depth=0; A: (r, out), B: (out, r), B = 0 at the start
-    H_0 = f(W^T A^T)                           f: `act_fn`, on every number; H: (in, r)
-    H_i = f(H_i-1 E_i^T)                       i = 1 ... depth; E_i, D_i: (r, r)
-    H <- f(H D_i^T) + H_depth-i                i = 1 ... depth; then W' = W + s (H B^T)^T
-    parameters                                 2 r (out + depth r)
+W' = W + s (f(W^T A^T) B^T)^T              depth=0; A: (r, out), B: (out, r), B = 0 at the start
+H_0 = f(W^T A^T)                           f: `act_fn`, on every number; H: (in, r)
+H_i = f(H_i-1 E_i^T)                       i = 1 ... depth; E_i, D_i: (r, r)
+H <- f(H D_i^T) + H_depth-i                i = 1 ... depth; then W' = W + s (H B^T)^T
+parameters                                 2 r (out + depth r)
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from ..activations import ACTIVATIONS
-from ..adapter import Delta
-from ..base import linear
-from ..config import Bound, PeftConfig, Size
-from ..draw import redraw
-from ..errors import ConfigError, nearest
-from ..tuner import register_tuner
+from ..core.adapter import Delta
+from ..core.bases import linear
+from ..core.config import Bound, PeftConfig, Size
+from ..core.errors import ConfigError, nearest
+from ..maths.activations import ACTIVATIONS
+from ..maths.draw import redraw
+from ..model.tuner import register_tuner
 
 Depth = Annotated[int, Bound("an integer from 0 to 1000", lambda value: 0 <= value <= 1000)]
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import RelaxedBernoulli
 
-from ..adapter import Routed
-from ..base import Base
-from ..config import Count, PeftConfig, Size
-from ..errors import BatchError
-from ..tuner import register_tuner
+from ..core.adapter import Routed
+from ..core.bases import Base
+from ..core.config import Count, PeftConfig, Size
+from ..core.errors import BatchError
+from ..model.tuner import register_tuner
 
 
 @dataclass

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import dropout
-from ..config import Probability
-from ..errors import MergeError
-from ..projections import Projected, ProjectedConfig
-from ..tuner import register_tuner
+from ..core.bases import dropout
+from ..core.config import Probability
+from ..core.errors import MergeError
+from ..model.tuner import register_tuner
+from .projections import Projected, ProjectedConfig
 
 
 @dataclass

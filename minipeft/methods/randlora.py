@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Factored
-from ..base import dropout
-from ..config import Probability, Size
-from ..projections import Projected, ProjectedConfig, uniform
-from ..tuner import register_tuner
+from ..core.adapter import Factored
+from ..core.bases import dropout
+from ..core.config import Probability, Size
+from ..model.tuner import register_tuner
+from .projections import Projected, ProjectedConfig, uniform
 
 
 @dataclass

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Delta
-from ..base import Base
-from ..config import PeftConfig, Positive
-from ..errors import ConfigError, PeftWarning, UnsupportedLayerError
-from ..sparse import dense
-from ..sparse import random_mask as random_mask
-from ..tuner import register_tuner
+from ..core.adapter import Delta
+from ..core.bases import Base
+from ..core.config import PeftConfig, Positive
+from ..core.errors import ConfigError, PeftWarning, UnsupportedLayerError
+from ..maths.sparse import dense
+from ..maths.sparse import random_mask as random_mask
+from ..model.tuner import register_tuner
 
 
 @dataclass

@@ -17,12 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Factored
-from ..base import Base, dropout
-from ..config import PeftConfig, Positive, Probability, Share
-from ..projections import warn_unless_saved
-from ..svd import leading
-from ..tuner import register_tuner
+from ..core.adapter import Adapter, Factored
+from ..core.bases import Base, dropout
+from ..core.config import PeftConfig, Positive, Probability, Share
+from ..maths.svd import leading
+from ..model.tuner import register_tuner
+from .projections import warn_unless_saved
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Transform
-from ..config import PeftConfig
-from ..errors import ConfigError
-from ..tuner import register_tuner
+from ..core.adapter import Transform
+from ..core.config import PeftConfig
+from ..core.errors import ConfigError
+from ..model.tuner import register_tuner
 
 
 @dataclass

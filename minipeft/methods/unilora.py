@@ -1,10 +1,10 @@
 """Uni-LoRA - one vector for the whole model. Li et al., 2025, https://arxiv.org/abs/2506.00799.
 
-    W' = W + B A        A = theta[i_A] / sqrt(n[i_A])        B = theta[i_B] / sqrt(n[i_B])
-    parameters          theta_d_length in all
+W' = W + B A        A = theta[i_A] / sqrt(n[i_A])        B = theta[i_B] / sqrt(n[i_B])
+parameters          theta_d_length in all
 
-    theta: (d,), shared by all layers; i_A: (r, in), i_B: (out, r), random indices into it; n: (d,), how often the
-    indices of all layers name each entry, so that the projection from theta to all factors keeps lengths
+theta: (d,), shared by all layers; i_A: (r, in), i_B: (out, r), random indices into it; n: (d,), how often the
+indices of all layers name each entry, so that the projection from theta to all factors keeps lengths
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Factored
-from ..base import Base, dropout
-from ..config import ABOVE_ZERO, PeftConfig, Positive, Probability, Size
-from ..draw import balanced_indices
-from ..tuner import BaseTuner
+from ..core.adapter import Adapter, Factored
+from ..core.bases import Base, dropout
+from ..core.config import ABOVE_ZERO, PeftConfig, Positive, Probability, Size
+from ..maths.draw import balanced_indices
+from ..model.tuner import BaseTuner
 
 THETA = "unilora_theta_d"
 

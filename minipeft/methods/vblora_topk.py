@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..tuner import BaseTuner
+from ..model.tuner import BaseTuner
 
 BANK, LOGITS = "vblora_vector_bank", "vblora_logits_"
 INDEX_DTYPES = {torch.uint8: 2**8, torch.int16: 2**15, torch.int32: 2**31}  # and the bank sizes they are for
@@ -67,6 +67,5 @@ class VBLoRAModel(BaseTuner, method="VBLORA"):
         """Print these numbers of the default adapter."""
         own, other = self.get_nb_savable_parameters()
         print(
-            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} "
-            f"|| total params to-be-saved: {own + other:,d}"
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + other:,d}"
         )

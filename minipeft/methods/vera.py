@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..base import dropout
-from ..config import Probability
-from ..projections import Projected, ProjectedConfig
-from ..tuner import register_tuner
+from ..core.bases import dropout
+from ..core.config import Probability
+from ..model.tuner import register_tuner
+from .projections import Projected, ProjectedConfig
 
 
 @dataclass

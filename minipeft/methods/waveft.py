@@ -1,10 +1,10 @@
 """WaveFT - Wavelet Fine-Tuning. Bilican et al., 2025, https://arxiv.org/abs/2505.12532.
 
-    W' = W + s D(S)              S: (out, in), 0 but for n entries c: (n,), at places that the seed gives
-                                 D: one level of the inverse wavelet transform in two dimensions (wavelets.py);
-                                 S has a margin of zeros, the taps of the filter less 2, that the transform uses up
-    W' = W + s S                 without `use_idwt`
-    parameters                   n_frequency
+W' = W + s D(S)              S: (out, in), 0 but for n entries c: (n,), at places that the seed gives
+                             D: one level of the inverse wavelet transform in two dimensions (wavelets.py);
+                             S has a margin of zeros, the taps of the filter less 2, that the transform uses up
+W' = W + s S                 without `use_idwt`
+parameters                   n_frequency
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Delta
-from ..base import Base
-from ..config import PeftConfig, Positive
-from ..errors import ConfigError
-from ..sparse import dense, random_positions
-from ..targets import pattern_value
-from ..tuner import register_tuner
-from ..wavelets import COIFLETS, inverse_transform, taps
+from ..core.adapter import Delta
+from ..core.bases import Base
+from ..core.config import PeftConfig, Positive
+from ..core.errors import ConfigError
+from ..core.targets import pattern_value
+from ..maths.sparse import dense, random_positions
+from ..maths.wavelets import COIFLETS, inverse_transform, taps
+from ..model.tuner import register_tuner
 
 
 @dataclass

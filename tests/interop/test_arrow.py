@@ -223,7 +223,7 @@ def test_expert_changed(ref, lib, saved):
 
 def test_expert_replaced(lib, saved, tmp_path):
     """By another checkpoint, loaded or hot-swapped into it."""
-    from minipeft.hotswap import hotswap_adapter
+    from minipeft.model.hotswap import hotswap_adapter
 
     folder = expert(lib, tmp_path, "new", 24)
     want = H.run(create(lib, ([folder, *saved[0][1:]], saved[1]), use_gks=True), batch())
@@ -376,8 +376,9 @@ def test_folders(ref, lib, saved, tmp_path):
     config = {"top_k": 2, "rng_seed": 5}
     outputs = [H.run(create(lib, saved), batch())]
     for module, kind in ((ref, str), (lib, str), (lib, lambda path: path)):
-        model = module.create_arrow_model(B.MLP_2D.build(), [kind(tmp_path / str(i) / "deep") for i in range(4)],
-                                          module.ArrowConfig(**config))
+        model = module.create_arrow_model(
+            B.MLP_2D.build(), [kind(tmp_path / str(i) / "deep") for i in range(4)], module.ArrowConfig(**config)
+        )
         outputs.append(H.run(model, batch()))
     paths = [str(tmp_path / str(i)) for i in range(4)]
     model = lib.create_arrow_model(B.MLP_2D.build(), paths, lib.ArrowConfig(**config), subfolder="deep")
@@ -534,7 +535,7 @@ def test_general_expert_missing(lib, saved):
 
 def test_hub_ids(lib):
     """user/repo, and what follows is a folder inside."""
-    from minipeft.methods.arrow import place
+    from minipeft.methods.lora.arrow import place
 
     assert place("user/repo") == {"model_id": "user/repo"}
     assert place("user/repo/a/b") == {"model_id": "user/repo", "subfolder": "a/b"}

@@ -19,7 +19,7 @@ def preprocess(module):
 def config(module, targets=TARGETS, corda=(), **fields):
     fields = {"r": 3, "lora_alpha": 5, **fields}
     CordaConfig = importlib.import_module(
-        "peft.tuners.lora.config" if module.__name__ == "peft" else "minipeft.methods.lora_configs"
+        "peft.tuners.lora.config" if module.__name__ == "peft" else "minipeft.methods.lora.configs"
     ).CordaConfig
     corda = CordaConfig(**dict(corda))
     return module.LoraConfig(init_lora_weights="corda", corda_config=corda, target_modules=list(targets), **fields)

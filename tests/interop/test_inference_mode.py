@@ -62,7 +62,9 @@ def test_hot_swapped(lib, tmp_path):
     """Also with a larger rank, which takes new memory."""
     from importlib import import_module
 
-    hotswap_adapter = import_module(f"{lib.__name__}.utils.hotswap" if lib.__name__ == "peft" else "minipeft.hotswap")
+    hotswap_adapter = import_module(
+        f"{lib.__name__}.utils.hotswap" if lib.__name__ == "peft" else "minipeft.model.hotswap"
+    )
     layer = lambda: torch.nn.Sequential(torch.nn.Linear(8, 6))
     model = lib.get_peft_model(layer(), lib.LoraConfig(r=2, target_modules=["0"]))
     H.move(lib.get_peft_model(layer(), lib.LoraConfig(r=4, target_modules=["0"]))).save_pretrained(tmp_path)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from minipeft.kappa import condition_number
+from minipeft.compat.kappa import condition_number
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from minipeft.config import _fits, _types
+from minipeft.core.config import _fits, _types
 
 from . import harness as H
 from .cases import CASES

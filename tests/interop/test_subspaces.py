@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import minipeft
-from minipeft.methods.adamss_subspaces import k_means
+from minipeft.methods.adamss.subspaces import k_means
 
 from . import bases as B
 from . import harness as H

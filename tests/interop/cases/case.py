@@ -53,8 +53,14 @@ class Case:
         return self.config in PROMPTS
 
 
-PROMPTS = {"PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig",
-           "CPTConfig", "CartridgeConfig"}
+PROMPTS = {
+    "PromptTuningConfig",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "MultitaskPromptTuningConfig",
+    "CPTConfig",
+    "CartridgeConfig",
+}
 
 
 def trained_bias() -> dict:

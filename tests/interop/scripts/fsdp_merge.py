@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import fully_shard
 
 import minipeft
-from minipeft.errors import MergeError
+from minipeft.core.errors import MergeError
 from tests.interop import harness as H
 from tests.interop.cases import CASES
 

@@ -1,0 +1,462 @@
+"""The theory of minipeft, in one page.
+
+An *operator* is anything with `op(x) -> y` and `op.read() -> (W, b)`. The frozen base layer is one (base.py); an
+adapter around an operator is another. They obey one law:
+
+    op(x) == base.apply(x, *op.read())          running it equals merging it
+
+Everything common is written once from it: merging, safe merging, mixed batches, several active adapters, merging into
+a quantised layer. A method says how it acts by the class it derives from:
+
+    Delta        W' = W + dW                       LoRA, VeRA, ...: give `delta`, and `branch` when it can be cheaper
+    Factored     W' = W + up down                  OSF, VB-LoRA, ...: give `factors`
+    Transform    W', b' = f(W, b)                  trainable tokens, ...: give `fold`
+    Activation   y = post(inner(pre(x)))           OFT, IA3, ...: give `pre` (linear) and `post` (affine)
+    Routed       depends on the input, no merge    Poly, ...: give `forward`
+    Replacement  another module in the layer's place   LN tuning: give `replacement`
+
+Shapes: W is (out, in) or (out, in / groups, *kernel) or, for an embedding, (dim, tokens); b is (out,) or None.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..methods import VARIANTS, load_variant
+from .config import PeftConfig, PeftType
+from .errors import ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
+
+if TYPE_CHECKING:
+    from .bases import Base, Whole
+    from .layer import Layer
+
+ADAPTERS: dict[PeftType, list[type[Adapter]]] = {}  # more than one class where a field of the configuration chooses
+
+
+def variants(config: PeftConfig) -> list[str]:
+    """The fields of a configuration that ask for a variant of its method: `["use_dora"]`."""
+    return [field for field in VARIANTS.get(config.method.value, ()) if getattr(config, field)]
+
+
+def adapter_class(config: PeftConfig) -> type[Adapter]:
+    """The class that a configuration asks for, for example DoRA for a LoRA configuration with `use_dora`.
+
+    It is `Adapter` itself for a method that adapts whole modules in a way of its own.
+    """
+    for field in variants(config):
+        load_variant(config.method.value, field)
+    return next((cls for cls in reversed(ADAPTERS.get(config.method, ())) if cls.chosen_by(config)), Adapter)
+
+
+def method_class(config: PeftConfig) -> type[Adapter]:
+    """The class of a configuration's method, whichever of its variants it asks for."""
+    return ADAPTERS.get(config.method, [Adapter])[0]
+
+
+class Adapter:
+    """One adapter on one layer: a column of the layer's slots.
+
+    PEFT's live names put the parameter first and the adapter second, so `self.lora_A = module` stores the module at
+    `layer.lora_A[self.name]`, and reading `self.lora_A` takes it from there. The same holds for plain values: after
+    `self.scaling = 2.0`, code that knows PEFT finds `layer.scaling["default"] == 2.0`.
+    """
+
+    prefix: ClassVar[str]  # slots that start with it are trained and saved
+    bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # kinds of base layer it can adapt, by Base class name
+    method: ClassVar[PeftType]
+    asked_by: ClassVar[str | None] = None  # of a variant of a method: the field of the configuration that asks for it
+    exclusive: ClassVar[bool] = False  # True: at most one adapter of this method may be active
+    shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
+    held: ClassVar[tuple[str, ...]] = ()  # slots of such tensors that each layer saves too, so that it needs no tuner
+    ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
+    renames: ClassVar[bool] = True  # False: its matrices have the same names on an embedding as elsewhere
+    rewrites: ClassVar[bool] = False  # True: the frozen weights change for good, not by a start that may be converted
+    by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
+    minds_blank: ClassVar[bool] = False  # True: where `blank`, `build` itself makes its tensors on the meta device
+    autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
+    alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
+    kept_if: ClassVar[dict[str, str]] = {}  # slots that are saved only if the field of that name is set
+    together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
+    notice: ClassVar[Any] = None  # notice(config, inputs) is what a pass means to each sample: see Pass.by_sample
+    pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
+    fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
+    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
+
+    base: Base
+    name: str
+    config: Any
+    path: str
+    padded: Mapping[str, Any] = {}  # slots with zeros behind their factor, and its shape without those: see hotswap.py
+    idle: bool = False  # True: hot swapping put an adapter in its place that leaves this layer alone
+    found: dict[str, Any]  # slots looked up so far: {adapter name: value} by slot
+
+    def __init_subclass__(cls, config: type[PeftConfig] | None = None, variant: str | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if config is not None:
+            assert config._method is not None
+            cls.method, cls.asked_by = config._method, variant
+            ADAPTERS.setdefault(cls.method, []).append(cls)
+
+    def __init__(self, layer: Layer, name: str, config: PeftConfig, path: str):
+        vars(self).update(name=name, config=config, path=path)
+        self.move_to(layer)
+
+    @property
+    def layer(self) -> Layer:
+        """The layer that it stands on. That holds it, and not the other way round: a dropped model goes at once."""
+        return self.__dict__["place"]()
+
+    def __setattr__(self, slot: str, value: Any) -> None:
+        slot = self.base.slot(slot) if self.renames else slot
+        self.layer.put(slot, self.name, value, isinstance(value, Tensor) and self.keeps(slot, self.config))
+
+    def __getattr__(self, slot: str) -> Any:
+        own = self.__dict__
+        try:
+            return own["found"][slot][own["name"]]
+        except KeyError:
+            if slot.startswith("__") or "found" not in own:  # half built, by copy or pickle
+                raise AttributeError(slot) from None
+        contents = self.layer.contents(self.base.slot(slot) if self.renames else slot)
+        if contents is None or self.name not in contents:
+            box = self.layer._modules.get(self.base.slot(slot) if self.renames else slot)
+            if self.name in getattr(box, "parametrizations", ()):
+                return getattr(box, self.name)
+            raise AttributeError(f"{self!r} has no {slot!r}")
+        own["found"][slot] = contents
+        return contents[self.name]
+
+    def note(self, **values: Any) -> None:
+        """Store several plain values at once: what setting them one by one does, in less time."""
+        self.layer.note(self.name, values)
+
+    def move_to(self, layer: Layer) -> None:
+        """Stand on `layer` from now on, which has taken over the slots."""
+        vars(self).update(place=weakref.ref(layer), base=layer.base, found={})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "place": None, "found": {}}  # a copied layer moves its adapters to itself
+
+    # ------------------------------------------------------------------------------------------ what a method gives
+    @classmethod
+    def chosen_by(cls, config: Any) -> bool:
+        """Whether `config` means this class, where several share a peft_type. The last one that it means is taken."""
+        return cls.asked_by is None or bool(getattr(config, cls.asked_by))
+
+    @classmethod
+    def on(cls, base: Base) -> type[Adapter]:
+        """The class for layers of that kind: a variant of a method may leave some to the method itself."""
+        return cls
+
+    @classmethod
+    def prepare(cls, config: Any, model: nn.Module) -> Any:
+        """Complete or refuse a configuration before any layer is looked for.
+
+        It may also change the model itself, if it returns a function that undoes that.
+        """
+
+    @classmethod
+    def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
+        """Tensors that all layers look at, by slot; `found` has each layer's path and base.
+
+        `existing(slot)` gives those of earlier adapters, by name, or None. A slot "frod_V.query" is for the layers of
+        the group "query" alone: they look at it as `frod_V`, and do not list it among their own tensors.
+        """
+        return {}
+
+    @classmethod
+    def group(cls, path: str) -> str:
+        """Which group of layers the one at `path` belongs to, where tensors are shared by group."""
+        return ""
+
+    def loaded(self) -> None:
+        """Make anew what is computed from saved tensors: a checkpoint was just written into the adapter."""
+
+    @classmethod
+    def beside(cls, config: Any, model: nn.Module) -> dict[str, nn.Module]:
+        """Modules of the adapter that stand beside the whole model, by slot; no layer looks at them."""
+        return {}
+
+    @classmethod
+    def complete(cls, config: Any, adapters: list[Adapter]) -> None:
+        """Give the adapters of all layers, just built, what depends on how many there are and in which order."""
+
+    @classmethod
+    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        """Refuse a configuration that cannot stand beside the ones already on the model, by adapter name."""
+        for name, other in others.items():
+            kind = adapter_class(other)
+            if kind is not cls and other.peft_type == config.peft_type and (kind.rewrites or cls.rewrites):
+                one, two = (cls, kind) if cls.rewrites else (kind, cls)
+                both = f"beside adapter '{name}' there would be {one.__name__} and {two.__name__}"
+                raise ConfigError(f"{one.__name__} changes the frozen weights, so all adapters must be of it: {both}.")
+        for field in cls.alike:
+            for name, other in others.items():
+                if getattr(other, field) != getattr(config, field):
+                    raise ConfigError(
+                        f"`{field}` must be the same for all {cls.method.value} adapters of a model. "
+                        f"Got {getattr(config, field)}, but adapter '{name}' has {getattr(other, field)}."
+                    )
+
+    @classmethod
+    def fits(cls, base: Base) -> bool:
+        """Whether it can adapt layers of that kind."""
+        return any(kind.__name__ in cls.bases for kind in type(base).__mro__)
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Base) -> None:
+        """Refuse a layer for a reason other than its kind."""
+
+    @classmethod
+    def changes_base(cls, config: Any) -> bool:
+        """Whether building it changes the frozen weights, so that it must happen also when values are loaded."""
+        return False
+
+    @classmethod
+    def convert_to_plain(cls, config: Any, tensors: dict[str, Tensor], initial: Any) -> tuple[Any, dict[str, Tensor]]:
+        """(configuration, tensors) of a LoRA for the unchanged base model; `initial`: the untrained one."""
+        raise UnsupportedFeatureError(f"path_initial_model_for_weight_conversion is not for {cls.method.value}.")
+
+    @classmethod
+    def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's tensors, for methods that save something else than they hold."""
+        return tensors
+
+    @classmethod
+    def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors that the layers hold, from those of a checkpoint."""
+        return tensors
+
+    @classmethod
+    def resize(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> Any:
+        """Before a checkpoint is loaded into an adapter that is there: take its sizes, where a method lets them vary.
+
+        Returns a function that undoes that, or None.
+        """
+
+    def build(self) -> None:
+        """Create and initialise the parameters, as slots."""
+        raise NotImplementedError
+
+    def follow(self, source: Adapter, fresh: bool = False) -> None:
+        """Share the tensors of `source`, the same adapter on the embedding whose weight this layer uses too.
+
+        `fresh`: both were just initialised. Called again before each run, so it must be cheap when nothing has changed.
+        """
+        raise UnsupportedFeatureError(f"{type(self).__name__} cannot be tied; leave '{self.path}' out of its targets.")
+
+    def agrees(self, source: Adapter) -> bool:
+        """Whether the values are those that `follow` would give."""
+        return all(map(torch.equal, self.parameters(), source.parameters()))
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the adapted operator for input `x`; `inner` is the operator inside."""
+        raise NotImplementedError
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weights of the adapted operator, from those of the operator inside. Raises `MergeError` if there are none."""
+        raise NotImplementedError
+
+    @property
+    def folds_in_place(self) -> bool:
+        """Whether `fold_in_place` does what `fold` does on this layer, and cannot fail."""
+        return False
+
+    def fold_in_place(self, W: Tensor) -> None:
+        """Make W, in at least float32, that of the adapted operator. Only where `folds_in_place`."""
+        raise NotImplementedError
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        """Whether a slot's tensors belong in a checkpoint."""
+        return getattr(config, cls.kept_if[slot]) if slot in cls.kept_if else slot.startswith(cls.prefix)
+
+    def below(self, slot: str) -> Any:
+        """What the numbers in a saved tensor of positions must be smaller than, also by row; None: no positions."""
+
+    @classmethod
+    def below_shared(cls, slot: str, shared: Mapping[str, Any]) -> Any:
+        """The same for one of the tensors that layers share; `shared` has all of them, by slot."""
+
+    def trains(self, slot: str) -> bool:
+        """Whether the parameters of a slot of the method are trained, and not only kept."""
+        return True
+
+    @classmethod
+    def saved_key(cls, slot: str, rest: str) -> str:
+        """The end of a checkpoint key: the slot, and what follows the adapter's name in the live key."""
+        return f"{slot}.{rest}" if rest else slot
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+    def cast(self, x: Tensor, like: Tensor) -> Tensor:
+        """`x` in the dtype of the adapter's tensor `like`, unless casting is switched off for this layer."""
+        return x.to(like.dtype) if x.dtype != like.dtype and self.layer.cast_input_dtype_enabled else x
+
+    def at_commit(self, action: Any) -> None:
+        """Run `action()` once the adapter is accepted: the place to change frozen weights."""
+        self.layer.at_commit.append(action)
+
+    def initial_scaling(self) -> float:
+        """The `scaling` of a new adapter, of which `set_scale` sets multiples."""
+        return getattr(self.config, "scaling", 1.0)
+
+    @property
+    def blank(self) -> bool:
+        """While building: whether values are going to be loaded, so that only shapes matter."""
+        return self.layer.blank
+
+    def settle(self) -> None:
+        """While building: move what is there to the frozen layer's device and dtype, before computing more from it."""
+        if not self.blank:
+            self.layer.settle_all(self.name)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's own parameters on this layer."""
+        return [p for slot, p in self.layer.tensors(self.name, self.prefix) if isinstance(p, nn.Parameter)]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r} on {self.path!r})"
+
+
+class Delta(Adapter):
+    """W' = W + dW. Gives `delta`, and `branch` where dW x is cheaper than forming dW."""
+
+    def delta(self) -> Tensor:
+        """dW, shaped like W."""
+        raise NotImplementedError
+
+    def branch(self, x: Tensor) -> Tensor:
+        """dW x."""
+        dW = self.delta()
+        return self.base.apply(self.cast(x, dW) if self.base.reads_vectors else x, dW)
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)
+        return (y + self.branch(x)).to(y.dtype)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return W + self.delta(), b
+
+
+class Factored(Delta):
+    """W' = W + up down. Gives `factors`; the slot `<prefix>dropout`, if there, acts on the input of `down`."""
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """up (out, k) and down (k, in)."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        up, down = self.factors()
+        return up @ down  # (out, in)
+
+    def branch(self, x: Tensor) -> Tensor:
+        up, down = self.factors()
+        dropout = getattr(self, f"{self.prefix}dropout", None)
+        x = self.cast(x, down)
+        return F.linear(F.linear(x if dropout is None else dropout(x), down), up)  # (..., out)
+
+
+class Transform(Adapter):
+    """W', b' = f(W, b). Gives `fold`; running it goes through the weights."""
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base.called(x, *self.fold(*inner.read()), *args, **kwargs)
+
+
+class Activation(Adapter):
+    """y = post(inner(pre(x))). `pre` is linear and `post` affine, each on vectors that stand in the last dimension.
+
+    Because they are, the merged weights follow: the rows of W pass through the adjoint of `pre`, its columns through
+    the linear part of `post`. On a convolution, `pre` sees a row of the flattened weight: a patch.
+    """
+
+    mixes: ClassVar[bool] = False  # True: `pre` mixes features, on a convolution also those of different groups
+
+    def pre(self, x: Tensor) -> Tensor:
+        return x
+
+    def post(self, y: Tensor) -> Tensor:
+        return y
+
+    def adjoint(self, rows: Tensor) -> Tensor:
+        """`rows` through the adjoint of `pre`. A method that states it can be traced on a convolution too."""
+        return torch.func.vjp(self.pre, torch.zeros_like(rows))[1](rows)[0]
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if not self.base.pointwise:
+            return self.base.called(x, *self.fold(*inner.read()), *args, **kwargs)
+        y = inner(self.pre(x).to(x.dtype), *args, **kwargs)
+        return self.post(y).to(y.dtype)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if type(self).pre is not Activation.pre:
+            rows = self.base.rows(W) if self.mixes else W.flatten(1)
+            W = self.adjoint(rows).view(W.shape[0], -1, *W.shape[2:])
+        if type(self).post is not Activation.post:
+            zero = self.post(W.new_zeros(W.shape[0]))  # of zeros, unless `post` adds something
+            W = (self.post(W.movedim(0, -1)) - zero).movedim(-1, 0)
+            b = zero if b is None else self.post(b)
+        return W, b
+
+
+class Routed(Adapter):
+    """Depends on the input, so no fixed weight does the same: merging is refused."""
+
+    @classmethod
+    def fits(cls, base: Base) -> bool:
+        return super().fits(base) and not base.opaque  # that is reached through its weights alone
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise MergeError(f"{type(self).__name__} depends on its input and cannot be merged into weights ({self.path}).")
+
+
+class Replacement(Adapter):
+    """Another module in the layer's place, of the same kind. Gives `replacement`."""
+
+    bases = ("Whole",)
+    exclusive = True
+    autocasts = False
+    base: Whole
+
+    @property
+    def replacement(self) -> nn.Module:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return self.replacement(x, *args, **kwargs)
+
+    def fold(self, W: Any, b: Any) -> Any:
+        return {name: attrgetter(name)(self.replacement) for name in self.base.tensors(self.base.leaf)}, None
+
+
+class Adapted:
+    """The operator that an adapter makes of the operator inside it."""
+
+    __slots__ = ("adapter", "inner")
+
+    def __init__(self, adapter: Adapter, inner: Any):
+        self.adapter, self.inner = adapter, inner
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.adapter.forward(x, self.inner, *args, **kwargs)
+
+    def read(self) -> tuple[Any, Any]:
+        return self.adapter.fold(*self.inner.read())
+
+
+def unsupported(cls: type[Adapter], module: nn.Module, path: str) -> UnsupportedLayerError:
+    """The error for a layer whose kind `cls` cannot adapt."""
+    leaf = getattr(getattr(module, "base", None), "leaf", module)
+    kind, weight = type(leaf).__name__, leaf._parameters.get("weight")
+    if weight is not None and type(weight) is not nn.Parameter:
+        kind += f" with a weight of class {type(weight).__name__}"
+    return UnsupportedLayerError(
+        f"{cls.__name__} cannot adapt '{path}', a {kind}. It adapts layers of kind {', '.join(cls.bases)}."
+    )

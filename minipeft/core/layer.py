@@ -1,0 +1,1040 @@
+"""What stands in the model where an adapted module stood: a `Layer`, or a wrapper for modules trained in full."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import Adapted, Adapter
+from .bases import Base, bare, begin
+from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
+from .offload import HOOKS, hooked, onload
+from .passes import Context as Context
+from .stored import reshard, sharded, whole
+
+BASE = "__base__"  # in a mixed batch: a sample for the bare model
+LOW_PRECISION = frozenset(
+    getattr(torch, name)
+    for name in "float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
+    if hasattr(torch, name)
+)
+
+
+class BufferDict(nn.Module):
+    """A dict of tensors that move with the module; in its state dict only when `persistent`."""
+
+    _buffers: dict[str, Tensor]  # type: ignore[assignment]  # none is None
+
+    def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
+        super().__init__()
+        self.persistent = persistent
+        for key, value in (buffers or {}).items():
+            self[key] = value
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._buffers[key]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        self.register_buffer(key, value, persistent=self.persistent)
+
+    def __delitem__(self, key: str) -> None:
+        del self._buffers[key]
+        self._non_persistent_buffers_set.discard(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._buffers
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def keys(self) -> Iterable[str]:
+        return self._buffers.keys()
+
+    def values(self) -> Iterable[Tensor]:
+        return self._buffers.values()
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:
+        return self._buffers.items()
+
+
+def run_groups(x: Tensor, groups: dict[str, list[int]], run: Callable[[str, Tensor], Tensor]) -> Tensor:
+    """Rows of the batch x through `run(name, rows)`, put back in their order."""
+    y = None
+    for name, rows in groups.items():
+        index = torch.tensor(rows, device=x.device)
+        part = run(name, x.index_select(0, index))
+        if not isinstance(part, Tensor):
+            raise BatchError(f"Mixed batches need layers that return a tensor, got a {type(part).__name__}.")
+        y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
+        y = y.index_copy(0, index, part.to(y.dtype))
+    assert y is not None
+    return y
+
+
+class Slots(nn.Module):
+    """Containers keyed by adapter name, under PEFT's names: `self.lora_A["default"]`."""
+
+    adapter_layer_names: tuple[str, ...] = ()  # slots with trainable parameters
+    other_param_names: tuple[str, ...] = ()  # slots with anything else
+
+    def put(self, slot: str, name: str, value: Any, persistent: bool = False) -> None:
+        """Store `value` for adapter `name`; the first value of a slot decides what kind of container it is."""
+        if isinstance(value, nn.Module):
+            if slot not in self._modules:
+                self.register(slot, bare(nn.ModuleDict), trained=bool(value._parameters or value._modules))
+            inside: Any = self._modules[slot]
+            inside._modules[name] = value
+        elif isinstance(value, Tensor):
+            if slot not in self._modules:
+                trained = isinstance(value, nn.Parameter)
+                self.register(slot, nn.ParameterDict() if trained else BufferDict(persistent=persistent), trained)
+            box: Any = self._modules[slot]
+            box[name] = value  # the container sees to what it needs
+        else:
+            self.note(name, {slot: value})
+
+    def note(self, name: str, values: dict[str, Any]) -> None:
+        """Store plain values (neither tensors nor modules) for adapter `name`, by slot."""
+        own = self.__dict__
+        new = [slot for slot in values if slot not in own]
+        if new:
+            own.update((slot, {}) for slot in new)
+            own["other_param_names"] = (*self.other_param_names, *new)
+        for slot, value in values.items():
+            own[slot][name] = value
+
+    def register(self, slot: str, box: Any, trained: bool) -> None:
+        """Add the container of a slot."""
+        own = self.__dict__
+        (own["_modules"] if isinstance(box, nn.Module) else own)[slot] = box
+        listing = "adapter_layer_names" if trained else "other_param_names"
+        own[listing] = (*getattr(self, listing), slot)
+
+    def contents(self, slot: str) -> Any:
+        """What the container of a slot holds, as a plain dict by adapter name; None when there is no such slot."""
+        box = self._modules.get(slot, self.__dict__.get(slot))
+        return _contents(box) if isinstance(box, nn.Module) else box
+
+    def take(self, slot: str, name: str) -> Any:
+        """The value of adapter `name`. Raises `AttributeError` when there is none."""
+        try:
+            return self.contents(slot)[name]
+        except (KeyError, TypeError):
+            raise AttributeError(f"adapter {name!r} has no {slot!r}") from None
+
+    def drop(self, name: str) -> None:
+        """Forget everything of adapter `name`."""
+        for slot in self.adapter_layer_names + self.other_param_names:
+            box = getattr(self, slot)
+            if name in box:
+                del box[name]
+
+    def boxes(self, name: str) -> list[tuple[str, Any, Any]]:
+        """(slot, container, value) of every module slot that adapter `name` has."""
+        found = []
+        for slot in self.adapter_layer_names + self.other_param_names:
+            box = self._modules.get(slot)
+            if box is not None and name in (contents := _contents(box)):
+                found.append((slot, box, contents[name]))
+            elif box is not None and name in (computed := cast(Any, getattr(box, "parametrizations", {}))):
+                found.append((slot, computed, computed[name]))
+        return found
+
+    def tensors(self, name: str, prefix: str = "") -> list[tuple[str, Tensor]]:
+        """(slot, tensor) of every tensor of adapter `name`, in slots that start with `prefix`."""
+        found: list[tuple[str, Tensor]] = []
+        for slot, _, value in self.boxes(name):
+            if slot.startswith(prefix):
+                if not isinstance(value, nn.Module):
+                    found.append((slot, value))
+                elif value._modules:
+                    found += [(slot, tensor) for tensor in (*value.parameters(), *value.buffers())]
+                else:
+                    for tensor in (*value._parameters.values(), *value._buffers.values()):
+                        if tensor is not None:
+                            found.append((slot, tensor))
+        return found
+
+    def places(self, name: str) -> Iterator[tuple[dict[str, Any], str]]:
+        """(dict, key) of each tensor of adapter `name`: where its module looks for it."""
+        for _, box, value in self.boxes(name):
+            if not isinstance(value, nn.Module):
+                yield _contents(box), name
+                continue
+            for module in value.modules():
+                for held in (module._parameters, module._buffers):
+                    yield from ((held, key) for key, tensor in held.items() if tensor is not None)
+
+    def widen(self, name: str) -> None:
+        """float16, bfloat16 and float8 tensors of adapter `name` become float32, which training needs."""
+        for _, tensor in self.tensors(name):
+            if tensor.dtype in LOW_PRECISION:
+                tensor.data = tensor.data.float()
+
+
+class Switch:
+    """What other code reads off a layer about which of its adapters are on."""
+
+    _active_adapter: list[str]
+    _disable_adapters: bool
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return self._active_adapter
+
+    @property
+    def active_adapter(self) -> list[str]:
+        """The same, under PEFT's other name for it."""
+        return self._active_adapter
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether all adapters are switched off."""
+        return self._disable_adapters
+
+
+class Layer(Switch, Slots):
+    """A frozen layer with adapters around it.
+
+    Every adapter ever added stands in `adapters`; those in `active_adapters` take part in `forward`, in the order in
+    which they are listed there. Live parameter names are PEFT's: `base_layer.weight`, `lora_A.default.weight`.
+    """
+
+    base_layer: nn.Module
+    base: Base
+    method: str
+    context: Context
+    adapters: dict[str, Adapter]
+    trained: set[str]
+    paused: set[str]
+    merged_adapters: list[str]
+    folded: list[Adapter]
+    read_through: bool
+    blank: bool
+    autocast: bool
+    at_commit: list[Callable[[], None]]
+    _active_adapter: list[str]
+
+    def __init__(self, module: nn.Module, base: Base, method: str, context: Context | None = None):
+        begin(self)
+        self._modules["base_layer"] = module
+        vars(self).update(  # plain values: nn.Module.__setattr__ would ask of each what it is
+            base=base,
+            method=method,
+            context=context or Context(),
+            adapters={},
+            trained=set(),  # names of the adapters that are trainable
+            paused=set(),  # names of those that will be when adapters are switched on again
+            merged_adapters=[],
+            folded=[],  # of the innermost layer: what its weights hold, in order
+            cast_input_dtype_enabled=True,
+            read_through=False,  # True: the parent takes `.weight` instead of calling the layer
+            tied=False,  # True: its adapters are those of another layer, which also saves them
+            blank=False,  # while being built: True when values are going to be loaded, and only shapes matter
+            autocast=False,  # while being built: True when low-precision adapter tensors become float32
+            at_commit=[],
+            training=module.training,
+            _active_adapter=[],
+            _disable_adapters=False,
+        )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for adapter in self.adapters.values():
+            adapter.move_to(self)
+
+    # ------------------------------------------------------------------------------------------------- being built
+    def settle(self, tensor: Tensor, copy: bool = False) -> Tensor:
+        """`tensor` on the device of the frozen layer, and in the dtype that an adapter's tensors have there."""
+        dtype, device = self.base.dtype, self.base.device
+        if not (tensor.is_floating_point() and dtype.is_floating_point):
+            return tensor.to(device, copy=copy)
+        return tensor.to(device, torch.float32 if self.autocast and dtype in LOW_PRECISION else dtype, copy=copy)
+
+    def settle_all(self, name: str) -> None:
+        """Move all tensors of adapter `name` that have values there, by way of the frozen layer's dtype."""
+        dtype, device = self.base.dtype, self.base.device
+        if device.type == "meta":
+            return
+        final = torch.float32 if self.autocast and dtype in LOW_PRECISION else dtype
+        for slot, tensor in self.tensors(name):
+            if tensor.is_meta or (tensor.dtype == dtype == final and tensor.device == device):
+                continue
+            if not (tensor.is_floating_point() and dtype.is_floating_point):
+                tensor.data = tensor.data.to(device)
+            else:
+                # PEFT: not the buffers of its modules
+                own = isinstance(tensor, nn.Parameter) or tensor is self.take(slot, name)
+                tensor.data = tensor.data.to(device, dtype).to(final if own else dtype)
+
+    def onloaded(self, keep: bool = False) -> AbstractContextManager[None]:
+        """While it is open, offloaded tensors of the layer and its adapters are where they run; see `onload`."""
+        groups = [value for value in vars(self).values() if isinstance(value, BufferDict)]  # looked at from here
+        return onload(self, *groups, keep=keep)
+
+    # ------------------------------------------------------------------------------------------------- the operator
+    def operator(self, names: Sequence[str] | None = None) -> Any:
+        """The operator of the base layer with the adapters `names` around it (default: those that are on)."""
+        here = self.running if names is None else names
+        op: Any = self.base
+        if here and any(layer.merged_adapters for layer in self.chain):
+            op = self.unmerged_inside()
+        elif here and self.base.inside is not None:
+            op = Inside(self.base, self.base_layer, names)
+        return self._around(op, here)
+
+    def _around(self, op: Any, names: Sequence[str]) -> Any:
+        for name in names:
+            if name in self.adapters:
+                op = Adapted(self.adapters[name], op)
+        return op
+
+    def unmerged_inside(self) -> Any:
+        """What the adapters of this layer are put around, as if nothing was merged."""
+        inside = self.base_layer
+        if self.base.inside is None or not isinstance(inside, Layer):
+            return Unmerged(self.base)
+        return inside._around(inside.unmerged_inside(), inside.switched_on)
+
+    @property
+    def chain(self) -> list[Layer]:
+        """The layers of several methods around one frozen layer, from this one inwards."""
+        found = [self]
+        while isinstance(inside := found[-1].base_layer, Layer) and found[-1].base.inside is not None:
+            found.append(inside)
+        return found
+
+    @property
+    def switched_on(self) -> list[str]:
+        """Names of the adapters whose effect the layer has, merged or not, in their order."""
+        if self._disable_adapters:
+            return []
+        active = [n for n in self._active_adapter if n in self.adapters]
+        return [n for n in self.merged_adapters if n not in active] + active
+
+    @property
+    def running(self) -> list[str]:
+        """Names of the adapters that take part in `forward`; none when the frozen weights have them all.
+
+        When some are merged and others are not, all run, with the weights that the layer had before the merge.
+        """
+        on = self.switched_on
+        if on and any(layer.merged_adapters for layer in self.chain) and not self._waiting():
+            return []
+        return on
+
+    def _waiting(self) -> bool:
+        """Whether an adapter that is on, here or further inside, is not merged."""
+        return any(name not in layer.merged_adapters for layer in self.chain for name in layer.switched_on)
+
+    def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Output of the adapted layer; `adapter_names` gives each sample of the batch its own adapter."""
+        if x is None and "hidden_states" in kwargs:  # as transformers and diffusers call whole blocks
+            x = kwargs.pop("hidden_states")
+        if not hooked(self):
+            return self._pass(x, adapter_names, *args, **kwargs)
+        with self.onloaded():
+            return self._pass(x, adapter_names, *args, **kwargs)
+
+    def _pass(self, x: Any, adapter_names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Any:
+        if self._disable_adapters:
+            if self.merged_adapters:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None or self.context.opened[-1].adapter_names is not None:
+            return self._mixed(x, adapter_names, *args, **kwargs)
+        names, base = self._active_adapter, self.base
+        plain = base.inside is None and not base.opaque and not self.merged_adapters
+        if plain and len(names) == 1 and names[0] in self.adapters:
+            return self.adapters[names[0]].forward(x, base, *args, **kwargs)  # as `_run`, without making the operator
+        return self._run(None, x, *args, **kwargs)
+
+    def _run(self, names: Sequence[str] | None, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        op = self.operator(names)
+        if self.base.opaque and op is not self.base:
+            return self.base.apply(x, *op.read(), *args, **kwargs)
+        return op(x, *args, **kwargs)
+
+    def _mixed(self, x: Tensor, names: Sequence[str] | None, *args: Any, **kwargs: Any) -> Tensor:
+        if any(layer.merged_adapters for layer in self.chain):
+            raise BatchError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        now = self.context.now
+        groups = now.groups(len(x), names)
+        assert groups is not None
+        if (together := getattr(next(iter(self.adapters.values()), None), "together", None)) is not None:
+            return together(self, groups, x, *args, **kwargs)
+        if self.base.opaque:
+            kind = type(self.base.leaf).__name__
+            raise BatchError(f"Mixed batches are not possible on a {kind}: it does not map one tensor to one.")
+
+        def run(name: str, part: Tensor) -> Any:
+            nested = {"adapter_names": [name] * len(part)} if isinstance(self.base_layer, Layer) else {}
+            with self.context.telling(**now.of_rows(groups[name], len(x))):
+                return self._run([] if name == BASE else [name], part, *args, **nested, **kwargs)
+
+        return run_groups(x, groups, run)
+
+    # ------------------------------------------------------------------------------------------------------- merging
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter of this layer is in the frozen weights."""
+        return bool(self.merged_adapters)
+
+    @property
+    def _home(self) -> Layer:
+        return self.chain[-1]
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Write adapters into the frozen weights: computed in float32 from the original weights, rounded once.
+
+        `safe_merge` raises `MergeError` instead of storing numbers that are not finite. `adapter_names` defaults to
+        the active adapters; names that are merged already are skipped with a warning.
+        """
+        if isinstance(adapter_names, str):
+            raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        names = self._named(adapter_names)
+        if self.merged_adapters:
+            names = [n for n in names if n not in self.merged_adapters]
+            already = ", ".join(self.merged_adapters)
+            warnings.warn(
+                f"Already merged: {already}. "
+                + (f"Now also merging {', '.join(names)}." if names else "Nothing to do."),
+                PeftWarning,
+            )
+        if not names:
+            return
+        home, new = self._home, [self.adapters[name] for name in names]
+        # what follows another layer is merged there
+        sources = {} if home.base.apart else {a: vars(a)["follows"] for a in new if "follows" in vars(a)}
+        if own := [adapter for adapter in new if adapter not in sources]:
+            home.base.check_written()
+            self._fold(home.folded + own, safe_merge)
+        for source in sources.values():
+            home.base.source = source.layer._home.base
+        self.merged_adapters = self.merged_adapters + names
+
+    def merges_in_place(self, adapter_names: Sequence[str] | None = None) -> bool:
+        """Whether `merge_in_place` can do what `merge` does, and is certain not to fail."""
+        base = self.base
+        return (
+            base.home is base
+            and base.overwrites
+            and not (base.apart or self.merged_adapters)
+            and all(self.adapters[n].folds_in_place for n in self._named(adapter_names))
+        )
+
+    def merge_in_place(self, adapter_names: Sequence[str] | None = None) -> None:
+        """The same for good, in the frozen weights' own memory where their dtype allows it: no copy is kept."""
+        with self.onloaded(keep=True):
+            W = _widen(self.base.read()[0])
+            for name in self._named(adapter_names):
+                self.adapters[name].fold_in_place(W)
+            self.base.overwrite(W)
+
+    def _named(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """Those of `adapter_names` (default: the active ones) that are on this layer."""
+        return [n for n in (self._active_adapter if adapter_names is None else adapter_names) if n in self.adapters]
+
+    @torch.no_grad()
+    def unmerge(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Take adapters (default: all of this layer) out of the frozen weights; with none left, not a bit differs.
+
+        Raises `MergeError`, with nothing changed, when the weights were edited while the adapters were in them.
+        """
+        self.base.check_written()
+        self.unmerge_checked(adapter_names)
+
+    def unmerge_checked(self, adapter_names: Sequence[str] | None = None) -> None:
+        """The same after `base.check_written`, which takes most of its time."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", PeftWarning)
+            return
+        names = list(self.merged_adapters if adapter_names is None else adapter_names)
+        home = self._home
+        self._fold([a for a in home.folded if a.layer is not self or a.name not in names], False)
+        self.merged_adapters = [n for n in self.merged_adapters if n not in names]
+        if not any(layer.merged_adapters for layer in self.chain):
+            home.base.source = None
+
+    def _fold(self, folded: list[Adapter], safe: bool) -> None:
+        """Let the frozen weights hold the adapters `folded`: those of inner layers first, each layer's in its order."""
+        with self.onloaded(keep=True):
+            self._fold_onloaded(folded, safe)
+
+    def _fold_onloaded(self, folded: list[Adapter], safe: bool) -> None:
+        home = self._home
+        base = home.base
+        self.reshard()
+        base.check_whole()
+        folded = sorted(folded, key=lambda adapter: adapter.layer.place_of(adapter.name))
+        if not folded:
+            base.restore()
+        else:
+            W, b = _wide(base.read())
+            for adapter in folded:
+                with widened(adapter):
+                    W, b = adapter.fold(W, b)
+            name = folded[-1].name
+            if safe and not finite((W, b)):
+                raise MergeError(
+                    f"NaNs detected in the merged weights. Adapter {name} seems to be broken (safe_merge)."
+                )
+            base.write(W, b)
+            if safe and not finite(base.held()):
+                self._fold(home.folded, False)
+                raise MergeError(
+                    f"The merged weights with adapter {name} do not fit what {folded[-1].path!r} stores them in "
+                    f"({base.dtype}): some would become infinite or NaN (safe_merge)."
+                )
+        home.folded = folded
+        home.hold()
+
+    def reshard(self) -> None:
+        """Let FSDP2 hold the frozen weights in shards, as they are to be written."""
+        if not sharded(self.base.stored()[0]):
+            reshard(self.base.leaf)
+
+    def hold(self) -> None:
+        """Have, as a module, what the frozen weights were before a merge: it moves and is copied with the layer."""
+        if self.base.kept is None:
+            self._modules.pop("kept", None)
+        else:
+            self._modules["kept"] = self.base.kept
+
+    def place_of(self, name: str) -> tuple[int, int]:
+        """Where adapter `name` acts: how many layers are inside this one, and where among the active ones."""
+        active = self._active_adapter
+        return len(self.chain), active.index(name) if name in active else -1
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Layer:
+        """As nn.Module does it; a cast of merged weights is not an edit of them."""
+        base = self.base
+        if base.kept is None:
+            return super()._apply(fn, recurse)
+        edited = base.edited
+        super()._apply(fn, recurse)
+        base.note_written()
+        if edited:
+            base.written = None
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        self.check_loads(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def check_loads(self, state_dict: Any, prefix: str) -> None:
+        """Raise `MergeError` when a state dict has weights for the frozen layer and adapters are merged into those."""
+        if not self.chain[-1].folded:
+            return
+        own = f"{prefix}base_layer."
+        if found := [key for key in state_dict if key.startswith(own) and self.base.is_stored(key.removeprefix(own))]:
+            raise MergeError(
+                f"{found[0]!r} cannot be loaded while {', '.join(self.merged_adapters) or 'an adapter'} is merged into "
+                "it: unmerging would put the old weights back. Call `unmerge_adapter()` first, and merge again after "
+                "loading."
+            )
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What merging `adapter` alone adds to the stored weight, in the weight's own layout."""
+        with torch.no_grad(), self.onloaded(), widened(self.adapters[adapter]):
+            W, b = _wide(self.base.read())
+            return self.base.canonical(self.adapters[adapter].fold(W, b)[0]) - self.base.canonical(W)
+
+    # -------------------------------------------------------------------------------------------- which adapters run
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make `adapter_names` active and (unless `inference_mode`) trainable, and freeze all others."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        if self.merged_adapters:
+            warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning)
+            self.unmerge()
+        self.paused = set(() if inference_mode else names)
+        self._train_only(self.paused)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters off, with all frozen, or on again, with those trainable that were before.
+
+        When they are on already, the active ones become trainable.
+        """
+        off, self._disable_adapters = self._disable_adapters, not enabled
+        if not (enabled or off):
+            self.paused = set(self.trained)
+        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them, without activating them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.adapters:
+                self._train(name, requires_grad)
+                (self.paused.add if requires_grad else self.paused.discard)(name)
+
+    def _train_only(self, names: Collection[str]) -> None:
+        """Train the adapters in `names` and freeze the others; only those whose state changes are touched."""
+        for name in self.trained - set(names):
+            self._train(name, False)
+        for name in names:
+            if name in self.adapters:
+                self._train(name, True)
+
+    def _train(self, name: str, on: bool) -> None:
+        adapter = self.adapters[name]
+        for slot in self.adapter_layer_names:
+            if slot.startswith(adapter.prefix) and (value := _contents(self._modules[slot]).get(name)) is not None:
+                train = on and adapter.trains(slot)
+                for p in _parameters(value) if isinstance(value, nn.Module) else (value,):
+                    if p is not None and p.requires_grad is not train and p.is_leaf:
+                        p.requires_grad_(train)
+        (self.trained.add if on else self.trained.discard)(name)
+
+    def adopt(self, scratch: Layer, name: str) -> None:
+        """Take over adapter `name`, built on a scratch layer around the same module."""
+        adapter = scratch.adapters[name]
+        for slot in scratch.adapter_layer_names + scratch.other_param_names:
+            theirs, mine = scratch.contents(slot), self.contents(slot)
+            if name in theirs and mine is None:
+                box = scratch._modules.get(slot, theirs)
+                self.register(slot, box, slot in scratch.adapter_layer_names)
+            elif name in theirs and mine is not theirs:
+                self.put(slot, name, theirs[name])
+        adapter.move_to(self)
+        self.adapters[name] = adapter
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; when it was active and alone, the first that is left becomes active."""
+        if adapter_name in self.merged_adapters:
+            raise MergeError(f"Adapter {adapter_name} is merged; call `unmerge_adapter` before deleting it.")
+        if self.adapters.pop(adapter_name, None) is None:
+            return
+        self.drop(adapter_name)
+        self.trained.discard(adapter_name)
+        self.paused.discard(adapter_name)
+        if adapter_name in self._active_adapter:
+            rest = [n for n in self._active_adapter if n != adapter_name]
+            self.set_adapter(rest or sorted(self.adapters)[:1])
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    def train(self, mode: bool = True) -> Layer:
+        """Set training mode as nn.Module.train does, in less time."""
+        set_training(self, mode)
+        return self
+
+    # ------------------------------------------------------------------------------ what other code reads off a layer
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer itself, also under several nested ones."""
+        return self.base.leaf
+
+    @property
+    def weight(self) -> Tensor:
+        if self.read_through and self.running:
+            return self.operator().read()[0].to(self.base.leaf.weight.dtype)
+        return self.base.leaf.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        if self.read_through and self.running:
+            return self.operator().read()[1]
+        return self.base.leaf.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.base.inp
+
+    @property
+    def out_features(self) -> int:
+        return self.base.out
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            base = self.__dict__.get("base")
+            if base is not None and base.shown and not name.startswith("__") and name not in HOOKS:
+                if base.opaque and name == "_qkv_same_embed_dim":  # its fused fast path would read the raw weights
+                    return not self.running
+                return getattr(self.base_layer, name)
+            raise
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Set an adapter's scale to `scale` times its own alpha / r (methods that have a scaling)."""
+        if adapter in self._scaling():
+            self.scaling[adapter] = scale * self.adapters[adapter].initial_scaling()
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the active adapters' scale (methods that have a scaling)."""
+        for name in self._active_adapter:
+            if name in self._scaling():
+                self.scaling[name] *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the active adapters' scale by `scale`, or set it back to its own value."""
+        for name in self._active_adapter:
+            if name in self._scaling():
+                self.scaling[name] = self.scaling[name] / scale if scale else self.adapters[name].initial_scaling()
+
+    def _scaling(self) -> dict[str, float]:
+        return self.__dict__.get("scaling", {})
+
+    def _get_name(self) -> str:
+        return f"{self.method.lower()}.{self.base.label}"
+
+
+class Inside:
+    """A layer of another method as the operator inside: called as a module, read with its adapters in the weights."""
+
+    def __init__(self, base: Base, layer: Any, names: Sequence[str] | None):
+        self.base, self.layer, self.names = base, layer, names
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base(x, *args, **kwargs)
+
+    def read(self) -> tuple[Any, Any]:
+        return self.layer.operator(self.names).read()
+
+
+class Unmerged:
+    """A frozen layer as the operator that it was before adapters were merged into it."""
+
+    def __init__(self, base: Base):
+        self.base = base
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.base.apply(x, *self.read(), *args, **kwargs)
+
+    def read(self) -> tuple[Any, Any]:
+        return self.base.read()
+
+
+class ModulesToSaveWrapper(Switch, nn.Module):
+    """A module trained in full: the frozen original, and a copy of it for each adapter (`modules_to_save`)."""
+
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+    merged_adapters: list[str] = []
+
+    def __init__(self, module: nn.Module, context: Context | None = None):
+        super().__init__()
+        self.check(module)
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.context = context or Context()
+        self.trained: set[str] = set()  # names of the copies that are trainable
+        self.paused: set[str] = set()  # names of those that will be when they are switched on again
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    @staticmethod
+    def check(module: nn.Module) -> None:
+        """Raise `UnsupportedLayerError` for modules that are never called, or adapted already."""
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, Layer)):
+            kind = type(module).__name__
+            raise UnsupportedLayerError(f"modules_to_save cannot be applied to modules of type {kind}.")
+
+    @property
+    def adapters(self) -> Any:
+        return self.modules_to_save
+
+    @property
+    def running(self) -> list[str]:
+        if self._disable_adapters:
+            return []
+        return [n for n in self._active_adapter if n in self.modules_to_save]
+
+    def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The active adapter's copy applied to the input; the original when there is none."""
+        args = args if x is None else (x, *args)
+        if self._disable_adapters:
+            return self.original_module(*args, **kwargs)
+        groups = self.context.now.groups(len(x), adapter_names) if isinstance(x, Tensor) else None
+        if groups is not None:
+            pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+            return run_groups(x, groups, lambda name, part: pick(name)(part, *args[1:], **kwargs))
+        return self.current(*args, **kwargs)
+
+    @property
+    def current(self) -> nn.Module:
+        """The module that is in use."""
+        running = self.running
+        return self.modules_to_save[running[0]] if running else self.original_module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in HOOKS or "original_module" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.current, name)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use the copy of the one adapter of `adapter_names` that has one here."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        here = [n for n in names if n in self.modules_to_save]
+        if len(here) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for modules_to_save, got {here}.")
+        self.paused = set(() if inference_mode else here)
+        self._train_only(self.paused)
+        self._active_adapter = here
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the original, with all copies frozen, or again the active copy, trainable if it was before."""
+        off, self._disable_adapters = self._disable_adapters, not enabled
+        if not (enabled or off):
+            self.paused = self.trained
+        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
+
+    def _train_only(self, names: Collection[str]) -> None:
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in names)
+        self.trained = set(names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make copies trainable, or freeze them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(requires_grad)
+                for names in (self.trained, self.paused):
+                    (names.add if requires_grad else names.discard)(name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's copy."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+            self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Saved key -> live key, below this module, of an adapter's tensors."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
+
+class TrainableTokensWrapper(nn.Module):
+    """An embedding, some rows trained beside another method (`trainable_token_indices`): a Layer, one level down."""
+
+    merged_adapters: list[str] = []
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.token_adapter = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The frozen embedding."""
+        return self.token_adapter.base_layer
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Saved key -> live key, below this module, of an adapter's tensors."""
+        saved = "token_adapter.trainable_tokens_delta"
+        return {} if self.token_adapter.tied else {saved: f"{saved}.{adapter_name}"}
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is in use; a head tied to the embedding reads it."""
+        layer = self.token_adapter
+        return layer.base.canonical(layer.operator().read()[0]) if layer.running else layer.base.leaf.weight
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in HOOKS or "token_adapter" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.token_adapter.base_layer, name)
+
+
+# ----------------------------------------------------------------------------------------------------------- walking
+def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """(path, live path, module) of a model, with each module once and nothing that adapters brought.
+
+    `path` is what the module was called before any adapter came; `live` is what it is called now. A wrapper around a
+    module (see `WRAPPERS`) is no module of its own: it is not in `path`, and it is passed over.
+    """
+    seen: set[int] = set()
+    ahead: list[tuple[str, str, Any]] = [("", "", model)]  # the next one last
+    while ahead:
+        path, live, module = ahead.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        head, live_head = path and f"{path}.", live and f"{live}."
+        if (wrapped := wrapped_in(module)) is not None:
+            ahead.append((path, live_head + wrapped, module._modules[wrapped]))
+            continue
+        yield path, live, module
+        if (inside := INSIDE.get(type(module))) is not None:
+            ahead.append((path, live_head + inside, getattr(module, inside)))
+        elif module._modules:
+            children = [(head + n, live_head + n, child) for n, child in module._modules.items() if child is not None]
+            ahead += reversed(children)
+
+
+def other_names(model: nn.Module) -> dict[str, str]:
+    """Further paths of modules that a model has in several places, each with the path that `walk` gives it."""
+    found: dict[str, str] = {}
+    paths: dict[int, str] = {}
+    for path, _, module in walk(model):
+        paths.setdefault(id(module), path)
+    for path, _, module in walk(model):
+        for name, child in module._modules.items() if type(module) not in INSIDE else ():
+            other = f"{path}.{name}" if path else name
+            if child is not None and paths[id(child)] != other:
+                found[other] = paths[id(child)]
+    return found
+
+
+def wrapped_in(module: nn.Module) -> str | None:
+    """The name of the one child that a wrapper stands around; None for what is no wrapper."""
+    children = module._modules
+    if len(children) != 1:
+        return None
+    (name,) = children
+    return name if name in WRAPPERS or (name == "module" and isinstance(module, PARALLEL)) else None
+
+
+def place_of(live: str) -> str:
+    """Where another module has to be put to stand in the place of the one at `live`.
+
+    That is outside a wrapper of torch.compile, which would go on with what it has compiled.
+    """
+    while live.endswith("._orig_mod"):
+        live = live.removesuffix("._orig_mod")
+    return live
+
+
+class PlainNames:
+    """Live names of a model's modules and tensors without what wrappers add to them: `names(live)`."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.wrapped: set[str] | None = None  # the live names of what stands in a wrapper, once they are needed
+
+    def __call__(self, live: str) -> str:
+        parts = live.split(".")
+        if not any(part in WRAPPERS or part == "module" for part in parts):
+            return live
+        if self.wrapped is None:
+            inside = ((name, wrapped_in(module)) for name, module in self.model.named_modules())
+            self.wrapped = {f"{name}.{child}".lstrip(".") for name, child in inside if child is not None}
+        return ".".join(part for i, part in enumerate(parts, 1) if ".".join(parts[:i]) not in self.wrapped)
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
+    """(path, live path, module) of every Layer and ModulesToSaveWrapper of a model."""
+    for path, live, module in walk(model):
+        if isinstance(module, (Layer, ModulesToSaveWrapper)):
+            yield path, live, module
+
+
+def layers(model: nn.Module) -> list[Layer]:
+    """Every Layer of a model, outer ones first."""
+    return [module for _, _, module in walk(model) if isinstance(module, Layer)]
+
+
+def put_at(model: nn.Module, live: str, module: nn.Module) -> None:
+    """Put `module` where a model has another, by live path (torch has `set_submodule` since 2.5)."""
+    parent, _, last = place_of(live).rpartition(".")
+    model.get_submodule(parent)._modules[last] = module
+
+
+def adapter_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules inside every Layer and ModulesToSaveWrapper that hold the tensors of adapters."""
+    for _, _, module in adapted(model):
+        yield from (part for slot, part in module._modules.items() if slot != INSIDE[type(module)])
+
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, checkpointing
+PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # their child is called `module`
+INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
+
+
+# ----------------------------------------------------------------------------------------------------------- helpers
+def _contents(box: Any) -> Any:
+    if isinstance(box, nn.ModuleDict):
+        return box._modules
+    return box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
+
+
+def set_training(module: nn.Module, mode: bool) -> None:
+    """Do what nn.Module.train does, in less time."""
+    plain: dict[type, bool] = {}  # types met so far: whether their `train` does nothing else
+    ahead = [module]
+    for module in ahead:
+        module.__dict__["training"] = mode
+        for child in module._modules.values():
+            if child is not None:
+                kind = type(child)
+                if kind not in plain:
+                    plain[kind] = kind.train in (nn.Module.train, Layer.train)
+                if plain[kind]:
+                    ahead.append(child)
+                else:
+                    child.train(mode)
+
+
+def _parameters(module: nn.Module) -> Iterable[nn.Parameter | None]:
+    return module.parameters() if module._modules else module._parameters.values()
+
+
+def _tensors(pair: Any) -> Iterator[Tensor]:
+    for part in pair:
+        if part is not None:
+            yield from part.values() if isinstance(part, dict) else (part,)
+
+
+def finite(pair: Any) -> bool:
+    """Whether all numbers of (W, b) are finite."""
+    return all(bool(torch.isfinite(_widen(t)).all()) for t in _tensors(pair))
+
+
+def _wide(pair: Any) -> Any:
+    """(W, b) in at least float32."""
+    return tuple({k: _widen(t) for k, t in p.items()} if isinstance(p, dict) else _widen(p) for p in pair)
+
+
+def _widen(t: Any) -> Any:
+    if t is None or t.dtype == torch.float32 or not t.is_floating_point():
+        return t
+    return t if t.dtype.itemsize > 4 else t.float()
+
+
+@contextmanager
+def widened(adapter: Adapter) -> Iterator[None]:
+    """The adapter as it is merged: no dropout, whole tensors, and float32 for low precision, so it rounds only once."""
+    kept = [m for _, _, m in adapter.layer.boxes(adapter.name) if isinstance(m, nn.Module)]
+    training = [m for m in kept if m.training and type(m) not in (nn.Linear, nn.Identity)]
+    parts = [(held, key, held[key]) for held, key in adapter.layer.places(adapter.name) if sharded(held[key])]
+    for held, key, tensor in parts:
+        held[key] = whole(tensor)
+    narrow = [(t, t.data) for _, t in adapter.layer.tensors(adapter.name) if t.dtype in (torch.float16, torch.bfloat16)]
+    for tensor, data in narrow:
+        tensor.data = data.float()
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for tensor, data in narrow:
+            tensor.data = data
+        for held, key, tensor in parts:
+            held[key] = tensor
+        for module in training:
+            module.train()

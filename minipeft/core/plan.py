@@ -1,0 +1,453 @@
+"""Building one adapter beside a model, checking it, and putting it into the model in one go.
+
+Until `Plan.commit` nothing of the model is touched, so whatever fails before leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .adapter import unsupported
+from .bases import Attention, Block, Conv1D, Linear, Whole, base_of
+from .config import check_config
+from .defaults import default_targets
+from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
+from .layer import (
+    BASE,
+    Layer,
+    ModulesToSaveWrapper,
+    PlainNames,
+    TrainableTokensWrapper,
+    other_names,
+    place_of,
+    walk,
+)
+from .offload import check_biases, loaded, onload, real_copy
+from .patterns import in_layer_path, matches
+from .state import (
+    PREFIX,
+    Entry,
+    LoadReport,
+    base_entries,
+    check,
+    entries_of_layer,
+    entries_of_module,
+    entries_of_shared,
+    fill,
+    fitted,
+    strip,
+    unwrapped,
+    without_module,
+)
+from .targets import ALL_LINEAR, Targets, all_linear, check_saved, named, suffixes, unmatched, warn_unmatched
+from .tying import Ties
+
+if TYPE_CHECKING:
+    from ..model.tuner import BaseTuner
+
+NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
+LONGEST = 255  # bytes of a folder's name, on the file systems in use
+RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
+
+
+def model_config(model: nn.Module) -> dict[str, Any]:
+    """A model's own configuration as a dict; `{"model_type": "custom"}` when it has none."""
+    config = getattr(model, "config", NO_CONFIG)
+    if hasattr(config, "to_dict"):
+        return config.to_dict()
+    return config if isinstance(config, dict) else dict(vars(config))
+
+
+def check_adapter_name(name: Any, model: nn.Module | None = None) -> None:
+    """Raise `AdapterNameError` unless `name` can be a key of a module dict, a part of a key and a folder."""
+    if not isinstance(name, str):
+        raise AdapterNameError(f"An adapter name must be a string, got {name!r}.")
+    if not name or name == BASE or re.search(r"[./\\\x00]", name):
+        raise AdapterNameError(
+            f"{name!r} cannot be an adapter name: it must be non-empty, without '.', '/' and '\\', and not '{BASE}'."
+        )
+    if len(name.encode(errors="surrogatepass")) > LONGEST or any("\ud800" <= letter <= "\udfff" for letter in name):
+        raise AdapterNameError(
+            f"{name[:40]!r}... cannot be an adapter name: it must be the name of a folder, which is text of at most "
+            f"{LONGEST} bytes."
+        )
+    if name in RESERVED:
+        raise AdapterNameError(f"{name!r} cannot be an adapter name: it is an attribute of torch's module containers.")
+    if model is not None and name != "default":
+        for path, _, _ in walk(model):
+            if name in path.split("."):
+                warnings.warn(
+                    f"The model has a module that is named {name!r} like the adapter ('{path}'). That works here, but "
+                    "code that looks for adapters by parts of keys, peft among it, may confuse the two.",
+                    PeftWarning,
+                )
+                return
+
+
+class Plan:
+    """One adapter, built beside a model and ready to be put into it."""
+
+    def __init__(
+        self,
+        tuner: BaseTuner,
+        name: str,
+        config: Any,
+        loading: bool = False,
+        empty: bool = False,
+        autocast: bool = False,
+        keys: Any = None,
+    ):
+        check_config(config)
+        tuner.check_name(name)
+        self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
+        self.cls = tuner.adapter_class(config)
+        self.autocast = autocast and self.cls.autocasts
+        self.loading = loading
+        self.empty = empty
+        self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it joins
+        self.latest: dict[str, Layer] = {}  # of `new`, the last scratch layer at each live path
+        self.copies: list[tuple[str, nn.Module, nn.Module]] = []  # live path, module there now, its trained copy
+        self.tokens: list[tuple[str, Layer, Layer | None]] = []  # the same as `new`, to be put into a wrapper
+        self.after: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
+        self.seen: list[nn.Module] = []  # every module of the model, without those of adapters
+        self.live_paths: dict[int, str] = {}
+        self.placed: list[Layer | ModulesToSaveWrapper] = []  # once it is in place: everything that holds the adapter
+        self.parents: dict[str, nn.Module] = {}  # live path, module: those met so far while putting things in place
+        others = {n: c for n, c in tuner.peft_config.items() if c is not config}
+        if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
+            raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
+        self.cls.check_beside(config, others)
+        if getattr(config, "bias", "none") != "none":
+            check_biases(self.model)
+        self.undo = self.cls.prepare(config, self.model)
+        try:
+            found = self.find(keys)
+            with onload(*tuner.shared_slots().values()):
+                self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
+            self.beside = self.cls.beside(config, self.model)
+            for path, live, module, base in found:
+                self.build(path, live, module, base)
+            self.cls.complete(config, [scratch.adapters[name] for _, scratch, _ in self.new])
+            self.ties.follow(self)
+            self.copy_modules()
+            self.train_tokens()
+        except BaseException:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """Leave the model as it was before."""
+        if self.undo is not None:
+            self.undo()
+            self.undo = None
+
+    # ------------------------------------------------------------------------------------------------------- finding
+    def others(self) -> dict[str, str]:
+        """Further paths of the modules that the model has in several places."""
+        return other_names(self.model)
+
+    def find(self, keys: Any) -> list[tuple[str, str, nn.Module, Any]]:
+        """(path, live path, module, base) of every layer to adapt."""
+        config: Any = self.config
+        cls = self.cls
+        outer: dict[str, tuple[str, nn.Module]] = {}
+        for path, live, module in walk(self.model):
+            self.seen.append(module)
+            outer.setdefault(path, (live, module))
+            self.live_paths[id(module)] = live
+        default_targets(config, self.model, model_config(self.model).get("model_type"))
+        if isinstance(getattr(config, "target_modules", None), str) and config.target_modules.lower() == ALL_LINEAR:
+            bases = [(path, base_of(module)) for path, (_, module) in outer.items() if path]
+            config.target_modules = all_linear(self.model, config.task_type, bases)
+        self.ties = Ties(config, self.model, cls.ties)
+        targets = Targets(config)
+        self.modules = [path for path in outer if path in targets]
+        if keys is not None:
+            self.modules = _paths_in(keys, cls.prefix, outer)
+        self.modules = self.ties.order(self.modules)
+        whole = next((kind for kind in (Whole, Block) if kind.__name__ in cls.bases), None)
+        fits: dict[type, bool] = {}  # kinds of base met so far
+        found: list[tuple[str, str, nn.Module, Any]] = []
+        wanted = set(self.modules)
+        for path in self.modules:
+            live, module = outer[path]
+            parent = path.rpartition(".")[0]
+            if parent in wanted and isinstance(base_of(outer[parent][1]), Attention):
+                continue  # the out_proj of an attention module comes with it
+            base: Any = base_of(module, whole=whole)
+            kind = type(base)
+            if kind not in fits:
+                fits[kind] = base is not None and cls.fits(base)
+            if not fits[kind]:
+                raise unsupported(cls, module, path)
+            cls.on(base).check_layer(config, path, base)
+            found.append((path, live, module, base))
+            if isinstance(base, Attention):
+                out = base.leaf.out_proj
+                found.append((path, f"{live}.base_layer.out_proj", out, base_of(out)))
+        for *_, base in found if hasattr(config, "fan_in_fan_out") else ():
+            if isinstance(base, Linear) and config.fan_in_fan_out != isinstance(base, Conv1D):
+                config.fan_in_fan_out = isinstance(base, Conv1D)
+                value = config.fan_in_fan_out
+                warnings.warn(f"fan_in_fan_out set to {value}, as the layers are {base.label}.", PeftWarning)
+        parameters = self.find_parameters(outer)
+        self.parameters = [path for path, *_ in parameters]
+        targets.check(self.modules + self.parameters, list(outer), self.others, lambda: stacked(outer))
+        if targets.exclude and not targets.excluded:
+            warnings.warn(f"exclude_modules={targets.exclude!r} did not exclude anything.", PeftWarning)
+        for field in cls.patterns:
+            unused = [
+                key
+                for key in getattr(config, field, None) or {}
+                if not any(matches(in_layer_path(key), path) for path in self.modules + self.parameters)
+            ]
+            if unused:
+                warnings.warn(f"{field} keys {unused} fit no adapted layer and were ignored.", PeftWarning)
+        return found + parameters
+
+    def find_parameters(self, outer: dict[str, tuple[str, nn.Module]]) -> list[tuple[str, str, nn.Module, Any]]:
+        """The same for `target_parameters`."""
+        wanted = set(getattr(self.config, "target_parameters", None) or ())
+        found, met, names = [], set(), []
+        for path, (live, module) in outer.items() if wanted else ():
+            leaf = module.base.leaf if isinstance(module, Layer) else module
+            for name, _ in leaf.named_parameters(recurse=False):
+                names.append(f"{path}.{name}" if path else name)
+                if not (hits := wanted & set(suffixes(names[-1]))):
+                    continue
+                if not path:
+                    why = "is a parameter of the outermost module; it cannot be adapted"
+                    raise NoMatchingPeftModuleError(f"'{name}' {why}.")
+                met |= hits
+                base: Any = base_of(module, name)
+                if not self.cls.fits(base):
+                    raise unsupported(self.cls, module, names[-1])
+                self.cls.on(base).check_layer(self.config, names[-1], base)
+                found.append((names[-1], live, module, base))
+        hint = unmatched(wanted - met, names, [], self.others)
+        if hint and not (found or self.modules):
+            raise NoMatchingPeftModuleError(f"Nothing to adapt: none of target_parameters is in the model. {hint}")
+        warn_unmatched("target_parameters", hint)
+        return found
+
+    # ------------------------------------------------------------------------------------------------------ building
+    def build(self, path: str, live: str, module: nn.Module, base: Any) -> None:
+        """Build the adapter for one layer, on a scratch layer."""
+        joins: Any = module
+        while isinstance(joins, Layer) and joins.method == self.cls.method.value and not joins.base.same(base):
+            joins = joins.base_layer  # for another parameter of the same module
+        if isinstance(joins, Layer) and joins.method == self.cls.method.value:
+            module, base = joins.base_layer, joins.base
+        else:
+            joins = None
+            if live in self.latest:  # a further parameter of the same module: around the layer for the one before
+                module, base = self.latest[live], base_of(self.latest[live], base.weight_name)
+        if isinstance(base, Attention) and joins is None:  # PEFT: the initial values of out_proj are drawn twice
+            self.scratch(base.leaf.out_proj, base_of(base.leaf.out_proj), path, self.cls, self.config)
+        scratch = self.scratch(module, base, path, self.cls, self.config)
+        self.new.append((live, scratch, joins))
+        self.latest[live] = scratch
+
+    def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
+        """A layer around `module` with the one new adapter, not yet part of the model."""
+        with loaded(module):
+            return self._scratch(module, base, path, cls, config)
+
+    def _scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
+        scratch = Layer(module, base, cls.method.value, self.tuner.context)
+        blank = self.empty or base.device.type == "meta"
+        vars(scratch).update(blank=blank, autocast=self.autocast)
+        adapter = cls.on(base)(scratch, self.name, config, path)
+        scratch.adapters[self.name] = adapter
+        for slot, value in self.shared.items() if cls is self.cls else ():
+            if (mine := _own_slot(cls, slot, path)) == slot:
+                scratch.put(slot, self.name, value)
+            elif mine:
+                vars(scratch)[mine] = {self.name: value}
+        if blank and cls.minds_blank:
+            adapter.build()
+            return scratch
+        with torch.device("meta") if blank else nullcontext():
+            adapter.build()
+        scratch.settle_all(self.name)
+        return scratch
+
+    def copy_modules(self) -> None:
+        """Copy every module in `modules_to_save`."""
+        names = getattr(self.config, "modules_to_save", None)
+        names = {names} if isinstance(names, str) else set(names or ())
+        taken: list[str] = []
+        paths: list[str] = []
+        for path, live, module in walk(self.model) if names else ():
+            paths.append(path)
+            if path and named(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
+                taken.append(path)
+                original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+                ModulesToSaveWrapper.check(original)
+                copied = real_copy(original)
+                self.copies.append((live, module, copied))
+        check_saved(names, paths, taken, self.others, self.loading)
+        self.ties.copy(self)
+
+    def train_tokens(self) -> None:
+        """Build the rows of `trainable_token_indices`, each on the embedding that it names."""
+        if getattr(self.config, "trainable_token_indices", None) is not None:
+            from ..model.tokens import plan_tokens
+
+            plan_tokens(self)
+
+    # ------------------------------------------------------------------------------------------------------- loading
+    def entries(self) -> Iterator[Entry]:
+        """The tensors that a checkpoint of this adapter holds, where they are now, under the keys they will have."""
+        names = PlainNames(self.model)
+        around = Counter(live for live, _, joins in self.new if joins is None)  # layers that come to stand there
+        for live, scratch, joins in self.new:
+            if joins is not None:
+                where = self.live_paths[id(joins)]
+            else:
+                around[live] -= 1
+                where = live + ".base_layer" * around[live]
+            yield from entries_of_layer(scratch, self.name, PREFIX + names(where), skip=self.shared)
+        for slot, value in self.shared.items():
+            if self.cls.keeps(slot, self.config):
+                for entry in entries_of_shared(self.cls, slot, self.name, value, self.shared, slot, self.shared):
+                    entry.shared = entry.box is self.shared
+                    yield entry
+        for slot, module in self.beside.items():
+            yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot, self.shared)
+        for live, _, copied in self.copies:
+            yield from entries_of_module(copied, PREFIX + names(live), f"{PREFIX}{live}.modules_to_save.{self.name}")
+        for live, scratch, joins in self.tokens:
+            if not scratch.tied:
+                where = self.live_paths[id(joins)] if joins is not None else f"{live}.token_adapter"
+                yield from entries_of_layer(scratch, self.name, PREFIX + names(where))
+
+    def bias_entries(self) -> Iterator[Entry]:
+        """The biases that the adapter trains, under the keys they will have; they are the model's own tensors."""
+        bias = getattr(self.config, "bias", "none")
+        names = PlainNames(self.model)
+        wrapped = {live for live, _, joins in self.new if joins is None}
+        for path, module in self.model.named_modules() if bias != "none" else ():
+            if module._parameters.get("bias") is None:
+                continue
+            key = f"{path}.base_layer.bias" if path in wrapped else f"{path}.bias" if path else "bias"
+            if bias == "all" or key.endswith(".base_layer.bias"):
+                yield Entry(PREFIX + names(key), key, module._parameters, "bias")
+
+    def load(self, weights: Mapping[str, Tensor], strict: bool = True, ignore: bool = False) -> LoadReport:
+        """Fill the adapter with a checkpoint's tensors, as `incoming` gives them. Raises `CheckpointError`.
+
+        `strict` and `ignore` as for `checkpoint.check`.
+        """
+        entries = list(self.entries())
+        stored, weights = weights, fitted(entries, self.cls.convert_for_load(self.config, dict(weights)))
+        have = {strip(entry.saved) for entry in entries}
+        later = [entry for entry in self.bias_entries() if strip(entry.saved) not in have]
+        base, again = base_entries(self.model, weights, entries + later)
+        later += base
+        report = check(entries + later, weights, again, strict, stored, ignore)
+        fill(entries, weights)
+        given = {strip(key): tensor for key, tensor in weights.items()} if later else {}
+        for entry in later:
+            value = given.get(strip(entry.saved))
+            if value is not None and value.shape == entry.tensor.shape:
+                self.after.append((entry, value))
+        return report
+
+    def incomplete(self, report: LoadReport) -> bool:
+        """Whether some tensor has no values after `load`: the checkpoint lacked it, or such tensors are never saved."""
+        built = [(scratch, scratch.adapters[self.name]) for _, scratch, _ in self.new + self.tokens]
+        slots = {(type(adapter), slot) for scratch, adapter in built for slot in scratch._modules}
+        if not report.missing_keys and all(s == "base_layer" or cls.keeps(s, self.config) for cls, s in slots):
+            return False
+        return any(
+            tensor.is_meta and scratch.base.device.type != "meta"
+            for scratch, _ in built
+            for _, tensor in scratch.tensors(self.name)
+        )
+
+    # ----------------------------------------------------------------------------------------------- putting in place
+    def commit(self) -> None:
+        """Put everything in place."""
+        tuner, name = self.tuner, self.name
+        for slot, value in self.shared.items():
+            tuner.put(slot, name, value, persistent=self.cls.keeps(slot, self.config))
+        for slot, module in self.beside.items():
+            tuner.put(slot, name, module.train(tuner.training))
+        for live, scratch, joins in self.new:
+            adapter = scratch.adapters[name]
+            for slot in self.shared:
+                if (mine := _own_slot(self.cls, slot, adapter.path)) == slot:
+                    scratch._modules[slot] = tuner._modules[slot]
+                elif mine:
+                    vars(scratch)[mine] = tuner.grouped[slot]
+            if self.shared:
+                adapter.move_to(scratch)
+            if scratch.at_commit:
+                with scratch.onloaded(keep=True):
+                    for action in scratch.at_commit:
+                        action()
+            scratch.at_commit.clear()
+            if joins is not None:
+                joins.adopt(scratch, name)
+            else:
+                self._set(live, scratch)
+            self.placed.append(joins or scratch)
+        for live, scratch, joins in self.tokens:
+            if joins is not None:
+                joins.adopt(scratch, name)
+            else:
+                self._set(live, TrainableTokensWrapper(scratch))
+            self.placed.append(joins or scratch)
+        for live, module, copied in self.copies:
+            if not isinstance(module, ModulesToSaveWrapper):
+                module = ModulesToSaveWrapper(module, tuner.context)
+                self._set(live, module)
+            module.modules_to_save[name] = copied
+            self.placed.append(module)
+        self.ties.commit()
+
+    def finish(self) -> None:
+        """Write what a checkpoint holds for the model's own tensors: biases, and whole embedding layers."""
+        for entry, value in self.after:
+            entry.fill(value)
+
+    def _set(self, live: str, module: nn.Module) -> None:
+        head, _, last = place_of(live).rpartition(".")
+        parent = self.parents.get(head)
+        if parent is None:
+            parent = self.parents[head] = self.model.get_submodule(head)
+        parent._modules[last] = module
+        if isinstance(parent, nn.MultiheadAttention) and isinstance(module, Layer):
+            module.read_through = True
+
+
+def stacked(outer: dict[str, tuple[str, nn.Module]]) -> list[str]:
+    """Names, for `target_parameters`, of what may be the weights of experts: 3-D parameters that are no layer's."""
+    names = []
+    for path, (_, module) in outer.items():
+        for name, parameter in module._parameters.items() if path else ():
+            if parameter is not None and parameter.dim() == 3 and len(parameter) > 1 and base_of(module) is None:
+                names.append(f"{path.rpartition('.')[2]}.{name}")
+    return list(dict.fromkeys(names))
+
+
+def _own_slot(cls: Any, slot: str, path: str) -> str | None:
+    """Under which name the layer at `path` looks at a shared slot, or None: it belongs to another group."""
+    head, _, group = slot.partition(".")
+    return head if group in ("", cls.group(path)) else None
+
+
+def _paths_in(keys: Any, prefix: str, outer: dict[str, Any]) -> list[str]:
+    """The modules that the keys of a checkpoint speak of: whatever stands before a slot of the method."""
+    heads = {strip(unwrapped(key)).rsplit(f".{prefix}", 1)[0] for key in keys}
+    others = {without_module(head) for head in heads if head not in outer}
+    return [path for path in outer if path in heads or (path and without_module(path) in others)]

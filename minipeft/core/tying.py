@@ -1,0 +1,290 @@
+"""Weights that an embedding and other modules share: a head that is tied to it.
+
+transformers' models declare what may be tied (`_tied_weights_keys`) and whether it is (`config.tie_word_embeddings`).
+An adapter on the embedding alone would leave the head as it was. `ensure_weight_tying` puts it on both, with one set of
+values, wherever `modules_to_save` or `target_modules` mean either; rows of `trainable_token_indices` are always tied.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from .bases import base_of
+from .errors import ConfigError, MergeError, PeftWarning
+from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
+from .offload import hooked, offloading, onload, real_copy
+from .stored import memory
+from .targets import EMBEDDINGS, embedding, named, suffixes
+
+
+def input_embedding(model: nn.Module) -> tuple[str | None, nn.Module | None]:
+    """(path, layer) of a model's input embedding, inside all adapters; (None, None) when it does not tell."""
+    module = embedding(model)
+    found = [(path, part) for path, _, part in walk(model) if part is module]
+    if not found:
+        return None, None
+    return found[0][0], list(walk(module))[-1][2] if isinstance(module, _WRAPPERS) else module
+
+
+_WRAPPERS = (Layer, ModulesToSaveWrapper, TrainableTokensWrapper)
+
+
+def tied_names(model: nn.Module) -> list[str]:
+    """Paths of the modules that use the weight of the input embedding as their own; none when tying is switched off."""
+    path, embedding = input_embedding(model)
+    weight = getattr(embedding, "weight", None)
+    if weight is None or not _ties(model, unless_said=True):
+        return []
+    if not any(getattr(module, "_tied_weights_keys", None) for module in model.modules()):
+        return []
+    users = [p for p, _, m in walk(model) if any(same(m, embedding, name) for name in m._parameters)]
+    return sorted(set(users) - {path})
+
+
+def same(one: Any, other: Any, name: str = "weight") -> bool:
+    """Whether one.<name> is other.weight. Offloading takes such weights apart: then, whether they are equal."""
+    a, b = one._parameters[name], other._parameters.get("weight")
+    if a is b or a is None or b is None or not (a.is_meta and b.is_meta and a.shape == b.shape):
+        return a is b
+    with onload(one, other, recurse=False):
+        a, b = one._parameters[name], other._parameters["weight"]
+        return not a.is_meta and torch.equal(a, b)
+
+
+def _ties(model: nn.Module, unless_said: bool = False) -> bool:
+    """Whether the model's configuration says that its embeddings are tied."""
+    said = getattr(getattr(model, "config", None), "tie_word_embeddings", unless_said)
+    return bool(said)
+
+
+class Ties:
+    """What one new adapter ties. Its configuration is completed as PEFT does it."""
+
+    def __init__(self, config: Any, model: nn.Module, always: bool = False):
+        self.config, self.model = config, model
+        self.embedding = input_embedding(model)[0]
+        self.names = tied_names(model)  # paths of what is tied to the embedding
+        self.targets: list[str] = []  # those whose adapter follows that of the embedding
+        self.modules: list[str] = []  # those whose trained copy does
+        self.pairs: list[tuple[Any, Any]] = []  # (adapter, the one that it follows)
+        self.copies: list[tuple[nn.Module, nn.Module]] = []  # (trained copy, the one that it follows)
+        ensure = getattr(config, "ensure_weight_tying", None)
+        targets, save = getattr(config, "target_modules", None), getattr(config, "modules_to_save", None)
+        save = {save} if isinstance(save, str) else set(save or ())
+        in_save, in_targets = self._meant(save), self._meant(targets)
+        if always and (targets is None or named(self.embedding or "", targets)):
+            self.targets = self.names
+        elif not ensure:
+            if in_save or in_targets:
+                why = "`ensure_weight_tying` is not set to True"
+                if ensure is None:
+                    why = "no implementation exists to tie the adapters"
+                warnings.warn(
+                    f"Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but {why}: merging "
+                    "will untie the two, and formats other than safetensors may lose one. "
+                    "See https://github.com/huggingface/peft/issues/2777",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+        elif not self.names:
+            warnings.warn(
+                "You have requested `ensure_weight_tying`, but no tied modules were found in the model.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        elif in_save:
+            self.modules = self.names
+            kept = [name for name in config.modules_to_save if not self._is_tied(name)]
+            config.modules_to_save = kept if self.embedding in kept else [*kept, self.embedding]
+        elif in_targets:
+            self.targets = self.names
+            if isinstance(targets, str):
+                end = rf"|^{re.escape(str(self.embedding))}$)"
+                config.target_modules = targets if targets.endswith(end) else f"(?:{targets}{end}"
+            else:
+                config.target_modules = {name for name in targets or () if not self._is_tied(name)} | {self.embedding}
+        elif getattr(config, "trainable_token_indices", None) is None:
+            warnings.warn(
+                "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` "
+                "or `target_modules`.",
+                PeftWarning,
+                stacklevel=2,
+            )
+
+    def _meant(self, names: Any) -> bool:
+        return bool(self.names) and any(named(path, names) for path in (self.embedding or "", *self.names))
+
+    def _is_tied(self, name: str) -> bool:
+        return any(name in suffixes(path) for path in self.names)
+
+    def order(self, paths: list[str]) -> list[str]:
+        """Paths to adapt, with those that follow the embedding in the end."""
+        return [path for path in paths if path not in self.targets] + self.targets if self.targets else paths
+
+    def follow(self, plan: Any) -> None:
+        """Let the new adapters on tied layers follow the one on the embedding."""
+        new = {s.adapters[plan.name].path: s.adapters[plan.name] for _, s, _ in plan.new if self.targets}
+        for path in self.targets:
+            self._pair(new[path], new[self.embedding])
+        for adapter, source in self.pairs:  # a head may have set the initial values of all
+            adapter.follow(source)
+
+    def _pair(self, adapter: Any, source: Any) -> None:
+        adapter.follow(source, fresh=not adapter.blank)
+        self.pairs.append((adapter, source))
+
+    def copy(self, plan: Any) -> None:
+        """Add trained copies of the modules that are tied to the embedding."""
+        if not self.modules:
+            return
+        at = {path: (live, module) for path, live, module in reversed(list(walk(self.model)))}
+        sources = {live: copied for live, _, copied in plan.copies}
+        for path in self.modules:
+            live, module = at[path]
+            original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+            ModulesToSaveWrapper.check(original)
+            copied = real_copy(original)
+            plan.copies.append((live, module, copied))
+            self.copies.append((copied, sources[at[self.embedding or ""][0]]))
+
+    def tokens(self, wanted: dict[str, list[int]]) -> dict[str, list[int]]:
+        """`trainable_token_indices` without the layers that follow the embedding."""
+        ensure = getattr(self.config, "ensure_weight_tying", False)
+        self.rows = self.names if _ties(self.model) else []
+        if ensure and not self.rows:
+            warnings.warn(
+                "ensure_weight_tying=True but the model does not have tied weights: nothing will be tied.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        source = next((i for n, i in wanted.items() if n in suffixes(self.embedding or "")), None)
+        others = {n: i for n, i in wanted.items() if self._is_tied(n)} if self.rows else {}
+        if source is None or not others:
+            return wanted
+        if all(list(indices) == list(source) for indices in others.values()):
+            return {n: i for n, i in wanted.items() if n not in others}
+        if ensure:
+            raise ConfigError(
+                f"Cannot ensure weight tying when different token indices are specified for tied layers: {wanted}. "
+                "Use the same indices for all of them, or set ensure_weight_tying=False."
+            )
+        self.rows = []
+        return wanted
+
+    def follow_tokens(self, plan: Any, cls: Any, config_of: Any) -> None:
+        """Let rows of the tied layers follow those of the embedding, planned already; they are not saved again."""
+        at = {path: (live, module) for path, live, module in reversed(list(walk(self.model)))}
+        planned = {scratch.adapters[plan.name].path: scratch.adapters[plan.name] for _, scratch, _ in plan.tokens}
+        if self.embedding is None or (source := planned.get(self.embedding)) is None:
+            return
+        for path in self.rows:
+            live, module = at[path]
+            joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
+            inside = joins.base_layer if joins is not None else module
+            base = joins.base if joins is not None else base_of(module)
+            if isinstance(module, Layer) or live in {new for new, *_ in plan.new}:
+                raise ConfigError(f"'{path}' is tied to the embedding of `trainable_token_indices`; do not target it.")
+            scratch = plan.scratch(inside, base, path, cls, config_of(source.token_indices))
+            scratch.tied = True
+            plan.tokens.append((live, scratch, joins))
+            self._pair(scratch.adapters[plan.name], source)
+
+    def commit(self) -> None:
+        """Tie for good what is in place now, its values loaded."""
+        for copied, source in self.copies:
+            mine: Any = copied.weight
+            its: Any = source.weight
+            if mine.is_meta or its.is_meta or torch.equal(mine, its):
+                copied.weight = its
+            else:  # PEFT does not tie all that is tied here
+                warnings.warn(
+                    "The loaded copies of tied modules (modules_to_save) are not the same; they are not tied.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+        for adapter, source in self.pairs:
+            empty = any(tensor.device.type == "meta" for tensor in adapter.parameters())
+            if not empty and not adapter.agrees(source):  # PEFT loses the tie when it casts the adapter
+                warnings.warn(
+                    f"The loaded adapter is not the same on '{adapter.path}' and '{source.path}'; they are not tied.",
+                    PeftWarning,
+                    stacklevel=2,
+                )
+                continue
+            vars(adapter)["follows"] = source
+            adapter.follow(source)
+            adapter.layer.register_forward_pre_hook(Tie(adapter, source))
+
+
+class Tie:
+    """Before a layer runs: ties again what moving the model to another device or dtype has torn apart."""
+
+    def __init__(self, adapter: Any, source: Any):
+        self.adapter, self.source = adapter, source
+
+    def __call__(self, *args: Any) -> None:
+        if self.adapter.layer.adapters.get(self.adapter.name) is self.adapter:
+            if not hooked(self.adapter.layer):
+                return self.adapter.follow(self.source)
+            with self.source.layer.onloaded(), self.adapter.layer.onloaded(keep=True):
+                self.adapter.follow(self.source)
+
+
+# ----------------------------------------------------------------------------------------------------------- merging
+def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
+    """Before merging: mark layers whose weight is used elsewhere too, and there with other adapters or none.
+
+    Merging gives those a weight of their own, so that it changes nothing else. Warns when tied layers are adapted.
+    """
+    targeted = [n for n in tuner.targeted_module_names if n.rpartition(".")[2] in EMBEDDINGS]
+    if targeted and _ties(tuner.model):
+        warnings.warn(
+            f"Model with `tie_word_embeddings=True` and the tied_target_modules={targeted} are part of the adapter. "
+            "Merging unties them unless their adapters are tied as well (`ensure_weight_tying`).",
+            PeftWarning,
+            stacklevel=2,
+        )
+    users: dict[int, set[nn.Module]] = {}
+    for _, _, module in walk(tuner.model):
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(memory(parameter), set()).add(module)
+    groups: dict[int, list[Layer]] = {}
+    for layer in layers:
+        groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
+    for layer in layers:
+        if offloading(layer.base.leaf) and any("follows" in vars(adapter) for adapter in layer.adapters.values()):
+            layer.base.home.apart = True  # offloading gave it a weight of its own
+    for weight, group in groups.items():
+        if len(users.get(weight, ())) < 2:
+            continue
+        held: dict[nn.Module, set[Any]] = {module: set() for module in users[weight]}
+        for layer in group:
+            new = layer.active_adapters if names is None else names
+            for name in {*layer.merged_adapters, *new} & layer.adapters.keys():
+                adapter = layer.adapters[name]
+                held[layer.base.leaf].add(vars(adapter).get("follows", adapter))
+        apart = any(adapters != next(iter(held.values())) for adapters in held.values())
+        for layer in group:
+            if apart and layer.base.changed and not layer.base.home.apart:
+                raise MergeError("Tied layers are merged already, and these adapters are not tied; unmerge first.")
+            layer.base.home.apart = apart
+
+
+def note_untied(model: nn.Module) -> None:
+    """After unloading: tell the model's configuration when merging has untied its embeddings."""
+    layers = [embedding(model, output) for output in (False, True)]
+    weights = [getattr(layer, "weight", None) for layer in layers]
+    if _ties(model) and None not in weights and weights[0] is not weights[1] and not same(*layers):
+        model.config.tie_word_embeddings = False  # type: ignore[union-attr]
+        warnings.warn(
+            "Input and output embeddings are no longer tied after merging. "
+            "Setting `tie_word_embeddings=False` in the model config.",
+            PeftWarning,
+            stacklevel=2,
+        )

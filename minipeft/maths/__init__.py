@@ -1,0 +1,1 @@
+"""Formulas that several methods share: rotations, random draws, wavelets, sparse matrices, decompositions."""

@@ -1,0 +1,1 @@
+"""AdaLoRA, and how it spends its budget of ranks."""

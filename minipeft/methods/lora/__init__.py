@@ -1,0 +1,1 @@
+"""LoRA, its variants and its ways to start."""

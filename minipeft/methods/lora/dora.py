@@ -1,0 +1,94 @@
+"""DoRA - Weight-Decomposed Low-Rank Adaptation. Liu et al., 2024, https://arxiv.org/abs/2402.09353, eq. 5.
+
+    W' = m * (W + s B A) / |W + s B A|        A: (r, in), B: (out, r), m: (out,), |.|: norm of each row, held constant
+    parameters                                r (in + out) + out
+
+The norm comes from the factors, so that no (out, in) product is formed:
+
+    |W + s B A|^2 = |W|^2 + 2 s (W A^T) . B + s^2 (B A A^T) . B                   row by row
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import UnsupportedLayerError
+from .lora import LoraConfig, LowRank
+
+
+class Magnitude(nn.Module):
+    """One trainable magnitude for each output feature."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
+    bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding")
+    fades = False
+
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Any) -> None:
+        if base.opaque:
+            raise UnsupportedLayerError(f"DoRA cannot adapt '{path}': attention has no row norms.")
+
+    def build(self) -> None:
+        super().build()
+        self.settle()
+        m = torch.empty(self.base.out, device="meta") if self.blank else self.at_start()
+        self.lora_magnitude_vector = Magnitude(m.view(self.base.magnitude_shape()))
+
+    @torch.no_grad()
+    def at_start(self) -> Tensor:
+        """The row norms at the start, (out,); on the accelerator with `ephemeral_gpu_offload`."""
+        there = torch.device("cuda") if self.config.runtime_config.ephemeral_gpu_offload else self.base.device
+        W = vars(self).get("left", self.base.read()[0])
+        W, A, B = (t.to(there) for t in (W, *self.factors()))
+        return norm(W, A, B, self.scaling).to(self.base.device)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)  # (r, in), (out, r)
+
+    def gain(self) -> Tensor:
+        """m / |W + s B A|, (out,)."""
+        W, (A, B) = self.base.read()[0].detach(), (t.detach() for t in self.factors())
+        return self.lora_magnitude_vector.weight.flatten() / norm(W, A, B, self.scaling)
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)  # (..., out)
+        b, gain, dropped = self.base.stored()[1], self.base.outward(self.gain()), self.dropped(x)
+        if self.layer.training and isinstance(self.lora_dropout, nn.Dropout):  # PEFT: the gain acts on W dropout(x)
+            W = self.base.read()[0]
+            start = y + (gain - 1) * self.base.apply(dropped, W)
+        else:
+            start = y * gain if b is None else torch.addcmul(self.base.outward(b) * (1 - gain), y, gain)
+        return self.base.add_through(start, dropped, self.lora_A, self.lora_B, self.scaling, gain).to(y.dtype)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gain, b0 = self.gain(), self.base.read()[1]
+        W = gain.view(-1, *[1] * (W.dim() - 1)) * (W + self.delta())
+        return W, b if b is None or b0 is None else b0 + gain * (b - b0)
+
+    @classmethod
+    def saved_key(cls, slot: str, rest: str) -> str:
+        return slot if slot == "lora_magnitude_vector" else super().saved_key(slot, rest)  # PEFT: without ".weight"
+
+    @classmethod
+    def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key.removesuffix(".weight") if "lora_magnitude_vector" in key else key: t for key, t in tensors.items()}
+
+
+def norm(W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+    """|W + s B A| of each row, (out,), in at least float32."""
+    W, dtype = W.flatten(1), torch.promote_types(W.dtype, torch.float32)
+    if B.shape[1] < len(A):  # PEFT: the product for a convolution with groups, B being (out, r / groups), is not B A
+        BA = (B.reshape(-1, len(A)) @ A).view(len(W), -1)  # (out, in / groups * taps)
+        return torch.linalg.vector_norm(W + s * BA, dim=1, dtype=dtype)
+    WW = torch.linalg.vector_norm(W, dim=1, dtype=dtype).square()  # |W|^2, (out,)
+    A, B = A.to(dtype), B.t().to(dtype)  # (r, in), (r, out)
+    C = torch.addmm(A @ W.t().to(dtype), A @ A.t(), B, beta=2 * s, alpha=s * s)  # (r, out)
+    return (WW + (C * B).sum(0)).clamp_min_(0).sqrt_()

@@ -1,0 +1,155 @@
+"""LoRA - Low-Rank Adaptation. Hu et al., 2021, https://arxiv.org/abs/2106.09685, eq. 3.
+
+W' = W + s B A               A: (r, in), B: (out, r), B = 0 at the start
+                             s = alpha / r, or alpha / sqrt(r): rsLoRA, https://arxiv.org/abs/2312.03732
+parameters                   r (in + out), or r (in + out) + out with lora_bias=True
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...core.adapter import Adapter, Delta, variants
+from ...core.bases import dropout
+from ...core.errors import ConfigError, UnsupportedFeatureError
+from ...core.state import entries_of_model, read_weights
+from ...core.targets import pattern_value
+from ...model.hotswap import refit
+from .configs import LoraConfig as LoraConfig
+from .initial import changes_base, initialise, to_plain
+from .model import LoraModel as LoraModel
+from .replicate import replicate_layers
+
+
+def scale(r: int, alpha: float, stabilised: bool) -> float:
+    """alpha / r; `stabilised` (rsLoRA): alpha / sqrt(r)."""
+    return alpha / (math.sqrt(r) if stabilised else r)
+
+
+class Factors(Adapter):
+    """The factors A and B."""
+
+    prefix = "lora_"
+    minds_blank = True
+    bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
+
+    @classmethod
+    def prepare(cls, config: Any, model: nn.Module) -> Any:
+        asked = variants(config)
+        if len(several := asked + ["init_lora_weights='mica'"] * (config.init_lora_weights == "mica")) > 1:
+            raise ConfigError(f"An adapter can be one variant of LoRA, not {' and '.join(several)} at once.")
+        if config.megatron_config:
+            raise UnsupportedFeatureError("minipeft does not adapt Megatron's layers: leave `megatron_config` out.")
+        return replicate_layers(model, config.layer_replication) if config.layer_replication else None
+
+    @classmethod
+    def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
+        super().check_beside(config, others)
+        for name, other in others.items():
+            if config.layer_replication and config.layer_replication != getattr(other, "layer_replication", None):
+                raise ConfigError(f"layer_replication rebuilds the model; it cannot be used beside adapter '{name}'.")
+            mine, theirs = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
+            if mine and theirs and mine != theirs:
+                has = f"'{name}' has {sorted(theirs)}, not {sorted(mine)}"
+                raise ConfigError(f"All adapters must target the same parameters, but {has}.")
+
+    @classmethod
+    def convert_for_save(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        refit(entries_of_model(model, name), name, tensors, pad=False)
+        return tensors
+
+    @classmethod
+    def resize(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> None:
+        refit(entries_of_model(model, name), name, tensors, pad=True)
+
+    def build(self) -> None:
+        c = self.config
+        r = pattern_value(c.rank_pattern, self.path, c.r)
+        alpha = pattern_value(c.alpha_pattern, self.path, c.lora_alpha)
+        flags = {"use_rslora": c.use_rslora, "use_dora": c.use_dora, "lora_bias": c.lora_bias}
+        self.note(r=r, lora_alpha=alpha, scaling=scale(r, alpha, c.use_rslora), **flags)
+        self.lora_dropout = dropout(c.lora_dropout)
+        usual, blank = c.init_lora_weights is True, self.blank
+        start = self.base.start(r, c.lora_bias, blank) if usual or blank else self.base.factors(r, c.lora_bias)
+        self.lora_A, self.lora_B = start  # (r, in), (out, r)
+        if not usual and (not blank or changes_base(c.init_lora_weights)):
+            initialise(self, c.init_lora_weights)
+
+    def initial_scaling(self) -> float:
+        return scale(self.r, self.lora_alpha, self.config.use_rslora)
+
+    def trains(self, slot: str) -> bool:
+        return not (self.config.init_lora_weights == "mica" and slot.endswith("_B"))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """The input of A: with dropout while training, in A's dtype. Indices stay as they are."""
+        return self.lora_dropout(self.cast(x, self.lora_A.weight)) if self.base.reads_vectors else x
+
+    def delta(self) -> Tensor:
+        return self.base.product(self.lora_A, self.lora_B, self.scaling)  # (out, in)
+
+    def shifted(self, b: Tensor | None) -> Tensor | None:
+        """b plus the bias of B, if that has one."""
+        bias = getattr(self.lora_B, "bias", None)
+        return b if bias is None else self.scaling * bias + (0 if b is None else b)
+
+
+class LowRank(Factors, Delta):
+    """What LoRA and DoRA share: they change W by way of the factors."""
+
+    @classmethod
+    def convert_to_plain(cls, config: Any, tensors: dict[str, Tensor], initial: Any) -> tuple[Any, dict[str, Tensor]]:
+        return to_plain(config, tensors, read_weights(initial))
+
+    @classmethod
+    def changes_base(cls, config: Any) -> bool:
+        return changes_base(config.init_lora_weights)
+
+
+class Summed(LowRank):
+    """What LoRA shares with variants that are merged as it is: W' = W + s B A."""
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return W + self.delta(), self.shifted(b)
+
+    @property
+    def folds_in_place(self) -> bool:
+        return self.base.overwrites and self.lora_B.bias is None
+
+    def fold_in_place(self, W: Tensor) -> None:
+        A, B = self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)
+        W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=self.scaling)
+
+
+class LoRA(Summed, config=LoraConfig):
+    def follow(self, source: Any, fresh: bool = False) -> None:
+        A, B = source.lora_A, source.lora_B  # (r, tokens), (dim, r)
+        if not self.base.reads_vectors:
+            self.lora_A.data, self.lora_B.data = A.data, B.data
+            return
+        a, b = self.lora_A.weight, self.lora_B.weight  # a head: (s B A)^T = s A^T B^T
+        if fresh:
+            if isinstance(self.config.init_lora_weights, str) and self.config.init_lora_weights != "gaussian":
+                raise ConfigError(f"init_lora_weights={self.config.init_lora_weights!r} is not for tied embeddings.")
+            if self.config.init_lora_weights:  # PEFT: those of the head, in the order in which memory holds them
+                if a.shape == B.shape[::-1]:
+                    B.data = a.data.reshape(B.shape).clone()
+                nn.init.zeros_(A)
+        self.r, self.lora_alpha, self.scaling = source.r, source.lora_alpha, source.scaling
+        for mine, theirs in ((a, B), (b, A)):
+            if mine.data_ptr() != theirs.data_ptr() or mine.shape != theirs.shape[::-1]:
+                mine.data = theirs.data.t()
+
+    def agrees(self, source: Any) -> bool:
+        if not self.base.reads_vectors:
+            return super().agrees(source)
+        return torch.equal(self.lora_A.weight, source.lora_B.t()) and torch.equal(self.lora_B.weight, source.lora_A.t())
+
+    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        y = inner(x, *args, **kwargs)  # (..., out)
+        added = self.base.add_through(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling)
+        return added if added.dtype == y.dtype else added.to(y.dtype)

@@ -1,0 +1,215 @@
+"""PeftMixedModel: adapters of several methods on one model, several of them active at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..core import state as checkpoint
+from ..core.config import PeftConfig, PeftType, check_config
+from ..core.errors import AdapterNameError, ConfigError, UnsupportedFeatureError
+from ..core.files import of_one_version
+from ..core.layer import Layer
+from . import status
+from .peft_model import PeftModel, configuration
+from .tuner import BaseTuner
+
+COMPATIBLE_TUNER_TYPES = (
+    PeftType.LORA,
+    PeftType.LOHA,
+    PeftType.LOKR,
+    PeftType.ADALORA,
+    PeftType.OFT,
+    PeftType.SHIRA,
+)
+
+
+class MixedModel(BaseTuner):
+    """A model with adapters of several methods; a layer of one method may stand inside that of another."""
+
+    @property
+    def prefix(self) -> str:
+        """Empty: the slots begin differently for each method."""
+        return ""
+
+    def in_order(self, names: str | Sequence[str]) -> Any:
+        """Names of adapters in the order in which they were added, those of no adapter in the end."""
+        at = {name: place for place, name in enumerate(self.peft_config)}
+        return names if isinstance(names, str) else sorted(names, key=lambda name: at.get(name, len(at)))
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        super().set_adapter(self.in_order(adapter_name), inference_mode)
+
+    def _merge(
+        self, todo: list[Layer], safe: bool, names: list[str] | None, progress: bool = False, for_good: bool = False
+    ) -> None:
+        super()._merge(todo, safe, names and self.in_order(names), progress, for_good)
+
+
+class PeftMixedModel(nn.Module):
+    """A model with adapters of different methods, several active at once; made by `get_peft_model(..., mixed=True)`.
+
+    Adapters act in the order in which they were added, whatever order `set_adapter` names them in. It cannot be saved:
+    save each adapter from a PeftModel of its own. Attributes as those of PeftModel.
+    """
+
+    def __init__(self, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default") -> None:
+        super().__init__()
+        self._setup(model, peft_config, adapter_name)
+
+    def _setup(self, model: nn.Module, config: PeftConfig, name: str, **options: Any) -> None:
+        _check_compatible(config)
+        tuner = MixedModel.around(model)
+        tuner.add(name, config, **options)
+        self.base_model = tuner
+        self.training = model.training
+        if getattr(model, "is_gradient_checkpointing", True):
+            PeftModel._prepare_model_for_gradient_checkpointing(self, model)  # type: ignore[arg-type]
+
+    peft_config = property(lambda self: self.base_model.peft_config, doc="Configurations by adapter name.")
+    active_adapter = property(lambda self: self.base_model.active_adapter, doc="Name or names of the active adapters.")
+    active_adapters = property(lambda self: self.base_model.active_adapters, doc="Names of the active adapters.")
+    modules_to_save = PeftModel.modules_to_save
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers and the percentage."""
+        status.print_parameters(self)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+    # --------------------------------------------------------------------------------------------------------- running
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward with all active adapters; takes `adapter_names` as PeftModel.forward does."""
+        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
+            kwargs.pop("adapter_names", None)
+            return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`, with all active adapters."""
+        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
+            kwargs.pop("adapter_names", None)
+            return self.base_model.generate(*args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the model computes what the base model does."""
+        with self.base_model.without_adapters():
+            yield
+
+    # -------------------------------------------------------------------------------------------------------- adapters
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a further, untrained adapter of any compatible method. It does not become active."""
+        _check_compatible(peft_config)
+        self.base_model.add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
+        """Nothing is left to do: `add_adapter` copies the configuration's `modules_to_save` itself."""
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one or several adapters active, and trainable unless `inference_mode`."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Remove one or several adapters."""
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if unknown := sorted(set(names) - set(self.peft_config)):
+            raise AdapterNameError(f"Adapter(s) {unknown} not found, available adapters: {sorted(self.peft_config)}.")
+        for name in names:
+            self.base_model.delete_adapter(name)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The model with the active adapters in its weights; see BaseTuner.merge_and_unload."""
+        return self.base_model.merge_and_unload(*args, **kwargs)
+
+    def unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model without any adapter."""
+        return self.base_model.unload(*args, **kwargs)
+
+    def get_layer_status(self) -> Any:
+        """Not available: a layer may belong to several methods here. Raises `TypeError`, as PEFT does."""
+        raise TypeError(f"get_layer_status is not supported for {type(self).__name__}.")
+
+    def get_model_status(self) -> Any:
+        """Not available; raises `TypeError`, as PEFT does."""
+        raise TypeError(f"get_model_status is not supported for {type(self).__name__}.")
+
+    # ------------------------------------------------------------------------------------------------ loading, saving
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> PeftMixedModel:
+        """`model` with a saved adapter, like PeftModel.from_pretrained; adapters of other methods may be added."""
+        offload, device = kwargs.pop("ephemeral_gpu_offload", False), kwargs.pop("torch_device", None) or "cpu"
+
+        def read() -> tuple[Any, Any]:
+            own = configuration(model_id, config, offload, **kwargs)
+            _check_compatible(own)
+            return own, checkpoint.load_peft_weights(model_id, device, **kwargs)
+
+        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
+        config.inference_mode = not is_trainable
+        mixed = cls.__new__(cls)
+        nn.Module.__init__(mixed)
+        options: dict[str, Any] = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
+        options["ignore"] = kwargs.get("ignore_mismatched_sizes", False)
+        autocast = kwargs.get("autocast_adapter_dtype", True)
+        mixed._setup(model, config, adapter_name, weights=weights, autocast=autocast, **options)
+        return mixed if is_trainable else mixed.eval()
+
+    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Add a saved adapter, or load it into the adapter of that name; arguments as PeftModel.load_adapter."""
+        return PeftModel.load_adapter(self, model_id, adapter_name, *args, **kwargs)  # type: ignore[arg-type]
+
+    def _add(self, name: str, config: Any, low_cpu: bool, autocast: bool, weights: Any, **options: Any) -> Any:
+        _check_compatible(config)
+        return self.base_model.add(name, config, low_cpu, autocast, weights=weights, **options)
+
+    _check_new_adapter_config = PeftModel._check_new_adapter_config
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Not possible, as in PEFT: save each adapter from a PeftModel of its own."""
+        raise UnsupportedFeatureError("A PeftMixedModel cannot be saved; save each adapter from its own PeftModel.")
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> None:
+        """Not possible, as it cannot be saved."""
+        raise UnsupportedFeatureError("A PeftMixedModel cannot be uploaded; do that from a PeftModel of each adapter.")
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Not possible, as in PEFT."""
+        raise UnsupportedFeatureError("A PeftMixedModel has no model card, as it cannot be saved.")
+
+
+def _check_compatible(config: Any) -> None:
+    check_config(config)
+    if config.peft_type not in COMPATIBLE_TUNER_TYPES:
+        kind = getattr(config.peft_type, "value", type(config).__name__)
+        raise ConfigError(
+            f"The provided `peft_type` '{kind}' is not compatible with the `PeftMixedModel`. "
+            f"Compatible types are: {', '.join(t.value for t in COMPATIBLE_TUNER_TYPES)}."
+        )

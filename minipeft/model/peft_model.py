@@ -1,0 +1,521 @@
+"""PeftModel: a model with adapters, and what one does with it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core import state as checkpoint
+from ..core.adapter import adapter_class
+from ..core.config import PeftConfig, PeftType, check_config
+from ..core.errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
+from ..core.files import make_folder, of_one_version, write_checkpoint, write_text
+from ..core.layer import Layer, set_training
+from ..core.targets import embedding
+from . import card, prompt, status
+from .hub import push_to_hub
+from .tuner import FORWARD_ONLY, TUNERS
+from .utils import require_grad
+
+
+class PeftModel(nn.Module):
+    """A model with one or more adapters of one method.
+
+    `model` is changed in place: adapted layers are replaced, everything else is frozen. Attributes: `base_model` (the
+    tuner around the model; for prompts the model itself), `peft_config` (configurations by adapter name),
+    `active_adapter`, `active_adapters`, `modules_to_save`; for prompts also `prompt_encoder`, `prompt_tokens`,
+    `transformer_backbone_name` and `word_embeddings`.
+
+    Raises `PeftError` for anything that does not fit, and then leaves `model` as it was.
+    """
+
+    _joins = prompt.Joins()  # how prompts are joined to the input
+    base_model: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        self._setup(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    def _setup(
+        self,
+        model: Any,
+        config: PeftConfig,
+        name: str,
+        autocast: bool = True,
+        low_cpu_mem_usage: bool = False,
+        weights: Mapping[str, Tensor] | None = None,
+        strict: bool = True,
+        ignore: bool = False,
+    ) -> None:
+        check_config(config)
+        self._is_prompt_learning = config.is_prompt_learning
+        self.peft_type = config.peft_type
+        self.special_peft_forward_args = set(FORWARD_ONLY)
+        self._adapters_disabled = False
+        self._complete(config)
+        if self._is_prompt_learning:
+            self._peft_config: dict[str, PeftConfig] = {}
+            self.base_model = model
+            self.active_adapter = name
+            prompt.add_prompt(self, name, config, weights, strict, ignore)
+        else:
+            if config.peft_type not in TUNERS:
+                raise UnsupportedFeatureError(f"peft_type {config.peft_type!r} is not in this release of minipeft.")
+            tuner = TUNERS[config.method].around(model)
+            tuner.add(name, config, low_cpu_mem_usage, autocast, weights=weights, strict=strict, ignore=ignore)
+            self.base_model = tuner
+            self.active_adapter = name
+        self.training = model.training
+        if getattr(model, "is_gradient_checkpointing", True):
+            self._prepare_model_for_gradient_checkpointing(model)
+        if hasattr(getattr(model, "config", None), "pretraining_tp"):
+            model.config.pretraining_tp = 1
+
+    def _complete(self, config: Any) -> None:
+        """Add to a configuration what the class of the model implies, before it is used."""
+
+    # -------------------------------------------------------------------------------------------------- configuration
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Configurations by adapter name."""
+        return self._peft_config if self._is_prompt_learning else self.base_model.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        if self._is_prompt_learning:
+            self._peft_config = value
+        else:
+            self.base_model.peft_config = value
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that take part in `forward`."""
+        names = self.active_adapter if self._is_prompt_learning else self.base_model.active_adapters
+        return [names] if isinstance(names, str) else list(names)
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """Configuration of the active adapter."""
+        name = self.active_adapter if isinstance(self.active_adapter, str) else next(iter(self.active_adapter), None)
+        if name not in self.peft_config:
+            raise AdapterNameError("The model has no active adapter; add one, or set one with `set_adapter`.")
+        return self.peft_config[name]
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that are trained in full and saved with the adapters."""
+        names: set[str] = set()
+        for config in self.peft_config.values():
+            own = getattr(config, "modules_to_save", None) or ()
+            names.update([own] if isinstance(own, str) else own)
+        return names or None
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter takes part in `forward`."""
+        return not self._adapters_disabled and bool(self.active_adapters)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """The base model's `dtype`, when it has one."""
+        return getattr(self.base_model, "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapters in it."""
+        return self.base_model if self._is_prompt_learning else self.base_model.model
+
+    # -------------------------------------------------------------------------------------------------------- adapters
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a further, untrained adapter of the same method. It does not become active.
+
+        `low_cpu_mem_usage` creates it on the meta device, to be loaded. Raises `PeftError` and changes nothing when the
+        name is taken or the configuration does not fit.
+        """
+        self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def _add(
+        self,
+        name: str,
+        config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast: bool = True,
+        weights: Mapping[str, Tensor] | None = None,
+        strict: bool = True,
+        ignore: bool = False,
+    ) -> Any:
+        if name in self.peft_config:
+            raise AdapterNameError(f"Adapter with name '{name}' already exists.")
+        check_config(config)
+        if config.peft_type != self.peft_type:
+            raise ConfigError(
+                f"Cannot combine adapters with different peft types. Found {self.peft_type} and {config.peft_type}. "
+                "Use get_peft_model(..., mixed=True) for that."
+            )
+        self._complete(config)
+        if self._is_prompt_learning:
+            return prompt.add_prompt(self, name, config, weights, strict, ignore)
+        options = {"weights": weights, "strict": strict, "ignore": ignore}
+        return self.base_model.add(name, config, low_cpu_mem_usage, autocast, **options)
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make one adapter active, and trainable unless `inference_mode`; all others are frozen."""
+        if adapter_name not in self.peft_config:
+            raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(self.peft_config)}.")
+        if self._is_prompt_learning:
+            prompt.activate(self, adapter_name, inference_mode)
+        else:
+            self.base_model.set_adapter(adapter_name, inference_mode)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them, without activating them."""
+        if self._is_prompt_learning:
+            method = PeftType(self.peft_type).value
+            raise TypeError(f"Setting `requires_grad` is not supported for prompt learning ({method}).")
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. When it was active, the first that is left becomes active."""
+        if adapter_name not in self.peft_config:
+            raise AdapterNameError(f"Adapter {adapter_name} does not exist; this model has {sorted(self.peft_config)}.")
+        if self._is_prompt_learning:
+            prompt.remove(self, adapter_name)
+            return
+        self.base_model.delete_adapter(adapter_name)
+        if len(self.base_model.active_adapters) == 1:
+            self.active_adapter = self.base_model.active_adapters[0]
+        elif adapter_name == self.active_adapter:
+            self.active_adapter = self.base_model.active_adapters
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the context the model computes what the base model does, bit for bit."""
+        before = self._adapters_disabled
+        if self._is_prompt_learning:
+            self._adapters_disabled = True
+            prompt.enable(self, False)
+            try:
+                yield
+            finally:
+                self._adapters_disabled = before
+                prompt.enable(self, not before)
+            return
+        if self.base_model.enabled == "irregular":
+            warnings.warn("Some adapter layers are enabled and others not; after the context all will be.", PeftWarning)
+        self._adapters_disabled = True
+        try:
+            with self.base_model.without_adapters():
+                yield
+        finally:
+            self._adapters_disabled = before
+
+    # --------------------------------------------------------------------------------------------------------- running
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        if self._is_prompt_learning or not self.has_active_enabled_adapter:
+            return nullcontext()
+        return self.base_model._tell(args, kwargs, anew=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward with the active adapters; `adapter_names=[...]` gives each sample its own.
+
+        In a mixed batch, "__base__" stands for the bare model. Raises `BatchError` for names that do not fit.
+        """
+        if self._is_prompt_learning and self.has_active_enabled_adapter:
+            return prompt.forward(self, *args, **kwargs)
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            own = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+            output = self._inner(*args, **own)
+            return output if self._is_prompt_learning else self.base_model.context.kept(output)
+
+    def _inner(self, *args: Any, **kwargs: Any) -> Any:
+        inner = self.base_model
+        if not self._is_prompt_learning and not inner.takes_task_ids:
+            inner = inner.model
+        return inner(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`, with the active adapters; takes `adapter_names` as `forward` does."""
+        if self._is_prompt_learning and self.has_active_enabled_adapter:
+            raise UnsupportedFeatureError("To generate with a prompt, set task_type to 'CAUSAL_LM' or 'SEQ_2_SEQ_LM'.")
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
+            return self.base_model.generate(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set training mode as nn.Module.train does, in less time."""
+        set_training(self, mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+    def _prepare_model_for_gradient_checkpointing(self, model: Any) -> nn.Module:
+        """Let gradients begin at the embeddings' output, as reentrant checkpointing needs."""
+        flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        quantised = any(getattr(model, flag, False) for flag in flags)
+        if not quantised and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif not quantised and (words := embedding(model)) is not None:
+            words.register_forward_hook(require_grad)
+        return model
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """See `_prepare_model_for_gradient_checkpointing`; kept under PEFT's public name."""
+        self._prepare_model_for_gradient_checkpointing(model)
+
+    # ---------------------------------------------------------------------------------------------------------- counts
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters; packed 4-bit weights count as the numbers they stand for."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers and the percentage."""
+        status.print_parameters(self)
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """One record for each adapted layer; see `minipeft.get_layer_status`."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """One record for the whole model; see `minipeft.get_model_status`."""
+        return status.get_model_status(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether every layer's change of W is additive, and W still there, so that a LoRA could stand for it."""
+        from ..core.adapter import Delta
+
+        if self._is_prompt_learning:
+            return False
+        found = [a for m in self.modules() if isinstance(m, Layer) for a in m.adapters.values()]
+        return bool(found) and all(isinstance(adapter, Delta) and not adapter.rewrites for adapter in found)
+
+    # --------------------------------------------------------------------------------------------------------- prompts
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """The virtual prompt of the active adapter for a batch: embeddings (batch, tokens, dim), or past key values."""
+        return prompt.get_prompt(self, batch_size, task_ids, max_cache_len)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """What a checkpoint holds of a prompt: (virtual tokens, dim), on the CPU, with any projection applied."""
+        return prompt.get_prompt_embedding_to_save(self, adapter_name)
+
+    # ---------------------------------------------------------------------------------------------------------- saving
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters (default: all) as `adapter_config.json` and `adapter_model.safetensors`.
+
+        The adapter "default" goes into `save_directory`, others into a folder of their name in it. Each is replaced in
+        one step: a crash leaves the old checkpoint or the new one. `save_embedding_layers`: whole embedding layers too
+        ("auto": when they are targeted or resized). Nothing is written unless `is_main_process`.
+        `path_initial_model_for_weight_conversion`: a checkpoint of the untrained PiSSA or OLoRA adapter; what is saved
+        then is a plain LoRA of twice the rank, for the unchanged base model. `state_dict=` gives the tensors to save.
+
+        Raises `CheckpointError` when `save_directory` is a file and `OSError` when the disk refuses.
+        """
+        if os.path.isfile(save_directory):
+            raise CheckpointError(f"Provided path ({save_directory}) should be a directory, not a file.")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        if unknown := [n for n in names if n not in self.peft_config]:
+            raise AdapterNameError(f"`selected_adapters` has {unknown}, but this model has {sorted(self.peft_config)}.")
+        if not is_main_process:
+            return
+        make_folder(save_directory)
+        for name in names:
+            tensors = checkpoint.get_peft_model_state_dict(
+                self, kwargs.get("state_dict"), name, save_embedding_layers=save_embedding_layers
+            )
+            config = copy.deepcopy(self.peft_config[name])
+            config.inference_mode = True
+            if config.base_model_name_or_path is None:
+                of_base = getattr(self.get_base_model(), "__dict__", {})
+                config.base_model_name_or_path = of_base.get("name_or_path") or None
+                self.peft_config[name].base_model_name_or_path = config.base_model_name_or_path
+            if path_initial_model_for_weight_conversion is not None:
+                if config.is_prompt_learning:
+                    why = "is for PiSSA and OLoRA, not prompts"
+                    raise UnsupportedFeatureError(f"path_initial_model_for_weight_conversion {why}.")
+                config, tensors = adapter_class(config).convert_to_plain(
+                    config, tensors, path_initial_model_for_weight_conversion
+                )
+            kind = type(self.get_base_model())
+            mapping = None
+            if config.task_type is None:
+                mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
+            folder = Path(save_directory) if name == "default" else Path(save_directory, name)
+            data = checkpoint.serialise(tensors, safe_serialization)
+            write_checkpoint(folder, config.to_json(mapping), data, safe_serialization)
+        self.create_or_update_model_card(save_directory)
+
+    push_to_hub = push_to_hub
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike) -> None:
+        """Write README.md with the card's metadata, keeping the text and the metadata that are there already.
+
+        Warns, and leaves it as it is, when its metadata cannot be changed without a parser of YAML.
+        """
+        if (text := card.model_card(self, Path(output_dir, "README.md"))) is not None:
+            write_text(output_dir, "README.md", text)
+
+    # --------------------------------------------------------------------------------------------------------- loading
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """`model` with a saved adapter, frozen and in eval mode unless `is_trainable`.
+
+        `model_id` is a folder, or a hub id when huggingface_hub is installed. `config` takes the place of the saved
+        configuration. `strict=False` warns about missing and unexpected tensors instead of raising, and
+        `ignore_mismatched_sizes=True` about those of another shape, which keep their initial values. No frozen tensor
+        of `model` changes, but for whole embedding layers that the checkpoint holds as the model's own
+        (`save_embedding_layers`): those are written into it.
+
+        Raises `CheckpointError` when the files cannot be read or do not fit; `model` is then as it was.
+        """
+        from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+        def read() -> tuple[Any, dict[str, Tensor]]:
+            own, mapping = configuration(model_id, config, ephemeral_gpu_offload, **kwargs), key_mapping
+            _check_trainable(own, is_trainable)
+            if mapping is None and not own.is_prompt_learning:
+                mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+            return own, checkpoint.load_peft_weights(model_id, device, mapping, **kwargs)
+
+        device = kwargs.pop("torch_device", None) or "cpu"
+        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
+        config.inference_mode = not is_trainable
+        peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)._loaded(
+            model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, weights, **_leniency(kwargs)
+        )
+        if not is_trainable:
+            peft_model.eval()
+        return peft_model
+
+    @classmethod
+    def _loaded(cls, model: nn.Module, config: PeftConfig, name: str, *args: Any, **options: Any) -> PeftModel:
+        peft_model = cls.__new__(cls)
+        nn.Module.__init__(peft_model)
+        peft_model._setup(model, config, name, *args, **options)
+        return peft_model
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Add a saved adapter under `adapter_name`, or load it into the adapter of that name.
+
+        It does not become active. The model goes into eval mode unless `is_trainable`. Further options are those of
+        `from_pretrained`. Returns the missing and the unexpected keys. Raises `CheckpointError` when the files do not
+        fit; the model is then as it was.
+        """
+        if adapter_name in self.peft_config:
+            weights = checkpoint.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
+            options = _leniency(kwargs)
+            report = checkpoint.set_peft_model_state_dict(
+                self, weights, adapter_name, options["ignore"], strict=options["strict"]
+            )
+        else:
+
+            def read() -> tuple[Any, dict[str, Tensor]]:
+                own = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
+                _check_trainable(own, is_trainable)
+                return own, checkpoint.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
+
+            config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
+            config.inference_mode = not is_trainable
+            self._check_new_adapter_config(config)
+            report = self._add(
+                adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, weights, **_leniency(kwargs)
+            )
+            if is_trainable:
+                self.set_requires_grad(adapter_name)
+        if not is_trainable:
+            self.eval()
+        return report
+
+    def _check_new_adapter_config(self, config: PeftConfig, is_trainable: bool = False) -> None:
+        other: Any
+        for other in [config, *self.peft_config.values()]:
+            if not len(self.peft_config) or other.is_prompt_learning or adapter_class(other).rewrites:
+                continue
+            if adapter_class(other).changes_base(other):
+                warnings.warn(
+                    f"init_lora_weights={other.init_lora_weights!r} changes the base weights, so it should not be used "
+                    "beside other adapters. Save it with path_initial_model_for_weight_conversion to make a plain LoRA "
+                    "of it.",
+                    PeftWarning,
+                )
+                return
+
+
+def _check_trainable(config: PeftConfig, is_trainable: bool) -> None:
+    if config.is_prompt_learning and is_trainable:
+        raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+
+
+def _leniency(options: Mapping[str, Any]) -> dict[str, bool]:
+    """What the options of loading say of tensors that do not fit."""
+    return {"strict": options.get("strict", True), "ignore": options.get("ignore_mismatched_sizes", False)}
+
+
+def configuration(model_id: Any, config: PeftConfig | None, offload: bool, **kwargs: Any) -> Any:
+    if config is None:
+        own = ("torch_device", "strict", "ignore_mismatched_sizes", "use_safetensors")
+        options = {k: v for k, v in kwargs.items() if k not in own}
+        config = PeftConfig.from_pretrained(model_id, **options)
+    check_config(config)
+    if hasattr(config, "runtime_config"):
+        config.runtime_config.ephemeral_gpu_offload = offload
+    elif offload:
+        warnings.warn("Ephemeral GPU offloading is not supported for this method. Ignoring.", PeftWarning)
+    return config

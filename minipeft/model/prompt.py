@@ -1,0 +1,740 @@
+"""Prompt learning: virtual tokens that are trained in front of a frozen model's input.
+
+A `Prompt` holds the virtual tokens of one adapter. It gives either embeddings, which are put in front of the input's
+embeddings, or keys and values (a cache), which every attention layer sees before the input's own. `forward` and
+`prepare_generation` are the one place where a prompt meets the model's inputs:
+
+    prompt gives    inputs_embeds       past_key_values    attention_mask     position_ids    labels
+    embeddings      [prompt, input]     -                  [1 .. 1, mask]     dropped         [-100 .. -100, labels]
+    keys, values    as they are         the prompt         [1 .. 1, mask]     + tokens        as they are
+
+The model may be any module that keeps this protocol (transformers' models do; `conformance/models/language_models.py`
+has a small decoder, encoder and encoder-decoder that do no more):
+
+- its word embedding is found by `get_input_embeddings()` or is its first `nn.Embedding`
+- `forward` takes `input_ids` (batch, length) and `attention_mask` (batch, length), where 0 hides a token
+- for embeddings, `forward` takes `inputs_embeds` (batch, length, dim) in the place of `input_ids`
+- for keys and values, `forward` takes `past_key_values`: for each attention layer a pair (keys, values), each of shape
+  (batch, heads, tokens, head dim); `attention_mask` then has tokens + length columns. A classifier that does not take
+  `past_key_values` may have one child that does (its backbone), followed by `dropout`, if there, and by its head
+- an encoder-decoder takes `decoder_input_ids`, `decoder_attention_mask` and `decoder_inputs_embeds` in the same way;
+  embeddings go in front of the encoder's input, keys and values to the self-attention of the decoder
+- to generate, a decoder has `generate`, which calls its own `prepare_inputs_for_generation` for every token with
+  `input_ids`, `past_key_values` and `attention_mask`, and runs on the dict that it returns; an encoder-decoder's is
+  given `decoder_input_ids` and the `encoder_outputs` of the one time that its encoder ran
+- CPT sets `loss` on an output that has `logits`; no other prompt looks at what the model returns
+- sizes are read from `model.config` (an object or a dict; names as in transformers), or given in the configuration
+
+transformers is imported only for one of its own models, whose caches are objects instead of tuples.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..core import state as checkpoint
+from ..core.bases import lasting
+from ..core.config import PeftConfig, PeftType, PromptLearningConfig, TaskType
+from ..core.errors import (
+    AdapterNameError,
+    BatchError,
+    CheckpointError,
+    ConfigError,
+    PeftWarning,
+    UnsupportedFeatureError,
+    sized,
+)
+from ..core.layer import BASE, Context, ModulesToSaveWrapper, PlainNames, adapted, other_names, put_at, walk
+from ..core.offload import device_of, loaded, onload, real_copy
+from ..core.plan import check_adapter_name, model_config
+from ..core.targets import check_saved, embedding, named
+
+PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
+EMBEDDINGS = "prompt_embeddings"  # the key of a saved prompt
+IGNORED = -100  # a label that no loss counts
+
+# Turns the keys and values of a prompt, a list of (2, batch, heads, tokens, head dim) by layer, into the cache of a
+# model whose `config.model_type` is the key, where that is neither a tuple of pairs nor transformers' DynamicCache.
+TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING: dict[str, Any] = {}
+
+
+class Prompt(nn.Module):
+    """The virtual tokens of one adapter.
+
+    `embedding.weight` (tokens, width) is what a checkpoint holds. Subclasses are built from a completed configuration,
+    and from the model's word embedding when they say so by `reads_words`.
+    """
+
+    gives_cache: ClassVar[bool] = False  # forward gives keys and values of all layers, not embeddings
+    reads_words: ClassVar[bool] = False  # built from the word embedding too
+    by_task: ClassVar[bool] = False  # forward takes `task_ids` (batch,) too
+    before_decoder: ClassVar[bool] = False  # the second half of the tokens stands in front of a decoder's input
+    own_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that are the prompt's alone
+    computed: bool = False  # by a network, which is trained and not saved
+
+    embedding: nn.Embedding
+
+    def __init_subclass__(cls, config: type[PeftConfig] | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if config is not None:
+            assert config._method is not None
+            PROMPTS[config._method] = cls
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """Virtual tokens (batch, tokens, width) for their numbers (batch, tokens)."""
+        raise NotImplementedError
+
+    def saved(self, indices: Tensor) -> dict[str, Tensor]:
+        """The tensors of a checkpoint by key; `indices` (1, tokens) are the numbers of all tokens."""
+        return {EMBEDDINGS: self(indices)[0]}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over a checkpoint's tensors, which are known to fit. Raises `CheckpointError` if it can hold none."""
+        if self.computed:
+            raise CheckpointError(
+                "A prompt is saved without the network that makes it, so it cannot be loaded into one that is being "
+                "trained; nothing was loaded. Load it with inference_mode=True."
+            )
+        with torch.no_grad():
+            self.embedding.weight.copy_(tensors[EMBEDDINGS])
+
+    def pad_labels(self, labels: Tensor, tokens: int, own: dict[str, Any]) -> Tensor:
+        """Labels (batch, tokens + length) of the joined input; `own` are the prompt's `own_inputs`."""
+        return torch.cat([labels.new_full((len(labels), tokens), IGNORED), labels], dim=1)
+
+    def finish(self, output: Any, labels: Tensor | None, own: dict[str, Any]) -> Any:
+        """The model's output, with a loss of the prompt's own if it has one."""
+        return output
+
+
+@dataclass(frozen=True)
+class Joins:
+    """How a task takes a prompt, beside what all tasks share."""
+
+    labels: bool = False  # there is one label for each token
+    token_types: bool = False  # the model may read `token_type_ids`
+    decoder: bool = False  # an encoder and a decoder
+    head: bool = False  # a backbone with a head, which may have to be run one after the other
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+@lasting()
+@sized()
+def add_prompt(
+    peft_model: Any,
+    name: str,
+    config: Any,
+    weights: Mapping[str, Tensor] | None = None,
+    strict: bool = True,
+    ignore: bool = False,
+) -> Any:
+    """Build the prompt `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
+
+    What the configuration leaves open is filled in from the model. On any error nothing is changed. Returns what
+    loading reports, or None.
+    """
+    base = peft_model.base_model
+    check_adapter_name(name, base)
+    if config.peft_type not in PROMPTS:
+        raise UnsupportedFeatureError(f"peft_type {config.peft_type!r} is not in this release of minipeft.")
+    cls = PROMPTS[config.peft_type]
+    backbone = _backbone(base)
+    words = word_embeddings(base, backbone)
+    config_now = completed(config, base, words, cls, peft_model._joins.decoder)
+    if cls.gives_cache and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+        raise ConfigError(f"{config.peft_type.value} does not work with gradient checkpointing: it lives in the cache.")
+    if cls.gives_cache and not _takes_cache(base, backbone if peft_model._joins.head else None):
+        raise UnsupportedFeatureError(
+            f"{type(base).__name__} does not take `past_key_values`, so {config.peft_type.value} cannot reach it."
+        )
+    if cls.reads_words and words is None:
+        raise ConfigError("The model has no word embedding; give it a method `get_input_embeddings`.")
+    given = (config_now, words) if cls.reads_words else (config_now,)
+    if weights is not None:
+        weights = checkpoint.incoming(weights, config_now)
+        _check_sizes(cls, given, weights)
+    prompt = cls(*given).to(_device(base))
+    tokens = torch.arange(config_now.num_virtual_tokens * config_now.num_transformer_submodules)
+    copies = _copied_modules(base, config_now, loading=weights is not None)
+    report = None
+    if weights is not None:
+        names = PlainNames(base)
+        boxes = [(names(live), copied) for live, _, copied in copies]
+        report = _load(base, prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict, ignore)
+    # from here on nothing can fail
+    vars(config).update(vars(config_now))
+    if "prompt_encoder" not in peft_model._modules:
+        peft_model.prompt_encoder = nn.ModuleDict().train(base.training)
+        peft_model.prompt_tokens = {}
+        peft_model.prompt_context = Context()
+    trained = {id(p) for _, _, wrapper in adapted(base) for p in wrapper.modules_to_save.parameters()}
+    for parameter in base.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad = False
+    for live, module, copied in copies:
+        wrapper: Any = module
+        if not isinstance(module, ModulesToSaveWrapper):
+            wrapper = ModulesToSaveWrapper(module, peft_model.prompt_context)
+            wrapper.train(module.training)
+            put_at(base, live, wrapper)
+        wrapper.modules_to_save[name] = copied
+    if backbone is not None:
+        peft_model.transformer_backbone_name = backbone
+    if words is not None:
+        peft_model.word_embeddings = words
+    peft_model.prompt_tokens[name] = tokens
+    peft_model.prompt_encoder[name] = prompt.train(base.training)
+    peft_model.peft_config[name] = config
+    first = len(peft_model.peft_config) == 1
+    for _, _, wrapper in adapted(base):
+        if first and name in wrapper.modules_to_save:
+            wrapper.set_adapter(name, config.inference_mode)
+        elif name in wrapper.modules_to_save:
+            wrapper.set_requires_grad(name, False)
+    return report
+
+
+def activate(peft_model: Any, name: str, inference_mode: bool) -> None:
+    """Switch the modules that are trained beside the prompts to those of adapter `name`."""
+    for _, _, wrapper in adapted(peft_model.base_model):
+        wrapper.set_adapter(name, inference_mode)
+
+
+def enable(peft_model: Any, enabled: bool) -> None:
+    """Use the modules that are trained beside the prompts, or those of the base model."""
+    for _, _, wrapper in adapted(peft_model.base_model):
+        wrapper.enable_adapters(enabled)
+
+
+def remove(peft_model: Any, name: str) -> None:
+    """Delete a prompt. When it was active, the first that is left becomes active."""
+    for _, _, wrapper in adapted(peft_model.base_model):
+        wrapper.delete_adapter(name)
+    del peft_model.peft_config[name], peft_model.prompt_encoder[name], peft_model.prompt_tokens[name]
+    if name in peft_model.active_adapters:
+        rest = list(peft_model.peft_config)
+        peft_model.active_adapter = rest[0] if rest else []
+        if rest:
+            activate(peft_model, rest[0], False)
+            warnings.warn(
+                f"Adapter {name} was active which is now deleted. Setting active adapter to {rest[0]}.", PeftWarning
+            )
+
+
+def completed(config: Any, base: nn.Module, words: Any, cls: type[Prompt], decoder: bool = False) -> Any:
+    """A copy of `config` with every size filled in. Raises `ConfigError` for what neither it nor the model says."""
+    if not isinstance(config, PromptLearningConfig):
+        raise ConfigError(f"{type(config).__name__} is no configuration of a prompt.")
+    config = copy.copy(config)
+    if config.num_virtual_tokens is None:
+        raise ConfigError("Please specify `num_virtual_tokens` in `peft_config`.")
+    if config.num_transformer_submodules is None:
+        config.num_transformer_submodules = 2 if decoder or config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+    own = getattr(base, "config", None)
+    known = model_config(base)
+    known = known.get("text_config", known)
+    if not isinstance(known, dict):
+        known = vars(known)
+
+    def fill(field: str, *names: str, needed: bool = True) -> None:
+        if getattr(config, field) is None:
+            found = [getattr(own, names[0], None), *(known.get(name) for name in names)]
+            setattr(config, field, next((value for value in found if value is not None), None))
+        if getattr(config, field) is None and needed:
+            raise ConfigError(
+                f"Please specify `{field}` in `peft_config`: the model's config has none of {', '.join(names)}."
+            )
+
+    width = None if cls.gives_cache else getattr(words, "embedding_dim", None)
+    if width is not None and config.token_dim not in (None, width):
+        raise ConfigError(f"`token_dim` is {config.token_dim}, but the model's word embedding has {width} dimensions.")
+    config.token_dim = config.token_dim or width
+    fill("num_layers", "num_hidden_layers", "num_layers", "n_layer", needed=cls.gives_cache)
+    fill("token_dim", "hidden_size", "n_embd", "d_model")
+    fill(
+        "num_attention_heads", "num_attention_heads", "n_head", "num_heads", "encoder_attention_heads",
+        needed=cls.gives_cache,
+    )  # fmt: skip
+    given = ("num_virtual_tokens", "num_transformer_submodules", "num_layers", "token_dim", "num_attention_heads")
+    config.require_positive(*(field for field in given if getattr(config, field) is not None))
+    if config.num_transformer_submodules > 2:
+        raise ConfigError(f"`num_transformer_submodules` must be 1 or 2, got {config.num_transformer_submodules}.")
+    if cls.gives_cache:
+        _cached_heads(config, known)
+        if config.token_dim % config.num_attention_heads:
+            raise ConfigError(
+                f"`token_dim` ({config.token_dim}) must be a multiple of `num_attention_heads` "
+                f"({config.num_attention_heads}): keys and values are split into heads."
+            )
+    if getattr(config, "encoder_hidden_size", 0) is None:
+        config.encoder_hidden_size = config.token_dim
+    return config
+
+
+def _cached_heads(config: Any, known: dict[str, Any]) -> None:
+    """With grouped-query attention a cache has fewer heads than the queries; the widest layer decides."""
+    heads = known.get("num_key_value_heads")
+    if heads is None:
+        return
+    dim = known.get("head_dim") or config.token_dim // config.num_attention_heads
+    for layer in (known.get("per_layer_config") or {}).values():
+        if layer.get("head_dim", dim) > dim:
+            dim, heads = layer["head_dim"], layer.get("num_key_value_heads", heads)
+    config.token_dim, config.num_attention_heads = dim * heads, heads
+
+
+def _backbone(base: nn.Module) -> str | None:
+    """Name of the child that does the main work: transformers' model, or one that takes `past_key_values`."""
+    children = dict(base.named_children())
+    found = [name for name, child in children.items() if of_transformers(child)]
+    return next(iter(found or [name for name, child in children.items() if takes(child, "past_key_values")]), None)
+
+
+def word_embeddings(base: nn.Module, backbone: str | None = None) -> nn.Module | None:
+    """The module that embeds `input_ids`, or None when there is none to be found."""
+    try:
+        return base.get_submodule("embeddings.word_embeddings")
+    except AttributeError:
+        pass
+    config: Any = getattr(base, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = config.get("vocab_size") if isinstance(config, dict) else getattr(config, "vocab_size", None)
+    inside = getattr(base, backbone) if backbone else base
+    if size is not None:
+        for module in inside.modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and size in (weight.shape[0], getattr(weight, "ds_shape", (None,))[0]):
+                return module
+    if (words := embedding(base)) is not None:
+        return words
+    return next((module for module in base.modules() if isinstance(module, nn.Embedding)), None)
+
+
+def _check_sizes(cls: type[Prompt], given: tuple, weights: Mapping[str, Tensor]) -> None:
+    """Raise `CheckpointError` if a loaded prompt would have a tensor that is larger than all of `weights`."""
+    with torch.device("meta"):
+        largest = max(parameter.numel() for parameter in cls(*given).parameters())
+    if largest > (most := sum(tensor.numel() for tensor in weights.values())):
+        raise CheckpointError(f"The configuration asks for {largest} numbers, but the file holds only {most}.")
+
+
+def _copied_modules(base: nn.Module, config: Any, loading: bool) -> list[tuple[str, nn.Module, nn.Module]]:
+    """(live path, module there now, its trained copy) of every module in `modules_to_save`."""
+    names = set(config.modules_to_save or ())
+    found: dict[str, tuple[str, nn.Module, nn.Module]] = {}
+    paths = []
+    for path, live, module in walk(base) if names else ():
+        paths.append(path)
+        inside = any(live.startswith(f"{taken}.") for taken, _, _ in found.values())
+        if path and named(path, names) and not inside:
+            original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+            ModulesToSaveWrapper.check(original)
+            found[path] = live, module, real_copy(original).requires_grad_(True)
+    check_saved(names, paths, found, lambda: other_names(base), loading)
+    return list(found.values())
+
+
+def _device(base: nn.Module) -> torch.device:
+    return device_of(base)
+
+
+def _dtype(base: nn.Module) -> torch.dtype:
+    return next((tensor.dtype for tensor in base.parameters() if tensor.is_floating_point()), torch.get_default_dtype())
+
+
+def of_transformers(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' models; finding out does not import transformers."""
+    kinds = [(kind.__name__, kind.__module__.split(".")[0]) for kind in type(module).__mro__]
+    return ("PreTrainedModel", "transformers") in kinds
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward has an argument of that name."""
+    return name in inspect.signature(module.forward).parameters
+
+
+def _takes_cache(base: nn.Module, backbone: str | None) -> bool:
+    if takes(base, "past_key_values"):
+        return True
+    if backbone is not None:
+        return takes(base.get_submodule(backbone), "past_key_values")
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+def check_embeddings(given: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise `ConfigError` unless a prompt of that shape can take over the tensor."""
+    if given.shape != shape:
+        raise ConfigError(f"Expected `prompt_embeddings` of shape {shape}, got {tuple(given.shape)}.")
+    if not torch.isfinite(given).all():
+        raise ConfigError("`prompt_embeddings` has NaN or infinite values.")
+
+
+def _rows(prompt: Prompt, tokens: Tensor, config: Any) -> Tensor:
+    """The numbers of all tokens of a prompt, (1, tokens)."""
+    tokens = tokens[: config.num_virtual_tokens] if prompt.gives_cache else tokens
+    return tokens[None].to(device_of(prompt))
+
+
+def prompt_state(peft_model: Any, name: str) -> dict[str, Tensor]:
+    """The tensors of a prompt's checkpoint, without the modules that are trained beside it."""
+    prompt = peft_model.prompt_encoder[name]
+    with torch.no_grad(), onload(prompt):
+        saved = prompt.saved(_rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name]))
+    return {key: tensor.detach().cpu() for key, tensor in saved.items()}
+
+
+def get_prompt_embedding_to_save(peft_model: Any, name: str) -> Tensor:
+    """The virtual tokens of a prompt as a checkpoint holds them, (tokens, width), on the CPU."""
+    if name not in peft_model.peft_config:
+        raise AdapterNameError(f"Adapter {name} not found; this model has {sorted(peft_model.peft_config)}.")
+    return prompt_state(peft_model, name)[EMBEDDINGS]
+
+
+def load_prompt_state(
+    peft_model: Any, name: str, tensors: Mapping[str, Tensor], strict: bool, ignore: bool = False
+) -> Any:
+    """Write a checkpoint's tensors into a prompt. Raises `CheckpointError`, and writes nothing, if they do not fit."""
+    prompt = peft_model.prompt_encoder[name]
+    names = PlainNames(peft_model.base_model)
+    boxes = [
+        (names(live), wrapper.modules_to_save[name])
+        for _, live, wrapper in adapted(peft_model.base_model)
+        if name in wrapper.modules_to_save
+    ]
+    rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
+    tensors = checkpoint.incoming(tensors)
+    with onload(prompt, *(module for _, module in boxes), keep=True):
+        return _load(peft_model.base_model, prompt, rows, name, boxes, tensors, strict, ignore)
+
+
+def _load(
+    base: nn.Module,
+    prompt: Prompt,
+    rows: Tensor,
+    name: str,
+    copies: list[tuple[str, nn.Module]],
+    tensors: Mapping[str, Tensor],
+    strict: bool,
+    ignore: bool,
+) -> Any:
+    with torch.no_grad():
+        held = prompt.saved(rows)
+    entries = [checkpoint.Entry(key, f"prompt_encoder.{name}", held, key) for key in held]
+    beside: list[checkpoint.Entry] = []
+    for live, module in copies:
+        live = f"base_model.{live}"
+        beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
+    tensors = checkpoint.fitted(entries + beside, tensors)
+    frozen, again = checkpoint.base_entries(base, tensors, entries + beside, "base_model.")
+    beside += frozen
+    report = checkpoint.check(entries + beside, tensors, again, strict, ignore=ignore)
+    given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
+    fitting = {key: given[key] for key in held.keys() - set(report.missing_keys)}
+    if fitting:
+        prompt.load({**held, **fitting})
+    checkpoint.fill(beside, tensors)
+    return report
+
+
+# ----------------------------------------------------------------------------------------------------------- prompts
+def get_prompt(
+    peft_model: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+) -> Any:
+    """The prompt of the active adapter for a batch: embeddings (batch, tokens, dim), or past key values.
+
+    `max_cache_len` is not needed: the cache grows. In a mixed batch every sample has the prompt of its own adapter.
+    """
+    config = peft_model.active_peft_config
+    virtual = _virtual_tokens(peft_model, batch_size, task_ids)
+    if not PROMPTS[config.peft_type].gives_cache:
+        return virtual
+    dtype = peft_model.base_model_torch_dtype or _dtype(peft_model.base_model)
+    return as_cache(peft_model.base_model, virtual.to(dtype), config)
+
+
+def _virtual_tokens(peft_model: Any, batch_size: int, task_ids: Tensor | None) -> Tensor:
+    def of(name: str, count: int, tasks: Tensor | None) -> Tensor:
+        prompt = peft_model.prompt_encoder[name]
+        rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
+        if prompt.by_task and tasks is None:
+            raise BatchError("This prompt differs by task: `task_ids` must be given, one number for each sample.")
+        with loaded(prompt):
+            if prompt.by_task and tasks is not None:
+                return prompt(rows.expand(count, -1), tasks.to(rows.device))
+            return prompt(rows).expand(count, -1, -1)  # (batch, tokens, width)
+
+    groups = peft_model.prompt_context.now.groups(batch_size, None)
+    if groups is None:
+        return of(peft_model.active_adapters[0], batch_size, task_ids)
+    parts, order = [], []
+    for name, samples in groups.items():
+        parts.append(of(name, len(samples), None if task_ids is None else task_ids[samples]))
+        order += samples
+    if len({part.shape[1:] for part in parts}) > 1:
+        raise BatchError(f"Prompts of {sorted(groups)} differ in length, so they cannot stand in one batch.")
+    return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
+
+
+def as_cache(base: nn.Module, virtual: Tensor, config: Any) -> Any:
+    """Keys and values in the form that a model takes, from virtual tokens (batch, tokens, 2 * layers * dim)."""
+    layers, heads, step = config.num_layers, config.num_attention_heads, 2 * config.num_transformer_submodules
+    split = virtual.unflatten(2, (2 * layers, heads, -1))  # (batch, tokens, 2 * layers, heads, head dim)
+    split = split.permute(2, 0, 3, 1, 4)
+    # PEFT counts keys and values of cross-attention too, then leaves them out: with two submodules only every other
+    # pair is used, each by two layers.
+    pairs = [(split[step * i % (2 * layers)], split[(step * i + 1) % (2 * layers)]) for i in range(layers)]
+    own: Any = getattr(base, "config", None)
+    reshape = TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING.get(getattr(own, "model_type", ""))
+    if reshape is not None:
+        return reshape([torch.stack(pair) for pair in pairs])
+    if not of_transformers(base):
+        return tuple(pairs)
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    if step == 4 or getattr(own, "is_encoder_decoder", False):
+        return EncoderDecoderCache(DynamicCache(pairs), DynamicCache())
+    text = own.get_text_config()
+    uneven = text.to_dict().get("per_layer_config") or getattr(text, "num_kv_shared_layers", 0)
+    if not uneven:
+        return DynamicCache(pairs)
+    return _uneven_cache(DynamicCache(config=text), pairs, text)
+
+
+def _uneven_cache(cache: Any, pairs: list[tuple[Tensor, Tensor]], text: Any) -> Any:
+    """For models whose layers differ in heads or share keys and values: each layer gets what fits, or nothing."""
+    per_layer = text.per_layer_config if text.to_dict().get("per_layer_config") else None
+    first_shared = text.num_hidden_layers - (getattr(text, "num_kv_shared_layers", 0) or 0)
+    skipped = []
+    for i, (keys, values) in enumerate(pairs):
+        heads, dim = keys.shape[1], keys.shape[3]
+        if per_layer is not None:
+            heads, dim = per_layer[i].num_key_value_heads, per_layer[i].head_dim
+        if i >= first_shared or heads > keys.shape[1] or dim > keys.shape[3]:
+            skipped.append(i)
+        else:
+            cache.update(keys[:, :heads, :, :dim], values[:, :heads, :, :dim], i)
+    if len(skipped) == len(pairs):
+        raise ConfigError("The prefix fits no layer's keys and values; set `token_dim` and `num_attention_heads`.")
+    if skipped:
+        warnings.warn(f"The prefix skips layers {skipped}: they share their cache, or have a wider one.", PeftWarning)
+    return cache
+
+
+# ----------------------------------------------------------------------------------------------------------- joining
+@contextmanager
+def mixed(peft_model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
+    """While it is open, `adapter_names` gives every sample of the batch its prompt."""
+    if adapter_names is None:
+        yield
+        return
+    if peft_model.training:
+        raise BatchError("Cannot pass `adapter_names` when the model is in training mode.")
+    if BASE in adapter_names:
+        raise BatchError(f"'{BASE}' cannot stand in a batch with prompts: without one a sample is shorter.")
+    if unknown := sorted(set(adapter_names) - set(peft_model.peft_config)):
+        raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
+    with peft_model.prompt_context.telling(adapter_names=list(adapter_names)):
+        yield
+
+
+def forward(
+    peft_model: Any,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    labels: Tensor | None = None,
+    task_ids: Tensor | None = None,
+    adapter_names: Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """The model's forward with the active prompt. Raises `BatchError` for inputs that it cannot be joined to."""
+    config, joins = peft_model.active_peft_config, peft_model._joins
+    prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
+    shown = inputs_embeds if input_ids is None else input_ids
+    if shown is None:
+        raise BatchError("A prompt needs an input to stand in front of: give `input_ids` or `inputs_embeds`.")
+    count, tokens = len(shown), config.num_virtual_tokens
+    own = {key: kwargs.pop(key) for key in prompt.own_inputs if key in kwargs}
+    inputs = {**kwargs, "attention_mask": attention_mask, "labels": labels}
+    _positions(inputs, prompt, tokens, joins.token_types)
+    with mixed(peft_model, adapter_names):
+        virtual = peft_model.get_prompt(count, task_ids)
+        if prompt.gives_cache:
+            mask = "decoder_attention_mask" if joins.decoder else "attention_mask"
+            inputs[mask] = pad_mask(inputs.get(mask), tokens)
+            inputs.update(input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=virtual)
+        else:
+            inputs["inputs_embeds"] = in_front(virtual[:, :tokens], _embedded(peft_model, input_ids, inputs_embeds))
+            inputs["attention_mask"] = pad_mask(attention_mask, tokens)
+            if (types := inputs.get("token_type_ids")) is not None:
+                inputs["token_type_ids"] = torch.cat([types.new_zeros(count, tokens), types], dim=1)
+            if joins.decoder:
+                if prompt.before_decoder and config.num_transformer_submodules == 2:
+                    _join_decoder(peft_model, prompt, inputs, virtual[:, tokens:])
+            elif joins.labels and labels is not None:
+                inputs["labels"] = prompt.pad_labels(labels, tokens, own)
+        inputs = {key: value for key, value in inputs.items() if value is not None}
+        if prompt.gives_cache and joins.head:
+            return peft_model._with_head(inputs)
+        output = peft_model.prompt_context.kept(peft_model.base_model(**inputs))
+        return prompt.finish(output, inputs.get("labels"), own)
+
+
+def _positions(inputs: dict[str, Any], prompt: Prompt, tokens: int, token_types: bool, warn: bool = True) -> None:
+    """Positions count from the prompt on where the model takes them; token types stay where it may read them."""
+    if inputs.get("position_ids") is not None:
+        if prompt.gives_cache:
+            inputs["position_ids"] = inputs["position_ids"] + tokens
+        else:
+            del inputs["position_ids"]
+            if warn:
+                warnings.warn("Position ids are not supported for this prompt. Ignoring position ids.", PeftWarning)
+    if not token_types and inputs.get("token_type_ids") is not None:
+        del inputs["token_type_ids"]
+        if warn:
+            warnings.warn("Token type ids are not supported for this task. Ignoring token type ids.", PeftWarning)
+
+
+def pad_mask(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """An attention mask (batch, tokens + length) that shows the prompt too."""
+    if mask is None:
+        return None
+    if mask.dim() != 2:
+        raise BatchError(f"With a prompt, `attention_mask` must be of shape (batch, length), got {tuple(mask.shape)}.")
+    return torch.cat([mask.new_ones(len(mask), tokens), mask], dim=1)
+
+
+def in_front(virtual: Tensor, embeds: Tensor) -> Tensor:
+    """Embeddings (batch, tokens + length, dim) of the prompt and the input."""
+    return torch.cat([virtual.to(embeds), embeds], dim=1)
+
+
+def _embedded(peft_model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    if inputs_embeds is not None:
+        return inputs_embeds
+    if "word_embeddings" not in peft_model._modules:
+        raise BatchError("The model has no word embedding that was found; give `inputs_embeds`.")
+    return peft_model.word_embeddings(input_ids)
+
+
+def _join_decoder(peft_model: Any, prompt: Prompt, inputs: dict[str, Any], virtual: Tensor) -> None:
+    """The second half of the prompt, in front of the decoder's input."""
+    from .utils import shift_tokens_right
+
+    ids, embeds, labels = inputs.pop("decoder_input_ids", None), inputs.get("decoder_inputs_embeds"), inputs["labels"]
+    if ids is None and embeds is None:
+        if labels is None:
+            raise BatchError("Give `labels`, `decoder_input_ids` or `decoder_inputs_embeds`.")
+        config = peft_model.base_model.config
+        ids = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+    tokens = virtual.shape[1]
+    inputs["decoder_inputs_embeds"] = in_front(virtual, _embedded(peft_model, ids, embeds))
+    inputs["decoder_attention_mask"] = pad_mask(inputs.get("decoder_attention_mask"), tokens)
+    if labels is not None:
+        inputs["labels"] = prompt.pad_labels(labels, tokens, {})
+
+
+# -------------------------------------------------------------------------------------------------------- generating
+def cached_tokens(cache: Any) -> int:
+    """How many tokens a cache holds, of either form; 0 when there is none."""
+    if cache is None:
+        return 0
+    return cache[0][0].shape[-2] if isinstance(cache, (tuple, list)) else int(cache.get_seq_length())
+
+
+def prepare_generation(
+    peft_model: Any, inputs: dict[str, Any], mask: Tensor | None = None, task_ids: Tensor | None = None
+) -> dict[str, Any]:
+    """Join the active prompt to what a decoder's `prepare_inputs_for_generation` gave for one step.
+
+    `mask` is the attention mask (batch, all tokens so far) without the prompt. The prompt itself goes in as long as
+    the cache is empty.
+    """
+    tokens = peft_model.active_peft_config.num_virtual_tokens
+    prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
+    past = cached_tokens(inputs.get("past_key_values"))
+    ids: Any = inputs.get("input_ids")
+    embeds: Any = inputs.get("inputs_embeds")
+    if past and ids is not None and past >= ids.shape[1]:
+        inputs["input_ids"] = ids = ids[:, -1:]
+    mask = mask if mask is not None and mask.dim() == 2 else inputs.get("attention_mask")
+    if mask is not None:
+        inputs["attention_mask"] = pad_mask(mask, tokens)
+        _warn_of_window(peft_model, mask, tokens, first=past == 0)
+    inputs.pop("token_type_ids", None)
+    positions = inputs.get("position_ids")
+    if positions is not None:
+        positions = positions + tokens
+        inputs["position_ids"] = positions if ids is None else positions[..., -ids.shape[1] :]
+    steps = inputs.pop("cache_position", None)  # of transformers before 5; a model finds it itself
+    if steps is not None and prompt.gives_cache:
+        inputs["cache_position"] = steps if past else steps + tokens
+    if past == 0:
+        count = len(embeds if ids is None else ids)
+        virtual = peft_model.get_prompt(count, task_ids)
+        if prompt.gives_cache:
+            inputs["past_key_values"] = virtual
+        else:
+            inputs["inputs_embeds"] = in_front(virtual[:, :tokens], _embedded(peft_model, ids, embeds))
+            inputs["input_ids"] = None
+            if positions is not None:  # those of the input leave out its padding; the prompt stands before that too
+                first = torch.arange(tokens, device=positions.device).expand(*positions.shape[:-1], tokens)
+                inputs["position_ids"] = torch.cat([first, inputs["position_ids"]], dim=-1)
+            if getattr(inputs.get("past_key_values"), "is_compileable", False):  # of fixed size: no room for the prompt
+                from transformers import DynamicCache
+
+                inputs["past_key_values"] = DynamicCache(config=peft_model.base_model.config.get_text_config())
+    return inputs
+
+
+def _warn_of_window(peft_model: Any, mask: Tensor, tokens: int, first: bool) -> None:
+    """Say once that padding, which stands between prompt and input, takes room in a sliding window of attention."""
+    config: Any = getattr(peft_model.base_model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    window, length = getattr(text, "sliding_window", None), tokens + mask.shape[1]
+    if window and length > window and (first or length == window + 1) and not mask.bool().all():
+        warnings.warn(
+            f"With padding, {length} tokens do not fit the model's sliding window of {window}: a padded row sees less "
+            "of its prompt than it would alone.",
+            PeftWarning,
+        )
+
+
+def prepare_encoder(peft_model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of an encoder-decoder's `generate`, with embeddings of the active prompt before the input."""
+    tokens = peft_model.active_peft_config.num_virtual_tokens
+    prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
+    kwargs = dict(kwargs)
+    ids: Any = kwargs.get("input_ids")
+    embeds: Any = kwargs.get("inputs_embeds")
+    if ids is None and embeds is None:
+        raise BatchError("`generate` with a prompt needs `input_ids` or `inputs_embeds`.")
+    _positions(kwargs, prompt, tokens, token_types=False)
+    if prompt.gives_cache:
+        return kwargs
+    if kwargs.pop("encoder_outputs", None) is not None:
+        warnings.warn("`encoder_outputs` are ignored: the encoder has to read the prompt.", PeftWarning)
+    virtual = peft_model.get_prompt(len(embeds if ids is None else ids), kwargs.pop("task_ids", None))
+    kwargs.pop("input_ids", None)
+    kwargs["inputs_embeds"] = in_front(virtual[:, :tokens], _embedded(peft_model, ids, embeds))
+    if kwargs.get("attention_mask") is not None:
+        kwargs["attention_mask"] = pad_mask(kwargs["attention_mask"], tokens)
+    return kwargs
+
+
+def prepare_decoder(peft_model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Put the active prompt into the empty cache of an encoder-decoder's first step, if it gives a cache."""
+    prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
+    if prompt.gives_cache and not cached_tokens(inputs.get("past_key_values")):
+        inputs["past_key_values"] = peft_model.get_prompt(len(inputs["decoder_input_ids"]))
+    return inputs
