@@ -101,14 +101,23 @@ __all__ = sorted(_WHERE)
 
 
 def __getattr__(name: str) -> Any:
-    try:
-        module = importlib.import_module(f".{_WHERE.get(name, name)}", __name__)
-    except ModuleNotFoundError as error:
-        if error.name != f"{__name__}.{name}":
-            raise
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
-    value = globals()[name] = getattr(module, name) if name in _WHERE else module
+    if name in _WHERE:
+        value = getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    elif (value := _module(name)) is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
     return value
+
+
+def _module(name: str) -> Any:
+    """A folder, or a file in one of the folders: `minipeft.errors` is `minipeft.core.errors`."""
+    for path in (name, *(f"{folder}.{name}" for folder in ("core", "model", "compat"))):
+        try:
+            return importlib.import_module(f".{path}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{path}":
+                raise
+    return None
 
 
 def __dir__() -> list[str]:
