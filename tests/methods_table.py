@@ -4,13 +4,12 @@ import re
 import sys
 from pathlib import Path
 
-from minipeft import methods
-from minipeft.core import adapter
+from minipeft.core import adapter, registry
 from minipeft.core import bases as base
 from minipeft.core import quantised as quant
 from minipeft.core.config import CONFIGS, PeftType, PromptLearningConfig
 
-methods.load_all()
+registry.load_all()
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- methods: begin -->", "<!-- methods: end -->"
 KINDS = (adapter.Delta, adapter.Transform, adapter.Activation, adapter.Routed, adapter.Replacement)

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.bases import base_of
 from ..core.errors import ConfigError
+from ..core.kinds import base_of
 from ..model.tuner import progress_bar
 
 MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")

@@ -32,7 +32,7 @@ from ..methods.lora import gradient as lora_ga
 from ..methods.lycoris import LycorisConfig
 from ..model import hotswap, mixed, status, utils
 from ..model.prompt import PROMPTS
-from ..model.tuner import TUNERS, BaseTuner
+from ..model.tuner import BaseTuner, tuner_class
 from . import conversion, functional, helpers, optimizers
 
 VERSION = "0.21.2"  # of the reference
@@ -165,7 +165,7 @@ def _methods() -> Iterator[tuple[str, dict[str, Any]]]:
         if config.__module__.startswith(f"{HOME.__name__}.methods."):
             module = sys.modules[ADAPTERS.get(kind, [config])[0].__module__]
             offers = {n: x for n, x in everything.items() if getattr(x, "__module__", None) == module.__name__}
-            for cls in (config, TUNERS.get(kind) or PROMPTS.get(kind)):
+            for cls in (config, PROMPTS.get(kind) or tuner_class(kind)):
                 if cls is not None:
                     offers[cls.__name__] = cls
             if kind in ADAPTERS:

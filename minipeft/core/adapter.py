@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..methods import VARIANTS, load_variant
+from . import registry
 from .config import PeftConfig, PeftType
 from .errors import ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 
@@ -42,7 +42,7 @@ ADAPTERS: dict[PeftType, list[type[Adapter]]] = {}  # more than one class where 
 
 def variants(config: PeftConfig) -> list[str]:
     """The fields of a configuration that ask for a variant of its method: `["use_dora"]`."""
-    return [field for field in VARIANTS.get(config.method.value, ()) if getattr(config, field)]
+    return [field for field in registry.VARIANTS.get(config.method.value, ()) if getattr(config, field)]
 
 
 def adapter_class(config: PeftConfig) -> type[Adapter]:
@@ -51,7 +51,7 @@ def adapter_class(config: PeftConfig) -> type[Adapter]:
     It is `Adapter` itself for a method that adapts whole modules in a way of its own.
     """
     for field in variants(config):
-        load_variant(config.method.value, field)
+        registry.load_variant(config.method.value, field)
     return next((cls for cls in reversed(ADAPTERS.get(config.method, ())) if cls.chosen_by(config)), Adapter)
 
 
@@ -183,6 +183,10 @@ class Adapter:
     def beside(cls, config: Any, model: nn.Module) -> dict[str, nn.Module]:
         """Modules of the adapter that stand beside the whole model, by slot; no layer looks at them."""
         return {}
+
+    @classmethod
+    def add_beside(cls, plan: Any) -> None:
+        """Build, for the plan of another method, what a field of its configuration asks for: see `registry.BESIDE`."""
 
     @classmethod
     def complete(cls, config: Any, adapters: list[Adapter]) -> None:

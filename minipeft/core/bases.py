@@ -889,37 +889,3 @@ def _depth(module: Any) -> int:
     while "base_layer" in module._modules:
         module, depth = module.base_layer, depth + 1
     return depth
-
-
-def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None = None) -> Base | None:
-    """The operator for a module (or for its parameter of that name), or None when its kind is unknown.
-
-    `whole`: Whole or Block, to take it for that whatever it is.
-    """
-    inside = getattr(module, "base", None) if "base_layer" in module._modules else None
-    leaf = module
-    while "base_layer" in leaf._modules:
-        leaf = leaf.base_layer
-    if parameter is not None:
-        base = Param.__new__(Param)
-        Param.__init__(base, module, inside, parameter)
-        return base
-    if whole is not None:
-        return whole(module, inside)
-    from .quantised import quantised
-
-    kind = quantised(leaf)
-    if kind is None:
-        if isinstance(leaf, nn.Linear):
-            kind = Linear
-        elif isinstance(leaf, nn.Embedding):
-            kind = Embedding
-        elif isinstance(leaf, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            kind = Conv
-        elif isinstance(leaf, nn.MultiheadAttention):
-            kind = Attention
-        elif plain_class(leaf).__name__ == "Conv1D" and getattr(getattr(leaf, "weight", None), "ndim", 0) == 2:
-            kind = Conv1D
-        else:
-            return None
-    return kind(module, inside)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union
 
-from .. import methods
+from . import registry
 from .errors import CheckpointError, ConfigError, ConfigTypeError, PeftWarning, nearest, shown
 from .files import CONFIG_NAME, find_config, look
 from .patterns import check_pattern, in_layer_path, is_intricate
@@ -29,54 +29,32 @@ LARGEST = 3.4e38  # number in a field, about that of float32
 DEEPEST = 20  # levels of lists and dicts in a field
 
 
-class PeftType(str, enum.Enum):
-    """The adapter methods, by the name that a configuration's `peft_type` holds."""
+class _Open(enum.EnumMeta):
+    if typing.TYPE_CHECKING:
 
-    PROMPT_TUNING = "PROMPT_TUNING"
-    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
-    P_TUNING = "P_TUNING"
-    PREFIX_TUNING = "PREFIX_TUNING"
-    LORA = "LORA"
-    ADALORA = "ADALORA"
-    ADAMSS = "ADAMSS"
-    BOFT = "BOFT"
-    ADAPTION_PROMPT = "ADAPTION_PROMPT"
-    IA3 = "IA3"
-    BEFT = "BEFT"
-    LILY = "LILY"
-    LOHA = "LOHA"
-    LOKR = "LOKR"
-    OFT = "OFT"
-    POLY = "POLY"
-    LN_TUNING = "LN_TUNING"
-    VERA = "VERA"
-    FROD = "FROD"
-    PVERA = "PVERA"
-    FOURIERFT = "FOURIERFT"
-    GLORA = "GLORA"
-    XLORA = "XLORA"
-    HRA = "HRA"
-    VBLORA = "VBLORA"
-    UNILORA = "UNILORA"
-    CPT = "CPT"
-    MISS = "MISS"
-    RANDLORA = "RANDLORA"
-    ROAD = "ROAD"
-    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
-    HIRA = "HIRA"
-    SHIRA = "SHIRA"
-    C3A = "C3A"
-    WAVEFT = "WAVEFT"
-    OSF = "OSF"
-    DELORA = "DELORA"
-    GRALORA = "GRALORA"
-    CARTRIDGE = "CARTRIDGE"
-    TINYLORA = "TINYLORA"
-    PSOFT = "PSOFT"
-    PEANUT = "PEANUT"
-    SHADOW = "SHADOW"
-    SUPERTUNING = "SUPERTUNING"
-    DEFT = "DEFT"
+        def __getattr__(cls, name: str) -> PeftType: ...
+
+
+class PeftType(str, enum.Enum, metaclass=_Open):
+    """The adapter methods, by the name that a configuration's `peft_type` holds.
+
+    They are those of this package, and those whose configurations have been made elsewhere.
+    """
+
+    @classmethod
+    def add(cls, name: str) -> PeftType:
+        """The member of that name, which is made if there is none."""
+        if name not in cls._member_map_:
+            member = str.__new__(cls, name)
+            vars(member).update(_name_=name, _value_=name, __objclass__=cls, _sort_order_=len(cls))  # as Enum does it
+            type.__setattr__(cls, name, member)
+            cls._member_map_[name] = cls._value2member_map_[name] = member
+            cls._member_names_.append(name)
+        return cls._member_map_[name]  # type: ignore[return-value]
+
+
+for _name in registry.FILES:
+    PeftType.add(_name)
 
 
 class TaskType(str, enum.Enum):
@@ -146,7 +124,7 @@ class PeftConfig:
         cls._layers_need_list |= layers_need_list
         cls._optional += optional
         if method is not None:
-            cls._method = PeftType(method)
+            cls._method = PeftType.add(method)
             CONFIGS[cls._method] = cls
 
     def __post_init__(self):
@@ -282,7 +260,7 @@ class PeftConfig:
         """The configuration that `kwargs["peft_type"]` names, made from `kwargs`; unknown keys: a warning."""
         if "peft_type" in kwargs:
             method = _member(PeftType, kwargs["peft_type"], "peft_type")
-            methods.load(method.value)
+            registry.load(method.value)
             if method not in CONFIGS:
                 raise ConfigError(f"peft_type {kwargs['peft_type']!r} is not in this release of minipeft.")
             cls = CONFIGS[method]
@@ -301,7 +279,7 @@ class PeftConfig:
     def method(self) -> PeftType:
         """The method, by its `peft_type`; raises ValueError for a configuration of no method."""
         method = PeftType(self.peft_type)
-        methods.load(method.value)
+        registry.load(method.value)
         return method
 
     @classmethod

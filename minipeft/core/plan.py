@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .adapter import unsupported
-from .bases import Attention, Block, Conv1D, Linear, Whole, base_of
-from .config import check_config
+from . import registry
+from .adapter import ADAPTERS, unsupported
+from .bases import Attention, Block, Conv1D, Linear, Whole
+from .config import PeftType, check_config
 from .defaults import default_targets
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
+from .kinds import base_of
 from .layer import (
     BASE,
     Layer,
@@ -138,7 +140,7 @@ class Plan:
             self.cls.complete(config, [scratch.adapters[name] for _, scratch, _ in self.new])
             self.ties.follow(self)
             self.copy_modules()
-            self.train_tokens()
+            self.add_beside()
         except BaseException:
             self.give_up()
             raise
@@ -297,12 +299,12 @@ class Plan:
         check_saved(names, paths, taken, self.others, self.loading)
         self.ties.copy(self)
 
-    def train_tokens(self) -> None:
-        """Build the rows of `trainable_token_indices`, each on the embedding that it names."""
-        if getattr(self.config, "trainable_token_indices", None) is not None:
-            from ..model.tokens import plan_tokens
-
-            plan_tokens(self)
+    def add_beside(self) -> None:
+        """Build what a field of the configuration adds of another method: `trainable_token_indices`."""
+        for field, peft_type in registry.BESIDE.items():
+            if getattr(self.config, field, None) is not None:
+                registry.load(peft_type)
+                ADAPTERS[PeftType(peft_type)][0].add_beside(self)
 
     # ------------------------------------------------------------------------------------------------------- loading
     def entries(self) -> Iterator[Entry]:

@@ -32,6 +32,7 @@ from .layer import (
     Layer,
     ModulesToSaveWrapper,
     PlainNames,
+    Slots,
     TrainableTokensWrapper,
     adapted,
     walk,
@@ -170,12 +171,8 @@ def entries_of_model(model: Any, name: str, idle: bool = False) -> Iterator[Entr
 
 def tuner_of(model: nn.Module) -> Any:
     """The tuner of a PeftModel, or the tuner itself, or None for a model with injected adapters."""
-    from ..model.tuner import BaseTuner
-
-    if isinstance(model, BaseTuner):
-        return model
     inner = vars(model).get("_modules", {}).get("base_model")
-    return inner if isinstance(inner, BaseTuner) else None
+    return next((m for m in (model, inner) if isinstance(m, Slots) and not isinstance(m, Layer)), None)
 
 
 # ---------------------------------------------------------------------------------------------------------- checking
@@ -469,13 +466,7 @@ def get_peft_model_state_dict(
         raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(model.peft_config)}.")
     config = model.peft_config[adapter_name]
     if config.is_prompt_learning:
-        from ..model.prompt import prompt_state
-
-        saved, copies = prompt_state(model, adapter_name), list(_copies(model, adapter_name, "base_model."))
-        whole = _embeddings_to_save(model, adapter_name, save_embedding_layers, model.base_model, "base_model.")
-        with onloaded(model, copies + whole):
-            saved |= {entry.saved: entry.tensor.detach() for entry in copies}
-            return {**{entry.saved: entry.tensor.detach() for entry in whole}, **saved}
+        return model.prompt_state_dict(adapter_name, save_embedding_layers)
     saved = {}
     plain = {unwrapped(key): tensor for key, tensor in (state_dict or {}).items()}
     entries = list(entries_of_model(model, adapter_name))
@@ -493,7 +484,7 @@ def get_peft_model_state_dict(
         saved.setdefault(key, tensor if state_dict is None else state_dict[key])
     root = getattr(tuner_of(model), "model", model)
     prefix = "" if root is model else PREFIX
-    whole = _embeddings_to_save(model, adapter_name, save_embedding_layers, root, prefix)
+    whole = embeddings_to_save(model, adapter_name, save_embedding_layers, root, prefix)
     with onloaded(model, whole if state_dict is None else ()):
         for entry in whole:
             if state_dict is not None and entry.live not in state_dict:
@@ -509,15 +500,6 @@ def onloaded(model: nn.Module, entries: Iterable[Entry], keep: bool = False) -> 
     return onload(*holding, keep=keep, recurse=False)
 
 
-def _copies(model: Any, name: str, prefix: str) -> Iterator[Entry]:
-    names = PlainNames(model.base_model)
-    for _, live, module in adapted(model.base_model):
-        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            yield from entries_of_module(
-                module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
-            )
-
-
 def _bias_tensors(model: Any, name: str) -> dict[str, Tensor]:
     tuner = tuner_of(model)
     if tuner is None or tuner.bias_owner != name:
@@ -527,7 +509,7 @@ def _bias_tensors(model: Any, name: str) -> dict[str, Tensor]:
     return {f"{prefix}model.{names(key)}": tuner.trained_bias(key) for key in tuner.biases}
 
 
-def _embeddings_to_save(model: Any, name: str, save: bool | str, root: Any, prefix: str) -> list[Entry]:
+def embeddings_to_save(model: Any, name: str, save: bool | str, root: Any, prefix: str) -> list[Entry]:
     """The embedding and output layers, when they are to be saved whole, with all that adapter `name` has there.
 
     `root` is the base model, and `prefix` what stands before the names of its modules in keys.
@@ -613,9 +595,7 @@ def set_peft_model_state_dict(
         raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(model.peft_config)}.")
     config = model.peft_config[adapter_name]
     if config.is_prompt_learning:
-        from ..model.prompt import load_prompt_state
-
-        return load_prompt_state(model, adapter_name, peft_model_state_dict, strict, ignore_mismatched_sizes)
+        return model.load_prompt_state_dict(adapter_name, peft_model_state_dict, strict, ignore_mismatched_sizes)
     peft_model_state_dict = incoming(peft_model_state_dict)
     weights = adapter_class(config).convert_for_load(config, peft_model_state_dict)
     undo = adapter_class(config).resize(model, adapter_name, weights)

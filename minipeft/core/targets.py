@@ -158,7 +158,8 @@ def embedding(model: Any, output: bool = False) -> Any:
 
 def linear_targets(model: Any, config: Any) -> dict[str, Any]:
     """The base of each linear layer that `config` means, by path, in a model without adapters; no targets: of all."""
-    from .bases import Linear, base_of
+    from .bases import Linear
+    from .kinds import base_of
 
     bases = {path: base_of(module) for path, module in model.named_modules() if path}
     linear = {path: base for path, base in bases.items() if isinstance(base, Linear) and not base.opaque}

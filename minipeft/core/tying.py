@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from .bases import base_of
 from .errors import ConfigError, MergeError, PeftWarning
+from .kinds import base_of
 from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
 from .offload import hooked, offloading, onload, real_copy
 from .stored import memory

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.bases import Base, base_of
+from ..core.bases import Base
 from ..core.errors import ConfigError
+from ..core.kinds import base_of
 
 
 def random_positions(base: Base, n: int, seed: int) -> Tensor:

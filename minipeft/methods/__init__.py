@@ -1,60 +1,73 @@
-"""The adapter methods: one file each, one line each, by `peft_type`. They are imported when they are asked for."""
+"""The adapter methods: one line each. They are imported when they are asked for."""
 
 from __future__ import annotations
 
-import functools
-import importlib
+from ..core import registry
 
-METHODS = {
-    "ADALORA": "adalora.adalora",
-    "ADAMSS": "adamss.adamss",
-    "ADAPTION_PROMPT": "adaption_prompt",
-    "BEFT": "beft",
-    "BOFT": "boft",
-    "C3A": "c3a",
-    "CARTRIDGE": "prompts.cartridge",
-    "CPT": "prompts.cpt",
-    "DEFT": "deft",
-    "DELORA": "delora",
-    "FOURIERFT": "fourierft",
-    "FROD": "frod.frod",
-    "GLORA": "glora",
-    "GRALORA": "gralora",
-    "HIRA": "hira",
-    "HRA": "hra",
-    "IA3": "ia3",
-    "LILY": "lily",
-    "LN_TUNING": "ln_tuning",
-    "LOHA": "loha",
-    "LOKR": "lokr",
-    "LORA": "lora.lora",
-    "MISS": "miss",
-    "MULTITASK_PROMPT_TUNING": "prompts.multitask_prompt_tuning",
-    "OFT": "oft",
-    "OSF": "osf",
-    "P_TUNING": "prompts.p_tuning",
-    "PEANUT": "peanut",
-    "POLY": "poly",
-    "PREFIX_TUNING": "prompts.prefix_tuning",
-    "PROMPT_TUNING": "prompts.prompt_tuning",
-    "PSOFT": "psoft",
-    "PVERA": "pvera",
-    "RANDLORA": "randlora",
-    "ROAD": "road",
-    "SHADOW": "shadow.shadow",
-    "SHIRA": "shira",
-    "SUPERTUNING": "supertuning",
-    "TINYLORA": "tinylora",
-    "TRAINABLE_TOKENS": "trainable_tokens",
-    "UNILORA": "unilora",
-    "VBLORA": "vblora",
-    "VERA": "vera",
-    "WAVEFT": "waveft",
-    "XLORA": "xlora.xlora",
+# peft_type, files in this folder, public names; a tuner class (`...Model`) that is in none of the files is a plain one
+METHODS = """
+PROMPT_TUNING           | prompts.prompt_tuning           | PromptTuningConfig PromptEmbedding PromptTuningInit
+MULTITASK_PROMPT_TUNING | prompts.multitask_prompt_tuning | MultitaskPromptTuningConfig MultitaskPromptTuningInit
+P_TUNING                | prompts.p_tuning                | PromptEncoderConfig PromptEncoder
+PREFIX_TUNING           | prompts.prefix_tuning           | PrefixTuningConfig PrefixEncoder
+LORA                    | lora.lora lora.model            | LoraConfig LoraModel
+ADALORA                 | adalora.adalora adalora.model   | AdaLoraConfig AdaLoraModel
+ADAMSS                  | adamss.adamss adamss.allocation | AdamssConfig AdamssModel
+BOFT                    | boft                            | BOFTConfig BOFTModel
+ADAPTION_PROMPT         | adaption_prompt                 | AdaptionPromptConfig AdaptionPromptModel
+IA3                     | ia3 ia3_model                   | IA3Config IA3Model
+BEFT                    | beft                            | BeftConfig BeftModel
+LILY                    | lily                            | LilyConfig LilyModel
+LOHA                    | loha                            | LoHaConfig LoHaModel
+LOKR                    | lokr                            | LoKrConfig LoKrModel
+OFT                     | oft                             | OFTConfig OFTModel
+POLY                    | poly                            | PolyConfig PolyModel
+LN_TUNING               | ln_tuning                       | LNTuningConfig LNTuningModel
+VERA                    | vera                            | VeraConfig VeraModel
+FROD                    | frod.frod                       | FrodConfig FrodModel
+PVERA                   | pvera                           | PveraConfig PveraModel
+FOURIERFT               | fourierft                       | FourierFTConfig FourierFTModel
+GLORA                   | glora                           | GloraConfig GloraModel
+XLORA                   | xlora.xlora xlora.model         | XLoraConfig XLoraModel
+HRA                     | hra                             | HRAConfig HRAModel
+VBLORA                  | vblora vblora_model              | VBLoRAConfig VBLoRAModel
+UNILORA                 | unilora unilora_model           | UniLoraConfig UniLoraModel
+CPT                     | prompts.cpt                     | CPTConfig CPTEmbedding
+MISS                    | miss                            | MissConfig MissModel
+RANDLORA                | randlora                        | RandLoraConfig RandLoraModel
+ROAD                    | road                            | RoadConfig RoadModel
+TRAINABLE_TOKENS        | trainable_tokens                | TrainableTokensConfig TrainableTokensModel
+HIRA                    | hira                            | HiraConfig HiraModel
+SHIRA                   | shira                           | ShiraConfig ShiraModel
+C3A                     | c3a                             | C3AConfig C3AModel
+WAVEFT                  | waveft                          | WaveFTConfig WaveFTModel
+OSF                     | osf                             | OSFConfig OSFModel
+DELORA                  | delora                          | DeloraConfig DeloraModel
+GRALORA                 | gralora                         | GraloraConfig GraloraModel
+CARTRIDGE               | prompts.cartridge               | CartridgeConfig CartridgeEncoder
+TINYLORA                | tinylora                        | TinyLoraConfig TinyLoraModel
+PSOFT                   | psoft                           | PsoftConfig PsoftModel
+PEANUT                  | peanut                          | PeanutConfig PeanutModel
+SHADOW                  | shadow.shadow                   | ShadowConfig ShadowModel
+SUPERTUNING             | supertuning                     | SupertuningConfig SupertuningModel
+DEFT                    | deft                            | DeftConfig DeftModel
+"""
+FURTHER = {  # public names of other files
+    "lora.arrow": "create_arrow_model",
+    "lora.configs": (
+        "ArrowConfig BdLoraConfig CordaConfig EvaConfig KasaConfig LoftQConfig LoraGAConfig LoraRuntimeConfig "
+        "MontecloraConfig VeloraConfig"
+    ),
+    "lora.eva": "get_eva_state_dict initialize_lora_eva_weights",
+    "lora.gradient": "preprocess_loraga",
+    "lora.loftq": "replace_lora_weights_loftq",
+    "prompts.p_tuning": "PromptEncoderReparameterizationType",
+    "prompts.prefixes": (
+        "compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text "
+        "prompt_embeddings_from_past_key_values"
+    ),
 }
-
-
-VARIANTS = {  # of methods that a field of the configuration changes: by peft_type, the module for each such field
+VARIANTS = {  # of methods that a field of the configuration changes
     "LORA": {
         "alora_invocation_tokens": "lora.alora",
         "arrow_config": "lora.arrow",
@@ -66,24 +79,18 @@ VARIANTS = {  # of methods that a field of the configuration changes: by peft_ty
         "velora_config": "lora.velora",
     },
 }
+BESIDE = {"trainable_token_indices": "TRAINABLE_TOKENS"}  # fields of any method that add another one
 
-
-@functools.cache
-def load(peft_type: str) -> None:
-    """Import what a method consists of: its configuration, adapter and tuner classes enter their tables."""
-    for name in METHODS.get(peft_type, "").split():
-        importlib.import_module(f".{name}", __name__)
-
-
-@functools.cache
-def load_variant(peft_type: str, field: str) -> None:
-    """Import the variant of a method that a field of its configuration asks for."""
-    importlib.import_module(f".{VARIANTS[peft_type][field]}", __name__)
-
-
-def load_all() -> None:
-    """Import every method and variant."""
-    for peft_type in METHODS:
-        load(peft_type)
-        for field in VARIANTS.get(peft_type, ()):
-            load_variant(peft_type, field)
+NAMES: dict[str, str] = {}  # public name -> its module, below the package
+for _row in METHODS.strip().splitlines():
+    (_method,), _files, _public = (_column.split() for _column in _row.split("|"))
+    registry.FILES[_method] = tuple(f"{__name__}.{_file}" for _file in _files)
+    NAMES |= dict.fromkeys(_public, f"methods.{_files[0]}")
+    for _name in _public:
+        if _name.endswith("Model"):
+            NAMES[_name], registry.TUNERS[_name] = "model.tuner", _method
+for _file, _names in FURTHER.items():
+    NAMES |= dict.fromkeys(_names.split(), f"methods.{_file}")
+for _method, _fields in VARIANTS.items():
+    registry.VARIANTS[_method] = {_field: f"{__name__}.{_file}" for _field, _file in _fields.items()}
+registry.BESIDE |= BESIDE

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..core.adapter import Activation
 from ..core.config import PeftConfig
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -35,6 +34,3 @@ class BEFT(Activation, config=BeftConfig):
 
     def post(self, y: Tensor) -> Tensor:
         return y + self.beft_bias.flatten()  # (..., out)
-
-
-BeftModel = register_tuner("BeftModel", "BEFT")

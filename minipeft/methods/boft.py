@@ -21,7 +21,6 @@ from ..core.bases import Base
 from ..core.config import Count, PeftConfig, Share
 from ..core.errors import UnsupportedLayerError
 from ..maths.rotations import FactorDropout, cayley
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -90,6 +89,3 @@ class BOFT(Transform, config=BOFTConfig):
             if k:
                 rows = rows.unflatten(1, (-1, 2**k, 2, half)).transpose(2, 3).flatten(1)
         return (self.boft_s.view(-1, 1) * rows).view(len(W), -1, *W.shape[2:]), b
-
-
-BOFTModel = register_tuner("BOFTModel", "BOFT")

@@ -19,7 +19,6 @@ from ..core.adapter import Delta
 from ..core.bases import Base
 from ..core.config import PeftConfig, Positive
 from ..core.targets import pattern_value
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -67,6 +66,3 @@ class C3A(Delta, config=C3AConfig):
         X = torch.fft.rfft(x.to(k.dtype).unflatten(-1, (-1, self.block_size)))  # (..., in / b, b / 2 + 1)
         y = torch.einsum("...nf,mnf->...mf", X, torch.fft.rfft(k).conj())
         return torch.fft.irfft(y, self.block_size).flatten(-2) / self.base.inp  # (..., out)
-
-
-C3AModel = register_tuner("C3AModel", "C3A")

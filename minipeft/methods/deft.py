@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from ..core.adapter import Delta
 from ..core.bases import dropout
 from ..core.config import PeftConfig, Positive, Probability
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -82,6 +81,3 @@ class DEFT(Delta, config=DeftConfig):
         if not self.config.para:
             h = h + F.linear(self.deft_dropout(x), (self.deft_scaling * self.deft_R).to(Q))
         return F.linear(h, Q)  # (..., out)
-
-
-DeftModel = register_tuner("DeftModel", "DEFT")

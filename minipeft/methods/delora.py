@@ -20,7 +20,6 @@ from ..core.bases import dropout
 from ..core.config import PeftConfig, Positive, Probability
 from ..core.targets import pattern_value
 from ..maths.draw import uniform
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -63,6 +62,3 @@ class DeLoRA(Factored, config=DeloraConfig):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.delora_B * self.scale, self.delora_A * self.delora_w_norm
-
-
-DeloraModel = register_tuner("DeloraModel", "DELORA")

@@ -19,7 +19,6 @@ from ..core.config import PeftConfig, Positive
 from ..core.errors import ConfigError
 from ..core.targets import pattern_value
 from ..maths.sparse import dense, random_positions
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -62,6 +61,3 @@ class FourierFT(Delta, config=FourierFTConfig):
         wide = c.to(torch.promote_types(c.dtype, torch.float32))  # PEFT: always float32
         S = dense(wide, self.indices, self.base.out, self.base.inp)
         return self.fourierft_scaling * torch.fft.ifft2(S).real.to(c.dtype)  # (out, in)
-
-
-FourierFTModel = register_tuner("FourierFTModel", "FOURIERFT")

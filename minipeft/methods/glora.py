@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..core.adapter import Delta
 from ..core.config import PeftConfig, Positive
 from ..maths.draw import uniform
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -88,6 +87,3 @@ class GLoRA(Delta, config=GloraConfig):
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dW, db = self.change()
         return W + dW, b if db is None else db if b is None else b + db
-
-
-GloraModel = register_tuner("GloraModel", "GLORA")

@@ -23,7 +23,6 @@ from ..core.bases import Base, dropout
 from ..core.config import NotNegative, PeftConfig, Positive, Probability
 from ..core.errors import ConfigError
 from ..maths.draw import uniform
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -95,6 +94,3 @@ class GraLoRA(Delta, config=GraloraConfig):
         if self.hybrid_r:
             y = y + self.base.through(self.gralora_dropout(x), self.gralora_A_general, self.gralora_B_general)
         return self.scaling * y
-
-
-GraloraModel = register_tuner("GraloraModel", "GRALORA")

@@ -19,7 +19,6 @@ from ..core.adapter import Delta
 from ..core.bases import dropout
 from ..core.config import PeftConfig, Positive, Probability
 from ..core.targets import pattern_value
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -69,6 +68,3 @@ class HiRA(Delta, config=HiraConfig):
         dW = self.delta()
         x = self.hira_dropout(self.cast(x, dW)) if self.base.reads_vectors else x
         return self.base.apply(x, dW)  # PEFT: a padding token of an embedding trains, too
-
-
-HiraModel = register_tuner("HiraModel", "HIRA")

@@ -20,7 +20,6 @@ from ..core.adapter import Activation
 from ..core.config import PeftConfig, Positive
 from ..core.errors import PeftWarning
 from ..maths.rotations import orthonormal
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -73,6 +72,3 @@ class HRA(Activation, config=HRAConfig):
         for u in order((self.hra_u / self.hra_u.norm(dim=0)).unbind(1)):
             x = x - 2 * (x @ u)[..., None] * u
         return x
-
-
-HRAModel = register_tuner("HRAModel", "HRA")

@@ -17,7 +17,6 @@ from ..core.adapter import Activation
 from ..core.config import PeftConfig
 from ..core.errors import ConfigError
 from ..core.targets import named
-from .ia3_model import IA3Model as IA3Model
 
 
 @dataclass

@@ -18,7 +18,6 @@ from ..core.adapter import Adapter, Routed
 from ..core.bases import linear
 from ..core.config import Bound, PeftConfig, Positive
 from ..maths.draw import redraw
-from ..model.tuner import register_tuner
 
 Several = Annotated[int, Bound("at least 2, to choose from", lambda n: n >= 2)]
 
@@ -69,6 +68,3 @@ class Lily(Routed, config=LilyConfig):
         p = torch.softmax(self.lily_router(h), -1).flatten(0, -2).mean(0)  # (num_B,)
         B = torch.einsum("e,ero->ro", p, self.lily_B.weight.unflatten(0, (len(p), -1)))  # (r, out)
         return y + (self.scaling * h @ B).to(y.dtype)
-
-
-LilyModel = register_tuner("LilyModel", "LILY")

@@ -13,7 +13,6 @@ from torch import nn
 from ..core.adapter import Replacement
 from ..core.config import PeftConfig
 from ..core.offload import real_copy
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -34,6 +33,3 @@ class LNTuning(Replacement, config=LNTuningConfig):
     @property
     def replacement(self) -> nn.Module:
         return self.ln_tuning_layers
-
-
-LNTuningModel = register_tuner("LNTuningModel", "LN_TUNING")

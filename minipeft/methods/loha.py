@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..maths.draw import uniform
-from ..model.tuner import register_tuner
 from .lycoris import Lycoris, LycorisConfig, core_shape, tucker
 
 
@@ -49,6 +48,3 @@ class LoHa(Lycoris, config=LoHaConfig):
         if self.kernel:
             return tucker(self.hada_t1, a, b) * tucker(self.hada_t2, c, d)  # (out, in / groups, *kernel)
         return (a @ b) * (c @ d)  # (out, width)
-
-
-LoHaModel = register_tuner("LoHaModel", "LOHA")

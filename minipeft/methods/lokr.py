@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ..maths.draw import uniform
-from ..model.tuner import register_tuner
 from .lycoris import Lycoris, LycorisConfig, core_shape, tucker
 from .lycoris import factorization as factorization
 
@@ -81,6 +80,3 @@ class LoKr(Lycoris, config=LoKrConfig):
             w2 = self.lokr_w2_a @ self.lokr_w2_b  # (b, d * taps)
         # PEFT: on a Conv1d, a full W2 keeps its three axes, so that W1's meet those of d and of the kernel
         return torch.kron(w1, w2 if w2.dim() == 3 else w2.flatten(1))
-
-
-LoKrModel = register_tuner("LoKrModel", "LOKR")

@@ -19,7 +19,6 @@ from ..core.bases import Base, dropout
 from ..core.config import PeftConfig, Positive, Probability
 from ..core.errors import ConfigError
 from ..maths.draw import uniform
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -105,6 +104,3 @@ class Bat(Shards, Transform, config=MissConfig):
         blocks = W.to(D).view(n, r, -1, r).transpose(1, 2)  # (out / r, in / r, r, r)
         blocks = blocks + blocks @ D[:, None] + D[:, None]
         return blocks.transpose(1, 2).reshape(W.shape), b
-
-
-MissModel = register_tuner("MissModel", "MISS")

@@ -24,7 +24,6 @@ from ..core.adapter import Activation
 from ..core.config import ABOVE_ZERO, Count, PeftConfig, Share
 from ..core.errors import CheckpointError, ConfigError, PeftWarning
 from ..maths.rotations import BlockDropout, cayley, cayley_neumann, skew
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -130,6 +129,3 @@ class OFT(Activation, config=OFTConfig):
         if any(".oft_r." in key for key in tensors):
             raise CheckpointError("OFT tensors named `oft_r` are of peft <= 0.15 and mean another R. Train it again.")
         return tensors
-
-
-OFTModel = register_tuner("OFTModel", "OFT")

@@ -21,7 +21,6 @@ from ..core.bases import Base
 from ..core.config import PeftConfig
 from ..core.errors import ConfigError, PeftWarning
 from ..core.patterns import matches
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -101,6 +100,3 @@ class OSF(Factored, config=OSFConfig):
         U = Project.apply(p["U_low"], self._osf_U_high if tall else U0, tall)
         V = Project.apply(p["V_low"].t(), (self._osf_V_high if wide else V0).t(), wide).t()
         return torch.cat([U * p["S_low"], -U0 * self._osf_S_low_init], 1), torch.cat([V, V0])
-
-
-OSFModel = register_tuner("OSFModel", "OSF")

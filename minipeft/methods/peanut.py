@@ -20,7 +20,6 @@ from ..core.config import Bound, PeftConfig, Size
 from ..core.errors import ConfigError, nearest
 from ..maths.activations import ACTIVATIONS
 from ..maths.draw import redraw
-from ..model.tuner import register_tuner
 
 Depth = Annotated[int, Bound("an integer from 0 to 1000", lambda value: 0 <= value <= 1000)]
 
@@ -76,6 +75,3 @@ class PEANuT(Delta, config=PeanutConfig):
         for D in self.layers[depth:]:
             last = f(D(last)) + H.pop()
         return (self.peanut_B(last) * self.scaling).t().reshape(W0.shape)
-
-
-PeanutModel = register_tuner("PeanutModel", "PEANUT")

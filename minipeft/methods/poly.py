@@ -22,7 +22,6 @@ from ..core.adapter import Routed
 from ..core.bases import Base
 from ..core.config import Count, PeftConfig, Size
 from ..core.errors import BatchError
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -93,6 +92,3 @@ def uniform(skills: int, splits: int, n_out: int, n_in: int) -> Tensor:
     for matrix in W.flatten(0, 1):
         nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
     return W
-
-
-PolyModel = register_tuner("PolyModel", "POLY")

@@ -22,7 +22,6 @@ from ..core.config import Bound, PeftConfig, Positive, Probability
 from ..core.errors import ConfigError, PeftWarning
 from ..maths.rotations import cayley, cayley_neumann, skew
 from ..maths.svd import leading
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -138,6 +137,3 @@ class PSOFT(Factored, config=PsoftConfig):
         A, B = self._psoft_A_cache, self._psoft_B_cache
         R = self.psoft_R.matrix().to(A)
         return self.scaling * B @ (R - torch.eye(len(R)).to(R)), A
-
-
-PsoftModel = register_tuner("PsoftModel", "PSOFT")

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ..core.bases import dropout
 from ..core.config import Probability
 from ..core.errors import MergeError
-from ..model.tuner import register_tuner
 from .projections import Projected, ProjectedConfig
 
 
@@ -81,6 +80,3 @@ class PVeRA(Projected, config=PveraConfig):
         device = mu.device if self.pvera_generator is None else "cpu"
         noise = torch.randn(mu.shape, dtype=mu.dtype, device=device, generator=self.pvera_generator)
         return mu + torch.exp(v / 2) * noise.to(mu.device)
-
-
-PveraModel = register_tuner("PveraModel", "PVERA")

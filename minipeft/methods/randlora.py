@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from ..core.adapter import Factored
 from ..core.bases import dropout
 from ..core.config import Probability, Size
-from ..model.tuner import register_tuner
 from .projections import Projected, ProjectedConfig, uniform
 
 
@@ -87,6 +86,3 @@ class RandLoRA(Projected, Factored, config=RandLoraConfig):
         # PEFT: these are counted along n first, and B's columns along r first, so the pairs are not those of the paper
         A = (self.randlora_A[..., :small].to(l) * l[..., None] * g).flatten(0, 1)  # (r n, min)
         return (B, A) if self.base.inp == small else (A.t(), B.t())
-
-
-RandLoraModel = register_tuner("RandLoraModel", "RANDLORA")

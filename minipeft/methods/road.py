@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ..core.adapter import Activation
 from ..core.bases import Base
 from ..core.config import Bound, PeftConfig
-from ..model.tuner import register_tuner
 
 Even = Annotated[int, Bound("an even number above 0", lambda n: n > 0 and n % 2 == 0)]
 
@@ -66,6 +65,3 @@ class RoAd(Activation, config=RoadConfig):
         h = self.cast(y, cos).unflatten(-1, (-1, 2, self.group_size // 2))
         turned = torch.stack([-h[..., 1, :], h[..., 0, :]], -2)
         return (h * cos + turned * sin).flatten(-3)  # (..., out)
-
-
-RoadModel = register_tuner("RoadModel", "ROAD")

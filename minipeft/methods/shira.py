@@ -22,7 +22,6 @@ from ..core.config import PeftConfig, Positive
 from ..core.errors import ConfigError, PeftWarning, UnsupportedLayerError
 from ..maths.sparse import dense
 from ..maths.sparse import random_mask as random_mask
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -80,6 +79,3 @@ class SHiRA(Delta, config=ShiraConfig):
 
     def delta(self) -> Tensor:
         return dense(self.shira_weight * self.scaling, self.shira_indices, self.base.out, self.base.inp)  # (out, in)
-
-
-ShiraModel = register_tuner("ShiraModel", "SHIRA")

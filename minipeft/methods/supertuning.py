@@ -20,7 +20,6 @@ from ..core.config import PeftConfig, Positive, Probability
 from ..core.errors import ConfigError, PeftWarning, UnsupportedLayerError
 from ..maths.draw import redraw
 from ..maths.sparse import dense
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -97,6 +96,3 @@ class SuperTuning(Delta, config=SupertuningConfig):
 def entries(config: SupertuningConfig, base: Base) -> int:
     """How many entries of a layer's weight are trained."""
     return int(base.inp * base.out * (1 - config.sparsity))
-
-
-SupertuningModel = register_tuner("SupertuningModel", "SUPERTUNING")

@@ -21,7 +21,6 @@ from ..core.adapter import Adapter, Factored
 from ..core.bases import Base, dropout
 from ..core.config import PeftConfig, Positive, Probability, Share
 from ..maths.svd import leading
-from ..model.tuner import register_tuner
 from .projections import warn_unless_saved
 
 
@@ -109,6 +108,3 @@ class TinyLoRA(Factored, config=TinyLoraConfig):
             return super().branch(x)
         R = self.R
         return self.tinylora_dropout(self.base.apply(x, self.tinylora_B.to(R).t())) @ R @ self.tinylora_A.to(R)
-
-
-TinyLoraModel = register_tuner("TinyLoraModel", "TINYLORA")

@@ -20,7 +20,6 @@ from ..core.adapter import Adapter, Factored
 from ..core.bases import Base, dropout
 from ..core.config import ABOVE_ZERO, PeftConfig, Positive, Probability, Size
 from ..maths.draw import balanced_indices
-from ..model.tuner import BaseTuner
 
 THETA = "unilora_theta_d"
 
@@ -77,9 +76,3 @@ class UniLoRA(Factored, config=UniLoraConfig):
         theta = self.unilora_theta_d
         A = theta[self.unilora_indices_A] * self.unilora_scales_A
         return theta[self.unilora_indices_B] * self.unilora_scales_B, A
-
-
-class UniLoraModel(BaseTuner, method="UNILORA"):
-    """A model with Uni-LoRA adapters."""
-
-    generate_index = staticmethod(balanced_indices)

@@ -20,7 +20,6 @@ from ..core.bases import Base, dropout
 from ..core.config import AT_LEAST_ZERO, PeftConfig, Positive, Probability, Size
 from ..core.errors import ConfigError
 from .vblora_topk import BANK, LOGITS, compressed, expanded
-from .vblora_topk import VBLoRAModel as VBLoRAModel
 
 
 @dataclass

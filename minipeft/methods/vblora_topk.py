@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model.tuner import BaseTuner
-
 BANK, LOGITS = "vblora_vector_bank", "vblora_logits_"
 INDEX_DTYPES = {torch.uint8: 2**8, torch.int16: 2**15, torch.int32: 2**31}  # and the bank sizes they are for
 
@@ -45,27 +43,3 @@ def expanded(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             logits = weights.new_full((*weights.shape[:-1], config.num_vectors), -torch.inf)
             tensors[whole] = logits.scatter(-1, tensors.pop(key).long(), weights.log())
     return tensors
-
-
-class VBLoRAModel(BaseTuner, method="VBLORA"):
-    """A model with VB-LoRA adapters."""
-
-    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
-        """(VB-LoRA's, other) numbers in a checkpoint of `adapter`, counted in units of four bytes."""
-        config: Any = self.peft_config[adapter]
-        logits = bank = other = 0
-        for name, p in self.named_parameters():
-            logits += p.numel() * (LOGITS in name)
-            bank += p.numel() * (BANK in name)
-            other += p.numel() * (LOGITS not in name and BANK not in name and p.requires_grad)
-        if not config.save_only_topk_weights:
-            return bank + logits, other
-        pieces = logits / config.num_vectors
-        return int(bank + pieces * (config.topk - 1 + config.topk * index_dtype(config).itemsize / 4)), other
-
-    def print_savable_parameters(self) -> None:
-        """Print these numbers of the default adapter."""
-        own, other = self.get_nb_savable_parameters()
-        print(
-            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + other:,d}"
-        )

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from ..core.bases import dropout
 from ..core.config import Probability
-from ..model.tuner import register_tuner
 from .projections import Projected, ProjectedConfig
 
 
@@ -66,6 +65,3 @@ class VeRA(Projected, config=VeraConfig):
         A, B = self.projections
         x = self.vera_dropout(self.cast(x, A))
         return self.vera_lambda_b * F.linear(self.vera_lambda_d * F.linear(x, A), B)  # (..., out)
-
-
-VeraModel = register_tuner("VeraModel", "VERA")

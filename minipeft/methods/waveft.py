@@ -22,7 +22,6 @@ from ..core.errors import ConfigError
 from ..core.targets import pattern_value
 from ..maths.sparse import dense, random_positions
 from ..maths.wavelets import COIFLETS, inverse_transform, taps
-from ..model.tuner import register_tuner
 
 
 @dataclass
@@ -89,6 +88,3 @@ class WaveFT(Delta, config=WaveFTConfig):
         rows, columns = m + margin + m % 2, n + margin + n % 2
         S = dense(c, self.waveft_indices + margin // 2, rows, columns)
         return inverse_transform(S, self.waveft_wavelet_family)[:m, :n]
-
-
-WaveFTModel = register_tuner("WaveFTModel", "WAVEFT")

@@ -15,7 +15,7 @@ from ..core.layer import Layer, layers
 from .mixed import PeftMixedModel
 from .peft_model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from .tuner import TUNERS
+from .tuner import tuner_class
 
 
 @overload
@@ -108,14 +108,13 @@ def inject_adapter_in_model(
     check_config(peft_config)
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise UnsupportedFeatureError("`inject_adapter_in_model` does not support prompt learning and adaption prompt.")
-    if peft_config.peft_type not in TUNERS:
-        raise UnsupportedFeatureError(f"peft_type {peft_config.peft_type!r} is not in this release of minipeft.")
+    kind = tuner_class(peft_config.peft_type)
     cls = adapter_class(peft_config)
     if cls.shares and not cls.held:
         raise UnsupportedFeatureError(
             f"{peft_config.method.value} keeps tensors that all layers share beside the model; use get_peft_model."
         )
-    tuner = TUNERS[peft_config.method].around(model)
+    tuner = kind.around(model)
     existing = vars(model).get("peft_config")
     if existing:  # a further adapter beside injected ones
         found = layers(model)

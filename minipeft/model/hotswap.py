@@ -36,7 +36,7 @@ from ..core.state import (
     strip,
     tuner_of,
 )
-from .tuner import TUNERS
+from .tuner import tuner_class
 
 RANK_OF = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # the dimension of each factor
 MUST_AGREE = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "layer_replication")
@@ -153,7 +153,7 @@ def hotswap_adapter_from_state_dict(
 
 def _planned(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> list[Entry]:
     """The tensors of the new adapter, as loading builds and checks it beside the model, into which it is not put."""
-    tuner = TUNERS[config.method].around(getattr(tuner_of(model), "model", model))
+    tuner = tuner_class(config.peft_type).around(getattr(tuner_of(model), "model", model))
     replicated, config.layer_replication = config.layer_replication, None  # the model has those layers already
     told = config.target_modules or config.target_parameters
     plan = Plan(tuner, name, config, loading=True, empty=True, keys=None if told else weights)

@@ -22,8 +22,10 @@ from ..core.layer import Layer, set_training
 from ..core.targets import embedding
 from . import card, prompt, status
 from .hub import push_to_hub
-from .tuner import FORWARD_ONLY, TUNERS
+from .tuner import FORWARD_ONLY, tuner_class
 from .utils import require_grad
+
+TASKS: dict[str, type[PeftModel]] = {}  # task_type -> class; tasks.py fills it
 
 
 class PeftModel(nn.Module):
@@ -74,9 +76,7 @@ class PeftModel(nn.Module):
             self.active_adapter = name
             prompt.add_prompt(self, name, config, weights, strict, ignore)
         else:
-            if config.peft_type not in TUNERS:
-                raise UnsupportedFeatureError(f"peft_type {config.peft_type!r} is not in this release of minipeft.")
-            tuner = TUNERS[config.method].around(model)
+            tuner = tuner_class(config.peft_type).around(model)
             tuner.add(name, config, low_cpu_mem_usage, autocast, weights=weights, strict=strict, ignore=ignore)
             self.base_model = tuner
             self.active_adapter = name
@@ -320,6 +320,16 @@ class PeftModel(nn.Module):
         """The virtual prompt of the active adapter for a batch: embeddings (batch, tokens, dim), or past key values."""
         return prompt.get_prompt(self, batch_size, task_ids, max_cache_len)
 
+    def prompt_state_dict(self, adapter_name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
+        """The tensors of a prompt's checkpoint, as `get_peft_model_state_dict` gives them."""
+        return prompt.prompt_state_dict(self, adapter_name, save_embedding_layers)
+
+    def load_prompt_state_dict(
+        self, adapter_name: str, tensors: Mapping[str, Tensor], strict: bool, ignore: bool
+    ) -> Any:
+        """Write a checkpoint's tensors into a prompt, as `set_peft_model_state_dict` does."""
+        return prompt.load_prompt_state_dict(self, adapter_name, tensors, strict, ignore)
+
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """What a checkpoint holds of a prompt: (virtual tokens, dim), on the CPU, with any projection applied."""
         return prompt.get_prompt_embedding_to_save(self, adapter_name)
@@ -414,7 +424,6 @@ class PeftModel(nn.Module):
 
         Raises `CheckpointError` when the files cannot be read or do not fit; `model` is then as it was.
         """
-        from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
         def read() -> tuple[Any, dict[str, Tensor]]:
             own, mapping = configuration(model_id, config, ephemeral_gpu_offload, **kwargs), key_mapping
@@ -426,7 +435,7 @@ class PeftModel(nn.Module):
         device = kwargs.pop("torch_device", None) or "cpu"
         config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
         config.inference_mode = not is_trainable
-        peft_model = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type or "", cls)._loaded(
+        peft_model = TASKS.get(config.task_type or "", cls)._loaded(
             model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, weights, **_leniency(kwargs)
         )
         if not is_trainable:

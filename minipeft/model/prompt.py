@@ -393,6 +393,25 @@ def prompt_state(peft_model: Any, name: str) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu() for key, tensor in saved.items()}
 
 
+def _copies(model: Any, name: str, prefix: str) -> Iterator[checkpoint.Entry]:
+    names = PlainNames(model.base_model)
+    for _, live, module in adapted(model.base_model):
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+            yield from checkpoint.entries_of_module(
+                module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
+            )
+
+
+def prompt_state_dict(peft_model: Any, name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
+    """The tensors of a prompt's checkpoint, and those of the modules that are trained or saved beside it."""
+    saved, copies = prompt_state(peft_model, name), list(_copies(peft_model, name, "base_model."))
+    base = peft_model.base_model
+    whole = checkpoint.embeddings_to_save(peft_model, name, save_embedding_layers, base, "base_model.")
+    with checkpoint.onloaded(peft_model, copies + whole):
+        saved |= {entry.saved: entry.tensor.detach() for entry in copies}
+        return {**{entry.saved: entry.tensor.detach() for entry in whole}, **saved}
+
+
 def get_prompt_embedding_to_save(peft_model: Any, name: str) -> Tensor:
     """The virtual tokens of a prompt as a checkpoint holds them, (tokens, width), on the CPU."""
     if name not in peft_model.peft_config:
@@ -400,7 +419,7 @@ def get_prompt_embedding_to_save(peft_model: Any, name: str) -> Tensor:
     return prompt_state(peft_model, name)[EMBEDDINGS]
 
 
-def load_prompt_state(
+def load_prompt_state_dict(
     peft_model: Any, name: str, tensors: Mapping[str, Tensor], strict: bool, ignore: bool = False
 ) -> Any:
     """Write a checkpoint's tensors into a prompt. Raises `CheckpointError`, and writes nothing, if they do not fit."""
@@ -629,8 +648,6 @@ def _embedded(peft_model: Any, input_ids: Tensor | None, inputs_embeds: Tensor |
 
 def _join_decoder(peft_model: Any, prompt: Prompt, inputs: dict[str, Any], virtual: Tensor) -> None:
     """The second half of the prompt, in front of the decoder's input."""
-    from .utils import shift_tokens_right
-
     ids, embeds, labels = inputs.pop("decoder_input_ids", None), inputs.get("decoder_inputs_embeds"), inputs["labels"]
     if ids is None and embeds is None:
         if labels is None:
@@ -645,6 +662,17 @@ def _join_decoder(peft_model: Any, prompt: Prompt, inputs: dict[str, Any], virtu
 
 
 # -------------------------------------------------------------------------------------------------------- generating
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
+    """A decoder's input (batch, length) for the labels `input_ids`: one place later, -100 as padding.
+
+    Raises `BatchError` when there is no `pad_token_id` or no `decoder_start_token_id`.
+    """
+    if pad_token_id is None or decoder_start_token_id is None:
+        raise BatchError("The model's config must define pad_token_id and decoder_start_token_id.")
+    shifted = torch.cat([input_ids.new_full((len(input_ids), 1), decoder_start_token_id), input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
 def cached_tokens(cache: Any) -> int:
     """How many tokens a cache holds, of either form; 0 when there is none."""
     if cache is None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.layer import Layer, ModulesToSaveWrapper
 from ..core.quantised import backend_name
+from ..core.state import tuner_of
 
 Irregular = Literal["irregular"]  # the layers differ, which is hardly what anyone wants
 
@@ -112,10 +113,8 @@ def _layer_status(name: str, module: Any) -> TunerLayerStatus:
 
 def get_model_status(model: Any) -> TunerModelStatus:
     """One record for a whole PeftModel, or a model with injected adapters. Raises as `get_layer_status` does."""
-    from .peft_model import PeftModel
-
     root, rows = _root(model), get_layer_status(model)
-    is_peft = isinstance(model, PeftModel)
+    is_peft = root is not model
     grads: dict[str, list[Any]] = defaultdict(list)
     devices: dict[str, set[str]] = defaultdict(set)
     for row in rows:
@@ -149,12 +148,9 @@ def get_model_status(model: Any) -> TunerModelStatus:
 
 
 def _root(model: Any) -> Any:
-    from .peft_model import PeftModel
-    from .tuner import BaseTuner
-
-    if not isinstance(model, PeftModel):
+    if not hasattr(model, "active_peft_config"):  # no PeftModel
         return model
-    if not isinstance(model.base_model, BaseTuner) or model.active_peft_config.is_adaption_prompt:
+    if model.base_model is not tuner_of(model) or model.active_peft_config.is_adaption_prompt:
         raise TypeError("Prompt learning and adaption prompts have no adapter layers, so there is no layer status.")
     return model.base_model
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..core.config import PeftConfig, TaskType
 from ..core.errors import BatchError
 from . import prompt
-from .peft_model import PeftModel
+from .peft_model import TASKS, PeftModel
 
 
 class Output(dict):
@@ -366,7 +366,7 @@ class PeftModelForSeq2SeqLM(_Generating):
         return prompt.prepare_decoder(self, inputs)
 
 
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
+TASKS |= {
     TaskType.SEQ_CLS: PeftModelForSequenceClassification,
     TaskType.SEQ_2_SEQ_LM: PeftModelForSeq2SeqLM,
     TaskType.CAUSAL_LM: PeftModelForCausalLM,
@@ -374,3 +374,4 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
     TaskType.QUESTION_ANS: PeftModelForQuestionAnswering,
     TaskType.FEATURE_EXTRACTION: PeftModelForFeatureExtraction,
 }
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING = TASKS

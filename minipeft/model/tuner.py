@@ -12,12 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import methods
-from ..core import tying
+from ..core import registry, tying
 from ..core.adapter import ADAPTERS, Adapter, adapter_class, method_class
 from ..core.bases import lasting
-from ..core.config import PeftConfig, PeftType
-from ..core.errors import AdapterNameError, BatchError, MergeError, PeftWarning, sized
+from ..core.config import CONFIGS, PeftConfig, PeftType
+from ..core.errors import AdapterNameError, BatchError, MergeError, PeftWarning, UnsupportedFeatureError, sized
 from ..core.layer import (
     BASE,
     BufferDict,
@@ -630,7 +629,24 @@ def progress_bar(items: list[Any], title: str, show: bool) -> Iterator[Any]:
             print(f"\r{title}: {count}/{len(items)}", end=end, file=sys.stderr, flush=True)
 
 
-def register_tuner(name: str, method: str) -> type[BaseTuner]:
-    """A plain tuner class of that name, for a method whose models have no abilities of their own."""
-    home = f"{methods.__name__}.{methods.METHODS[method]}"  # where it is, as pickle must know
-    return type(name, (BaseTuner,), {"__doc__": BaseTuner.__doc__, "__module__": home}, method=method)
+def tuner_class(peft_type: Any) -> type[BaseTuner]:
+    """The class of models with adapters of that method: one of its own, or else a plain one.
+
+    Raises `UnsupportedFeatureError` for what is no such method.
+    """
+    if peft_type in PeftType.__members__:
+        registry.load(method := PeftType(peft_type))
+        if method not in TUNERS and method in ADAPTERS:
+            name, own = f"{CONFIGS[method].__name__.removesuffix('Config')}Model", {"__doc__": BaseTuner.__doc__}
+            globals()[name] = type(name, (BaseTuner,), {**own, "__module__": __name__}, method=method)
+        if method in TUNERS:
+            return TUNERS[method]
+    raise UnsupportedFeatureError(f"peft_type {peft_type!r} is not in this release of minipeft.")
+
+
+def __getattr__(name: str) -> Any:
+    """Tuner classes, by name: so pickle finds the plain ones."""
+    known = registry.TUNERS | {f"{c.__name__.removesuffix('Config')}Model": kind for kind, c in CONFIGS.items()}
+    if name not in known:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return tuner_class(known[name])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.bases import lasting
-from ..core.errors import BatchError, PeftWarning, UnsupportedFeatureError
+from ..core.errors import PeftWarning, UnsupportedFeatureError
 from ..core.layer import INSIDE
 from ..core.state import LoadReport
 from ..core.targets import embedding
@@ -73,17 +73,6 @@ def prepare_model_for_kbit_training(
             warnings.warn("gradient_checkpointing_kwargs is ignored: the model does not take it.", PeftWarning)
         model.gradient_checkpointing_enable()
     return model
-
-
-def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:
-    """A decoder's input (batch, length) for the labels `input_ids`: one place later, -100 as padding.
-
-    Raises `BatchError` when there is no `pad_token_id` or no `decoder_start_token_id`.
-    """
-    if pad_token_id is None or decoder_start_token_id is None:
-        raise BatchError("The model's config must define pad_token_id and decoder_start_token_id.")
-    shifted = torch.cat([input_ids.new_full((len(input_ids), 1), decoder_start_token_id), input_ids[:, :-1]], dim=1)
-    return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
 def bloom_model_postprocess_past_key_value(past_key_values: tuple[Tensor, ...]) -> tuple[tuple[Tensor, Tensor], ...]:

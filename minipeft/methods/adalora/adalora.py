@@ -23,7 +23,6 @@ from ...core.bases import dropout
 from ...core.config import Fraction, NotNegative, Positive
 from ...core.errors import ConfigError, PeftWarning, UnsupportedFeatureError
 from ..lora.lora import LoraConfig, LowRank
-from .model import AdaLoraModel as AdaLoraModel
 from .pruned import pruned, take_ranks
 
 NOT_USED = ("use_rslora", "alpha_pattern", "lora_bias")

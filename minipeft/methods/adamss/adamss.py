@@ -22,7 +22,6 @@ from ...core.adapter import Delta
 from ...core.bases import Base
 from ...core.config import PeftConfig, Positive
 from ...core.errors import ConfigError, UnsupportedFeatureError
-from .allocation import AdamssModel as AdamssModel
 from .subspaces import principal, subspaces
 
 

@@ -24,7 +24,6 @@ from ...core.bases import Base, dropout, has_hooks
 from ...core.config import PeftConfig, Probability, Share
 from ...core.errors import PeftWarning
 from ...maths.sparse import dense
-from ...model.tuner import register_tuner
 from .basis import SHARED, role, shared_by_group, split
 
 
@@ -130,6 +129,3 @@ class FRoD(Delta, config=FrodConfig):
             return super().forward(x, inner, *args, **kwargs)
         y, b = self.rebuilt(x), base.read()[1]  # W x would be added and taken away again
         return (y if b is None else y + b).to(x.dtype)
-
-
-FrodModel = register_tuner("FrodModel", "FROD")

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...core.bases import Linear, base_of
+from ...core.bases import Linear
 from ...core.errors import ConfigError
+from ...core.kinds import base_of
 from ...core.layer import Layer
 from ...core.state import PREFIX
 from ...core.targets import linear_targets, pattern_value

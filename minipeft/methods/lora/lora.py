@@ -21,7 +21,6 @@ from ...core.targets import pattern_value
 from ...model.hotswap import refit
 from .configs import LoraConfig as LoraConfig
 from .initial import changes_base, initialise, to_plain
-from .model import LoraModel as LoraModel
 from .replicate import replicate_layers
 
 

@@ -27,7 +27,6 @@ from ...core.config import ABOVE_ZERO, Count, PeftConfig, Positive, Probability
 from ...core.errors import BatchError, PeftWarning
 from ...core.files import saved_at
 from ..lora.lora import Factors
-from .model import XLoraModel as XLoraModel
 
 
 @dataclass

@@ -1,0 +1,37 @@
+"""Which methods there are, and the files they stand in, which are imported when they are asked for.
+
+The classes of a method enter tables of their own as its file is imported (`CONFIGS`, `ADAPTERS`, ...): a method that
+is written outside of this package only has to be imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+
+FILES: dict[str, tuple[str, ...]] = {}  # peft_type -> the modules of the method
+VARIANTS: dict[str, dict[str, str]] = {}  # peft_type -> field of its configuration -> the module for it
+TUNERS: dict[str, str] = {}  # name of a tuner class -> peft_type
+BESIDE: dict[str, str] = {}  # a field of any configuration -> the peft_type of the method that it adds to another
+
+
+@functools.cache
+def load(peft_type: str) -> None:
+    """Import what a method consists of."""
+    for module in FILES.get(peft_type, ()):
+        importlib.import_module(module)
+
+
+@functools.cache
+def load_variant(peft_type: str, field: str) -> None:
+    """Import the variant of a method that a field of its configuration asks for."""
+    if module := VARIANTS[peft_type].get(field):
+        importlib.import_module(module)
+
+
+def load_all() -> None:
+    """Import every method and variant."""
+    for peft_type in FILES:
+        load(peft_type)
+        for field in VARIANTS.get(peft_type, ()):
+            load_variant(peft_type, field)
