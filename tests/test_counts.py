@@ -96,14 +96,9 @@ class Blocks(nn.ModuleList):
 
 def model(depth):
     """Layers of one size; the linear ones have a bias."""
-    block = lambda: nn.ModuleDict(
-        {
-            "q": nn.Linear(IN, OUT),
-            "norm": nn.LayerNorm(OUT),
-            "words": nn.Embedding(IN, OUT),
-            "attention": attention(),
-        }
-    )
+    block = lambda: nn.ModuleDict({
+        "q": nn.Linear(IN, OUT), "norm": nn.LayerNorm(OUT), "words": nn.Embedding(IN, OUT), "attention": attention(),
+    })
     return Blocks(block() for _ in range(depth))
 
 

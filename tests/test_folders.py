@@ -286,23 +286,10 @@ def test_where_a_folder_cannot_be_locked(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------- all sorts of folders
 def test_other_files_in_the_folder(tmp_path):
     """What killed saves left goes; what is not ours stays, though it looks similar."""
-    left = [
-        f".{WEIGHTS}.0123456789abcdef.tmp",
-        f".{CONFIG}.0123456789abcdef.tmp",
-        ".README.md.0123456789abcdef.tmp",
-        ".adapter_model.000000000000_111111111111.safetensors",
-        ".adapter_model.000000000000.bin",
-    ]
-    others = [
-        f".{CONFIG}.swp",
-        f"{CONFIG}~",
-        "model.safetensors",
-        ".adapter_model.safetensors.icloud",
-        ".hidden",
-        "adapter_model-00001-of-00002.safetensors",
-        "adapter_model.safetensors.index.json",
-        "other",
-    ]
+    left = [f".{WEIGHTS}.0123456789abcdef.tmp", f".{CONFIG}.0123456789abcdef.tmp", ".README.md.0123456789abcdef.tmp",
+            ".adapter_model.000000000000_111111111111.safetensors", ".adapter_model.000000000000.bin"]
+    others = [f".{CONFIG}.swp", f"{CONFIG}~", "model.safetensors", ".adapter_model.safetensors.icloud", ".hidden",
+              "adapter_model-00001-of-00002.safetensors", "adapter_model.safetensors.index.json", "other"]
     for name in left + others:
         (tmp_path / name).write_text(name)
     version(1).save_pretrained(tmp_path)

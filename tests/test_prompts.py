@@ -34,10 +34,8 @@ BASE = {"vocab": VOCAB, "hidden": DIM, "heads": HEADS, "depth": LAYERS, "positio
 
 Decoder = partial(language_models.CausalLM, BASE)
 EncoderDecoder = partial(language_models.EncoderDecoder, BASE)
-ENCODERS = {
-    task: partial(language_models.Encoder, {**BASE, "task": task})
-    for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-}
+ENCODERS = {task: partial(language_models.Encoder, {**BASE, "task": task})
+            for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")}
 
 
 class Classifier(nn.Module):
@@ -72,14 +70,12 @@ CONFIGS = {
     "vocab": lambda **k: minipeft.PromptTuningConfig(num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB", **k),
     "mlp": lambda **k: minipeft.PromptEncoderConfig(num_virtual_tokens=4, **k),
     "lstm": lambda **k: minipeft.PromptEncoderConfig(
-        num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=5, **k
-    ),
+        num_virtual_tokens=4, encoder_reparameterization_type="LSTM", encoder_hidden_size=5, **k),
     "multitask": lambda **k: minipeft.MultitaskPromptTuningConfig(num_virtual_tokens=4, num_tasks=3, num_ranks=2, **k),
     "cpt": lambda **k: minipeft.CPTConfig(cpt_token_ids=[4, 5, 6, 7], cpt_tokens_type_mask=[1, 2, 3, 4], **k),
     "prefix": lambda **k: minipeft.PrefixTuningConfig(num_virtual_tokens=4, **k),
     "projected": lambda **k: minipeft.PrefixTuningConfig(
-        num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=5, **k
-    ),
+        num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=5, **k),
     "cartridge": lambda **k: minipeft.CartridgeConfig(num_virtual_tokens=4, **k),
 }
 CACHES = ("prefix", "projected", "cartridge")
@@ -221,12 +217,8 @@ def test_an_encoder_sees_what_is_joined_by_hand(method, task):
     model, x = adapted(method, ENCODERS[task], task), ids(2, 5)
     mask = torch.ones_like(x)
     mask[0, 3:] = 0
-    targets = {
-        "SEQ_CLS": {"labels": torch.tensor([2, 0])},
-        "TOKEN_CLS": {"labels": x % 3},
-        "FEATURE_EXTRACTION": {},
-        "QUESTION_ANS": {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([4, 2])},
-    }[task]
+    targets = {"SEQ_CLS": {"labels": torch.tensor([2, 0])}, "TOKEN_CLS": {"labels": x % 3}, "FEATURE_EXTRACTION": {},
+               "QUESTION_ANS": {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([4, 2])}}[task]
     got = model(input_ids=x, attention_mask=mask, **targets, **tasks(method))
     base, virtual = model.get_base_model(), model.get_prompt(2, **tasks(method))
     full = torch.cat([torch.ones(2, 4, dtype=torch.long), mask], 1)
@@ -267,27 +259,19 @@ def test_an_encoder_decoder_sees_what_is_joined_by_hand(method):
     model, x, y = adapted(method, EncoderDecoder, "SEQ_2_SEQ_LM"), ids(2, 5), ids(2, 3, seed=1)
     mask, later = torch.ones_like(x), torch.ones_like(y)
     mask[0, 4:] = 0
-    got = model(
-        input_ids=x, attention_mask=mask, decoder_input_ids=y, decoder_attention_mask=later, labels=y, **tasks(method)
-    )
+    got = model(input_ids=x, attention_mask=mask, decoder_input_ids=y, decoder_attention_mask=later, labels=y,
+                **tasks(method))
     base, virtual, more = model.get_base_model(), model.get_prompt(2, **tasks(method)), torch.ones(2, 4)
     if method in CACHES:
-        want = base(
-            input_ids=x,
-            attention_mask=mask,
-            decoder_input_ids=y,
-            past_key_values=virtual,
-            decoder_attention_mask=torch.cat([more, later], 1),
-        ).logits
+        want = base(input_ids=x, attention_mask=mask, decoder_input_ids=y, past_key_values=virtual,
+                    decoder_attention_mask=torch.cat([more, later], 1)).logits
     else:
         assert virtual.shape == (2, 8, DIM)
         first = torch.cat([virtual[:, :4], base.embed_tokens(x)], 1)
         then = {"decoder_input_ids": y, "decoder_attention_mask": later}
         if method == "multitask":
-            then = {
-                "decoder_inputs_embeds": torch.cat([virtual[:, 4:], base.embed_tokens(y)], 1),
-                "decoder_attention_mask": torch.cat([more, later], 1),
-            }
+            then = {"decoder_inputs_embeds": torch.cat([virtual[:, 4:], base.embed_tokens(y)], 1),
+                    "decoder_attention_mask": torch.cat([more, later], 1)}
         want = base(inputs_embeds=first, attention_mask=torch.cat([more, mask], 1), **then).logits
     assert torch.equal(got.logits, want)
     torch.testing.assert_close(got.loss, F.cross_entropy(want[:, -3:].flatten(0, 1), y.flatten()))
@@ -359,9 +343,8 @@ def test_prompts_begin_where_they_are_told():
         begun = model.get_prompt_embedding_to_save("default")
         assert all(any(torch.equal(row, word) for word in words) for row in begun)
         assert rows is None or torch.equal(begun, words[rows])
-    zero = minipeft.get_peft_model(
-        fresh(Decoder), minipeft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, init_weights="zero")
-    )
+    zero = minipeft.get_peft_model(fresh(Decoder), minipeft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, init_weights="zero"))
     assert not zero.get_prompt_embedding_to_save("default").any()
 
 
@@ -374,16 +357,8 @@ def test_multitask_begins_with_a_trained_prompt(how, tmp_path):
 
     def config(**k):
         return minipeft.MultitaskPromptTuningConfig(
-            **{
-                "task_type": "CAUSAL_LM",
-                "num_virtual_tokens": 4,
-                "num_ranks": 2,
-                "prompt_tuning_init": how,
-                "prompt_tuning_init_state_dict_path": path,
-                "prompt_tuning_init_task": 2,
-                **k,
-            }
-        )
+            **{"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "num_ranks": 2, "prompt_tuning_init": how,
+               "prompt_tuning_init_state_dict_path": path, "prompt_tuning_init_task": 2, **k})
 
     prompt = minipeft.get_peft_model(fresh(Decoder), config()).prompt_encoder["default"]
     assert isinstance(prompt, MultitaskPromptEmbedding)
@@ -493,10 +468,8 @@ def test_sizes_come_from_the_model_or_from_the_configuration():
     with pytest.raises(ConfigError, match="num_layers"):
         minipeft.get_peft_model(base, minipeft.PrefixTuningConfig(num_virtual_tokens=4))
     assert all(p.requires_grad for p in base.parameters())
-    model = minipeft.get_peft_model(
-        base,
-        minipeft.PrefixTuningConfig(num_virtual_tokens=4, num_layers=LAYERS, token_dim=DIM, num_attention_heads=HEADS),
-    )
+    model = minipeft.get_peft_model(base, minipeft.PrefixTuningConfig(
+        num_virtual_tokens=4, num_layers=LAYERS, token_dim=DIM, num_attention_heads=HEADS))
     assert model(input_ids=x).shape == (2, 5, DIM)
     model = minipeft.get_peft_model(Bare(), minipeft.PromptTuningConfig(num_virtual_tokens=4))
     assert model(x).shape == (2, 9, DIM)
@@ -510,20 +483,16 @@ def test_sizes_come_from_the_model_or_from_the_configuration():
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
-@pytest.mark.parametrize(
-    "config",
-    [
-        lambda: minipeft.PromptTuningConfig(task_type="CAUSAL_LM"),
-        lambda: minipeft.PromptTuningConfig(num_virtual_tokens=0, task_type="CAUSAL_LM"),
-        lambda: minipeft.PromptTuningConfig(num_virtual_tokens=-1, task_type="CAUSAL_LM"),
-        lambda: minipeft.PromptTuningConfig(num_virtual_tokens=2, token_dim=5, task_type="CAUSAL_LM"),
-        lambda: minipeft.PromptTuningConfig(num_virtual_tokens=2, num_transformer_submodules=3, task_type="CAUSAL_LM"),
-        lambda: minipeft.PrefixTuningConfig(num_virtual_tokens=2, token_dim=7, task_type="CAUSAL_LM"),
-        lambda: minipeft.CartridgeConfig(num_frozen_tokens=0, task_type="CAUSAL_LM"),
-        lambda: minipeft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[VOCAB]),
-    ],
-    ids=range(8),
-)
+@pytest.mark.parametrize("config", [
+    lambda: minipeft.PromptTuningConfig(task_type="CAUSAL_LM"),
+    lambda: minipeft.PromptTuningConfig(num_virtual_tokens=0, task_type="CAUSAL_LM"),
+    lambda: minipeft.PromptTuningConfig(num_virtual_tokens=-1, task_type="CAUSAL_LM"),
+    lambda: minipeft.PromptTuningConfig(num_virtual_tokens=2, token_dim=5, task_type="CAUSAL_LM"),
+    lambda: minipeft.PromptTuningConfig(num_virtual_tokens=2, num_transformer_submodules=3, task_type="CAUSAL_LM"),
+    lambda: minipeft.PrefixTuningConfig(num_virtual_tokens=2, token_dim=7, task_type="CAUSAL_LM"),
+    lambda: minipeft.CartridgeConfig(num_frozen_tokens=0, task_type="CAUSAL_LM"),
+    lambda: minipeft.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[VOCAB]),
+], ids=range(8))
 def test_configurations_that_do_not_fit_the_model(config):
     base = fresh(Decoder)
     given = config()
@@ -533,25 +502,22 @@ def test_configurations_that_do_not_fit_the_model(config):
     assert given == kept and all(p.requires_grad for p in base.parameters())
 
 
-@pytest.mark.parametrize(
-    "name, fields",
-    [
-        ("PromptTuningConfig", {"prompt_tuning_init": "NO"}),
-        ("PromptTuningConfig", {"num_virtual_tokens": "8"}),
-        ("PromptTuningConfig", {"prompt_tuning_init": "TEXT"}),
-        ("PromptTuningConfig", {"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "x"}),
-        ("PromptTuningConfig", {"tokenizer_kwargs": {"a": 1}}),
-        ("PrefixTuningConfig", {"init_weights": "ones"}),
-        ("PromptEncoderConfig", {"encoder_reparameterization_type": "GRU"}),
-        ("PromptEncoderConfig", {"encoder_dropout": 1.5}),
-        ("MultitaskPromptTuningConfig", {"num_tasks": 0}),
-        ("MultitaskPromptTuningConfig", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
-        ("CPTConfig", {}),
-        ("CPTConfig", {"task_type": "CAUSAL_LM", "cpt_token_ids": [1, 2], "cpt_mask": [1]}),
-        ("CartridgeConfig", {"num_frozen_tokens": -1}),
-        ("CartridgeConfig", {"num_virtual_tokens": 2, "num_frozen_tokens": 3}),
-    ],
-)
+@pytest.mark.parametrize("name, fields", [
+    ("PromptTuningConfig", {"prompt_tuning_init": "NO"}),
+    ("PromptTuningConfig", {"num_virtual_tokens": "8"}),
+    ("PromptTuningConfig", {"prompt_tuning_init": "TEXT"}),
+    ("PromptTuningConfig", {"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": "x"}),
+    ("PromptTuningConfig", {"tokenizer_kwargs": {"a": 1}}),
+    ("PrefixTuningConfig", {"init_weights": "ones"}),
+    ("PromptEncoderConfig", {"encoder_reparameterization_type": "GRU"}),
+    ("PromptEncoderConfig", {"encoder_dropout": 1.5}),
+    ("MultitaskPromptTuningConfig", {"num_tasks": 0}),
+    ("MultitaskPromptTuningConfig", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
+    ("CPTConfig", {}),
+    ("CPTConfig", {"task_type": "CAUSAL_LM", "cpt_token_ids": [1, 2], "cpt_mask": [1]}),
+    ("CartridgeConfig", {"num_frozen_tokens": -1}),
+    ("CartridgeConfig", {"num_virtual_tokens": 2, "num_frozen_tokens": 3}),
+])
 def test_configurations_that_cannot_be(name, fields):
     with pytest.raises(PeftError) as raised:
         getattr(minipeft, name)(**fields)

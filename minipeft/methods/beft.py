@@ -1,7 +1,7 @@
 """BEFT - Bias-Efficient Fine-Tuning. Huang et al., 2025, https://arxiv.org/abs/2509.15974.
 
-y = W x + b + d              d: (1, out), 0 at the start
-parameters                   out
+    y = W x + b + d              d: (1, out), 0 at the start
+    parameters                   out
 """
 
 from __future__ import annotations

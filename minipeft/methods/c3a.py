@@ -1,9 +1,9 @@
 """C3A - Circular Convolution Adaptation. Chen et al., 2024, https://arxiv.org/abs/2407.19342, section 3.
 
-W' = W + C / in              C: (out / b, in / b) blocks, C_ij (b, b) circulant with first row k_ij
-                             k: (out / b, in / b, b)
-(C x)_i = sum over j of F^-1(F(x_j) * conj(F(k_ij)))        F: discrete Fourier transform of length b
-parameters                   in out / block_size
+    W' = W + C / in              C: (out / b, in / b) blocks, C_ij (b, b) circulant with first row k_ij
+                                 k: (out / b, in / b, b)
+    (C x)_i = sum over j of F^-1(F(x_j) * conj(F(k_ij)))        F: discrete Fourier transform of length b
+    parameters                   in out / block_size
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """DEFT - Decompositional Efficient Fine-Tuning. Kumar et al., 2025, https://arxiv.org/abs/2509.22793.
 
-W' = (I - Q P'^T) W + s Q R          Q, P': (out, r), R: (r, in); R = P'^T W / s at the start, so that W' = W
-                                     relu: Q = P, P' = relu(P); qr: Q = P' = the orthonormal columns of P
-                                     s = alpha / r, or 1 without alpha
-W' = (I - Q P'^T) W                  para: PaRa, Chen et al., 2024, https://arxiv.org/abs/2406.05641
-parameters                           r (in + out), or r out with para=True
+    W' = (I - Q P'^T) W + s Q R          Q, P': (out, r), R: (r, in); R = P'^T W / s at the start, so that W' = W
+                                         relu: Q = P, P' = relu(P); qr: Q = P' = the orthonormal columns of P
+                                         s = alpha / r, or 1 without alpha
+    W' = (I - Q P'^T) W                  para: PaRa, Chen et al., 2024, https://arxiv.org/abs/2406.05641
+    parameters                           r (in + out), or r out with para=True
 """
 
 from __future__ import annotations

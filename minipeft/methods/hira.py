@@ -1,9 +1,9 @@
 """HiRA - Hadamard High-Rank Adaptation. Huang et al., 2025, https://openreview.net/forum?id=TwJrTz9cRS.
 
-W' = W + W0 * (B A)          A: (r, width), B: (out, r), B = 0 at the start, elementwise product;
-                             on an embedding A = 0 at the start
-                             W0: the frozen layer's own weight, also when other adapters are active
-parameters                   r (in + out)
+    W' = W + W0 * (B A)          A: (r, width), B: (out, r), B = 0 at the start, elementwise product;
+                                 on an embedding A = 0 at the start
+                                 W0: the frozen layer's own weight, also when other adapters are active
+    parameters                   r (in + out)
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """HRA - Householder Reflection Adaptation. Yuan et al., 2024, https://arxiv.org/abs/2405.17484, section 3.1.
 
-W' = W H_1 ... H_r           H_i = I - 2 u_i u_i^T / |u_i|^2,  u_i: column i of U: (in, r)
-                             u_1 = u_2, u_3 = u_4, ... at the start, so that W' = W
-W' = W (I - 2 V V^T)         apply_GS: V is U with orthonormal columns, by Gram-Schmidt
-parameters                   r in
+    W' = W H_1 ... H_r           H_i = I - 2 u_i u_i^T / |u_i|^2,  u_i: column i of U: (in, r)
+                                 u_1 = u_2, u_3 = u_4, ... at the start, so that W' = W
+    W' = W (I - 2 V V^T)         apply_GS: V is U with orthonormal columns, by Gram-Schmidt
+    parameters                   r in
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Lily - Low-rank Interconnected adaptation across Layers. Zhong et al., 2024, https://arxiv.org/abs/2407.09946.
 
-y = W x + s sum_e p_e B_e A x         A: (r, in), shared by `stride_A` layers after each other; B_e: (out, r)
-p = mean softmax(G A x)               G: (num_B, r), a layer's own; the mean over all vectors of the batch
-The B_e are shared by all layers that one entry of `target_modules` names and that have one shape.
-parameters                            r in + num_B r, and num_B r out in all
+    y = W x + s sum_e p_e B_e A x         A: (r, in), shared by `stride_A` layers after each other; B_e: (out, r)
+    p = mean softmax(G A x)               G: (num_B, r), a layer's own; the mean over all vectors of the batch
+    The B_e are shared by all layers that one entry of `target_modules` names and that have one shape.
+    parameters                            r in + num_B r, and num_B r out in all
 """
 
 from __future__ import annotations

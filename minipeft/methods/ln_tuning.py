@@ -1,7 +1,7 @@
 """LN tuning - training the normalisation layers in full. Zhao et al., 2023, https://arxiv.org/abs/2312.11420.
 
-y = LN'(x)                   LN': a trained copy of the layer; any module can be a target
-parameters                   2 dim
+    y = LN'(x)                   LN': a trained copy of the layer; any module can be a target
+    parameters                   2 dim
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What LoHa and LoKr share: the LyCORIS family. Yeh et al., 2023, https://arxiv.org/abs/2309.14859.
 
-W' = W + (alpha / r) D       D in the shape of W
+    W' = W + (alpha / r) D       D in the shape of W
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """MiSS - Matrix Shard Sharing. Kang and Yin, 2024, https://arxiv.org/abs/2409.15371.
 
-W' = W + [D D ... D]                 D: (out, r), its transpose stored, D = 0 at the start; the last D is cut to fit
-W' = W + [D ... D], D = [E; ...; E]  E: (mini_r, r), its transpose stored; init_weights="mini"
-W'_ij = W_ij + W_ij D_i + D_i        W_ij: the (r, r) blocks of W, D_i: (r, r); init_weights="bat"
-parameters                           r out, or r mini_r with init_weights=mini
+    W' = W + [D D ... D]                 D: (out, r), its transpose stored, D = 0 at the start; the last D is cut to fit
+    W' = W + [D ... D], D = [E; ...; E]  E: (mini_r, r), its transpose stored; init_weights="mini"
+    W'_ij = W_ij + W_ij D_i + D_i        W_ij: the (r, r) blocks of W, D_i: (r, r); init_weights="bat"
+    parameters                           r out, or r mini_r with init_weights=mini
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """OSF - Orthogonal Subspace Fine-tuning. Nayak et al., 2025, https://arxiv.org/abs/2504.07097.
 
-W = U_high S_high V_high + U_0 S_0 V_0      singular value decomposition; high: the k largest values, frozen
-W' = W + U S V - U_0 S_0 V_0                U: (out, m), S: (m,), V: (m, in), m = min(out, in) - k
-                                            at the start U, S, V = U_0, S_0, V_0
-The gradients of U and V lose what lies in the frozen directions: g - U_high U_high^T g, g - g V_high^T V_high.
-parameters                                  (min(in, out) - effective_rank) (in + out + 1)
+    W = U_high S_high V_high + U_0 S_0 V_0      singular value decomposition; high: the k largest values, frozen
+    W' = W + U S V - U_0 S_0 V_0                U: (out, m), S: (m,), V: (m, in), m = min(out, in) - k
+                                                at the start U, S, V = U_0, S_0, V_0
+    The gradients of U and V lose what lies in the frozen directions: g - U_high U_high^T g, g - g V_high^T V_high.
+    parameters                                  (min(in, out) - effective_rank) (in + out + 1)
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """PEANuT - weight-aware neural tweakers. Zhong et al., 2024, https://arxiv.org/abs/2410.01870.
 
-W' = W + s (f(W^T A^T) B^T)^T              depth=0; A: (r, out), B: (out, r), B = 0 at the start
-H_0 = f(W^T A^T)                           f: `act_fn`, on every number; H: (in, r)
-H_i = f(H_i-1 E_i^T)                       i = 1 ... depth; E_i, D_i: (r, r)
-H <- f(H D_i^T) + H_depth-i                i = 1 ... depth; then W' = W + s (H B^T)^T
-parameters                                 2 r (out + depth r)
+    W' = W + s (f(W^T A^T) B^T)^T              depth=0; A: (r, out), B: (out, r), B = 0 at the start
+    H_0 = f(W^T A^T)                           f: `act_fn`, on every number; H: (in, r)
+    H_i = f(H_i-1 E_i^T)                       i = 1 ... depth; E_i, D_i: (r, r)
+    H <- f(H D_i^T) + H_depth-i                i = 1 ... depth; then W' = W + s (H B^T)^T
+    parameters                                 2 r (out + depth r)
 """
 
 from __future__ import annotations

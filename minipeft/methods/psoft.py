@@ -1,10 +1,10 @@
 """PSOFT - orthogonal fine-tuning in the principal subspace. Wu et al., 2025, https://arxiv.org/abs/2505.11235.
 
-W' = W + s B (R - I) A               s B A: W cut to its r largest singular values; A: (r, in), B: (out, r), frozen
-R = diag(b) C diag(a)                b, a: (r,), at first 1; C: (r, r), orthogonal, at first I
-C = (I + Q) (I - Q)^-1               Cayley; Q: (r, r) skew-symmetric, r (r - 1) / 2 numbers
-C = I + 2 Q + ... + 2 Q^t-2 + Q^t-1  Cayley-Neumann, with t terms
-parameters                           r (r + 3) / 2, or r (r + 2) with psoft_orth=False
+    W' = W + s B (R - I) A               s B A: W cut to its r largest singular values; A: (r, in), B: (out, r), frozen
+    R = diag(b) C diag(a)                b, a: (r,), at first 1; C: (r, r), orthogonal, at first I
+    C = (I + Q) (I - Q)^-1               Cayley; Q: (r, r) skew-symmetric, r (r - 1) / 2 numbers
+    C = I + 2 Q + ... + 2 Q^t-2 + Q^t-1  Cayley-Neumann, with t terms
+    parameters                           r (r + 3) / 2, or r (r + 2) with psoft_orth=False
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ from ..maths.svd import leading
 
 @dataclass
 class PsoftConfig(
-    PeftConfig,
-    method="PSOFT",
-    layers_need_list=True,
+    PeftConfig, method="PSOFT", layers_need_list=True,
     optional=("psoft_svd_lowrank_niter", "random_seed", "num_cayley_neumann_terms"),
 ):
     """Fields of PSOFT."""

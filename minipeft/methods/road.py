@@ -1,12 +1,12 @@
 """RoAd - 2D Rotary Adaptation. Liao and Monz, 2024, https://arxiv.org/abs/2409.00119, eq. 3 and 4.
 
-y = R (W x + b)              R turns and stretches pairs of outputs:
+    y = R (W x + b)              R turns and stretches pairs of outputs:
 
-|y_j|   |a_j cos t_j   -a_j sin t_j|  |h_j|      h = W x + b; j and k lie group_size / 2 apart in one group
-|y_k| = |a_k sin t_k    a_k cos t_k|  |h_k|
+    |y_j|   |a_j cos t_j   -a_j sin t_j|  |h_j|      h = W x + b; j and k lie group_size / 2 apart in one group
+    |y_k| = |a_k sin t_k    a_k cos t_k|  |h_k|
 
-t, a: (out / 2,) road_1, a_j = a_k; (out,) road_2; (2 out,) road_4: one for the cosines and one for the sines
-parameters                   out, or 2 out with variant=road_2, or 4 out with variant=road_4
+    t, a: (out / 2,) road_1, a_j = a_k; (out,) road_2; (2 out,) road_4: one for the cosines and one for the sines
+    parameters                   out, or 2 out with variant=road_2, or 4 out with variant=road_4
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Super-Tuning - training the entries of W that are largest, or smallest. https://arxiv.org/abs/2607.09287.
 
-W' = W + D + (alpha / r) B A        D: (out, in), 0 but for (1 - sparsity) out in entries v, where |W| is largest
-                                    A: (r, in), B: (out, r), B = 0 at the start; only with `r` ("Supra")
-parameters  floor((1 - sparsity) in out) + r (in + out), or floor((1 - sparsity) in out) with r=None
+    W' = W + D + (alpha / r) B A        D: (out, in), 0 but for (1 - sparsity) out in entries v, where |W| is largest
+                                        A: (r, in), B: (out, r), B = 0 at the start; only with `r` ("Supra")
+    parameters  floor((1 - sparsity) in out) + r (in + out), or floor((1 - sparsity) in out) with r=None
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Uni-LoRA - one vector for the whole model. Li et al., 2025, https://arxiv.org/abs/2506.00799.
 
-W' = W + B A        A = theta[i_A] / sqrt(n[i_A])        B = theta[i_B] / sqrt(n[i_B])
-parameters          theta_d_length in all
+    W' = W + B A        A = theta[i_A] / sqrt(n[i_A])        B = theta[i_B] / sqrt(n[i_B])
+    parameters          theta_d_length in all
 
-theta: (d,), shared by all layers; i_A: (r, in), i_B: (out, r), random indices into it; n: (d,), how often the
-indices of all layers name each entry, so that the projection from theta to all factors keeps lengths
+    theta: (d,), shared by all layers; i_A: (r, in), i_B: (out, r), random indices into it; n: (d,), how often the
+    indices of all layers name each entry, so that the projection from theta to all factors keeps lengths
 """
 
 from __future__ import annotations

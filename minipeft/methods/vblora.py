@@ -1,10 +1,10 @@
 """VB-LoRA - low-rank factors out of one bank of vectors. Li et al., 2024, https://arxiv.org/abs/2405.15179, eq. 3.3.
 
-W' = W + B A        each piece of b entries of a row of A, or of a column of B, is  sum_k softmax(l_k) v_k
-                    over the k with the `topk` largest of the piece's logits l
-parameters          num_vectors r (in + out) / vector_length, and num_vectors vector_length in all
+    W' = W + B A        each piece of b entries of a row of A, or of a column of B, is  sum_k softmax(l_k) v_k
+                        over the k with the `topk` largest of the piece's logits l
+    parameters          num_vectors r (in + out) / vector_length, and num_vectors vector_length in all
 
-bank v: (h, b), shared by all layers; logits of A: (r, in / b, h), of B: (out / b, r, h), normal at the start
+    bank v: (h, b), shared by all layers; logits of A: (r, in / b, h), of B: (out / b, r, h), normal at the start
 """
 
 from __future__ import annotations

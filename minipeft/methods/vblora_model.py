@@ -28,5 +28,6 @@ class VBLoRAModel(BaseTuner, method="VBLORA"):
         """Print these numbers of the default adapter."""
         own, other = self.get_nb_savable_parameters()
         print(
-            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + other:,d}"
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} "
+            f"|| total params to-be-saved: {own + other:,d}"
         )

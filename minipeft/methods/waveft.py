@@ -1,10 +1,10 @@
 """WaveFT - Wavelet Fine-Tuning. Bilican et al., 2025, https://arxiv.org/abs/2505.12532.
 
-W' = W + s D(S)              S: (out, in), 0 but for n entries c: (n,), at places that the seed gives
-                             D: one level of the inverse wavelet transform in two dimensions (wavelets.py);
-                             S has a margin of zeros, the taps of the filter less 2, that the transform uses up
-W' = W + s S                 without `use_idwt`
-parameters                   n_frequency
+    W' = W + s D(S)              S: (out, in), 0 but for n entries c: (n,), at places that the seed gives
+                                 D: one level of the inverse wavelet transform in two dimensions (wavelets.py);
+                                 S has a margin of zeros, the taps of the filter less 2, that the transform uses up
+    W' = W + s S                 without `use_idwt`
+    parameters                   n_frequency
 """
 
 from __future__ import annotations

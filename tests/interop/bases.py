@@ -183,10 +183,7 @@ class Stack(nn.Module):
 
 def _norms():
     return Chain(
-        lin=nn.Linear(8, 6),
-        ln=nn.LayerNorm(6),
-        wide=nn.Linear(6, 10),
-        plain=nn.LayerNorm(10, bias=False),
+        lin=nn.Linear(8, 6), ln=nn.LayerNorm(6), wide=nn.Linear(6, 10), plain=nn.LayerNorm(10, bias=False),
         head=nn.Linear(10, 3),
     )
 
@@ -232,53 +229,20 @@ def _hf(config: str, model: str, **options):
 
 
 _BERT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "max_position_embeddings": 40,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "num_labels": 3,
+    "vocab_size": VOCAB, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "max_position_embeddings": 40, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3,
 }
 _GPT2 = {
-    "vocab_size": VOCAB,
-    "n_embd": 16,
-    "n_layer": 2,
-    "n_head": 2,
-    "n_positions": 40,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+    "vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
 _T5 = {
-    "vocab_size": VOCAB,
-    "d_model": 16,
-    "d_kv": 8,
-    "d_ff": 24,
-    "num_layers": 2,
-    "num_decoder_layers": 2,
-    "num_heads": 2,
-    "dropout_rate": 0.0,
-    "decoder_start_token_id": 0,
-    "pad_token_id": 0,
-    "eos_token_id": 2,
+    "vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2,
+    "dropout_rate": 0.0, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
 }
 _LLAMA = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 40,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 40, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
 }
 
 
@@ -301,124 +265,52 @@ def _hf_base(name, make, draw):
 
 
 BERT = _hf_base("bert", _hf("BertConfig", "BertModel", **_BERT), _text())
-BERT_SEQ = _hf_base(
-    "bert_seq",
-    _hf("BertConfig", "BertForSequenceClassification", **_BERT),
-    _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)),
-)
-BERT_TOKEN = _hf_base(
-    "bert_token",
-    _hf("BertConfig", "BertForTokenClassification", **_BERT),
-    _text(labels=lambda g: torch.randint(0, 3, (BATCH, 5), generator=g)),
-)
-BERT_QA = _hf_base(
-    "bert_qa",
-    _hf("BertConfig", "BertForQuestionAnswering", **{**_BERT, "num_labels": 2}),
-    _text(
-        start_positions=lambda g: torch.randint(0, 4, (BATCH,), generator=g),
-        end_positions=lambda g: torch.randint(0, 4, (BATCH,), generator=g),
-    ),
-)
+BERT_SEQ = _hf_base("bert_seq", _hf("BertConfig", "BertForSequenceClassification", **_BERT),
+                    _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
+BERT_TOKEN = _hf_base("bert_token", _hf("BertConfig", "BertForTokenClassification", **_BERT),
+                      _text(labels=lambda g: torch.randint(0, 3, (BATCH, 5), generator=g)))
+BERT_QA = _hf_base("bert_qa", _hf("BertConfig", "BertForQuestionAnswering", **{**_BERT, "num_labels": 2}),
+                   _text(start_positions=lambda g: torch.randint(0, 4, (BATCH,), generator=g),
+                         end_positions=lambda g: torch.randint(0, 4, (BATCH,), generator=g)))
 BERT_TOKEN_BARE = _hf_base("bert_token_bare", _hf("BertConfig", "BertForTokenClassification", **_BERT), _text())
 GPT2 = _hf_base("gpt2", _hf("GPT2Config", "GPT2LMHeadModel", **_GPT2), _text(labels=_ids(BATCH, 5)))
-GPT2_SEQ = _hf_base(
-    "gpt2_seq",
-    _hf("GPT2Config", "GPT2ForSequenceClassification", num_labels=3, **_GPT2),
-    _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)),
-)
-VIT = _hf_base(
-    "vit",
-    _hf(
-        "ViTConfig",
-        "ViTForImageClassification",
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    ),
-    lambda g: {
-        "pixel_values": torch.randn(BATCH, 3, 8, 8, generator=g),
-        "labels": torch.randint(0, 3, (BATCH,), generator=g),
-    },
-)
-T5 = _hf_base(
-    "t5",
-    _hf("T5Config", "T5ForConditionalGeneration", **_T5),
-    _text(labels=_ids(BATCH, 4), decoder_input_ids=_ids(BATCH, 4)),
-)
+GPT2_SEQ = _hf_base("gpt2_seq", _hf("GPT2Config", "GPT2ForSequenceClassification", num_labels=3, **_GPT2),
+                    _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
+VIT = _hf_base("vit", _hf("ViTConfig", "ViTForImageClassification", hidden_size=16, intermediate_size=24,
+                          num_hidden_layers=2, num_attention_heads=4, image_size=8, patch_size=4, num_labels=3),
+               lambda g: {"pixel_values": torch.randn(BATCH, 3, 8, 8, generator=g),
+                          "labels": torch.randint(0, 3, (BATCH,), generator=g)})
+T5 = _hf_base("t5", _hf("T5Config", "T5ForConditionalGeneration", **_T5),
+              _text(labels=_ids(BATCH, 4), decoder_input_ids=_ids(BATCH, 4)))
 LLAMA = _hf_base("llama", _hf("LlamaConfig", "LlamaForCausalLM", **_LLAMA), _text(labels=_ids(BATCH, 5)))
-LLAMA_TIED = _hf_base(
-    "llama_tied",
-    _hf("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True, **_LLAMA),
-    _text(labels=_ids(BATCH, 5)),
-)
+LLAMA_TIED = _hf_base("llama_tied", _hf("LlamaConfig", "LlamaForCausalLM", tie_word_embeddings=True, **_LLAMA),
+                      _text(labels=_ids(BATCH, 5)))
 _GROUPED = {**_LLAMA, "num_key_value_heads": 1}
-LLAMA_GROUPED = _hf_base(
-    "llama_grouped", _hf("LlamaConfig", "LlamaForCausalLM", **_GROUPED), _text(labels=_ids(BATCH, 5))
-)
+LLAMA_GROUPED = _hf_base("llama_grouped", _hf("LlamaConfig", "LlamaForCausalLM", **_GROUPED),
+                         _text(labels=_ids(BATCH, 5)))
 LLAMA_BARE = _hf_base("llama_bare", _hf("LlamaConfig", "LlamaModel", **_LLAMA), _text())
-LLAMA_SEQ = _hf_base(
-    "llama_seq",
-    _hf("LlamaConfig", "LlamaForSequenceClassification", num_labels=3, **_LLAMA),
-    _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)),
-)
+LLAMA_SEQ = _hf_base("llama_seq", _hf("LlamaConfig", "LlamaForSequenceClassification", num_labels=3, **_LLAMA),
+                     _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
 MISTRAL = _hf_base("mistral", _hf("MistralConfig", "MistralForCausalLM", **_GROUPED), _text(labels=_ids(BATCH, 5)))
-LLAMA_DEEP = _hf_base(
-    "llama_deep",
-    _hf("LlamaConfig", "LlamaForCausalLM", **{**_LLAMA, "num_hidden_layers": 3}),
-    _text(labels=_ids(BATCH, 5)),
-)
+LLAMA_DEEP = _hf_base("llama_deep", _hf("LlamaConfig", "LlamaForCausalLM", **{**_LLAMA, "num_hidden_layers": 3}),
+                      _text(labels=_ids(BATCH, 5)))
 QWEN3 = _hf_base("qwen3", _hf("Qwen3Config", "Qwen3ForCausalLM", head_dim=8, **_LLAMA), _text(labels=_ids(BATCH, 5)))
-GEMMA3 = _hf_base(
-    "gemma3",
-    _hf("Gemma3TextConfig", "Gemma3ForCausalLM", head_dim=8, sliding_window=3, **_LLAMA),
-    _text(labels=_ids(BATCH, 5)),
-)
+GEMMA3 = _hf_base("gemma3", _hf("Gemma3TextConfig", "Gemma3ForCausalLM", head_dim=8, sliding_window=3, **_LLAMA),
+                  _text(labels=_ids(BATCH, 5)))
 _OPT = {
-    "vocab_size": VOCAB,
-    "hidden_size": 16,
-    "ffn_dim": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "word_embed_proj_dim": 16,
-    "max_position_embeddings": 40,
-    "dropout": 0.0,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
+    "vocab_size": VOCAB, "hidden_size": 16, "ffn_dim": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "word_embed_proj_dim": 16, "max_position_embeddings": 40, "dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
 }
 OPT = _hf_base("opt", _hf("OPTConfig", "OPTForCausalLM", **_OPT), _text(labels=_ids(BATCH, 5)))
-ROBERTA = _hf_base(
-    "roberta",
-    _hf("RobertaConfig", "RobertaForSequenceClassification", pad_token_id=1, **_BERT),
-    _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)),
-)
-DEBERTA = _hf_base(
-    "deberta",
-    _hf("DebertaV2Config", "DebertaV2ForSequenceClassification", pad_token_id=0, **_BERT),
-    _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)),
-)
+ROBERTA = _hf_base("roberta", _hf("RobertaConfig", "RobertaForSequenceClassification", pad_token_id=1, **_BERT),
+                   _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
+DEBERTA = _hf_base("deberta", _hf("DebertaV2Config", "DebertaV2ForSequenceClassification", pad_token_id=0, **_BERT),
+                   _text(labels=lambda g: torch.randint(0, 3, (BATCH,), generator=g)))
 _BART = {
-    "vocab_size": VOCAB,
-    "d_model": 16,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 24,
-    "decoder_ffn_dim": 24,
-    "max_position_embeddings": 40,
-    "decoder_start_token_id": 2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "dropout": 0.0,
+    "vocab_size": VOCAB, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 40,
+    "decoder_start_token_id": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dropout": 0.0,
 }
-BART = _hf_base(
-    "bart",
-    _hf("BartConfig", "BartForConditionalGeneration", **_BART),
-    _text(labels=_ids(BATCH, 4), decoder_input_ids=_ids(BATCH, 4)),
-)
+BART = _hf_base("bart", _hf("BartConfig", "BartForConditionalGeneration", **_BART),
+                _text(labels=_ids(BATCH, 4), decoder_input_ids=_ids(BATCH, 4)))

@@ -116,9 +116,8 @@ def weighable(case: Case, out: dict) -> dict:
 
 def gradients(model, batch: dict) -> dict[str, torch.Tensor]:
     """Gradients of a fixed nonlinear function of the output: by trainable parameter, and by input as `input:name`."""
-    batch = {
-        k: v.clone().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in batch.items()
-    }
+    batch = {k: v.clone().requires_grad_() if torch.is_tensor(v) and v.is_floating_point() else v
+             for k, v in batch.items()}
     model.zero_grad()
     out = tensors(call(model, batch))
     sum((v * torch.sin(v + 1)).sum() for v in out.values()).backward()
@@ -203,21 +202,12 @@ def stored(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 def same_config(got: dict, want: dict):
     """Equal JSON values; the version of the writer and the order of a list that stands for a set do not count."""
-    unordered = {
-        "target_modules",
-        "exclude_modules",
-        "modules_to_save",
-        "feedforward_modules",
-        "target_parameters",
-        "layers_pattern",
-    }
+    unordered = {"target_modules", "exclude_modules", "modules_to_save", "feedforward_modules", "target_parameters",
+                 "layers_pattern"}
 
     def plain(config):
-        return {
-            k: sorted(set(v)) if k in unordered and isinstance(v, list) else v
-            for k, v in config.items()
-            if k != "peft_version"
-        }
+        return {k: sorted(set(v)) if k in unordered and isinstance(v, list) else v
+                for k, v in config.items() if k != "peft_version"}
 
     got, want = plain(got), plain(want)
     same_names(got, want)

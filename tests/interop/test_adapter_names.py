@@ -43,10 +43,8 @@ def test_nothing_is_confused(case, name, lib, is_ref, tmp_path):
     H.identical(H.run(model, batch), want)
     for one in (plain, model):
         one.save_pretrained(str(tmp_path / "saved"))
-    H.identical(
-        H.stored(tmp_path / "saved" / name if name != "default" else tmp_path / "saved")[0],
-        H.stored(tmp_path / "saved" / PLAIN)[0],
-    )
+    H.identical(H.stored(tmp_path / "saved" / name if name != "default" else tmp_path / "saved")[0],
+                H.stored(tmp_path / "saved" / PLAIN)[0])
     folder = tmp_path / "saved" / PLAIN
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -69,9 +67,8 @@ def test_nothing_is_confused(case, name, lib, is_ref, tmp_path):
             assert [key for key in model.state_dict() if "again" not in key] == list(plain.state_dict())
 
 
-@pytest.mark.parametrize(
-    "name", ["x" * 256, "é" * 128, "\ud800", "a/b", "a\\b", "a.b", ".", "..", "", "\0", "x\0"], ids=ascii
-)
+@pytest.mark.parametrize("name", ["x" * 256, "é" * 128, "\ud800", "a/b", "a\\b", "a.b", ".", "..", "", "\0", "x\0"],
+                         ids=ascii)
 def test_no_folder_can_have_that_name(name, lib, is_ref, tmp_path):
     if is_ref:
         pytest.skip("peft fails when it is saved")

@@ -105,13 +105,8 @@ def test_refusals_leave_the_model_alone(lib, is_ref):
         pytest.skip("peft changes the model before it refuses")
     base = own_model()
     before, modules = copy.deepcopy(base.state_dict()), [id(m) for m in base.modules()]
-    for config in (
-        {},
-        {"target_modules": "2"},
-        {"target_modules": "0", "adapter_layers": 2},
-        {"target_modules": "0", "adapter_len": 0},
-        {"target_modules": "0", "adapter_layers": None},
-    ):
+    for config in ({}, {"target_modules": "2"}, {"target_modules": "0", "adapter_layers": 2},
+                   {"target_modules": "0", "adapter_len": 0}, {"target_modules": "0", "adapter_layers": None}):
         with pytest.raises(lib.PeftError):
             adapted(lib, base, **config)
     base.config = SimpleNamespace(model_type="qwen2")

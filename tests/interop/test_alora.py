@@ -12,24 +12,17 @@ from . import bases as B
 from . import harness as H
 
 TOKENS = {"default": [5, 6], "other": [7], "plain": None}
-IDS = torch.tensor(
-    [
-        [3, 5, 6, 9, 5, 6, 8, 7, 4],  # twice, and that of "other"
-        [3, 4, 5, 9, 5, 8, 8, 7, 4],  # never in full
-        [5, 6, 5, 9, 5, 8, 8, 7, 4],  # first of all
-        [4, 9, 3, 9, 5, 8, 7, 5, 6],  # last of all
-    ]
-)
+IDS = torch.tensor([
+    [3, 5, 6, 9, 5, 6, 8, 7, 4],  # twice, and that of "other"
+    [3, 4, 5, 9, 5, 8, 8, 7, 4],  # never in full
+    [5, 6, 5, 9, 5, 8, 8, 7, 4],  # first of all
+    [4, 9, 3, 9, 5, 8, 7, 5, 6],  # last of all
+])
 MASK = torch.ones_like(IDS)
 BEGINS = {"default": [4, None, 0, 7], "other": [7, 7, 7, 6]}  # the first token that differs
 MIXED = ["default", "other", "__base__", "plain"]
-GREEDY = {
-    "max_new_tokens": 6,
-    "do_sample": False,
-    "eos_token_id": None,
-    "return_dict_in_generate": True,
-    "output_logits": True,
-}
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True,
+          "output_logits": True}
 TOLERANCE = 2e-6  # of float64: Llama's norms and angles are float32 inside, as `Base.float32_inside` says of it
 
 
@@ -40,9 +33,8 @@ def adapted(lib, base=None, task_type="CAUSAL_LM", targets=("q_proj", "down_proj
     model = None
     H.seed(0)
     for name, tokens in TOKENS.items():
-        config = lib.LoraConfig(
-            task_type=task_type, target_modules=list(targets), r=3, alora_invocation_tokens=tokens, **fields
-        )
+        config = lib.LoraConfig(task_type=task_type, target_modules=list(targets), r=3,
+                                alora_invocation_tokens=tokens, **fields)
         if model is None:
             model = lib.get_peft_model(base, config)
         else:
@@ -94,10 +86,8 @@ def test_given_offsets(both, offsets):
 
 def test_short_input(both):
     theirs, ours = both
-    same(
-        logits(ours, input_ids=IDS[:, :1], attention_mask=None),
-        logits(theirs, input_ids=IDS[:, :1], attention_mask=None),
-    )
+    same(logits(ours, input_ids=IDS[:, :1], attention_mask=None),
+         logits(theirs, input_ids=IDS[:, :1], attention_mask=None))
 
 
 def test_mixed_batch(both):
@@ -105,8 +95,8 @@ def test_mixed_batch(both):
     got = logits(ours, adapter_names=MIXED)
     same(got, logits(theirs, adapter_names=MIXED))
     for row, name in enumerate(MIXED):
-        alone = {"input_ids": IDS[row : row + 1], "attention_mask": MASK[row : row + 1]}
-        same(got[row : row + 1], logits(ours, adapter_names=[name], **alone))
+        alone = {"input_ids": IDS[row:row + 1], "attention_mask": MASK[row:row + 1]}
+        same(got[row:row + 1], logits(ours, adapter_names=[name], **alone))
 
 
 @pytest.mark.parametrize("names", [None, MIXED], ids=["one", "mixed"])
@@ -159,7 +149,7 @@ def test_beams(lib, is_ref, both, names):
     mask = torch.cat([MASK, torch.ones_like(ids[:, length:])], 1)
     offsets = [ids.shape[1] - b if b is not None else None for b in begins(names)]
     log_p = logits(ours, input_ids=ids, attention_mask=mask, alora_offsets=offsets, **more)
-    log_p = log_p[:, length - 1 : -1].log_softmax(-1).gather(-1, ids[:, length:, None]).squeeze(-1)
+    log_p = log_p[:, length - 1:-1].log_softmax(-1).gather(-1, ids[:, length:, None]).squeeze(-1)
     H.close({"score": log_p.mean(1).float()}, {"score": out.sequences_scores}, 1e-5)
 
 

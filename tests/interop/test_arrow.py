@@ -376,9 +376,8 @@ def test_folders(ref, lib, saved, tmp_path):
     config = {"top_k": 2, "rng_seed": 5}
     outputs = [H.run(create(lib, saved), batch())]
     for module, kind in ((ref, str), (lib, str), (lib, lambda path: path)):
-        model = module.create_arrow_model(
-            B.MLP_2D.build(), [kind(tmp_path / str(i) / "deep") for i in range(4)], module.ArrowConfig(**config)
-        )
+        model = module.create_arrow_model(B.MLP_2D.build(), [kind(tmp_path / str(i) / "deep") for i in range(4)],
+                                          module.ArrowConfig(**config))
         outputs.append(H.run(model, batch()))
     paths = [str(tmp_path / str(i)) for i in range(4)]
     model = lib.create_arrow_model(B.MLP_2D.build(), paths, lib.ArrowConfig(**config), subfolder="deep")

@@ -325,11 +325,8 @@ def test_adapter_named_like_a_module(name, lib, tmp_path):
 
 def test_names_in_use(lib):
     model = H.adapt(lib, LORA)
-    for action in (
-        lambda: model.add_adapter("default", H.config(lib, LORA, r=2)),
-        lambda: model.set_adapter("nobody"),
-        lambda: model.delete_adapter("nobody"),
-    ):
+    for action in (lambda: model.add_adapter("default", H.config(lib, LORA, r=2)),
+                   lambda: model.set_adapter("nobody"), lambda: model.delete_adapter("nobody")):
         with unchanged(model, lib.PeftError):
             action()
 

@@ -108,10 +108,8 @@ def test_hot_swapping(rank, lib, is_ref, tmp_path):
     model = H.move(H.adapt(lib, case()))
     before = H.snapshot(model)
     if rank < 4:
-        for act in (
-            lambda: lib.hotswap.hotswap_adapter(model, tmp_path, "default", torch_device="cpu"),
-            lambda: lib.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8),
-        ):
+        for act in (lambda: lib.hotswap.hotswap_adapter(model, tmp_path, "default", torch_device="cpu"),
+                    lambda: lib.hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)):
             with pytest.raises(NotImplementedError, match="rank"):
                 act()
             H.identical(H.snapshot(model), before)

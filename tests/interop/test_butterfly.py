@@ -9,42 +9,18 @@ from .cases.case import Case
 
 LINEARS = ["square", "wide"]
 CASES = [
-    Case(
-        "boft/butterfly/two",
-        "BOFTConfig",
-        {"target_modules": LINEARS, "boft_block_size": 2, "boft_n_butterfly_factor": 2},
-        B.MLP,
-    ),
-    Case(
-        "boft/butterfly/three",
-        "BOFTConfig",
-        {"target_modules": LINEARS, "boft_block_size": 2, "boft_n_butterfly_factor": 3},
-        B.MLP,
-    ),
-    Case(
-        "boft/butterfly/large_blocks",
-        "BOFTConfig",
-        {"target_modules": LINEARS, "boft_block_size": 4, "boft_n_butterfly_factor": 2},
-        B.MLP_2D,
-    ),
-    Case(
-        "boft/butterfly/by_number",
-        "BOFTConfig",
-        {"target_modules": LINEARS, "boft_block_size": 0, "boft_block_num": 4, "boft_n_butterfly_factor": 3},
-        B.MLP,
-    ),
-    Case(
-        "boft/butterfly/dropout",
-        "BOFTConfig",
-        {"target_modules": LINEARS, "boft_block_size": 2, "boft_dropout": 0.6, "boft_n_butterfly_factor": 3},
-        B.MLP,
-    ),
-    Case(
-        "boft/butterfly/conv2d",
-        "BOFTConfig",
-        {"target_modules": ["first"], "boft_block_size": 2, "boft_n_butterfly_factor": 2},
-        B.CONV2D,
-    ),
+    Case("boft/butterfly/two", "BOFTConfig", {"target_modules": LINEARS, "boft_block_size": 2,
+                                             "boft_n_butterfly_factor": 2}, B.MLP),
+    Case("boft/butterfly/three", "BOFTConfig", {"target_modules": LINEARS, "boft_block_size": 2,
+                                               "boft_n_butterfly_factor": 3}, B.MLP),
+    Case("boft/butterfly/large_blocks", "BOFTConfig", {"target_modules": LINEARS, "boft_block_size": 4,
+                                                      "boft_n_butterfly_factor": 2}, B.MLP_2D),
+    Case("boft/butterfly/by_number", "BOFTConfig", {"target_modules": LINEARS, "boft_block_size": 0,
+                                                   "boft_block_num": 4, "boft_n_butterfly_factor": 3}, B.MLP),
+    Case("boft/butterfly/dropout", "BOFTConfig", {"target_modules": LINEARS, "boft_block_size": 2, "boft_dropout": 0.6,
+                                                 "boft_n_butterfly_factor": 3}, B.MLP),
+    Case("boft/butterfly/conv2d", "BOFTConfig", {"target_modules": ["first"], "boft_block_size": 2,
+                                                "boft_n_butterfly_factor": 2}, B.CONV2D),
 ]
 each_case = pytest.mark.parametrize("case", CASES, ids=[c.id for c in CASES])
 
@@ -98,14 +74,8 @@ def test_dropout_at_equal_seed(lib, ref):
     assert H.differ(outs[1], H.run(theirs.eval(), batch), 1e-4)
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"boft_block_size": 3},
-        {"boft_block_size": 4, "boft_n_butterfly_factor": 4},
-        {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 3},
-    ],
-)
+@pytest.mark.parametrize("fields", [{"boft_block_size": 3}, {"boft_block_size": 4, "boft_n_butterfly_factor": 4},
+                                    {"boft_block_size": 0, "boft_block_num": 2, "boft_n_butterfly_factor": 3}])
 def test_refused(fields, lib, ref):
     for module in (ref, lib):
         config = module.BOFTConfig(target_modules=["wide"], **{"boft_n_butterfly_factor": 2, **fields})

@@ -49,10 +49,8 @@ def test_from_pretrained_trainable(case, direction, lib, ref, tmp_path):
             reader.PeftModel.from_pretrained(case.base.build(), str(tmp_path), is_trainable=True)
         return
     loaded = reader.PeftModel.from_pretrained(case.base.build(), str(tmp_path), adapter_name="x", is_trainable=True)
-    H.same_names(
-        {n.replace(".x", ".default") for n, p in loaded.named_parameters() if p.requires_grad},
-        {n for n, p in model.named_parameters() if p.requires_grad},
-    )
+    H.same_names({n.replace(".x", ".default") for n, p in loaded.named_parameters() if p.requires_grad},
+                 {n for n, p in model.named_parameters() if p.requires_grad})
 
 
 @both_ways

@@ -72,7 +72,7 @@ def in_place(code):
 def test_imports_of_other_libraries(ref):
     exec(IMPORTS, {})
     out = in_place(f"{IMPORTS}\nimport peft\nprint(PeftModel.__module__, LoraLayer.__module__, peft.__version__)")
-    assert out == f"minipeft.model minipeft.compat {ref.__version__}"
+    assert out == f"minipeft.model.peft_model minipeft.compat.surface {ref.__version__}"
 
 
 def theirs_at(path, name=None):

@@ -273,11 +273,8 @@ def test_messages_are_short(lib):
     assert len(str(error.value)) < LONGEST
 
 
-@each_case(
-    lambda c: (
-        c.id in ("shira/linear/plain", "unilora/linear/save_indices", "supertuning/linear/plain", "frod/linear/plain")
-    )
-)
+@each_case(lambda c: c.id in ("shira/linear/plain", "unilora/linear/save_indices", "supertuning/linear/plain",
+                              "frod/linear/plain"))
 def test_positions_may_be_whole_numbers_in_floats(case, lib, is_ref):
     """As a program without integers in its files writes them; a fraction is no position."""
     if is_ref:

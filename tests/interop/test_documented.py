@@ -14,12 +14,10 @@ BERT = {"vocab_size": 28996, "num_labels": 2}
 BASES = {
     "bert-base-cased/SEQ_CLS/prefix": ("BertConfig", BERT, "BertForSequenceClassification"),
     "bert-base-cased/TOKEN_CLS/prefix": ("BertConfig", BERT, "BertForTokenClassification"),
-    "gpt2-large/CAUSAL_LM/prefix": ("GPT2Config", {"n_embd": 1280, "n_layer": 36, "n_head": 20}, "GPT2LMHeadModel"),
+    "gpt2-large/CAUSAL_LM/prefix": (
+        "GPT2Config", {"n_embd": 1280, "n_layer": 36, "n_head": 20}, "GPT2LMHeadModel"),
     "t5-base/SEQ_2_SEQ_LM/lora": (
-        "T5Config",
-        {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
-        "T5ForConditionalGeneration",
-    ),
+        "T5Config", {"d_model": 768, "d_ff": 3072, "num_layers": 12, "num_heads": 12}, "T5ForConditionalGeneration"),
     "bert-base-cased/QUESTION_ANS/lora": ("BertConfig", BERT, "BertForQuestionAnswering"),
     "bert-base-cased/FEATURE_EXTRACTION/lora": ("BertConfig", BERT, "BertModel"),
 }
@@ -52,8 +50,7 @@ def test_counts(example, lib, is_ref, capsys):
     assert next(p for n, p in model.named_parameters() if n.startswith("base_model")).is_meta
     model.print_trainable_parameters()
     assert capsys.readouterr().out == (
-        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n"
-    )
+        f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}\n")
 
 
 @each_example
@@ -61,10 +58,8 @@ def test_peft_agrees(example, lib, ref):
     """The recorded counts are those of the installed peft; names of all parameters are equal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        models = [
-            counts(m, example, m.get_peft_config({k: v for k, v in example["config"].items() if k not in LEGACY}))
-            for m in (ref, lib)
-        ]
+        models = [counts(m, example, m.get_peft_config({k: v for k, v in example["config"].items() if k not in LEGACY}))
+                  for m in (ref, lib)]
     theirs, ours = models
     assert theirs[:2] == ours[:2]
     described = [{n: (tuple(p.shape), p.requires_grad) for n, p in m[2].named_parameters()} for m in models]

@@ -11,9 +11,8 @@ from . import bases as B
 from . import harness as H
 from .cases.case import Case
 
-CASE = Case(
-    "frod/basis", "FrodConfig", {"target_modules": ["q", "up"], "sparse_rate": 0.1, "progressbar": False}, B.STACK
-)
+CASE = Case("frod/basis", "FrodConfig", {"target_modules": ["q", "up"], "sparse_rate": 0.1, "progressbar": False},
+            B.STACK)
 
 
 def turned(tensors):
@@ -82,10 +81,10 @@ def test_loading_one_adapter_leaves_the_other(lib):
 
 
 def test_one_width_for_a_group():
-    net = torch.nn.ModuleDict(
-        {"layers": torch.nn.ModuleList(torch.nn.ModuleDict({"q": torch.nn.Linear(width, 4)}) for width in (4, 6))}
-    )
-    with pytest.raises(minipeft.core.errors.ConfigError, match=r"'layers.1.q' has 6 inputs"):
+    net = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(
+        torch.nn.ModuleDict({"q": torch.nn.Linear(width, 4)}) for width in (4, 6)
+    )})
+    with pytest.raises(minipeft.errors.ConfigError, match=r"'layers.1.q' has 6 inputs"):
         minipeft.get_peft_model(net, minipeft.FrodConfig(target_modules=["q"], progressbar=False))
     assert type(net["layers"][0]["q"]) is torch.nn.Linear
 

@@ -114,12 +114,8 @@ def test_parametrised_tensors_of_an_adapter_run_and_merge(case, lib):
     """Twice each tensor through a parametrisation is what twice the tensor is."""
     model, want = (H.move(H.adapt(lib, case).double()) for _ in range(2))
     batch = H.inputs(case, torch.float64)
-    boxes = [
-        (m, n)
-        for path, m in want.named_modules()
-        for n, p in m.named_parameters(recurse=False)
-        if p.requires_grad and (n == "default" or (".default" in path and n == "weight"))
-    ]
+    boxes = [(m, n) for path, m in want.named_modules() for n, p in m.named_parameters(recurse=False)
+             if p.requires_grad and (n == "default" or (".default" in path and n == "weight"))]
     if not boxes or "modules_to_save" in str(boxes):
         pytest.skip("no tensor of the adapter alone")
     for module, name in boxes:

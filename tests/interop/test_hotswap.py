@@ -192,13 +192,10 @@ def moved(lib, seed, **fields):
     return H.move(lib.get_peft_model(base(), lib.LoraConfig(**fields)).eval(), scale=0.1 * seed)
 
 
-@pytest.mark.parametrize(
-    "change, how",
-    [
-        *((change, how) for change in CHANGES for how in ("plain", "prepared")),
-        *((change, "compiled") for change in list(CHANGES)[1:5]),
-    ],
-)
+@pytest.mark.parametrize("change, how", [
+    *((change, how) for change in CHANGES for how in ("plain", "prepared")),
+    *((change, "compiled") for change in list(CHANGES)[1:5]),
+])
 def test_is_the_new_adapter_afterwards(change, how, lib, is_ref, tmp_path):
     """What is saved then is what was swapped in, and loads as that."""
     if is_ref:
@@ -211,10 +208,8 @@ def test_is_the_new_adapter_afterwards(change, how, lib, is_ref, tmp_path):
     if how != "plain":
         hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
         H.saved(model, tmp_path / "prepared")  # without the zeros
-        H.identical(
-            H.run(lib.PeftModel.from_pretrained(base(), tmp_path / "prepared"), {"ids": IDS}),
-            H.run(moved(lib, 1, **first), {"ids": IDS}),
-        )
+        H.identical(H.run(lib.PeftModel.from_pretrained(base(), tmp_path / "prepared"), {"ids": IDS}),
+                    H.run(moved(lib, 1, **first), {"ids": IDS}))
     if how == "compiled":
         model = torch.compile(model, backend="eager")
         model(IDS)

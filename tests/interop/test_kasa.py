@@ -28,10 +28,8 @@ def loss(model, *names):
     model.zero_grad()
     value = model.base_model._get_kasa_loss(*names)
     value.backward()
-    return {
-        "loss": value.detach().float(),
-        **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
-    }
+    return {"loss": value.detach().float(), **{n: p.grad.clone() for n, p in model.named_parameters()
+                                               if p.grad is not None}}
 
 
 # ------------------------------------------------------------------------------------------------------------- loss
@@ -109,13 +107,8 @@ def test_frozen_weight_stays_truncated(lib, ref):
 def test_layers_that_share_a_weight(lib, ref):
     """Replicated layers with different ranks: as much is taken out as the largest of them says."""
     pytest.importorskip("transformers")
-    case = kasa(
-        "more/replicated",
-        B.LLAMA,
-        ["q_proj"],
-        layer_replication=[[0, 2], [1, 2]],
-        rank_pattern={"layers.1.self_attn.q_proj": 5},
-    )
+    case = kasa("more/replicated", B.LLAMA, ["q_proj"], layer_replication=[[0, 2], [1, 2]],
+                rank_pattern={"layers.1.self_attn.q_proj": 5})
     theirs, ours = (H.adapt(module, case) for module in (ref, lib))
     H.close(weights(ours), weights(theirs), 1e-5)
     assert sorted(ranks(ours).values())[0] == sorted(ranks(ours).values())[1] < sorted(ranks(ours).values())[2]
@@ -150,9 +143,8 @@ def test_base_without_values(merge, lib, ref, is_ref):
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in whole.parameters())
     original = {f"base_model.model.{k}": v for k, v in B.MLP.build().state_dict().items()}
-    values = {
-        k: original[k.replace(".base_layer", "")] if "base_layer" in k else v for k, v in whole.state_dict().items()
-    }
+    values = {k: original[k.replace(".base_layer", "")] if "base_layer" in k else v
+              for k, v in whole.state_dict().items()}
     if not is_ref:
         with pytest.raises(ValueError, match="meta device"):
             model(**{k: v.to("meta") for k, v in H.inputs(PLAIN).items()})

@@ -13,34 +13,14 @@ from . import harness as H
 from .cases import CASES
 
 TARGETS = {
-    B.MLP: "wide",
-    B.HF_CONV1D: "wide",
-    B.EMBEDDING: "emb",
-    B.ATTENTION: "attn",
-    B.ATTENTION_NO_BIAS: "attn",
-    B.CONV1D: "same",
-    B.CONV2D: "same",
-    B.CONV3D: "same",
-    B.CONV1D_GROUPS: "same",
-    B.CONV2D_GROUPS: "same",
-    B.CONV3D_GROUPS: "same",
-    B.NORMS: "ln",
+    B.MLP: "wide", B.HF_CONV1D: "wide", B.EMBEDDING: "emb", B.ATTENTION: "attn", B.ATTENTION_NO_BIAS: "attn",
+    B.CONV1D: "same", B.CONV2D: "same", B.CONV3D: "same", B.CONV1D_GROUPS: "same", B.CONV2D_GROUPS: "same",
+    B.CONV3D_GROUPS: "same", B.NORMS: "ln",
 }
 # fields that speak of the model that a case is made for
-OF_THE_MODEL = {
-    "target_modules",
-    "target_parameters",
-    "modules_to_save",
-    "feedforward_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "layers_pattern",
-    "exclude_modules",
-    "trainable_token_indices",
-    "bias",
-    "task_type",
-}
+OF_THE_MODEL = {"target_modules", "target_parameters", "modules_to_save", "feedforward_modules", "rank_pattern",
+                "alpha_pattern", "layers_to_transform", "layers_pattern", "exclude_modules", "trainable_token_indices",
+                "bias", "task_type"}
 
 
 def one_of_each_method():

@@ -157,11 +157,8 @@ def test_a_graph_held_across_a_merge(case, inference, lib):
     except RuntimeError as error:
         assert "modified by an inplace operation" in str(error)
         return
-    H.close(
-        {str(i): g for i, g in enumerate(got) if g is not None},
-        {str(i): g for i, g in enumerate(want) if g is not None},
-        1e-6,
-    )
+    H.close({str(i): g for i, g in enumerate(got) if g is not None},
+            {str(i): g for i, g in enumerate(want) if g is not None}, 1e-6)
 
 
 @each_case(lambda c: c.id in EACH_METHOD)
@@ -224,10 +221,7 @@ def test_one_of_several_merged(case, lib):
     for order in (["default", "other"], ["other", "default"]):
         model.base_model.set_adapter(order)
         assert_merging_one_changes_nothing(
-            model,
-            H.inputs(case, torch.float64),
-            order,
-            H.tolerance(case, torch.float64),
+            model, H.inputs(case, torch.float64), order, H.tolerance(case, torch.float64),
             lambda out: H.weighable(case, out),
         )
 

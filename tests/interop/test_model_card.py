@@ -27,7 +27,7 @@ LINES = [
     "base_model:\nlibrary_name:\ntags:\n- other",
     "base_model:\n- other/model\n- org/base-model\nbase_model_relation: adapter",
     "base_model: [org/base-model, other/model]",
-    'library_name: "transformers"\npipeline_tag: feature-extraction',
+    "library_name: \"transformers\"\npipeline_tag: feature-extraction",
     "defaults: &d {a: 1}\nmore: *d\ntags:\n- other",
     "description: |\n  tags: not this\n\n  - nor this\n # nor this\nlicense: mit",
     "description: >-\n  library_name: not this\ntitle: \"a: b\\\n  c\"\nwidget:\n- text: 'it''s'\n- text: \"[\"",
@@ -59,7 +59,7 @@ NOT_OURS_TO_CHANGE = [
     "? tags\n: [a]",
     "{tags: [a]}",
     "- a\n- b",
-    'title: "one\ntags: two"',
+    "title: \"one\ntags: two\"",
     "title: [one,\ntags: two]",
     "tags: [a]\ntags: [b]",
     "%YAML 1.2",
@@ -137,17 +137,8 @@ def test_broken_cards_are_left(content, lib, is_ref, tmp_path):
     assert updated(lib, tmp_path, content) == (content, 1)
 
 
-BODIES = [
-    "# Mine\n",
-    "# Mine",
-    "# Mine\r\ntext\r\n",
-    "a\n---\nb\n",
-    "# Mine  \n\n\n",
-    "see ### Framework versions\n",
-    "### Framework versions",
-    "### Framework versions\n- PEFT 0.1",
-    "### Framework versions\r\n\r\n- other\r\n",
-]
+BODIES = ["# Mine\n", "# Mine", "# Mine\r\ntext\r\n", "a\n---\nb\n", "# Mine  \n\n\n", "see ### Framework versions\n",
+          "### Framework versions", "### Framework versions\n- PEFT 0.1", "### Framework versions\r\n\r\n- other\r\n"]
 
 
 @pytest.mark.parametrize("body", BODIES)

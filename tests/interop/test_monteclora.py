@@ -65,9 +65,8 @@ def test_draws(r, samples, lib, ref):
     """The whole buffer at equal seed: that of the start, and that of the first refill."""
     given = {"num_samples": samples, "buffer_size": 7}
     case = monteclora("training/draws", B.MLP, ["wide"], r=r, monteclora_config=given)
-    theirs, ours = (
-        H.adapt(module, case).base_model.model.wide.lora_monteclora_sampler["default"].train() for module in (ref, lib)
-    )
+    theirs, ours = (H.adapt(module, case).base_model.model.wide.lora_monteclora_sampler["default"].train()
+                    for module in (ref, lib))
     for refilled in (False, True):
         if refilled:
             for sampler in (theirs, ours):
@@ -212,13 +211,8 @@ def test_weighted(kind, lib, ref):
     """Combined as LoRAs are."""
     case, outs = monteclora("training/weighted", B.MLP, LINEARS, second={}), []
     for model in H.pair(ref, lib, case, second=True):
-        model.add_weighted_adapter(
-            ["default", "other"],
-            [0.7, 0.4],
-            "sum",
-            combination_type=kind,
-            **({"density": 0.5} if kind == "ties" else {}),
-        )
+        model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", combination_type=kind,
+                                   **({"density": 0.5} if kind == "ties" else {}))
         model.set_adapter("sum")
         outs.append(H.run(model, H.inputs(case)))
     H.close(outs[1], outs[0], 1e-4)

@@ -70,9 +70,7 @@ def test_dtypes_follow_the_base(case, dtype, lib, ref):
 def test_adapter_of_another_name(case, lib, ref):
     theirs, ours = H.adapt(ref, case, adapter_name="my-name"), H.adapt(lib, case, adapter_name="my-name")
     H.same_names(ours.state_dict(), theirs.state_dict())
-    H.same_names(
-        lib.get_peft_model_state_dict(ours, adapter_name="my-name"),
-        ref.get_peft_model_state_dict(theirs, adapter_name="my-name"),
-    )
+    H.same_names(lib.get_peft_model_state_dict(ours, adapter_name="my-name"),
+                 ref.get_peft_model_state_dict(theirs, adapter_name="my-name"))
     assert ours.active_adapter == theirs.active_adapter == "my-name"
     assert ours.active_adapters == theirs.active_adapters == ["my-name"]

@@ -12,18 +12,9 @@ from . import harness as H
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 SPEECH = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "conv_dim": (8, 8),
-    "conv_stride": (2, 2),
-    "conv_kernel": (3, 3),
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2,
-    "vocab_size": 20,
-    "layerdrop": 0.0,
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "conv_dim": (8, 8),
+    "conv_stride": (2, 2), "conv_kernel": (3, 3), "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2, "vocab_size": 20, "layerdrop": 0.0,
 }
 STAGES = {"hidden_sizes": [8, 8, 8, 8], "depths": [1, 1, 1, 1]}
 
@@ -47,13 +38,8 @@ class Custom(nn.Module):
 
 
 MODELS = {  # name: (model, its config or argument, targets, module trained in full, input)
-    "resnet": (
-        "ResNetForImageClassification",
-        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
-        ["convolution"],
-        "classifier",
-        (2, 3, 32, 32),
-    ),
+    "resnet": ("ResNetForImageClassification", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+               ["convolution"], "classifier", (2, 3, 32, 32)),
     "convnext": ("ConvNextForImageClassification", STAGES, ["pwconv1", "pwconv2"], "classifier", (2, 3, 64, 64)),
     "wav2vec2": ("Wav2Vec2ForCTC", SPEECH, ["q_proj", "v_proj"], "lm_head", (2, 100)),
     "hubert": ("HubertForSequenceClassification", SPEECH, ["q_proj", "v_proj"], "classifier", (2, 100)),

@@ -17,16 +17,8 @@ FIRST = {}
 for _case in CASES:
     FIRST.setdefault((_case.method, _case.base.name), _case)
 PICKED = {c.method: c for c in reversed(FIRST.values())}  # one of each method, and where weights are shared
-SHARED = (
-    "lora/targets/token_indices_tied",
-    "trainable_tokens/llama_tied/default",
-    "adalora/bert_seq/plain",
-    "lora/t5/plain",
-    "prompt_tuning/t5/plain",
-    "cpt/gpt2/plain",
-    "shadow/llama/plain",
-    "lily/stack/shared",
-)
+SHARED = ("lora/targets/token_indices_tied", "trainable_tokens/llama_tied/default", "adalora/bert_seq/plain",
+          "lora/t5/plain", "prompt_tuning/t5/plain", "cpt/gpt2/plain", "shadow/llama/plain", "lily/stack/shared")
 _picked = {c.id: c for c in [*PICKED.values(), *(c for c in CASES if c.id in SHARED)]}
 ALL = [c for c in FIRST.values() if c.id in _picked or not c.base.transformers]
 each_method_and_layer = pytest.mark.parametrize("case", ALL, ids=[c.id for c in ALL])
@@ -120,14 +112,8 @@ def test_merged_and_taken_out_again(case, lib):
 def stored_llama(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
     path = tmp_path_factory.mktemp("llama")
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        vocab_size=30,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
+    config = transformers.LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=30,
+                                      num_attention_heads=2, num_key_value_heads=2)
     transformers.LlamaForCausalLM(config).save_pretrained(path)
     return path
 
@@ -141,14 +127,8 @@ def test_base_with_layers_on_disk(stored_llama, modules_to_save, lib, tmp_path):
         return LlamaForCausalLM.from_pretrained(stored_llama, **options)
 
     def parted():
-        places = {
-            "model.embed_tokens": "cpu",
-            "model.rotary_emb": "cpu",
-            "model.layers.0": "disk",
-            "model.layers.1": "cpu",
-            "model.norm": "disk",
-            "lm_head": "disk",
-        }
+        places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "disk",
+                  "model.layers.1": "cpu", "model.norm": "disk", "lm_head": "disk"}
         return base(device_map=places, offload_folder=str(tmp_path / "off"))
 
     fields = {"target_modules": ["q_proj", "down_proj"], "r": 2, "modules_to_save": modules_to_save}

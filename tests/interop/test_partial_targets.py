@@ -59,10 +59,8 @@ def test_some_match(field, lib, ref, is_ref, tmp_path):
     H.same_names(model.state_dict(), want.state_dict())
     H.identical(H.run(H.move(want), x), H.run(model, x))
     further = lib.get_peft_model(Model(), lib.LoraConfig(**fields))
-    for load in (
-        lambda: lib.PeftModel.from_pretrained(Model(), tmp_path),
-        lambda: further.load_adapter(tmp_path, "other") and further,
-    ):
+    for load in (lambda: lib.PeftModel.from_pretrained(Model(), tmp_path),
+                 lambda: further.load_adapter(tmp_path, "other") and further):
         loaded, texts = warned(load)
         assert len(texts) == 1 and said in texts[0]
         loaded.set_adapter(list(loaded.peft_config)[-1])
@@ -130,15 +128,8 @@ def test_experts_that_are_parameters(targets, lib, is_ref):
     if is_ref:
         pytest.skip("peft says nothing")
     transformers = pytest.importorskip("transformers", minversion="5")
-    sizes = {
-        "vocab_size": 30,
-        "hidden_size": 8,
-        "intermediate_size": 12,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "num_local_experts": 2,
-    }
+    sizes = {"vocab_size": 30, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
     model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
     says = r"name 'experts\.gate_up_proj', 'experts\.down_proj' in `target_parameters`"
     if "q_proj" in targets:

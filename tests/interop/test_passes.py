@@ -168,13 +168,11 @@ def test_overlapping_generation(lib):
     config = lib.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = H.move(lib.get_peft_model(base, config), 1.0).eval()
     ids = torch.arange(3, 13).view(2, 5)
-    generate = functools.partial(
-        model.generate, input_ids=ids, max_new_tokens=4, output_logits=True, return_dict_in_generate=True
-    )
+    generate = functools.partial(model.generate, input_ids=ids, max_new_tokens=4, output_logits=True,
+                                 return_dict_in_generate=True)
     want = torch.stack(generate().logits)
-    bare = functools.partial(
-        base.generate, input_ids=ids, max_new_tokens=4, output_logits=True, return_dict_in_generate=True
-    )
+    bare = functools.partial(base.generate, input_ids=ids, max_new_tokens=4, output_logits=True,
+                             return_dict_in_generate=True)
     own = torch.stack(bare().logits)
 
     class Calls:  # what `overlapping` needs of a model

@@ -199,42 +199,25 @@ FAULTS = {
     "bias of lora_B dropped": (CASE["lora/linear/lora_bias"], no_bias, outputs),
     "merged twice": (LORA, merges_twice, merging),
     "merged with another scaling": (LORA, unscaled_reading, merging),
-    "leaks when disabled": (
-        LORA,
-        leaks_when_disabled,
-        [lambda c, lib, ref, tmp: test_merge.test_disabled(c, lib, ref, False)],
-    ),
+    "leaks when disabled": (LORA, leaks_when_disabled,
+                            [lambda c, lib, ref, tmp: test_merge.test_disabled(c, lib, ref, False)]),
     "gradient lost": (LORA, detached, gradient),
     "gradient halved": (LORA, half_gradient, gradient),
     "another dtype": (LORA, another_dtype, names),
     "another name": (LORA, another_name, names),
     "one more buffer": (LORA, one_more_buffer, names),
-    "trains the head": (LORA, trains_the_head, [lambda c, lib, ref, tmp: test_names.test_trainable_set(c, lib, ref)]),
-    "running moves one bit": (
-        LORA,
-        one_bit,
-        [lambda c, lib, ref, tmp: test_outputs.test_running_changes_no_tensor(c, lib, False)],
-    ),
-    "a fresh adapter acts": (
-        LORA,
-        not_the_identity,
-        [lambda c, lib, ref, tmp: test_initial.test_fresh_adapter_is_the_identity(c, lib, False)],
-    ),
-    "another initial value": (
-        LORA,
-        another_seed,
-        [lambda c, lib, ref, tmp: test_initial.test_values_at_equal_seed(c, lib, ref)],
-    ),
-    "mixed batch runs one adapter": (
-        LORA,
-        first_adapter_only,
-        [lambda c, lib, ref, tmp: test_several.test_mixed_batch(c, lib, ref, False)],
-    ),
-    "set_adapter switches nothing": (
-        LORA,
-        switches_nothing,
-        [lambda c, lib, ref, tmp: test_several.test_switching(c, lib, ref)],
-    ),
+    "trains the head": (LORA, trains_the_head,
+                        [lambda c, lib, ref, tmp: test_names.test_trainable_set(c, lib, ref)]),
+    "running moves one bit": (LORA, one_bit,
+                              [lambda c, lib, ref, tmp: test_outputs.test_running_changes_no_tensor(c, lib, False)]),
+    "a fresh adapter acts": (LORA, not_the_identity,
+                             [lambda c, lib, ref, tmp: test_initial.test_fresh_adapter_is_the_identity(c, lib, False)]),
+    "another initial value": (LORA, another_seed,
+                              [lambda c, lib, ref, tmp: test_initial.test_values_at_equal_seed(c, lib, ref)]),
+    "mixed batch runs one adapter": (LORA, first_adapter_only,
+                                     [lambda c, lib, ref, tmp: test_several.test_mixed_batch(c, lib, ref, False)]),
+    "set_adapter switches nothing": (LORA, switches_nothing,
+                                     [lambda c, lib, ref, tmp: test_several.test_switching(c, lib, ref)]),
     "saves a wrong field": (LORA, saves(lambda t, c: c.update(lora_alpha=7)), saving),
     "saves a number as text": (LORA, saves(lambda t, c: c.update(lora_alpha="6")), saving),
     "saves one field more": (LORA, saves(lambda t, c: c.update(news=1)), saving),
@@ -254,11 +237,8 @@ def test_fault_is_caught(fault, ref, tmp_path):
             test(case, Faulty(ref, change), ref, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "tests",
-    [outputs, gradient, merging, saving, reloading, names],
-    ids=["outputs", "gradient", "merging", "saving", "reloading", "names"],
-)
+@pytest.mark.parametrize("tests", [outputs, gradient, merging, saving, reloading, names],
+                         ids=["outputs", "gradient", "merging", "saving", "reloading", "names"])
 def test_no_fault_is_not_caught(tests, ref, tmp_path):
     """The same scaffold around a sound implementation passes: it is the fault that is caught."""
     for test in tests:

@@ -10,99 +10,33 @@ from . import harness as H
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-COMMON = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "intermediate_size": 24,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+COMMON = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4,
+          "intermediate_size": 24, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+          "eos_token_id": 2}
 GROUPED = {**COMMON, "num_key_value_heads": 2}
 DECODERS = {
     "opt": ("OPTConfig", "OPTForCausalLM", {**COMMON, "ffn_dim": 24, "word_embed_proj_dim": 16, "dropout": 0.0}),
-    "gpt2": (
-        "GPT2Config",
-        "GPT2LMHeadModel",
-        {
-            "vocab_size": 40,
-            "n_embd": 16,
-            "n_layer": 3,
-            "n_head": 2,
-            "n_positions": 64,
-            "pad_token_id": 0,
-            "eos_token_id": 2,
-        },
-    ),
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 2,
+                                               "n_positions": 64, "pad_token_id": 0, "eos_token_id": 2}),
     "llama": ("LlamaConfig", "LlamaForCausalLM", GROUPED),
     "llama_head_dim": ("LlamaConfig", "LlamaForCausalLM", {**GROUPED, "head_dim": 6}),
     "mistral": ("MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": 6}),
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 8}),
-    "gemma3": (
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        {
-            **GROUPED,
-            "head_dim": 8,
-            "sliding_window": 6,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        },
-    ),
-    "bloom": (
-        "BloomConfig",
-        "BloomForCausalLM",
-        {
-            "vocab_size": 40,
-            "hidden_size": 16,
-            "n_layer": 2,
-            "n_head": 2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-        },
-    ),
+    "gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {
+        **GROUPED, "head_dim": 8, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "bloom": ("BloomConfig", "BloomForCausalLM", {"vocab_size": 40, "hidden_size": 16, "n_layer": 2, "n_head": 2,
+                                                  "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
 }
 SEQ2SEQ = {
-    "t5": (
-        "T5Config",
-        "T5ForConditionalGeneration",
-        {
-            "vocab_size": 40,
-            "d_model": 16,
-            "d_kv": 8,
-            "d_ff": 24,
-            "num_layers": 4,
-            "num_heads": 2,
-            "dropout_rate": 0.0,
-            "decoder_start_token_id": 0,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-        },
-    ),
-    "bart": (
-        "BartConfig",
-        "BartForConditionalGeneration",
-        {
-            "vocab_size": 40,
-            "d_model": 16,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 2,
-            "decoder_attention_heads": 2,
-            "encoder_ffn_dim": 24,
-            "decoder_ffn_dim": 24,
-            "max_position_embeddings": 64,
-            "decoder_start_token_id": 2,
-            "pad_token_id": 0,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "dropout": 0.0,
-            "forced_eos_token_id": None,
-        },
-    ),
+    "t5": ("T5Config", "T5ForConditionalGeneration", {
+        "vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 4, "num_heads": 2, "dropout_rate": 0.0,
+        "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}),
+    "bart": ("BartConfig", "BartForConditionalGeneration", {
+        "vocab_size": 40, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 64,
+        "decoder_start_token_id": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "dropout": 0.0,
+        "forced_eos_token_id": None}),
 }
 PROMPTS = {
     "prompt_tuning": ("PromptTuningConfig", {"num_virtual_tokens": 4}),
@@ -178,9 +112,7 @@ def test_decoders(base, method, ref, lib):
 
 
 GENERATE = {
-    "greedy": {},
-    "beams": {"num_beams": 3},
-    "samples": {"do_sample": True, "num_return_sequences": 2, "top_k": 10},
+    "greedy": {}, "beams": {"num_beams": 3}, "samples": {"do_sample": True, "num_return_sequences": 2, "top_k": 10},
 }
 
 
@@ -208,13 +140,8 @@ def test_a_padded_row_generates_what_it_does_alone(base, method, lib, is_ref):
     model = H.move(pair(lib, lib, base, method)[0], 0.5)
     inputs = with_tasks(method, batch())
     alone = {k: v[:1] if k == "task_ids" else v[:1, 2:] for k, v in inputs.items()}
-    options = {
-        "max_new_tokens": 4,
-        "do_sample": False,
-        "eos_token_id": None,
-        "output_logits": True,
-        "return_dict_in_generate": True,
-    }
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "output_logits": True,
+               "return_dict_in_generate": True}
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         got, want = (model.generate(**given, **options).logits for given in (inputs, alone))
@@ -273,16 +200,8 @@ def tokenizer(folder, words=40):
 @pytest.mark.parametrize("text", ["w7 w8", "w3 w4 w5 w6 w7 w8 w9"], ids=["short", "long"])
 def test_a_prompt_begins_as_a_text(method, text, ref, lib, tmp_path):
     tokenizer(tmp_path)
-    models = pair(
-        ref,
-        lib,
-        "llama",
-        method,
-        prompt_tuning_init="TEXT",
-        prompt_tuning_init_text=text,
-        tokenizer_name_or_path=str(tmp_path),
-        tokenizer_kwargs={"trust_remote_code": True},
-    )
+    models = pair(ref, lib, "llama", method, prompt_tuning_init="TEXT", prompt_tuning_init_text=text,
+                  tokenizer_name_or_path=str(tmp_path), tokenizer_kwargs={"trust_remote_code": True})
     words = models[1].word_embeddings.weight
     numbers = [int(word[1:]) for word in text.split()]
     assert torch.equal(models[1].prompt_encoder["default"].embedding.weight, words[(numbers * 4)[:4]])
@@ -293,14 +212,8 @@ def test_a_multitask_prompt_begins_with_another(how, ref, lib, tmp_path):
     source = H.move(pair(ref, lib, "llama", "multitask")[0])
     source.save_pretrained(str(tmp_path))
     options = {"prompt_tuning_init": how, "prompt_tuning_init_task": 2, "num_tasks": 1}
-    pair(
-        ref,
-        lib,
-        "llama",
-        "multitask",
-        **options,
-        prompt_tuning_init_state_dict_path=str(tmp_path / "adapter_model.safetensors"),
-    )
+    pair(ref, lib, "llama", "multitask", **options,
+         prompt_tuning_init_state_dict_path=str(tmp_path / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("method", ["cartridge", "prefix_tuning"])
@@ -328,12 +241,8 @@ def test_composed_cartridges(ref, lib, tmp_path):
 @pytest.mark.parametrize("kind", ["none", "decay"])
 def test_cpt_trains_the_same(kind, ref, lib):
     """Several steps, in which the projection takes part."""
-    options = {
-        "opt_weighted_loss_type": kind,
-        "opt_loss_decay_factor": 0.7,
-        "cpt_token_ids": [4, 5, 6, 7, 8, 9],
-        "cpt_tokens_type_mask": [1, 2, 4, 5, 6, 8],
-    }
+    options = {"opt_weighted_loss_type": kind, "opt_loss_decay_factor": 0.7, "cpt_token_ids": [4, 5, 6, 7, 8, 9],
+               "cpt_tokens_type_mask": [1, 2, 4, 5, 6, 8]}
     models, inputs = pair(ref, lib, "llama", "cpt", **options), batch()
     types = torch.tensor([[1, 1, 2, 2, 3, 4, 4]]).expand(3, -1)
     losses = []
@@ -396,12 +305,8 @@ def test_base_weights(ref, lib):
     models = []
     for module in (ref, lib):
         H.seed(0)
-        models.append(
-            module.get_peft_model(
-                build("t5"),
-                module.LoraConfig(target_modules=["q", "v"], modules_to_save=["lm_head"], task_type="SEQ_2_SEQ_LM"),
-            )
-        )
+        models.append(module.get_peft_model(build("t5"), module.LoraConfig(
+            target_modules=["q", "v"], modules_to_save=["lm_head"], task_type="SEQ_2_SEQ_LM")))
     want, got = ref.get_base_model_state_dict(models[0]), lib.get_base_model_state_dict(models[1])
     H.identical(got, want)
     new = {k: v + 1 for k, v in copy.deepcopy(want).items()}

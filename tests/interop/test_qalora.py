@@ -51,12 +51,8 @@ class HalfLinear(PackedLinear):
 
 
 def _net():
-    return B.Chain(
-        square=PackedLinear(16, 16),
-        wide=PackedLinear(16, 24, bias=False),
-        thin=PackedLinear(24, 8),
-        plain=nn.Linear(8, 6),
-    )
+    return B.Chain(square=PackedLinear(16, 16), wide=PackedLinear(16, 24, bias=False), thin=PackedLinear(24, 8),
+                   plain=nn.Linear(8, 6))
 
 
 NET = B.Base("gptq", _net, B.floats(B.BATCH, 3, 16))
@@ -234,16 +230,8 @@ def test_delta_is_constant_within_a_group(lib, is_ref):
     assert not torch.allclose(delta[:, 0], delta[:, 1])
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        {"qalora_group_size": 5},
-        {"qalora_group_size": 0},
-        {"lora_bias": True},
-        {"init_lora_weights": "orthogonal"},
-        {"use_dora": True},
-    ],
-)
+@pytest.mark.parametrize("bad", [{"qalora_group_size": 5}, {"qalora_group_size": 0}, {"lora_bias": True},
+                                 {"init_lora_weights": "orthogonal"}, {"use_dora": True}])
 def test_refused(bad, lib, is_ref):
     if is_ref:
         pytest.skip("peft leaves a bias unused, and divides by zero")

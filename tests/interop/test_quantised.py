@@ -81,11 +81,8 @@ def bits(model):
                 parts = {"SCB": m.state.SCB if weight.SCB is None else weight.SCB}
             else:
                 parts = {}
-            found |= {
-                f"{name}.{k}": H.bits(v.data)
-                for k, v in {**parts, "weight": weight, "bias": m.bias}.items()
-                if v is not None
-            }
+            found |= {f"{name}.{k}": H.bits(v.data) for k, v in {**parts, "weight": weight, "bias": m.bias}.items()
+                      if v is not None}
     return found
 
 

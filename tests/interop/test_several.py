@@ -103,28 +103,14 @@ def test_mixed_batch_refuses(case, names, lib):
 
 
 COMBINATIONS = {
-    "linear": {},
-    "cat": {},
-    "svd": {},
-    "ties": {"density": 0.5},
-    "ties_svd": {"density": 0.5},
-    "magnitude_prune": {"density": 0.5},
-    "magnitude_prune_svd": {"density": 0.5},
-    "dare_linear": {"density": 0.5},
-    "dare_ties": {"density": 0.5},
-    "dare_linear_svd": {"density": 0.5},
-    "dare_ties_svd": {"density": 0.5},
+    "linear": {}, "cat": {}, "svd": {}, "ties": {"density": 0.5}, "ties_svd": {"density": 0.5},
+    "magnitude_prune": {"density": 0.5}, "magnitude_prune_svd": {"density": 0.5}, "dare_linear": {"density": 0.5},
+    "dare_ties": {"density": 0.5}, "dare_linear_svd": {"density": 0.5}, "dare_ties_svd": {"density": 0.5},
 }
 # peft is wrong for rsLoRA (too large by sqrt(r)) and draws DARE's masks otherwise with rank_pattern:
 # tests/test_weighted.py
-WEIGHTED = (
-    "lora/linear/plain",
-    "lora/conv2d/plain",
-    "lora/embedding/plain",
-    "lora/hf_conv1d/plain",
-    "lora/bert_seq/plain",
-    "lora/linear/rank_pattern",
-)
+WEIGHTED = ("lora/linear/plain", "lora/conv2d/plain", "lora/embedding/plain",
+            "lora/hf_conv1d/plain", "lora/bert_seq/plain", "lora/linear/rank_pattern")
 
 
 @pytest.mark.parametrize("kind", COMBINATIONS)
@@ -145,9 +131,8 @@ def test_add_weighted_adapter(case, kind, lib, ref):
     for model in (theirs, ours):
         H.seed(2)
         try:
-            model.add_weighted_adapter(
-                ["default", "other"], [0.7, 0.4], "sum", combination_type=kind, **COMBINATIONS[kind]
-            )
+            model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", combination_type=kind,
+                                       **COMBINATIONS[kind])
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             results.append(error)
             continue
@@ -174,14 +159,9 @@ def test_add_weighted_adapter_ia3(case, lib, ref):
 
 
 BY_ID = {c.id: c for c in CASES}
-MIXTURES = [
-    ("lora/linear/plain", "adalora/linear/plain"),
-    ("adalora/linear/2d", "lora/linear/rslora"),
-    ("lora/linear/lora_bias", "oft/linear/plain"),
-    ("oft/linear/exact", "lora/linear/plain"),
-    ("lora/conv2d/plain", "adalora/conv2d/plain"),
-    ("lora/hf_conv1d/plain", "adalora/hf_conv1d/plain"),
-]
+MIXTURES = [("lora/linear/plain", "adalora/linear/plain"), ("adalora/linear/2d", "lora/linear/rslora"),
+            ("lora/linear/lora_bias", "oft/linear/plain"), ("oft/linear/exact", "lora/linear/plain"),
+            ("lora/conv2d/plain", "adalora/conv2d/plain"), ("lora/hf_conv1d/plain", "adalora/hf_conv1d/plain")]
 
 
 @pytest.mark.parametrize("first, second", MIXTURES)

@@ -49,17 +49,9 @@ def test_training_with_the_loss_of_the_shadow(base, task, ref, lib):
 
 
 # ---------------------------------------------------------------------------------------------------------- set free
-@pytest.mark.parametrize(
-    "base, own",
-    [
-        (B.LLAMA, True),
-        (B.OPT, True),
-        (B.LLAMA, False),
-        (B.OPT, False),
-        (B.GPT2, False),
-    ],
-    ids=lambda value: getattr(value, "name", value),
-)
+@pytest.mark.parametrize("base, own", [
+    (B.LLAMA, True), (B.OPT, True), (B.LLAMA, False), (B.OPT, False), (B.GPT2, False),
+], ids=lambda value: getattr(value, "name", value))
 def test_the_shadow_set_free(own, base, ref, lib):
     theirs, ours = both(ref, lib, base)
     want, got = (model.base_model.unload_shadow(copy=own) for model in (theirs, ours))
@@ -148,16 +140,10 @@ def test_trained_shadows_that_do_not_fit(lib, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------ blocks
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"target_modules": ["0", "1", "2"]},
-        {"target_modules": ["layers.0", "layers.1"]},
-        {"target_modules": ["0", "1", "2"], "layers_pattern": "layers"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("config", [
+    {}, {"target_modules": ["0", "1", "2"]}, {"target_modules": ["layers.0", "layers.1"]},
+    {"target_modules": ["0", "1", "2"], "layers_pattern": "layers"},
+], ids=str)
 def test_layers_to_transform(config, lib, is_ref):
     if is_ref:
         pytest.skip("disputed: see the next test")
@@ -364,14 +350,9 @@ class Plain(nn.Module):
         return hidden_states + torch.tanh(self.lin(hidden_states))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {},
-        {"shadow_hidden_size": 6, "shadow_num_hidden_layers": 2, "shadow_intermediate_size": 7},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("config", [
+    {}, {"shadow_hidden_size": 6, "shadow_num_hidden_layers": 2, "shadow_intermediate_size": 7},
+], ids=str)
 def test_diffusion_transformers(config, ref, lib, tmp_path):
     models, x = [], torch.randn(2, 6, 5)
     for module in (ref, lib):
@@ -398,18 +379,10 @@ def test_flux_is_refused(lib, is_ref):
 
 
 # -------------------------------------------------------------------------------------------------------------- other
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"target_modules": ["lin"]},
-        {"target_modules": ["layers.0", "layers.2"]},
-        {"target_modules": ["nothing"]},
-        {"shadow_num_attention_heads": 2},
-        {"layers_to_transform": [7]},
-        {"shadow_model": "/nowhere"},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("config", [
+    {"target_modules": ["lin"]}, {"target_modules": ["layers.0", "layers.2"]}, {"target_modules": ["nothing"]},
+    {"shadow_num_attention_heads": 2}, {"layers_to_transform": [7]}, {"shadow_model": "/nowhere"},
+], ids=str)
 def test_refusals_leave_the_model_alone(config, lib, is_ref):
     if is_ref:
         pytest.skip("peft changes the model before it refuses")

@@ -40,9 +40,8 @@ def test_gradients_in_training(case, dtype, lib, ref):
     H.close(got, want, 10 * H.tolerance(case, dtype))
     H.close(projections(ours), projections(theirs), H.tolerance(case, dtype))
     if not case.kwargs.get("lora_dropout") and case.kwargs["velora_config"]["num_groups"] < 8:
-        assert H.differ(
-            {k: v for k, v in want.items() if "lora_A" in k}, {k: v for k, v in plain.items() if "lora_A" in k}, 1e-2
-        ), "LoRA's gradients would do"
+        assert H.differ({k: v for k, v in want.items() if "lora_A" in k},
+                        {k: v for k, v in plain.items() if "lora_A" in k}, 1e-2), "LoRA's gradients would do"
 
 
 @INITS
@@ -65,14 +64,8 @@ def test_several_steps(init, lib, ref):
 def test_formula(lib):
     """The gradient of A, from the rebuilt inputs, row by row."""
     layer = torch.nn.Linear(7, 5).double()
-    model = (
-        lib.get_peft_model(
-            torch.nn.Sequential(layer),
-            lib.LoraConfig(r=2, lora_alpha=6, target_modules=["0"], velora_config={"num_groups": 3, "scale": 0.5}),
-        )
-        .double()
-        .train()
-    )
+    model = lib.get_peft_model(torch.nn.Sequential(layer), lib.LoraConfig(
+        r=2, lora_alpha=6, target_modules=["0"], velora_config={"num_groups": 3, "scale": 0.5})).double().train()
     H.move(model)
     x = torch.randn(4, 7, generator=torch.Generator().manual_seed(1)).double()
     adapted = model.base_model.model[0]
@@ -177,13 +170,8 @@ def test_weighted(kind, lib, ref):
     """Combined as LoRAs are."""
     case, outs = velora("training/weighted", B.MLP, LINEARS, second={}), []
     for model in H.pair(ref, lib, case, second=True):
-        model.add_weighted_adapter(
-            ["default", "other"],
-            [0.7, 0.4],
-            "sum",
-            combination_type=kind,
-            **({"density": 0.5} if kind == "ties" else {}),
-        )
+        model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", combination_type=kind,
+                                   **({"density": 0.5} if kind == "ties" else {}))
         model.set_adapter("sum")
         outs.append(H.run(model, H.inputs(case)))
     H.close(outs[1], outs[0], 1e-4)

@@ -53,9 +53,8 @@ def save_adapters(lib, folder, make=llama, targets=TARGETS, **more):
     found = {}
     for i, modules in enumerate(targets):
         H.seed(i)
-        config = lib.LoraConfig(
-            target_modules=modules, r=2 + i, lora_alpha=5 + i, use_rslora=i == 1, init_lora_weights=False, **more
-        )
+        config = lib.LoraConfig(target_modules=modules, r=2 + i, lora_alpha=5 + i, use_rslora=i == 1,
+                                init_lora_weights=False, **more)
         found[str(i)] = str(folder / f"lora{i}")
         lib.get_peft_model(make(), config).save_pretrained(found[str(i)], save_embedding_layers=False)
     return found
@@ -171,13 +170,8 @@ def test_while_training(lib, ref, adapters):
 def test_settings(lib, ref, adapters):
     theirs, ours = pair(ref, lib, adapters)
     start = results(ours, batch())
-    for setter, value in (
-        ("set_topk_lora", 1),
-        ("set_global_scaling_weight", 0.5),
-        ("set_scaling_pass_value", None),
-        ("set_scaling_pass_value", 0.25),
-        ("set_topk_lora", None),
-    ):
+    for setter, value in (("set_topk_lora", 1), ("set_global_scaling_weight", 0.5), ("set_scaling_pass_value", None),
+                          ("set_scaling_pass_value", 0.25), ("set_topk_lora", None)):
         for model in (theirs, ours):
             getattr(model, setter)(value)
         H.close(results(ours, batch()), results(theirs, batch()), 2e-6)
@@ -512,18 +506,15 @@ def test_embeddings_beside_the_adapters(lib, adapters, tmp_path):
     untouched(base)
 
 
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"adapters": {}}, "`adapters` is empty"),
-        ({"adapters": {"a": "nowhere/at/all"}}, "Adapter 'a' of X-LoRA, from 'nowhere/at/all'"),
-        ({"top_k_lora": 4}, "from 1 to 3"),
-        ({"top_k_lora": 0}, "top_k_lora"),
-        ({"xlora_depth": 0}, "xlora_depth"),
-        ({"softmax_temperature": 0.0}, "softmax_temperature"),
-        ({"xlora_dropout_p": 1.0}, "xlora_dropout_p"),
-    ],
-)
+@pytest.mark.parametrize("given, message", [
+    ({"adapters": {}}, "`adapters` is empty"),
+    ({"adapters": {"a": "nowhere/at/all"}}, "Adapter 'a' of X-LoRA, from 'nowhere/at/all'"),
+    ({"top_k_lora": 4}, "from 1 to 3"),
+    ({"top_k_lora": 0}, "top_k_lora"),
+    ({"xlora_depth": 0}, "xlora_depth"),
+    ({"softmax_temperature": 0.0}, "softmax_temperature"),
+    ({"xlora_dropout_p": 1.0}, "xlora_dropout_p"),
+])
 def test_unfit_configurations(given, message, lib, adapters):
     base = llama()
     with pytest.raises(lib.PeftError, match=message):
@@ -547,16 +538,14 @@ def test_unfit_models(lib, adapters):
 
 def test_layers_without_tokens(lib, tmp_path):
     """Where the reference multiplies tensors that have nothing to do with each other, or fails inside torch."""
-
     class Pooled(Reader):
         def forward(self, words, output_hidden_states=False):
             hidden = torch.tanh(self.mix(self.words(words)))
             out = {"logits": self.head(hidden.mean(1))}
             return out | ({"hidden_states": [hidden]} if output_hidden_states else {})
 
-    model = adapt(
-        lib, save_adapters(lib, tmp_path, Pooled, [["mix", "head"]]), Pooled(), task_type=None, hidden_size=10
-    )
+    model = adapt(lib, save_adapters(lib, tmp_path, Pooled, [["mix", "head"]]), Pooled(), task_type=None,
+                  hidden_size=10)
     with pytest.raises(lib.BatchError, match=r"'head' should put out \(batch, length"):
         model(torch.tensor([[1, 2, 3]]))
 
@@ -631,7 +620,6 @@ def test_reference_checkpoints_other_gradients(ref, tmp_path):
 
 def test_reference_lora_bias_has_no_weight(lib, ref, tmp_path):
     """With all weights 0 the reference still adds the bias of B; here an adapter without weight does nothing."""
-
     def make_bias(module):
         for i, folder in save_adapters(module, tmp_path / module.__name__, targets=TARGETS[:1]).items():
             H.seed(int(i))

@@ -1,6 +1,6 @@
 """What a model with AdaLoRA adapters can do: the regularisation, and pruning while it trains.
 
-loss + c mean(|A A^T - I|, |B^T B - I|)        over all A and B, in the Frobenius norm
+    loss + c mean(|A A^T - I|, |B^T B - I|)        over all A and B, in the Frobenius norm
 """
 
 from __future__ import annotations

@@ -27,18 +27,10 @@ from .subspaces import principal, subspaces
 
 @dataclass
 class AdamssConfig(
-    PeftConfig,
-    method="ADAMSS",
-    layers_need_list=True,
+    PeftConfig, method="ADAMSS", layers_need_list=True,
     optional=(
-        "asa_target_subspaces",
-        "init_warmup",
-        "final_warmup",
-        "mask_interval",
-        "asa_importance_beta",
-        "asa_uncertainty_beta",
-        "asa_schedule_exponent",
-        "svd_threshold",
+        "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval", "asa_importance_beta",
+        "asa_uncertainty_beta", "asa_schedule_exponent", "svd_threshold",
     ),
 ):
     """Fields of AdaMSS. Steps are those that `update_and_allocate` is called with."""

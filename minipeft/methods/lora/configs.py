@@ -172,9 +172,7 @@ as_config: dict[str, type[Record]] = {  # fields of LoraConfig that may be given
 
 @dataclass
 class LoraConfig(
-    PeftConfig,
-    method="LORA",
-    layers_need_list=True,
+    PeftConfig, method="LORA", layers_need_list=True,
     optional=("loftq_config", "qalora_group_size", "runtime_config"),
 ):
     """Fields of LoRA and its variants. Raises `ConfigError` for values that cannot work together."""

@@ -1,7 +1,7 @@
 """Principal components of vectors that come batch by batch, as Ross et al., 2008, find them for visual tracking.
 
-X_t = [S V; X - mean(X); sqrt(n m / (n + m)) (mean_old - mean(X))]       n vectors before, m in the batch X (m, in)
-U S V = the k largest singular values of X_t and their vectors           S: (k,), V: (k, in)
+    X_t = [S V; X - mean(X); sqrt(n m / (n + m)) (mean_old - mean(X))]       n vectors before, m in the batch X (m, in)
+    U S V = the k largest singular values of X_t and their vectors           S: (k,), V: (k, in)
 """
 
 from __future__ import annotations

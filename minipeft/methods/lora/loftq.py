@@ -1,9 +1,9 @@
 """LoftQ - LoRA-Fine-Tuning-Aware Quantization. Li et al., 2023, https://arxiv.org/abs/2310.08659, algorithm 1.
 
-A = B = 0;  repeat T times:   Q = q(W - B A),   B A = the closest matrix of rank r to W - Q
+    A = B = 0;  repeat T times:   Q = q(W - B A),   B A = the closest matrix of rank r to W - Q
 
-q: quantise and dequantise, by bitsandbytes as NF4 or int8      W: (out, in), which Q takes the place of
-A = sqrt(S) V^T: (r, in), B = U sqrt(S): (out, r)               T = loftq_iter
+    q: quantise and dequantise, by bitsandbytes as NF4 or int8      W: (out, in), which Q takes the place of
+    A = sqrt(S) V^T: (r, in), B = U sqrt(S): (out, r)               T = loftq_iter
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """LoRA - Low-Rank Adaptation. Hu et al., 2021, https://arxiv.org/abs/2106.09685, eq. 3.
 
-W' = W + s B A               A: (r, in), B: (out, r), B = 0 at the start
-                             s = alpha / r, or alpha / sqrt(r): rsLoRA, https://arxiv.org/abs/2312.03732
-parameters                   r (in + out), or r (in + out) + out with lora_bias=True
+    W' = W + s B A               A: (r, in), B: (out, r), B = 0 at the start
+                                 s = alpha / r, or alpha / sqrt(r): rsLoRA, https://arxiv.org/abs/2312.03732
+    parameters                   r (in + out), or r (in + out) + out with lora_bias=True
 """
 
 from __future__ import annotations

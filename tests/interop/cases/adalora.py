@@ -5,18 +5,8 @@ from .case import Refused, rows, trained_bias
 
 LINEARS = ["square", "wide", "thin"]
 CONVS = ["first", "same", "point"]
-_row = rows(
-    "adalora",
-    "AdaLoraConfig",
-    init_r=6,
-    target_r=3,
-    lora_alpha=5,
-    total_step=12,
-    tinit=2,
-    tfinal=3,
-    deltaT=2,
-    second={"inference_mode": True, "init_r": 4},
-)
+_row = rows("adalora", "AdaLoraConfig", init_r=6, target_r=3, lora_alpha=5, total_step=12, tinit=2, tfinal=3, deltaT=2,
+            second={"inference_mode": True, "init_r": 4})
 
 
 def adalora(id, base, targets, **given):
@@ -42,55 +32,18 @@ CASES = [
 
 _BUDGET = {"init_r": 6, "target_r": 3, "total_step": 12, "tinit": 2, "tfinal": 3}
 REFUSED = [
-    Refused(
-        "adalora/refused/embedding",
-        "AdaLoraConfig",
-        {"target_modules": ["emb"], **_BUDGET},
-        B.EMBEDDING,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "adalora/refused/conv1d",
-        "AdaLoraConfig",
-        {"target_modules": ["first"], **_BUDGET},
-        B.CONV1D,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "adalora/refused/conv3d",
-        "AdaLoraConfig",
-        {"target_modules": ["first"], **_BUDGET},
-        B.CONV3D,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "adalora/refused/attention",
-        "AdaLoraConfig",
-        {"target_modules": ["attn"], **_BUDGET},
-        B.ATTENTION,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "adalora/refused/dora",
-        "AdaLoraConfig",
-        {"target_modules": ["wide"], "use_dora": True, **_BUDGET},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "adalora/refused/no_total_step", "AdaLoraConfig", {"target_modules": ["wide"]}, B.MLP, "inject", "ValueError"
-    ),
-    Refused(
-        "adalora/refused/second_trains",
-        "AdaLoraConfig",
-        {"target_modules": ["wide"], **_BUDGET},
-        B.MLP,
-        "second",
-        "ValueError",
-    ),
+    Refused("adalora/refused/embedding", "AdaLoraConfig", {"target_modules": ["emb"], **_BUDGET}, B.EMBEDDING, "inject",
+            "ValueError"),
+    Refused("adalora/refused/conv1d", "AdaLoraConfig", {"target_modules": ["first"], **_BUDGET}, B.CONV1D, "inject",
+            "ValueError"),
+    Refused("adalora/refused/conv3d", "AdaLoraConfig", {"target_modules": ["first"], **_BUDGET}, B.CONV3D, "inject",
+            "ValueError"),
+    Refused("adalora/refused/attention", "AdaLoraConfig", {"target_modules": ["attn"], **_BUDGET}, B.ATTENTION,
+            "inject", "ValueError"),
+    Refused("adalora/refused/dora", "AdaLoraConfig", {"target_modules": ["wide"], "use_dora": True, **_BUDGET}, B.MLP,
+            "inject", "ValueError"),
+    Refused("adalora/refused/no_total_step", "AdaLoraConfig", {"target_modules": ["wide"]}, B.MLP, "inject",
+            "ValueError"),
+    Refused("adalora/refused/second_trains", "AdaLoraConfig", {"target_modules": ["wide"], **_BUDGET}, B.MLP, "second",
+            "ValueError"),
 ]

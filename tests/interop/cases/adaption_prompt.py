@@ -4,15 +4,8 @@ from .. import bases as B
 from .case import Refused, rows
 
 STAYS = "modules of an adapter that is not active are kept outside the model, so `model.double()` misses them"
-_row = rows(
-    "adaption_prompt",
-    "AdaptionPromptConfig",
-    adapter_len=3,
-    adapter_layers=2,
-    merges=False,
-    stacks=False,
-    disputed={"moved": STAYS, "restore": "there is no unload()"},
-)
+_row = rows("adaption_prompt", "AdaptionPromptConfig", adapter_len=3, adapter_layers=2, merges=False, stacks=False,
+            disputed={"moved": STAYS, "restore": "there is no unload()"})
 
 
 def prompt(id, base, **given):

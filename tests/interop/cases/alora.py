@@ -5,19 +5,8 @@ from .case import Refused, rows
 
 LINEARS = ["q_proj", "down_proj"]
 INVOKED = {"alora_offsets": [2, 5, None, 3]}
-_row = rows(
-    "alora",
-    "LoraConfig",
-    task_type="CAUSAL_LM",
-    alora_invocation_tokens=[5, 9],
-    r=4,
-    lora_alpha=6,
-    inputs=INVOKED,
-    merges=False,
-    stacks=False,
-    target_modules=LINEARS,
-    second={"r": 2, "lora_alpha": 3},
-)
+_row = rows("alora", "LoraConfig", task_type="CAUSAL_LM", alora_invocation_tokens=[5, 9], r=4, lora_alpha=6,
+            inputs=INVOKED, merges=False, stacks=False, target_modules=LINEARS, second={"r": 2, "lora_alpha": 3})
 
 
 def alora(id, base=B.LLAMA, **given):
@@ -37,36 +26,12 @@ CASES = [
 
 _REFUSED = {"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}
 REFUSED = [
-    Refused(
-        "alora/refused/merge",
-        "LoraConfig",
-        {"target_modules": ["q_proj"], **_REFUSED},
-        B.LLAMA,
-        "merge",
-        "NotImplementedError",
-    ),
-    Refused(
-        "alora/refused/embedding",
-        "LoraConfig",
-        {"target_modules": ["embed_tokens"], **_REFUSED},
-        B.LLAMA,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "alora/refused/dora",
-        "LoraConfig",
-        {"target_modules": ["q_proj"], "use_dora": True, **_REFUSED},
-        B.LLAMA,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "alora/refused/conv2d",
-        "LoraConfig",
-        {"target_modules": ["first"], "alora_invocation_tokens": [5]},
-        B.CONV2D,
-        "inject",
-        "ValueError",
-    ),
+    Refused("alora/refused/merge", "LoraConfig", {"target_modules": ["q_proj"], **_REFUSED}, B.LLAMA, "merge",
+            "NotImplementedError"),
+    Refused("alora/refused/embedding", "LoraConfig", {"target_modules": ["embed_tokens"], **_REFUSED}, B.LLAMA,
+            "inject", "ValueError"),
+    Refused("alora/refused/dora", "LoraConfig", {"target_modules": ["q_proj"], "use_dora": True, **_REFUSED}, B.LLAMA,
+            "inject", "ValueError"),
+    Refused("alora/refused/conv2d", "LoraConfig", {"target_modules": ["first"], "alora_invocation_tokens": [5]},
+            B.CONV2D, "inject", "ValueError"),
 ]

@@ -53,14 +53,8 @@ class Case:
         return self.config in PROMPTS
 
 
-PROMPTS = {
-    "PromptTuningConfig",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
-    "MultitaskPromptTuningConfig",
-    "CPTConfig",
-    "CartridgeConfig",
-}
+PROMPTS = {"PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig",
+           "CPTConfig", "CartridgeConfig"}
 
 
 def trained_bias() -> dict:

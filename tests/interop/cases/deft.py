@@ -28,13 +28,7 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "deft/refused/method",
-        "DeftConfig",
-        {"target_modules": ["wide"], "decomposition_method": "svd"},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
+    Refused("deft/refused/method", "DeftConfig", {"target_modules": ["wide"], "decomposition_method": "svd"}, B.MLP,
+            "inject", "ValueError"),
     Refused("deft/refused/conv2d", "DeftConfig", {"target_modules": ["first"]}, B.CONV2D, "inject", "TypeError"),
 ]

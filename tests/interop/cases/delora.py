@@ -25,8 +25,7 @@ CASES = [
 
 REFUSED = [
     Refused("delora/refused/conv2d", "DeloraConfig", {"target_modules": ["first"]}, B.CONV2D, "inject", "TypeError"),
-    Refused(
-        "delora/refused/embedding", "DeloraConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject", "TypeError"
-    ),
+    Refused("delora/refused/embedding", "DeloraConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject",
+            "TypeError"),
     Refused("delora/refused/rank", "DeloraConfig", {"target_modules": ["wide"], "r": 0}, B.MLP, "inject", "ValueError"),
 ]

@@ -37,28 +37,11 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "dora/refused/lora_bias",
-        "LoraConfig",
-        {"target_modules": ["wide"], "use_dora": True, "lora_bias": True},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "dora/refused/attention",
-        "LoraConfig",
-        {"target_modules": ["attn"], "use_dora": True},
-        B.ATTENTION,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "dora/refused/parameter",
-        "LoraConfig",
-        {"target_modules": [], "target_parameters": ["bare.weight"], "use_dora": True},
-        B.BARE,
-        "inject",
-        "ValueError",
-    ),
+    Refused("dora/refused/lora_bias", "LoraConfig", {"target_modules": ["wide"], "use_dora": True, "lora_bias": True},
+            B.MLP, "inject", "ValueError"),
+    Refused("dora/refused/attention", "LoraConfig", {"target_modules": ["attn"], "use_dora": True}, B.ATTENTION,
+            "inject", "ValueError"),
+    Refused("dora/refused/parameter", "LoraConfig",
+            {"target_modules": [], "target_parameters": ["bare.weight"], "use_dora": True}, B.BARE, "inject",
+            "ValueError"),
 ]

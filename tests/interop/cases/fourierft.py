@@ -4,29 +4,16 @@ from .. import bases as B
 from .case import Refused, rows, trained_bias
 
 LINEARS = ["square", "wide", "thin"]
-_row = rows(
-    "fourierft",
-    "FourierFTConfig",
-    n_frequency=20,
-    scaling=15.0,
-    target_modules=LINEARS,
-    tolerance=2e-6,
-    fresh=False,
-    own_buffers=True,
-)
+_row = rows("fourierft", "FourierFTConfig", n_frequency=20, scaling=15.0, target_modules=LINEARS, tolerance=2e-6,
+            fresh=False, own_buffers=True)
 
 CASES = [
     _row("linear/plain", B.MLP),
     _row("linear/2d", B.MLP_2D),
     _row("linear/init_true", B.MLP, init_weights=True, fresh=True),
     _row("linear/seed", B.MLP, random_loc_seed=5),
-    _row(
-        "linear/pattern",
-        B.STACK,
-        target_modules=["q", "up"],
-        n_frequency_pattern={"up": 30, r"1\.q": 7},
-        tolerance=1e-5,
-    ),
+    _row("linear/pattern", B.STACK, target_modules=["q", "up"], n_frequency_pattern={"up": 30, r"1\.q": 7},
+         tolerance=1e-5),
     _row("linear/second", B.MLP, second={"n_frequency": 9, "scaling": 30.0}),
     _row("linear/bias_all", B.MLP, bias="all", **trained_bias()),
     _row("linear/bias_fourier_only", B.MLP, bias="fourier_only", **trained_bias()),
@@ -37,31 +24,13 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "fourierft/refused/too_many", "FourierFTConfig", {"target_modules": LINEARS}, B.MLP, "inject", "ValueError"
-    ),
-    Refused(
-        "fourierft/refused/no_seed",
-        "FourierFTConfig",
-        {"target_modules": LINEARS, "n_frequency": 5, "random_loc_seed": None},
-        B.MLP,
-        "inject",
-        "RuntimeError",
-    ),
-    Refused(
-        "fourierft/refused/conv2d",
-        "FourierFTConfig",
-        {"target_modules": ["first"], "n_frequency": 5},
-        B.CONV2D,
-        "inject",
-        "TypeError",
-    ),
-    Refused(
-        "fourierft/refused/embedding",
-        "FourierFTConfig",
-        {"target_modules": ["emb"], "n_frequency": 5},
-        B.EMBEDDING,
-        "inject",
-        "TypeError",
-    ),
+    Refused("fourierft/refused/too_many", "FourierFTConfig", {"target_modules": LINEARS}, B.MLP, "inject",
+            "ValueError"),
+    Refused("fourierft/refused/no_seed", "FourierFTConfig",
+            {"target_modules": LINEARS, "n_frequency": 5, "random_loc_seed": None}, B.MLP, "inject", "RuntimeError"),
+    Refused("fourierft/refused/conv2d", "FourierFTConfig", {"target_modules": ["first"], "n_frequency": 5}, B.CONV2D,
+            "inject", "TypeError"),
+    Refused("fourierft/refused/embedding", "FourierFTConfig", {"target_modules": ["emb"], "n_frequency": 5},
+            B.EMBEDDING,
+            "inject", "TypeError"),
 ]

@@ -32,12 +32,6 @@ CASES = [
 REFUSED = [
     Refused("frod/refused/embedding", "FrodConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject", "ValueError"),
     Refused("frod/refused/conv2d", "FrodConfig", {"target_modules": ["first"]}, B.CONV2D, "inject", "ValueError"),
-    Refused(
-        "frod/refused/rate",
-        "FrodConfig",
-        {"target_modules": ["wide"], "sparse_rate": 1.5},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
+    Refused("frod/refused/rate", "FrodConfig", {"target_modules": ["wide"], "sparse_rate": 1.5}, B.MLP, "inject",
+            "ValueError"),
 ]

@@ -27,16 +27,9 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "gralora/refused/rank", "GraloraConfig", {"target_modules": ["wide"], "r": 3}, B.MLP, "inject", "ValueError"
-    ),
-    Refused(
-        "gralora/refused/blocks",
-        "GraloraConfig",
-        {"target_modules": ["wide"], "r": 3, "gralora_k": 3},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
+    Refused("gralora/refused/rank", "GraloraConfig", {"target_modules": ["wide"], "r": 3}, B.MLP, "inject",
+            "ValueError"),
+    Refused("gralora/refused/blocks", "GraloraConfig", {"target_modules": ["wide"], "r": 3, "gralora_k": 3}, B.MLP,
+            "inject", "ValueError"),
     Refused("gralora/refused/conv2d", "GraloraConfig", {"target_modules": ["first"]}, B.CONV2D, "inject", "TypeError"),
 ]

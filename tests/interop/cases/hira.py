@@ -33,12 +33,6 @@ CASES = [
 
 REFUSED = [
     Refused("hira/refused/attention", "HiraConfig", {"target_modules": ["attn"]}, B.ATTENTION, "inject", "ValueError"),
-    Refused(
-        "hira/refused/regex_and_layers",
-        "HiraConfig",
-        {"target_modules": ".*q", "layers_to_transform": [0]},
-        B.STACK,
-        "inject",
-        "ValueError",
-    ),
+    Refused("hira/refused/regex_and_layers", "HiraConfig", {"target_modules": ".*q", "layers_to_transform": [0]},
+            B.STACK, "inject", "ValueError"),
 ]

@@ -5,17 +5,8 @@ from .case import Refused, rows
 
 LINEARS = ["square", "wide", "thin"]
 LATE = "the frozen weight is truncated in the first forward pass after low_cpu_mem_usage=True, not when it is loaded"
-_row = rows(
-    "kasa",
-    "LoraConfig",
-    kasa_config={"beta": 0.02, "gamma": 0.03},
-    r=3,
-    lora_alpha=6,
-    fresh=False,
-    exact_init=False,
-    mixed=True,
-    second={"r": 2, "lora_alpha": 3},
-)
+_row = rows("kasa", "LoraConfig", kasa_config={"beta": 0.02, "gamma": 0.03}, r=3, lora_alpha=6, fresh=False,
+            exact_init=False, mixed=True, second={"r": 2, "lora_alpha": 3})
 
 
 def kasa(id, base, targets, **given):

@@ -20,26 +20,18 @@ CASES = [
     lily("stack/one_name_two_shapes", B.STACK, ["q", "up", "down"], stride_A=4, **ALONE),
     lily("stack/pattern", B.STACK, r".*\.(q|up)", stride_A=2, **ALONE),
     lily("targets/modules_to_save", B.STACK, ["q", "up"], stride_A=2, modules_to_save=["head"], stacks=False, **ALONE),
-    lily("targets/layers_to_transform", B.LLAMA, ["q_proj", "v_proj"], layers_to_transform=[0, 1], stride_A=2, **ALONE),
+    lily("targets/layers_to_transform", B.LLAMA, ["q_proj", "v_proj"], layers_to_transform=[0, 1], stride_A=2,
+         **ALONE),
     lily("llama/plain", B.LLAMA, None, stride_A=2, task_type="CAUSAL_LM", **ALONE),
 ]
 
 REFUSED = [
-    Refused(
-        "lily/refused/one_b", "LilyConfig", {"target_modules": ["wide"], "num_B": 1}, B.MLP, "inject", "ValueError"
-    ),
-    Refused(
-        "lily/refused/stride", "LilyConfig", {"target_modules": ["wide"], "stride_A": 0}, B.MLP, "inject", "ValueError"
-    ),
-    Refused(
-        "lily/refused/merge", "LilyConfig", {"target_modules": ["wide"], "r": 3}, B.MLP, "merge", "NotImplementedError"
-    ),
-    Refused(
-        "lily/refused/conv2d",
-        "LilyConfig",
-        {"target_modules": ["first"], "r": 2},
-        B.CONV2D,
-        "inject",
-        "NotImplementedError",
-    ),
+    Refused("lily/refused/one_b", "LilyConfig", {"target_modules": ["wide"], "num_B": 1}, B.MLP, "inject",
+            "ValueError"),
+    Refused("lily/refused/stride", "LilyConfig", {"target_modules": ["wide"], "stride_A": 0}, B.MLP, "inject",
+            "ValueError"),
+    Refused("lily/refused/merge", "LilyConfig", {"target_modules": ["wide"], "r": 3}, B.MLP, "merge",
+            "NotImplementedError"),
+    Refused("lily/refused/conv2d", "LilyConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject",
+            "NotImplementedError"),
 ]

@@ -25,9 +25,8 @@ CASES = [
     loha("conv1d/effective", B.CONV1D, CONVS, use_effective_conv2d=True, disputed=WRONG),
     loha("conv1d_groups/effective", B.CONV1D_GROUPS, CONVS, use_effective_conv2d=True, disputed=WRONG),
     loha("conv2d/plain", B.CONV2D, CONVS),
-    loha(
-        "conv2d/effective", B.CONV2D, CONVS, use_effective_conv2d=True, disputed=WRONG, init_weights=False, fresh=False
-    ),
+    loha("conv2d/effective", B.CONV2D, CONVS, use_effective_conv2d=True, disputed=WRONG, init_weights=False,
+         fresh=False),
     loha("conv2d_uneven/effective", B.CONV2D_UNEVEN, ["first", "point"], use_effective_conv2d=True, disputed=WRONG),
     loha("conv2d_groups/plain", B.CONV2D_GROUPS, CONVS),
     loha("llama/default", B.LLAMA, None, task_type="CAUSAL_LM"),

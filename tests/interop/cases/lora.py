@@ -18,10 +18,8 @@ def lora(id, base, targets=None, **given):
 
 
 IN_PLACE = "attention merges into in_proj_weight and subtracts again on every run, which leaves rounding behind"
-HALF_GRADIENT = (
-    "out_proj gets its delta twice, in running and in merging (W + 2 s B A), "
-    "and the gradients are those of one of the two"
-)
+HALF_GRADIENT = ("out_proj gets its delta twice, in running and in merging (W + 2 s B A), "
+                 "and the gradients are those of one of the two")
 ATTENTION = {"running writes": IN_PLACE, **dict.fromkeys(("gradients", "outputs", "merge"), HALF_GRADIENT)}
 UNUSED = "torch's attention reads out_proj.weight and never runs the module, so the adapter acts only once merged"
 SHARED = "two adapted layers look at one weight, so merging both adds each delta to both"
@@ -47,14 +45,8 @@ CASES = [
     lora("linear/init_orthogonal", B.MLP, LINEARS, init_lora_weights="orthogonal", exact_init=False),
     lora("linear/init_pissa", B.MLP, LINEARS, init_lora_weights="pissa", exact_init=False),
     lora("linear/init_pissa_rslora", B.MLP, LINEARS, init_lora_weights="pissa", use_rslora=True, exact_init=False),
-    lora(
-        "linear/init_pissa_niter_4",
-        B.MLP,
-        LINEARS,
-        init_lora_weights="pissa_niter_4",
-        exact_init=False,
-        disputed={"reload": "a random factorisation is taken off the base weight again on every load"},
-    ),
+    lora("linear/init_pissa_niter_4", B.MLP, LINEARS, init_lora_weights="pissa_niter_4", exact_init=False,
+         disputed={"reload": "a random factorisation is taken off the base weight again on every load"}),
     lora("linear/init_olora", B.MLP, LINEARS, init_lora_weights="olora", exact_init=False),
     lora("linear/init_eva", B.MLP, LINEARS, init_lora_weights="eva"),  # A is set later: test_eva.py
     lora("linear/init_mica", B.MLP, LINEARS, init_lora_weights="mica", exact_init=False),
@@ -69,65 +61,31 @@ CASES = [
     lora("targets/layers_to_transform", B.LLAMA, ["q_proj", "down_proj"], layers_to_transform=[1]),
     lora("targets/layers_to_transform_int", B.STACK, ["q", "down"], layers_to_transform=2, layers_pattern="layers"),
     lora("targets/layers_pattern_list", B.STACK, ["q"], layers_to_transform=[0], layers_pattern=["layers", "h"]),
-    lora(
-        "targets/rank_pattern_by_path",
-        B.STACK,
-        ["q", "up"],
-        rank_pattern={r"layers\.[02]\.q": 2, "up": 3},
-        alpha_pattern={"layers.1.q": 9},
-    ),
+    lora("targets/rank_pattern_by_path", B.STACK, ["q", "up"], rank_pattern={r"layers\.[02]\.q": 2, "up": 3},
+         alpha_pattern={"layers.1.q": 9}),
     lora("targets/modules_to_save", B.STACK, ["q"], modules_to_save=["head"], stacks=False),
-    lora(
-        "targets/modules_to_save_several", B.STACK, ["q"], modules_to_save=["norm", "head"], mixed=False, stacks=False
-    ),
+    lora("targets/modules_to_save_several", B.STACK, ["q"], modules_to_save=["norm", "head"], mixed=False,
+         stacks=False),
     lora("targets/modules_to_save_only_copied", B.MLP, LINEARS, modules_to_save=["head"], stacks=False),
     lora("targets/token_indices_list", B.LLAMA, ["q_proj"], trainable_token_indices=[1, 5, 9], stacks=False),
     lora("targets/token_indices_dict", B.STACK, ["q"], trainable_token_indices={"emb": [0, 7]}, stacks=False),
     lora("targets/token_indices_tied", B.LLAMA_TIED, ["q_proj"], trainable_token_indices=[1, 5, 9], stacks=False),
-    lora(
-        "targets/tying_modules_to_save",
-        B.LLAMA_TIED,
-        ["q_proj"],
-        modules_to_save=["embed_tokens"],
-        ensure_weight_tying=True,
-        mixed=False,
-        stacks=False,
-        second=None,
-    ),  # peft does not tie a second adapter
-    lora(
-        "targets/tying_embedding",
-        B.LLAMA_TIED,
-        ["q_proj", "embed_tokens"],
-        ensure_weight_tying=True,
-        second=None,
-        disputed={"merge": SHARED},
-    ),
-    lora(
-        "targets/tying_tokens",
-        B.LLAMA_TIED,
-        ["q_proj"],
-        trainable_token_indices=[2, 3],
-        ensure_weight_tying=True,
-        stacks=False,
-    ),
-    lora(
-        "targets/layer_replication",
-        B.LLAMA,
-        ["q_proj", "down_proj"],
-        layer_replication=[[0, 2], [1, 2]],
-        fresh=False,
-        second={"r": 2, "lora_alpha": 3, "layer_replication": None},
-        disputed={"merge": SHARED, "restore": "unload() leaves the model with its replicated layers"},
-    ),
+    lora("targets/tying_modules_to_save", B.LLAMA_TIED, ["q_proj"], modules_to_save=["embed_tokens"],
+         ensure_weight_tying=True, mixed=False, stacks=False, second=None),  # peft does not tie a second adapter
+    lora("targets/tying_embedding", B.LLAMA_TIED, ["q_proj", "embed_tokens"], ensure_weight_tying=True,
+         second=None, disputed={"merge": SHARED}),
+    lora("targets/tying_tokens", B.LLAMA_TIED, ["q_proj"], trainable_token_indices=[2, 3], ensure_weight_tying=True,
+         stacks=False),
+    lora("targets/layer_replication", B.LLAMA, ["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 2]],
+         fresh=False, second={"r": 2, "lora_alpha": 3, "layer_replication": None},
+         disputed={"merge": SHARED, "restore": "unload() leaves the model with its replicated layers"}),
     lora("targets/default_of_model_type", B.LLAMA),
     # convolutions
     *[lora(f"{base.name}/plain", base, CONVS) for base in (B.CONV1D, B.CONV2D)],
     lora("conv3d/plain", B.CONV3D, ["first", "same"]),
     lora("conv3d/pointwise", B.CONV3D, ["point"], merges=False),
-    *[
-        lora(f"{base.name}/plain", base, CONVS, merges=False)
-        for base in (B.CONV1D_GROUPS, B.CONV2D_GROUPS, B.CONV3D_GROUPS)
-    ],
+    *[lora(f"{base.name}/plain", base, CONVS, merges=False)
+      for base in (B.CONV1D_GROUPS, B.CONV2D_GROUPS, B.CONV3D_GROUPS)],
     lora("conv2d_uneven/plain", B.CONV2D_UNEVEN, ["first", "point"]),
     lora("conv2d/rslora", B.CONV2D, CONVS, use_rslora=True),
     lora("conv2d/lora_bias", B.CONV2D, ["first", "point"], lora_bias=True),
@@ -154,15 +112,8 @@ CASES = [
     lora("attention/out_proj", B.ATTENTION, ["out_proj"], mixed=None, disputed={"outputs": UNUSED}),
     lora("attention/no_bias", B.ATTENTION_NO_BIAS, ["attn"], mixed=None, disputed=ATTENTION),
     lora("attention/sequence_first", B.ATTENTION_SEQ_FIRST, ["attn"], mixed=None, disputed=ATTENTION),
-    lora(
-        "attention/init_false",
-        B.ATTENTION,
-        ["attn"],
-        init_lora_weights=False,
-        fresh=False,
-        mixed=None,
-        disputed=ATTENTION,
-    ),
+    lora("attention/init_false", B.ATTENTION, ["attn"], init_lora_weights=False, fresh=False, mixed=None,
+         disputed=ATTENTION),
     # a bare nn.Parameter
     lora("parameter/2d", B.BARE, [], target_parameters=["bare.weight"], mixed=None),
     lora("parameter/2d_with_linear", B.BARE, ["lin"], target_parameters=["bare.weight"], mixed=None),
@@ -170,15 +121,8 @@ CASES = [
     lora("parameter/3d", B.EXPERTS, [], target_parameters=["moe.up"], mixed=None),
     lora("parameter/3d_two", B.EXPERTS, [], target_parameters=["moe.up", "moe.down"], mixed=None),
     lora("parameter/3d_rslora", B.EXPERTS, [], target_parameters=["moe.down"], use_rslora=True, mixed=None),
-    lora(
-        "parameter/3d_rank_pattern",
-        B.EXPERTS,
-        [],
-        target_parameters=["moe.up", "moe.down"],
-        rank_pattern={"moe.up": 2},
-        alpha_pattern={"moe.down": 5},
-        mixed=None,
-    ),
+    lora("parameter/3d_rank_pattern", B.EXPERTS, [], target_parameters=["moe.up", "moe.down"],
+         rank_pattern={"moe.up": 2}, alpha_pattern={"moe.down": 5}, mixed=None),
     # transformers models
     lora("bert/plain", B.BERT, ["query", "value"], task_type="FEATURE_EXTRACTION"),
     lora("bert/embeddings", B.BERT, ["word_embeddings", "dense"]),
@@ -193,42 +137,17 @@ CASES = [
 
 DILATED = "RuntimeError"  # lora_A is built without the base layer's dilation
 REFUSED = [
-    *[
-        Refused(f"lora/refused/{b.name}", "LoraConfig", {"target_modules": ["first"]}, b, "run", DILATED)
-        for b in (B.CONV1D_DILATED, B.CONV2D_DILATED, B.CONV3D_DILATED)
-    ],
-    Refused(
-        "lora/refused/layers_without_prefix",
-        "LoraConfig",
-        {"target_modules": ["q"], "layers_to_transform": [1]},
-        B.STACK,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "lora/refused/olora_hf_conv1d",
-        "LoraConfig",
-        {"target_modules": ["wide"], "fan_in_fan_out": True, "init_lora_weights": "olora"},
-        B.HF_CONV1D,
-        "run",
-        "RuntimeError",
-    ),
-    Refused(
-        "lora/refused/mica_dora",
-        "LoraConfig",
-        {"target_modules": ["wide"], "use_dora": True, "init_lora_weights": "mica"},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "lora/refused/mica_rank",
-        "LoraConfig",
-        {"target_modules": ["wide"], "r": 100, "init_lora_weights": "mica"},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
+    *[Refused(f"lora/refused/{b.name}", "LoraConfig", {"target_modules": ["first"]}, b, "run", DILATED)
+      for b in (B.CONV1D_DILATED, B.CONV2D_DILATED, B.CONV3D_DILATED)],
+    Refused("lora/refused/layers_without_prefix", "LoraConfig",
+            {"target_modules": ["q"], "layers_to_transform": [1]}, B.STACK, "inject", "ValueError"),
+    Refused("lora/refused/olora_hf_conv1d", "LoraConfig",
+            {"target_modules": ["wide"], "fan_in_fan_out": True, "init_lora_weights": "olora"}, B.HF_CONV1D,
+            "run", "RuntimeError"),
+    Refused("lora/refused/mica_dora", "LoraConfig",
+            {"target_modules": ["wide"], "use_dora": True, "init_lora_weights": "mica"}, B.MLP, "inject", "ValueError"),
+    Refused("lora/refused/mica_rank", "LoraConfig",
+            {"target_modules": ["wide"], "r": 100, "init_lora_weights": "mica"}, B.MLP, "inject", "ValueError"),
     Refused("lora/refused/r0", "LoraConfig", {"r": 0, "target_modules": ["wide"]}, B.MLP, "inject", "ValueError"),
     Refused("lora/refused/norm", "LoraConfig", {"target_modules": ["norm"]}, B.STACK, "inject", "ValueError"),
 ]

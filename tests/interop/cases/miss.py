@@ -28,31 +28,12 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "miss/refused/bat_uneven",
-        "MissConfig",
-        {"target_modules": ["wide"], "r": 3, "init_weights": "bat"},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "miss/refused/mini_uneven",
-        "MissConfig",
-        {"target_modules": ["wide"], "r": 3, "init_weights": "mini", "mini_r": 5},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "miss/refused/rank_above_inputs",
-        "MissConfig",
-        {"target_modules": ["wide"], "r": 9},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "miss/refused/conv2d", "MissConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject", "TypeError"
-    ),
+    Refused("miss/refused/bat_uneven", "MissConfig", {"target_modules": ["wide"], "r": 3, "init_weights": "bat"}, B.MLP,
+            "inject", "ValueError"),
+    Refused("miss/refused/mini_uneven", "MissConfig",
+            {"target_modules": ["wide"], "r": 3, "init_weights": "mini", "mini_r": 5}, B.MLP, "inject", "ValueError"),
+    Refused("miss/refused/rank_above_inputs", "MissConfig", {"target_modules": ["wide"], "r": 9}, B.MLP, "inject",
+            "ValueError"),
+    Refused("miss/refused/conv2d", "MissConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject",
+            "TypeError"),
 ]

@@ -6,14 +6,8 @@ from .case import Refused, rows
 LINEARS = ["square", "wide", "thin"]
 STRONG = {"num_samples": 3, "sample_scaler": 0.1, "buffer_size": 2}
 OTHER = {"num_samples": 5, "sample_scaler": 0.2, "buffer_size": 3, "use_entropy": True}
-_row = rows(
-    "monteclora",
-    "LoraConfig",
-    r=4,
-    lora_alpha=6,
-    tolerance=1e-7,  # partly in float32 while training
-    second={"r": 2, "lora_alpha": 3, "monteclora_config": OTHER},
-)
+_row = rows("monteclora", "LoraConfig", r=4, lora_alpha=6, tolerance=1e-7,  # partly in float32 while training
+            second={"r": 2, "lora_alpha": 3, "monteclora_config": OTHER})
 
 
 def monteclora(id, base, targets, **given):
@@ -36,14 +30,8 @@ CASES = [
     monteclora("linear/init_false", B.MLP, LINEARS, init_lora_weights=False, fresh=False),
     monteclora("linear/gaussian", B.MLP, LINEARS, init_lora_weights="gaussian"),
     monteclora("linear/dropout", B.MLP, LINEARS, lora_dropout=0.4),
-    monteclora(
-        "linear/rank_pattern",
-        B.MLP,
-        LINEARS,
-        rank_pattern={"wide": 3},
-        alpha_pattern={"thin": 5},
-        second={"monteclora_config": OTHER},
-    ),
+    monteclora("linear/rank_pattern", B.MLP, LINEARS, rank_pattern={"wide": 3}, alpha_pattern={"thin": 5},
+               second={"monteclora_config": OTHER}),
     monteclora("stack/olora", B.STACK, ["q", "up"], init_lora_weights="olora", exact_init=False),
     monteclora("stack/lora_bias", B.STACK, ["q", "up"], lora_bias=True),
     monteclora("targets/modules_to_save", B.STACK, ["q"], modules_to_save=["head"], stacks=False),

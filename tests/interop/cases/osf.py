@@ -24,20 +24,8 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "osf/refused/zero",
-        "OSFConfig",
-        {"target_modules": ["wide"], "effective_rank": 0},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "osf/refused/share_of_nothing",
-        "OSFConfig",
-        {"target_modules": ["thin"], "effective_rank": 0.1},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
+    Refused("osf/refused/zero", "OSFConfig", {"target_modules": ["wide"], "effective_rank": 0}, B.MLP, "inject",
+            "ValueError"),
+    Refused("osf/refused/share_of_nothing", "OSFConfig", {"target_modules": ["thin"], "effective_rank": 0.1}, B.MLP,
+            "inject", "ValueError"),
 ]

@@ -21,54 +21,20 @@ CASES = [
     peanut("targets/layers_to_transform", B.LLAMA, ["q_proj"], layers_to_transform=[1], r=3),
     *[
         peanut(f"activation/{name}", B.MLP_2D, ["wide"], depth=1, act_fn=name, init_weights=False, fresh=False)
-        for name in (
-            "gelu",
-            "gelu_10",
-            "gelu_new",
-            "hardswish",
-            "laplace",
-            "linear",
-            "quick_gelu",
-            "relu2",
-            "sqrtsoftplus",
-        )
+        for name in ("gelu", "gelu_10", "gelu_new", "hardswish", "laplace", "linear", "quick_gelu", "relu2",
+                     "sqrtsoftplus")
     ],
 ]
 
 REFUSED = [
-    Refused(
-        "peanut/refused/activation",
-        "PeanutConfig",
-        {"target_modules": ["wide"], "act_fn": "sine"},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "peanut/refused/depth", "PeanutConfig", {"target_modules": ["wide"], "depth": -1}, B.MLP, "inject", "ValueError"
-    ),
-    Refused(
-        "peanut/refused/hf_conv1d",
-        "PeanutConfig",
-        {"target_modules": ["wide"], "r": 4},
-        B.HF_CONV1D,
-        "inject",
-        "NotImplementedError",
-    ),
-    Refused(
-        "peanut/refused/conv2d",
-        "PeanutConfig",
-        {"target_modules": ["first"], "r": 4},
-        B.CONV2D,
-        "inject",
-        "NotImplementedError",
-    ),
-    Refused(
-        "peanut/refused/embedding",
-        "PeanutConfig",
-        {"target_modules": ["emb"], "r": 4},
-        B.EMBEDDING,
-        "inject",
-        "NotImplementedError",
-    ),
+    Refused("peanut/refused/activation", "PeanutConfig", {"target_modules": ["wide"], "act_fn": "sine"}, B.MLP,
+            "inject", "ValueError"),
+    Refused("peanut/refused/depth", "PeanutConfig", {"target_modules": ["wide"], "depth": -1}, B.MLP, "inject",
+            "ValueError"),
+    Refused("peanut/refused/hf_conv1d", "PeanutConfig", {"target_modules": ["wide"], "r": 4}, B.HF_CONV1D, "inject",
+            "NotImplementedError"),
+    Refused("peanut/refused/conv2d", "PeanutConfig", {"target_modules": ["first"], "r": 4}, B.CONV2D, "inject",
+            "NotImplementedError"),
+    Refused("peanut/refused/embedding", "PeanutConfig", {"target_modules": ["emb"], "r": 4}, B.EMBEDDING, "inject",
+            "NotImplementedError"),
 ]

@@ -30,14 +30,7 @@ REFUSED = [
     Refused("poly/refused/conv2d", "PolyConfig", {"target_modules": ["first"]}, B.CONV2D, "inject", "TypeError"),
     Refused("poly/refused/embedding", "PolyConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject", "TypeError"),
     Refused("poly/refused/hf_conv1d", "PolyConfig", {"target_modules": ["wide"]}, B.HF_CONV1D, "inject", "TypeError"),
-    Refused(
-        "poly/refused/merge",
-        "PolyConfig",
-        {"target_modules": ["wide"]},
-        B.MLP,
-        "merge",
-        "NotImplementedError",
-        inputs=ONE_TASK,
-    ),
+    Refused("poly/refused/merge", "PolyConfig", {"target_modules": ["wide"]}, B.MLP, "merge", "NotImplementedError",
+            inputs=ONE_TASK),
     Refused("poly/refused/no_tasks", "PolyConfig", {"target_modules": ["wide"]}, B.MLP, "run", "ValueError"),
 ]

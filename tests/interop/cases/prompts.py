@@ -9,52 +9,18 @@ from .case import rows
 
 prompt = rows("prompt_tuning", "PromptTuningConfig", num_virtual_tokens=3, fresh=False, merges=False, stacks=False)
 prefix = rows("prefix_tuning", "PrefixTuningConfig", num_virtual_tokens=3, fresh=False, merges=False, stacks=False)
-projected = rows(
-    "prefix_tuning",
-    "PrefixTuningConfig",
-    num_virtual_tokens=3,
-    prefix_projection=True,
-    encoder_hidden_size=10,
-    fresh=False,
-    merges=False,
-    stacks=False,
-)
+projected = rows("prefix_tuning", "PrefixTuningConfig", num_virtual_tokens=3, prefix_projection=True,
+                 encoder_hidden_size=10, fresh=False, merges=False, stacks=False)
 
-ptuning = rows(
-    "p_tuning",
-    "PromptEncoderConfig",
-    num_virtual_tokens=3,
-    encoder_hidden_size=10,
-    fresh=False,
-    merges=False,
-    stacks=False,
-)
-multitask = rows(
-    "multitask_prompt_tuning",
-    "MultitaskPromptTuningConfig",
-    num_virtual_tokens=3,
-    num_tasks=3,
-    num_ranks=2,
-    fresh=False,
-    merges=False,
-    stacks=False,
-    scale=0.3,
-    inputs={"task_ids": torch.tensor([2, 0, 1, 2])},
-)
-cpt = rows(
-    "cpt",
-    "CPTConfig",
-    task_type="CAUSAL_LM",
-    cpt_token_ids=[5, 9, 6, 11, 4, 8],
-    cpt_mask=[1] * 6,
-    cpt_tokens_type_mask=[1, 2, 3, 4, 5, 8],
-    opt_projection_epsilon=2.0,
-    opt_projection_format_epsilon=1.0,
-    disputed={"running writes": "the projection is written into the weights by every forward, in eval mode too"},
-    fresh=False,
-    merges=False,
-    stacks=False,
-)
+ptuning = rows("p_tuning", "PromptEncoderConfig", num_virtual_tokens=3, encoder_hidden_size=10, fresh=False,
+               merges=False, stacks=False)
+multitask = rows("multitask_prompt_tuning", "MultitaskPromptTuningConfig", num_virtual_tokens=3, num_tasks=3,
+                 num_ranks=2, fresh=False, merges=False, stacks=False, scale=0.3,
+                 inputs={"task_ids": torch.tensor([2, 0, 1, 2])})
+cpt = rows("cpt", "CPTConfig", task_type="CAUSAL_LM", cpt_token_ids=[5, 9, 6, 11, 4, 8], cpt_mask=[1] * 6,
+           cpt_tokens_type_mask=[1, 2, 3, 4, 5, 8], opt_projection_epsilon=2.0, opt_projection_format_epsilon=1.0,
+           disputed={"running writes": "the projection is written into the weights by every forward, in eval mode too"},
+           fresh=False, merges=False, stacks=False)
 cartridge = rows("cartridge", "CartridgeConfig", num_virtual_tokens=3, fresh=False, merges=False, stacks=False)
 
 TASKS = [
@@ -75,10 +41,8 @@ DISABLE = "disable_adapter() of a prompt raises UnboundLocalError on a model tha
 
 
 def tasks(row, variant):
-    return [
-        row(f"{b.name}/{variant}", b, task_type=t, disputed={"disabled": DISABLE} if "bert" in b.name else {})
-        for b, t in TASKS
-    ]
+    return [row(f"{b.name}/{variant}", b, task_type=t, disputed={"disabled": DISABLE} if "bert" in b.name else {})
+            for b, t in TASKS]
 
 
 CASES = [
@@ -92,16 +56,8 @@ CASES = [
     *tasks(ptuning, "plain"),
     ptuning("gpt2/lstm", B.GPT2, task_type="CAUSAL_LM", encoder_reparameterization_type="LSTM"),
     ptuning("t5/lstm", B.T5, task_type="SEQ_2_SEQ_LM", encoder_reparameterization_type="LSTM"),
-    *[
-        multitask(
-            f"{b.name}/plain",
-            b,
-            task_type=t,
-            disputed={"disabled": DISABLE} if "bert" in b.name else {},
-            mixed=None if b is T5_LABELS else False,
-        )
-        for b, t in TASKS_WITH_IDS
-    ],  # no labels, no decoder input
+    *[multitask(f"{b.name}/plain", b, task_type=t, disputed={"disabled": DISABLE} if "bert" in b.name else {},
+                mixed=None if b is T5_LABELS else False) for b, t in TASKS_WITH_IDS],  # no labels, no decoder input
     *tasks(cartridge, "plain"),
     cartridge("gpt2/two_frozen", B.GPT2, task_type="CAUSAL_LM", num_frozen_tokens=2),
     cartridge("gpt2/none_frozen", B.GPT2, task_type="CAUSAL_LM", num_frozen_tokens=0),

@@ -21,15 +21,8 @@ CASES = [
     psoft("linear/neumann", B.MLP, LINEARS, use_cayley_neumann=True),
     psoft("linear/neumann_one", B.MLP, LINEARS, use_cayley_neumann=True, num_cayley_neumann_terms=1),
     psoft("linear/neumann_two", B.MLP, LINEARS, use_cayley_neumann=True, num_cayley_neumann_terms=2),
-    psoft(
-        "linear/neumann_eps",
-        B.MLP,
-        LINEARS,
-        use_cayley_neumann=True,
-        num_cayley_neumann_terms=4,
-        cayley_neumann_eps=0.2,
-        scale=0.5,
-    ),
+    psoft("linear/neumann_eps", B.MLP, LINEARS, use_cayley_neumann=True, num_cayley_neumann_terms=4,
+          cayley_neumann_eps=0.2, scale=0.5),
     psoft("linear/init_false", B.MLP, LINEARS, init_weights=False, fresh=False),
     psoft("linear/free_init_false", B.MLP, LINEARS, init_weights=False, psoft_orth=False, fresh=False),
     psoft("linear/dropout", B.MLP, LINEARS, psoft_dropout=0.4, train=True),
@@ -39,23 +32,11 @@ CASES = [
 
 REFUSED = [
     Refused("psoft/refused/rank", "PsoftConfig", {"target_modules": ["thin"], "r": 5}, B.MLP, "inject", "ValueError"),
-    Refused(
-        "psoft/refused/eps",
-        "PsoftConfig",
-        {"target_modules": ["wide"], "r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 1.0},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "psoft/refused/conv2d", "PsoftConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject", "ValueError"
-    ),
-    Refused(
-        "psoft/refused/hf_conv1d",
-        "PsoftConfig",
-        {"target_modules": ["wide"], "r": 4},
-        B.HF_CONV1D,
-        "inject",
-        "ValueError",
-    ),
+    Refused("psoft/refused/eps", "PsoftConfig",
+            {"target_modules": ["wide"], "r": 4, "use_cayley_neumann": True, "cayley_neumann_eps": 1.0}, B.MLP,
+            "inject", "ValueError"),
+    Refused("psoft/refused/conv2d", "PsoftConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject",
+            "ValueError"),
+    Refused("psoft/refused/hf_conv1d", "PsoftConfig", {"target_modules": ["wide"], "r": 4}, B.HF_CONV1D, "inject",
+            "ValueError"),
 ]

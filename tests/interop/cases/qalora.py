@@ -4,16 +4,8 @@ from .. import bases as B
 from .case import rows
 
 LINEARS = ["square", "wide", "thin"]
-_row = rows(
-    "qalora",
-    "LoraConfig",
-    use_qalora=True,
-    qalora_group_size=4,
-    r=4,
-    lora_alpha=6,
-    second={"r": 2, "lora_alpha": 3},
-    mixed=True,
-)
+_row = rows("qalora", "LoraConfig", use_qalora=True, qalora_group_size=4, r=4, lora_alpha=6,
+            second={"r": 2, "lora_alpha": 3}, mixed=True)
 
 
 def qalora(id, base, targets, **given):

@@ -28,10 +28,8 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "randlora/refused/embedding", "RandLoraConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject", "ValueError"
-    ),
-    Refused(
-        "randlora/refused/conv2d", "RandLoraConfig", {"target_modules": ["first"]}, B.CONV2D, "inject", "ValueError"
-    ),
+    Refused("randlora/refused/embedding", "RandLoraConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject",
+            "ValueError"),
+    Refused("randlora/refused/conv2d", "RandLoraConfig", {"target_modules": ["first"]}, B.CONV2D, "inject",
+            "ValueError"),
 ]

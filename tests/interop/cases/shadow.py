@@ -15,14 +15,8 @@ def shadow(id, base, **given):
 CASES = [
     shadow("llama/plain", B.LLAMA),
     shadow("llama/no_task", B.LLAMA, task_type=None),
-    shadow(
-        "llama/narrow",
-        B.LLAMA,
-        shadow_hidden_size=8,
-        shadow_intermediate_size=12,
-        shadow_num_hidden_layers=2,
-        second={"r": 2, "shadow_hidden_size": None},
-    ),
+    shadow("llama/narrow", B.LLAMA, shadow_hidden_size=8, shadow_intermediate_size=12, shadow_num_hidden_layers=2,
+           second={"r": 2, "shadow_hidden_size": None}),
     shadow("llama/heads", B.LLAMA_GROUPED, shadow_num_attention_heads=1, update_hidden_size=5, shadow_alpha=0.7),
     shadow("llama/own_embeddings", B.LLAMA, share_embeddings=False, auxiliary_loss_weight=0.5),
     shadow("llama/no_loss", B.LLAMA, auxiliary_loss_weight=0),

@@ -20,18 +20,10 @@ CASES = [
 
 REFUSED = [
     Refused("shira/refused/r", "ShiraConfig", {"target_modules": LINEARS, "r": 0}, B.MLP, "inject", "ValueError"),
-    Refused(
-        "shira/refused/more_than_all", "ShiraConfig", {"target_modules": LINEARS, "r": 5}, B.MLP, "inject", "ValueError"
-    ),
-    Refused(
-        "shira/refused/conv2d", "ShiraConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject", "TypeError"
-    ),
-    Refused(
-        "shira/refused/hf_conv1d",
-        "ShiraConfig",
-        {"target_modules": ["wide"], "r": 2},
-        B.HF_CONV1D,
-        "inject",
-        "TypeError",
-    ),
+    Refused("shira/refused/more_than_all", "ShiraConfig", {"target_modules": LINEARS, "r": 5}, B.MLP, "inject",
+            "ValueError"),
+    Refused("shira/refused/conv2d", "ShiraConfig", {"target_modules": ["first"], "r": 2}, B.CONV2D, "inject",
+            "TypeError"),
+    Refused("shira/refused/hf_conv1d", "ShiraConfig", {"target_modules": ["wide"], "r": 2}, B.HF_CONV1D, "inject",
+            "TypeError"),
 ]

@@ -23,47 +23,16 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "supertuning/refused/none_left",
-        "SupertuningConfig",
-        {"target_modules": LINEARS, "sparsity": 0.99},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "supertuning/refused/sparsity",
-        "SupertuningConfig",
-        {"target_modules": LINEARS, "sparsity": 1.0},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "supertuning/refused/alpha_alone",
-        "SupertuningConfig",
-        {"target_modules": LINEARS, "lora_alpha": 4},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "supertuning/refused/r", "SupertuningConfig", {"target_modules": LINEARS, "r": 0}, B.MLP, "inject", "ValueError"
-    ),
-    Refused(
-        "supertuning/refused/conv2d",
-        "SupertuningConfig",
-        {"target_modules": ["first"], "sparsity": 0.8},
-        B.CONV2D,
-        "inject",
-        "TypeError",
-    ),
-    Refused(
-        "supertuning/refused/hf_conv1d",
-        "SupertuningConfig",
-        {"target_modules": ["wide"], "sparsity": 0.8},
-        B.HF_CONV1D,
-        "inject",
-        "TypeError",
-    ),
+    Refused("supertuning/refused/none_left", "SupertuningConfig", {"target_modules": LINEARS, "sparsity": 0.99}, B.MLP,
+            "inject", "ValueError"),
+    Refused("supertuning/refused/sparsity", "SupertuningConfig", {"target_modules": LINEARS, "sparsity": 1.0}, B.MLP,
+            "inject", "ValueError"),
+    Refused("supertuning/refused/alpha_alone", "SupertuningConfig", {"target_modules": LINEARS, "lora_alpha": 4}, B.MLP,
+            "inject", "ValueError"),
+    Refused("supertuning/refused/r", "SupertuningConfig", {"target_modules": LINEARS, "r": 0}, B.MLP, "inject",
+            "ValueError"),
+    Refused("supertuning/refused/conv2d", "SupertuningConfig", {"target_modules": ["first"], "sparsity": 0.8}, B.CONV2D,
+            "inject", "TypeError"),
+    Refused("supertuning/refused/hf_conv1d", "SupertuningConfig", {"target_modules": ["wide"], "sparsity": 0.8},
+            B.HF_CONV1D, "inject", "TypeError"),
 ]

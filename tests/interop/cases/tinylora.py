@@ -30,20 +30,8 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "tinylora/refused/no_vector",
-        "TinyLoraConfig",
-        {"target_modules": LINEARS, "u": 0},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    Refused(
-        "tinylora/refused/tying",
-        "TinyLoraConfig",
-        {"target_modules": LINEARS, "weight_tying": 1.5},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
+    Refused("tinylora/refused/no_vector", "TinyLoraConfig", {"target_modules": LINEARS, "u": 0}, B.MLP, "inject",
+            "ValueError"),
+    Refused("tinylora/refused/tying", "TinyLoraConfig", {"target_modules": LINEARS, "weight_tying": 1.5}, B.MLP,
+            "inject", "ValueError"),
 ]

@@ -27,8 +27,7 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "unilora/refused/embedding", "UniLoraConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject", "TypeError"
-    ),
+    Refused("unilora/refused/embedding", "UniLoraConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject",
+            "TypeError"),
     Refused("unilora/refused/conv2d", "UniLoraConfig", {"target_modules": ["first"]}, B.CONV2D, "inject", "TypeError"),
 ]

@@ -27,16 +27,9 @@ CASES = [
 ]
 
 REFUSED = [
-    Refused(
-        "vblora/refused/embedding", "VBLoRAConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject", "TypeError"
-    ),
+    Refused("vblora/refused/embedding", "VBLoRAConfig", {"target_modules": ["emb"]}, B.EMBEDDING, "inject",
+            "TypeError"),
     Refused("vblora/refused/conv2d", "VBLoRAConfig", {"target_modules": ["first"]}, B.CONV2D, "inject", "TypeError"),
-    Refused(
-        "vblora/refused/indivisible",
-        "VBLoRAConfig",
-        {"target_modules": LINEARS, "vector_length": 5},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
+    Refused("vblora/refused/indivisible", "VBLoRAConfig", {"target_modules": LINEARS, "vector_length": 5}, B.MLP,
+            "inject", "ValueError"),
 ]

@@ -6,7 +6,8 @@ from .case import Refused, rows
 LINEARS = ["square", "wide", "thin"]
 GROUPS = {"num_groups": 3, "scale": 0.5}
 OTHER = {"num_groups": 5, "init_type": "random"}
-_row = rows("velora", "LoraConfig", r=4, lora_alpha=6, second={"r": 2, "lora_alpha": 3, "velora_config": OTHER})
+_row = rows("velora", "LoraConfig", r=4, lora_alpha=6,
+            second={"r": 2, "lora_alpha": 3, "velora_config": OTHER})
 
 
 def velora(id, base, targets, **given):
@@ -14,14 +15,8 @@ def velora(id, base, targets, **given):
 
 
 def refused(id, base, targets, **given):
-    return Refused(
-        f"velora/refused/{id}",
-        "LoraConfig",
-        {"target_modules": targets, "velora_config": GROUPS, **given},
-        base,
-        "inject",
-        "ValueError",
-    )
+    return Refused(f"velora/refused/{id}", "LoraConfig", {"target_modules": targets, "velora_config": GROUPS, **given},
+                   base, "inject", "ValueError")
 
 
 CASES = [
@@ -36,14 +31,8 @@ CASES = [
     velora("stack/olora", B.STACK, ["q", "up"], init_lora_weights="olora", exact_init=False),
     velora("linear/dropout", B.MLP, LINEARS, lora_dropout=0.4, train=True),
     velora("stack/lora_bias", B.STACK, ["q", "up"], lora_bias=True),
-    velora(
-        "linear/rank_pattern",
-        B.MLP,
-        LINEARS,
-        rank_pattern={"wide": 3},
-        alpha_pattern={"thin": 5},
-        second={"velora_config": OTHER},
-    ),
+    velora("linear/rank_pattern", B.MLP, LINEARS, rank_pattern={"wide": 3}, alpha_pattern={"thin": 5},
+           second={"velora_config": OTHER}),
     velora("targets/modules_to_save", B.STACK, ["q"], modules_to_save=["head"], stacks=False),
     velora("hf_conv1d/plain", B.HF_CONV1D, LINEARS, fan_in_fan_out=True),
     velora("bert_seq/plain", B.BERT_SEQ, ["query", "value"], task_type="SEQ_CLS", stacks=False),

@@ -16,9 +16,8 @@ CASES = [
     _row("linear/init_false", B.MLP, init_weights=False, fresh=False),
     _row("linear/seed", B.MLP, random_loc_seed=5, scaling=5.0),
     _row("linear/pattern", B.STACK, target_modules=["q", "up"], n_frequency_pattern={"up": 30, r"layers\.1\.q": 7}),
-    _row(
-        "linear/proportional", B.MLP, proportional_parameters=True, second={"n_frequency": 9, "wavelet_family": "sym3"}
-    ),
+    _row("linear/proportional", B.MLP, proportional_parameters=True, second={"n_frequency": 9,
+         "wavelet_family": "sym3"}),
     _row("linear/bias_all", B.MLP, bias="all", **trained_bias()),
     _row("linear/bias_waveft_only", B.MLP, bias="waveft_only", **trained_bias()),
     _row("targets/exclude", B.STACK, target_modules=["q", "up"], exclude_modules=["layers.1.q"]),
@@ -28,39 +27,14 @@ CASES = [
 
 REFUSED = [
     Refused("waveft/refused/too_many", "WaveFTConfig", {"target_modules": LINEARS}, B.MLP, "inject", "ValueError"),
-    Refused(
-        "waveft/refused/family",
-        "WaveFTConfig",
-        {"target_modules": LINEARS, "n_frequency": 5, "wavelet_family": "bior2.2"},
-        B.MLP,
-        "inject",
-        "ValueError",
-    ),
-    *[
-        Refused(
-            f"waveft/refused/{family}",
-            "WaveFTConfig",
-            {"target_modules": LINEARS, "n_frequency": 5, "wavelet_family": family},
-            B.MLP,
-            "run",
-            "ValueError",
-        )
-        for family in ("db11", "sym20", "coif6")
-    ],
-    Refused(
-        "waveft/refused/coif5",
-        "WaveFTConfig",
-        {"target_modules": ["wide"], "n_frequency": 5, "wavelet_family": "coif5"},
-        B.MLP,
-        "run",
-        "RuntimeError",
-    ),
-    Refused(
-        "waveft/refused/conv2d",
-        "WaveFTConfig",
-        {"target_modules": ["first"], "n_frequency": 5},
-        B.CONV2D,
-        "inject",
-        "TypeError",
-    ),
+    Refused("waveft/refused/family", "WaveFTConfig",
+            {"target_modules": LINEARS, "n_frequency": 5, "wavelet_family": "bior2.2"}, B.MLP, "inject", "ValueError"),
+    *[Refused(f"waveft/refused/{family}", "WaveFTConfig", {"target_modules": LINEARS, "n_frequency": 5,
+                                                          "wavelet_family": family}, B.MLP, "run", "ValueError")
+      for family in ("db11", "sym20", "coif6")],
+    Refused("waveft/refused/coif5", "WaveFTConfig", {"target_modules": ["wide"], "n_frequency": 5,
+                                                     "wavelet_family": "coif5"}, B.MLP, "run", "RuntimeError"),
+    Refused("waveft/refused/conv2d", "WaveFTConfig", {"target_modules": ["first"], "n_frequency": 5}, B.CONV2D,
+            "inject",
+            "TypeError"),
 ]
