@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import Any
 
 from . import methods
@@ -47,21 +49,39 @@ __all__ = sorted(WHERE)
 def __getattr__(name: str) -> Any:
     if name in WHERE:
         value = getattr(importlib.import_module(f".{WHERE[name]}", __name__), name)
-    elif (value := _module(name)) is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    else:
+        try:
+            value = importlib.import_module(f".{name}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name != f"{__name__}.{name}":
+                raise
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
     globals()[name] = value
     return value
 
 
-def _module(name: str) -> Any:
-    """A folder, or a file in one of the folders: `minipeft.errors` is `minipeft.core.errors`."""
-    for path in (name, *(f"{folder}.{name}" for folder in ("core", "model", "compat"))):
-        try:
-            return importlib.import_module(f".{path}", __name__)
-        except ModuleNotFoundError as error:
-            if error.name != f"{__name__}.{path}":
-                raise
-    return None
+class _ByFile:
+    """Finds the files in the folders by their own names too: `minipeft.errors`, `minipeft.functional`, as in peft."""
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> Any:
+        package, _, file = name.rpartition(".")
+        if package == __name__ and not file.startswith("_"):
+            for folder in ("core", "model", "compat"):
+                if (found := importlib.util.find_spec(f"{__name__}.{folder}.{file}")) is not None:
+                    return importlib.util.spec_from_loader(name, _ByFile(), origin=found.name)
+        return None
+
+    def create_module(self, spec: Any) -> Any:
+        self.module = importlib.import_module(spec.origin)
+        self.spec = self.module.__spec__
+        return self.module
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__ = self.spec  # it is the module that it was
+
+
+sys.meta_path.append(_ByFile)  # type: ignore[arg-type]  # asked last, when no such file is in the package itself
 
 
 def __dir__() -> list[str]:

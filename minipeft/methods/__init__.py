@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..core import registry
+from ..core.registry import load as load
 
 # peft_type, files in this folder, public names; a tuner class (`...Model`) that is in none of the files is a plain one
 METHODS = """
