@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..reference import formulas, store
+from ..reference import formulas, rules, store
 from ..reference.method import KEY, slots
 from ..reference.methods import methods
 from ..reference.numpy_model import sites
@@ -25,6 +25,7 @@ class Oracle(Driver):
         self.fault = fault
         change = fault.change if fault else {}
         self.faulty = {k: v for k, v in change.items() if k in ("formula", "run", "prompt", "loss", "route")}
+        self.rules = {**rules.RULES, **change.get("rules", {})}
         for op, replacement in change.items():
             if op in OPERATIONS:
                 setattr(self, op, partial(replacement, self, getattr(self, op)))
@@ -48,10 +49,13 @@ class Oracle(Driver):
     def targets(self, config):
         if self.case is not None and config == self.case.config:
             return self.case.targets
-        wanted = config.get("target_modules") or []
-        found = [p for p in sites(self.base, self.base_weights) if p.split(".")[-1] in wanted or p in wanted]
+        if "layers" in self.base:
+            found = rules.adapted(self.base, config, self.rules)
+        else:
+            wanted = config.get("target_modules") or []
+            found = [p for p in sites(self.base, self.base_weights) if p.split(".")[-1] in wanted or p in wanted]
         if not found and not self.method.prompt and not self.method.route:
-            raise Rejected(f"target_modules {wanted} match nothing")
+            raise Rejected(f"target_modules {config.get('target_modules')} match nothing")
         return found
 
     def add(self, name, config):
@@ -60,6 +64,9 @@ class Oracle(Driver):
         shapes = formulas.expected_shapes(self.method, self.base, self.base_weights, config, self.targets(config))
         if self.case is not None and config == self.case.config:
             shapes = self.case.keys
+        elif "layers" in self.base:
+            for path in rules.saved(self.base, config, self.rules):
+                shapes |= {KEY + k: v.shape for k, v in self.base_weights.items() if k.rpartition(".")[0] == path}
         shapes = self.method.live(config) or shapes
         tensors = {}
         for key, shape in shapes.items():
@@ -214,6 +221,13 @@ class Oracle(Driver):
 def validate(config, method):
     if config.get("peft_type") != method.peft_type:
         raise Rejected(f"unknown peft_type {config.get('peft_type')!r}")
+    listed = not isinstance(config.get("target_modules"), str)
+    if config.get("layers_pattern") and config.get("layers_to_transform") is None:
+        raise Rejected("layers_pattern needs layers_to_transform")
+    if config.get("layers_to_transform") is not None and not listed:
+        raise Rejected("layers_to_transform needs target_modules to be a list")
+    if config.get("layer_replication"):
+        raise Unsupported("layer replication")
     for field in ("r", "init_r", "num_virtual_tokens"):
         value = config[field] if config.get(field) is not None else 1
         if not isinstance(value, int) or value < 0 or (value == 0 and field != "r") \

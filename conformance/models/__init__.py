@@ -50,6 +50,29 @@ class States(Net):
         return language_models.Output(logits=y, hidden_states=(x,)) if output_hidden_states else y
 
 
+def pretrained(base):
+    """A Net as a model of transformers, which says itself what its output layer is; None: it has none."""
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    class PretrainedNet(PreTrainedModel):
+        config_class, forward = PretrainedConfig, Net.forward
+
+        def __init__(self):
+            super().__init__(PretrainedConfig())
+            net = Net(base["layers"])
+            self.order, self.attention = net.order, net.attention
+            for name, module in net.named_children():
+                self.add_module(name, module)
+
+        def get_output_embeddings(self):
+            return self.get_submodule(base["output"]) if base["output"] else None
+
+        def get_input_embeddings(self):
+            return None
+
+    return PretrainedNet()
+
+
 def answer(output, has_labels=False):
     """What a case compares of a model's output: the loss (1,) if labels were given, else logits or hidden states."""
     if has_labels:
@@ -68,4 +91,6 @@ def make(base):
         return decoders.DecoderLM(base)
     if base.get("model") == "skeleton":
         return skeletons.make(base["name"])
+    if "output" in base:
+        return pretrained(base)
     return (States if base.get("states") else Net)(base["layers"])

@@ -40,6 +40,11 @@ def states(argument, *layers, **given):
     return {**net(*[[f"model.{name}", kind, args] for name, kind, args in others], head, **given), "states": argument}
 
 
+def decoys(*names, **more):
+    """Square layers under names that are easily taken for one another."""
+    return {**net(*[lin(name, 8, 8) for name in names], shape=[8]), **more}
+
+
 def language_model(model, **more):
     return {"model": model, "vocab": 13, "hidden": 8, "heads": 2, "depth": 2,
             "input": {"shape": [2, 5], "below": 13}, **more}
@@ -95,6 +100,12 @@ BASES = {
                      lin("head", 10, 4), shape=[5, 6]),
     "states-words": states("input_ids", ["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 6}],
                            lin("mid", 6, 10), tanh("act"), lin("head", 10, 4), shape=[5], below=12),
+    "decoys": decoys(
+        "up", "setup", "upper", "model.layers.0.up", "model.layers.0.mid", "model.layers.0.experts.1.up",
+        "model.layers.1.up", "model.layers.1.mid", "model.layers.1.experts.0.up", "model.layers.1.downup",
+        "model.layers.10.up", "model.blocks.1.up", "h.1.up", "head", "model.head", "overhead"),
+    "decoys-output": decoys("up", "model.lm_head", "lm_head", "score", "head", output="lm_head"),
+    "decoys-classifier": decoys("up", "model.score", "score", "classifier", "lm_head", output=None),
     "causal-lm": language_model("causal_lm"),
     "encoder": language_model("encoder", task="FEATURE_EXTRACTION", positions=17),
     "encoder-sequence": language_model("encoder", task="SEQ_CLS", positions=17),

@@ -7,11 +7,12 @@ method's formula stand in that method's file.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 
-from . import formulas
+from . import formulas, rules
 from .method import KEY, Fault
 from .methods import methods
 
@@ -231,6 +232,36 @@ def scale_with_r(o, right, factor):
     right(factor / np.sqrt(config.get("r", 8)) if config.get("use_rslora") and factor != 1 else factor)
 
 
+def listed(config):
+    layers = config["layers_to_transform"]
+    return [layers] if isinstance(layers, int) else layers
+
+
+def believe_targets(o, right, base, weights, config, *a, **k):
+    """What a config means is not checked: some layer is adapted."""
+    nothing = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
+    right(base, weights, {**config, **nothing, "target_modules": ["up"]}, *a, **k)
+
+
+def of_each_layer(field, wrong):
+    """A new adapter whose patterns were read by another rule."""
+    def add(o, right, name, config):
+        if patterns := config.get(field):
+            values = {p: wrong(patterns, p) for p in o.targets(config)}
+            config = {**config, field: {re.escape(p): v for p, v in values.items() if v is not None}}
+        right(name, config)
+    return {"add": add}
+
+
+def longest(patterns, path):
+    return next((patterns[p] for p in sorted(patterns, key=len, reverse=True) if rules.of_pattern({p: 1}, path, 0)),
+                None)
+
+
+def rule(**change):
+    return {"rules": change}
+
+
 def f(id, what, change, caught_by, cases=PLAIN, link=""):
     return Fault(id, what, change, tuple(caught_by.split()), cases, link=link)
 
@@ -303,8 +334,81 @@ GENERAL = (
       ("linear/rslora",), "https://github.com/huggingface/peft/issues/2733"),
 )
 
+ROW = "targets/"
+TARGETS = (
+    f("name-is-any-end", "a name means whatever ends with it, without a dot before it",
+      rule(named=lambda name, path: path.endswith(name)), "targets", (ROW + "one-name", ROW + "names")),
+    f("name-is-any-part", "a name means whatever holds it", rule(named=lambda name, path: name in path), "targets",
+      (ROW + "one-name", ROW + "part-of-a-name-is-none")),
+    f("name-is-the-last-part", "a name with a dot means nothing",
+      rule(named=lambda name, path: path.rpartition(".")[2] == name), "targets", (ROW + "some-of-a-path",)),
+    f("name-is-a-whole-path", "a name means the path alone", rule(named=lambda name, path: path == name), "targets",
+      (ROW + "one-name", ROW + "names")),
+    f("regex-is-searched", "a regular expression may match any part of a path",
+      rule(matched=lambda pattern, path: re.search(pattern, path)), "targets",
+      (ROW + "regex-is-no-name", ROW + "regex-is-the-whole-path", ROW + "regex-from-the-start")),
+    f("regex-is-a-beginning", "a regular expression may end before the path does",
+      rule(matched=lambda pattern, path: re.match(pattern, path)), "targets", (ROW + "regex-is-no-name",)),
+    f("regex-is-an-end", "a regular expression may begin after a dot",
+      rule(matched=lambda pattern, path: re.match(rf"(.*\.)?({pattern})$", path)), "targets",
+      (ROW + "regex-is-no-name", ROW + "regex-from-the-start")),
+    f("excludes-nothing", "exclude_modules is not read", rule(excluded=lambda path, config: False), "targets",
+      (ROW + "names", ROW + "exclude-by-regex", ROW + "all-linear-but-some")),
+    f("excludes-any-end", "exclude_modules means whatever ends so, without a dot before it",
+      rule(excluded=lambda path, config: path.endswith(tuple(config.get("exclude_modules") or ["-"]))), "targets",
+      (ROW + "all-linear-but-some",)),
+    f("excludes-whole-paths", "exclude_modules means whole paths alone",
+      rule(excluded=lambda path, config: path in (config.get("exclude_modules") or ())), "targets", (ROW + "names",)),
+    f("saved-needs-a-dot", "modules_to_save means whole parts of a path",
+      rule(saved_whole=rules.named), "targets", (ROW + "names", ROW + "saved-without-a-dot")),
+    f("saved-is-adapted-too", "modules_to_save are adapted as well, if they are targets",
+      rule(within_saved=lambda path, names: False), "targets", (ROW + "saved-beats-targeted", ROW + "saved-parent")),
+    f("saved-spares-itself-alone", "what is in a module to save is adapted",
+      rule(within_saved=lambda path, names: any(rules.named(name, path) for name in names)), "targets",
+      (ROW + "saved-parent",)),
+    f("head-is-not-saved", "the head of the task is not trained", rule(whole=lambda c: c.get("modules_to_save") or []),
+      "targets", (ROW + "all-linear-spares-the-classifier",)),
+    f("all-linear-takes-the-output", "all-linear adapts the output layer", rule(spared=lambda base: set()), "targets",
+      (ROW + "all-linear-spares-the-output",)),
+    f("all-linear-takes-no-head", "all-linear leaves out whatever is called a head",
+      rule(spared=lambda base: {n for n, _, _ in base["layers"] if n.endswith("head")}), "targets",
+      (ROW + "all-linear", ROW + "all-linear-spares-the-output")),
+    f("last-number-is-the-layer", "of several numbers in a path the last one is the layer's",
+      rule(in_layers=lambda path, c: (re.findall(r"\.(\d+)\.", path) or [""])[-1] in map(str, listed(c))), "targets",
+      (ROW + "first-number-is-the-layer", ROW + "any-list-of-layers")),
+    f("layers-of-any-list", "layers_pattern is not read",
+      rule(in_layers=lambda path, c: rules.layer_of(path, []) in listed(c)), "targets",
+      (ROW + "layers", ROW + "several-lists-of-layers")),
+    f("first-pattern-of-layers", "of several names in layers_pattern the first counts",
+      rule(in_layers=lambda path, c: rules.in_layers(path, {**c, "layers_pattern": c["layers_pattern"][:1]})),
+      "targets", (ROW + "several-lists-of-layers",)),
+    f("layers-begin-so", "layer 10 counts as layer 1",
+      rule(in_layers=lambda path, c: any(f"s.{i}" in path for i in listed(c))), "targets",
+      (ROW + "layers", ROW + "any-list-of-layers")),
+    f("all-layers", "layers_to_transform is not read", rule(in_layers=lambda path, c: True), "targets",
+      (ROW + "layers", ROW + "any-list-of-layers")),
+    f("last-pattern-of-ranks", "of several patterns that fit the last counts",
+      of_each_layer("rank_pattern", lambda ps, p: rules.of_pattern(dict(reversed(ps.items())), p, None)), "targets",
+      (ROW + "first-of-two-ranks",)),
+    f("longest-pattern-of-ranks", "of several patterns that fit the longest counts",
+      of_each_layer("rank_pattern", longest), "targets", (ROW + "first-of-two-ranks",)),
+    f("ranks-of-any-part", "a pattern of ranks fits any part of a path", of_each_layer(
+        "rank_pattern", lambda ps, p: next((v for k, v in ps.items() if re.search(k, p)), None)), "targets",
+      (ROW + "ranks",)),
+    f("ranks-by-name-alone", "a pattern of ranks is no regular expression", of_each_layer(
+        "rank_pattern", lambda ps, p: next((v for k, v in ps.items() if rules.named(k, p)), None)), "targets",
+      (ROW + "ranks", ROW + "first-of-two-ranks")),
+    f("alphas-of-any-end", "a pattern of alphas needs no dot before it", of_each_layer(
+        "alpha_pattern", lambda ps, p: next((v for k, v in ps.items() if p.endswith(k)), None)), "targets",
+      (ROW + "strengths",)),
+    f("alphas-by-whole-path", "a pattern of alphas fits whole paths alone", of_each_layer(
+        "alpha_pattern", lambda ps, p: ps.get(p)), "targets", (ROW + "strengths", ROW + "rank-and-alpha")),
+    f("means-nothing-accepted", "a config that matches no layer is taken", {"build": believe_targets}, "targets",
+      (ROW + "matches-nothing", ROW + "excludes-everything", ROW + "regex-with-layers")),
+)
+
 
 def all_faults():
     """(method, fault) for every seeded fault of the suite."""
     found = [(m, fault) for m in methods().values() for fault in m.faults]
-    return [*((methods()["lora"], fault) for fault in GENERAL), *found]
+    return [*((methods()["lora"], fault) for fault in (*GENERAL, *TARGETS)), *found]

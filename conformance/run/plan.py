@@ -6,7 +6,7 @@ from functools import partial
 
 from ..reference import laws, store
 from ..reference.methods import methods as all_methods
-from .checks import figures, goldens, lifecycle, reject
+from .checks import figures, goldens, lifecycle, reject, targets
 from .runner import Task
 
 PROFILES = ("core", "full")
@@ -82,6 +82,17 @@ def figure_tasks(methods, pattern) -> list[Task]:
     return found
 
 
+def row_tasks(check: str, rows, function, profile, methods, pattern) -> list[Task]:
+    """Checks of rows that have a method and an id of their own."""
+    found = []
+    for row in rows:
+        case = f"{row['method']}/{check}/{row['id']}"
+        if (profile == "full" or row["profile"] == "core") and (not methods or row["method"] in methods) \
+                and (not pattern or pattern in case):
+            found.append(Task(row["method"], case, check, "float32", partial(bound_figure, function, row)))
+    return found
+
+
 def bound_figure(function, figure, driver):
     function(driver, figure)
 
@@ -92,4 +103,5 @@ def tasks(profile: str, methods=None, pattern=None, dtypes=DTYPES, laws=True):
     return [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen),
             *(law_tasks(profile, methods, pattern) if laws else ()),
             *reject_tasks(cases(profile, methods), pattern),
+            *row_tasks("targets", targets.recorded(), targets.check, profile, methods, pattern),
             *(figure_tasks(methods, pattern) if profile == "full" else ())]

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..method import Fault, Laws, Method, Row, Tensors
+from ..rules import of_pattern
 
 
 def names(site):
@@ -10,7 +11,7 @@ def names(site):
 
 
 def shapes(site, c):
-    (a, b), r, ones = names(site), c.get("r", 32), [1] * len(site.kernel)
+    (a, b), r, ones = names(site), of_pattern(c.get("rank_pattern"), site.path, c.get("r", 32)), [1] * len(site.kernel)
     return {a: (r, *site.W.shape[1:]), b: (site.out, r, *ones)}
 
 

@@ -1,5 +1,7 @@
 """IA3: Liu et al., 2022, https://arxiv.org/abs/2205.05638, section 3.3."""
 
+import re
+
 import numpy as np
 
 from ..method import Fault, Laws, Method, Row, Tensors
@@ -7,6 +9,8 @@ from ..method import Fault, Laws, Method, Row, Tensors
 
 def feedforward(site, c):
     names = c.get("feedforward_modules") or []
+    if isinstance(names, str):
+        return re.fullmatch(names, site.path) is not None
     return any(site.path == n or site.path.endswith("." + n) for n in names)
 
 

@@ -1,18 +1,9 @@
 """LoRA: Hu et al., 2021, https://arxiv.org/abs/2106.09685, eq. 3; rsLoRA: https://arxiv.org/abs/2312.03732."""
 
-import re
-
 import numpy as np
 
 from ..method import Fault, Laws, Method, Row, Tensors
-
-
-def of_pattern(patterns, path, default):
-    """The value of the first pattern that matches the end of a module's path."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+from ..rules import of_pattern
 
 
 def rank(site, c):

@@ -1,0 +1,65 @@
+"""Which layers a config means: models with decoy names, one row for each rule, over all methods that choose layers.
+
+What is compared is what a checkpoint holds, key by key with its shape, and for patterns of alpha how strong each layer
+is. `fixtures/targets.json` has the rows as the reference answers them; `reference/rules.py` says the same in Python.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import numpy as np
+
+from ...driver import Rejected
+from ...reference import store
+from ...reference.bases import BASES
+from ...reference.compare import Failure
+from ...reference.draw import draw_base, rng_of
+from ...reference.methods import methods
+from .goldens import same_set
+
+
+@cache
+def recorded() -> list[dict]:
+    return json.loads((store.folder() / "targets.json").read_text())["rows"]
+
+
+def config_of(row: dict) -> dict:
+    return {**row["config"], "peft_type": methods()[row["method"]].peft_type}
+
+
+def build(driver, row):
+    base = BASES[row["base"]]
+    weights = draw_base(base, rng_of("targets"))
+    if "strengths" in row:  # what is merged is the adapter alone
+        weights = {name: np.zeros_like(value) for name, value in weights.items()}
+    driver.build(base, weights, config_of(row), "float32", case=f"{row['method']}/targets/{row['id']}")
+
+
+def strengths(driver) -> dict[str, float]:
+    """What each weight is when all tensors of an adapter are 1 and all weights 0."""
+    driver.load({k: np.ones_like(v, np.float32) for k, v in driver.state_dict().items()})
+    driver.merge()
+    return {k: float(v.max()) for k, v in driver.weights().items() if v.any()}
+
+
+def check(driver, row):
+    if row.get("refused"):
+        try:
+            build(driver, row)
+        except Rejected:
+            return
+        raise Failure("a config that means nothing was accepted", expected="a clear error", got="no error")
+    build(driver, row)
+    got = driver.state_dict()
+    same_set("saved keys", got, row["keys"])
+    for key, shape in row["keys"].items():
+        if shape is not None and list(got[key].shape) != shape:
+            raise Failure(f"shape of {key}", expected=str(shape), got=str(list(got[key].shape)))
+    if "strengths" in row:
+        found = strengths(driver)
+        same_set("merged weights that the adapter changes", found, row["strengths"])
+        for name, want in row["strengths"].items():
+            if not np.isclose(found[name], want, rtol=1e-5):
+                raise Failure(f"strength of the adapter on {name}", expected=f"{want:.7g}", got=f"{found[name]:.7g}")
