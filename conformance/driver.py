@@ -40,6 +40,10 @@ class Driver:
         """
         raise Unsupported("build")
 
+    def full_config(self, config: dict) -> dict:
+        """All that `adapter_config.json` would hold for a config, defaults filled in; there is no model."""
+        raise Unsupported("configs without a model")
+
     def add(self, name: str, config: dict) -> None:
         """Add a second adapter; the active one stays."""
         raise Unsupported("more than one adapter")

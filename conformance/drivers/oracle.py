@@ -39,12 +39,21 @@ class Oracle(Driver):
             raise Unsupported("models without values")
         self.method: Any = methods()[case.split("/")[0]] if case else None
         self.case = next((c for c in store.all_cases() if c.id == case), None)
-        self.base, self.dtype, self.seed = base, dtype, seed
+        self.base, self.dtype, self.seed, self.loaded = base, dtype, seed, False
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
         self.adapters, self.active, self.merged, self.off, self.factor = {}, [], [], False, 1.0
         if config is not None:
             self.add("default", config)
             self.active = ["default"]
+
+    def full_config(self, config):
+        known = store.defaults(config["peft_type"])
+        rows = [r for r in store.configs().values() if r["defaults"]["peft_type"] == config["peft_type"]]
+        more = [changes for r in rows for id, changes in r["changes"].items()
+                if config.items() >= store.find(id).config.items()]
+        more += [changes for r in rows for field, value, changes in r["others"] if config.get(field) == value]
+        own = {"peft_version": "0.0", "auto_mapping": None, "base_model_name_or_path": None}
+        return {**known, **{k: v for k, v in own.items() if k in known}, **config, **(more[0] if more else {})}
 
     def targets(self, config):
         if self.case is not None and config == self.case.config:
@@ -159,7 +168,7 @@ class Oracle(Driver):
     def names(self):
         if self.case is None:
             raise Unsupported("live names outside of recorded cases")
-        return dict(self.case.parameters)
+        return {k: on and not self.loaded for k, on in self.case.parameters.items()}
 
     def count(self):
         if self.case is None:
@@ -197,8 +206,11 @@ class Oracle(Driver):
         from safetensors.numpy import save_file
 
         config, tensors = self.adapters["default"][0], self.saved()
-        if self.method.live(config):
-            config = {**config, "inference_mode": True}
+        held: dict = next((r["file"] for r in store.configs().values() if self.case and r["case"] == self.case.id), {})
+        computed = {k: v for k, v in store.resolved(held).items() if k not in config and k != "peft_version"}
+        config = {**self.full_config(config), **computed, "inference_mode": True}
+        if config.get("task_type") is None:
+            config["auto_mapping"] = {"base_model_class": "Oracle", "parent_library": __name__}
         Path(path, "adapter_config.json").write_text(json.dumps(config))
         save_file({k: np.ascontiguousarray(self.rounded(v)) for k, v in tensors.items()},
                   Path(path, "adapter_model.safetensors"))
@@ -214,8 +226,23 @@ class Oracle(Driver):
             raise Rejected(f"{type(e).__name__}: {e}") from e
         if not isinstance(config, dict):
             raise Rejected("adapter_config.json holds no object")
+        known = store.defaults(config.get("peft_type"))  # another type is refused as a whole
+        config = {k: v for k, v in {**known, **config}.items() if v is not None and (k in known or not known)}
+        if self.case is not None and self.is_of_the_case(config, known):
+            config = self.case.config
+            if self.method.lives(config):
+                config = {**config, "inference_mode": True}
         self.build(base, weights, config, dtype, case, self.seed)
         self.load(tensors)
+        self.loaded = True
+
+    def is_of_the_case(self, config, known):
+        """Is what a file held the case's config, with defaults and what is computed from the model?"""
+        same = {**known, **self.case.config}
+        changes = store.configs()[self.method.name]["changes"].get(self.case.id, {})
+        computed = {"inference_mode", "peft_type", *changes}
+        return all(config.get(k) == v for k, v in same.items()
+                   if v is not None and (k in self.case.config or k not in computed))
 
 
 def validate(config, method):

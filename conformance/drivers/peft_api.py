@@ -6,9 +6,12 @@ import contextlib
 import copy
 import importlib
 import importlib.metadata
+import json
 import os
 import re
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -122,6 +125,11 @@ class PeftApi(Driver):
         with rejecting():
             self.model = self.peft.get_peft_model(self.model, self.config(config))
         self.model.to(self.dtype).eval()
+
+    def full_config(self, config):
+        with rejecting(), tempfile.TemporaryDirectory() as folder:
+            self.config(config).save_pretrained(folder)
+            return json.loads(Path(folder, "adapter_config.json").read_text())
 
     def add(self, name, config):
         with rejecting():

@@ -408,7 +408,96 @@ TARGETS = (
 )
 
 
+def rewritten(change):
+    """Saving, and then changing what the config's file holds."""
+    def save(o, right, path):
+        right(path)
+        file = Path(path, "adapter_config.json")
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+    return {"save": save}
+
+
+def reading(change):
+    """Loading, as if the config's file held something else."""
+    def restore(o, right, path, *a):
+        file = Path(path, "adapter_config.json")
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+        right(path, *a)
+    return {"restore": restore}
+
+
+def filled(change):
+    return {"full_config": lambda o, right, config: change(right(config), config)}
+
+
+def without(*fields):
+    return lambda held: {k: v for k, v in held.items() if k not in fields}
+
+
+def strict(held):
+    if "a_field_of_a_later_release" in held:
+        raise ValueError("an unknown field")
+    return held
+
+
+def save_for_good(o, right, path):
+    """The live model is put into inference mode as well."""
+    right(path)
+    o.loaded = True
+
+
+def stay_trainable(o, right, path, *a):
+    right(path, *a)
+    o.loaded = False
+
+
+CONFIGS = ("config/defaults", "config/given", "config/file")
+FILE, GIVEN = ("config/file",), ("config/given",)
+FILES = (
+    f("another-default", "a default is another one", filled(lambda full, given: {"r": 16} | full | (
+        {} if "r" in given else {"r": 16})), "config", CONFIGS[:1]),
+    f("default-of-the-method", "lora_dropout is 0.05 where it is not given",
+      filled(lambda full, given: full | ({} if "lora_dropout" in given else {"lora_dropout": 0.05})), "config",
+      CONFIGS[:2]),
+    f("none-for-empty", "an empty pattern is held as null",
+      filled(lambda full, given: {k: None if v == {} else v for k, v in full.items()}), "config", CONFIGS[:1]),
+    f("given-is-lost", "lora_alpha keeps its default", filled(lambda full, given: full | {"lora_alpha": 8}), "config",
+      GIVEN),
+    f("given-changes-others", "lora_alpha follows r where it is not given", filled(
+        lambda full, given: full | ({} if "lora_alpha" in given else {"lora_alpha": full["r"]})), "config", GIVEN),
+    f("flag-is-lost", "lora_bias keeps its default", filled(lambda full, given: full | {"lora_bias": False}),
+      "config", GIVEN),
+    f("field-is-not-held", "use_rslora is in no file", filled(lambda full, given: without("use_rslora")(full)),
+      "config", GIVEN),
+    f("defaults-not-written", "fields with their defaults are not written to the file",
+      rewritten(lambda held: {k: v for k, v in held.items() if v not in (False, None, {})}), "config", FILE),
+    f("file-is-for-training", "the file says inference_mode false",
+      rewritten(lambda held: held | {"inference_mode": False}), "config", ("config/file", "config/inference")),
+    f("no-auto-mapping", "the file does not name the base model's class",
+      rewritten(lambda held: held | {"auto_mapping": None}), "config", FILE),
+    f("half-an-auto-mapping", "the file does not name the base model's module",
+      rewritten(lambda held: held | {"auto_mapping": {"base_model_class": "Net"}}), "config", FILE),
+    f("no-version", "the file does not name the release that wrote it",
+      rewritten(lambda held: held | {"peft_version": None}), "config", FILE),
+    f("names-are-text", "a list of names is written as text",
+      rewritten(lambda held: held | {"target_modules": str(held["target_modules"])}), "config save", FILE),
+    f("type-of-the-class", "peft_type is written as the class's name",
+      rewritten(lambda held: held | {"peft_type": "LoraConfig"}), "config save", FILE),
+    f("unknown-field-refused", "a field of a later release is refused", reading(strict), "config",
+      ("config/unknown-field",)),
+    f("absent-means-one", "a field that is not in the file is 1",
+      reading(lambda held: held if "use_rslora" in held else {**held, "use_rslora": True}), "config",
+      ("config/sparse-file",)),
+    f("given-not-read", "lora_alpha is not read from the file", reading(without("lora_alpha")), "config",
+      ("config/sparse-file", "config/unknown-field")),
+    f("saving-ends-training", "saving leaves the model in inference mode", {"save": save_for_good}, "config",
+      ("config/inference",)),
+    f("loaded-is-trainable", "a loaded adapter is trained without being asked for it", {"restore": stay_trainable},
+      "config", ("config/inference",)),
+)
+
+
 def all_faults():
     """(method, fault) for every seeded fault of the suite."""
     found = [(m, fault) for m in methods().values() for fault in m.faults]
-    return [*((methods()["lora"], fault) for fault in (*GENERAL, *TARGETS)), *found]
+    return [*((methods()["lora"], fault) for fault in (*GENERAL, *TARGETS, *FILES)), *found]

@@ -37,6 +37,18 @@ def base_shapes(base: dict) -> dict[str, tuple[int, ...]]:
     raise LookupError(f"fixtures/bases.json does not hold this base model; `record` writes it: {base}")
 
 
+@cache
+def configs() -> dict[str, dict]:
+    """What is known of each method's config; see run/checks/config.py."""
+    return {row["method"]: row for row in json.loads((folder() / "config.json").read_text())["methods"]}
+
+
+@cache
+def defaults(peft_type: str) -> dict:
+    """What a config holds that gives only what it must; {} for a type that is not recorded."""
+    return next((row["defaults"] for row in configs().values() if row["defaults"].get("peft_type") == peft_type), {})
+
+
 def resolved(config: dict) -> dict:
     """A config whose files and `adapters`, named from the fixtures' folder on, are found from anywhere."""
     if source := config.get("prompt_tuning_init_state_dict_path"):

@@ -6,7 +6,7 @@ from functools import partial
 
 from ..reference import laws, store
 from ..reference.methods import methods as all_methods
-from .checks import figures, goldens, lifecycle, reject, targets
+from .checks import config, figures, goldens, lifecycle, reject, targets
 from .runner import Task
 
 PROFILES = ("core", "full")
@@ -93,6 +93,12 @@ def row_tasks(check: str, rows, function, profile, methods, pattern) -> list[Tas
     return found
 
 
+def config_tasks(profile, methods, pattern) -> list[Task]:
+    return [t for kind, function in config.CHECKS.items()
+            for t in row_tasks("config", [{**r, "id": kind} for r in store.configs().values()], function, profile,
+                               methods, pattern)]
+
+
 def bound_figure(function, figure, driver):
     function(driver, figure)
 
@@ -104,4 +110,5 @@ def tasks(profile: str, methods=None, pattern=None, dtypes=DTYPES, laws=True):
             *(law_tasks(profile, methods, pattern) if laws else ()),
             *reject_tasks(cases(profile, methods), pattern),
             *row_tasks("targets", targets.recorded(), targets.check, profile, methods, pattern),
+            *config_tasks(profile, methods, pattern),
             *(figure_tasks(methods, pattern) if profile == "full" else ())]
