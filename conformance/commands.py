@@ -8,23 +8,34 @@ import tempfile
 from pathlib import Path
 
 from .drivers import open_driver
-from .record import coverage, disputed, recorder
+from .record import config, coverage, disputed, recorder, targets
 from .reference import store
 from .reference.methods import methods
 from .run import cli, power
 
 
+TABLES = {"config": config.record, "targets": targets.record}  # in this order: the second reads the first
+
+
 def do_record(args: list[str]) -> int:
-    """Record packs anew, or `--check` that recording gives the same again."""
+    """Record packs and tables anew, or `--check` that recording gives the same again."""
     check = "--check" in args
-    chosen = [a for a in args if not a.startswith("-")] or list(methods())
+    chosen = [a for a in args if not a.startswith("-")] or [*methods(), *TABLES]
     driver, bad = open_driver("peft"), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if check else store.folder()
         recorder.record_bases(folder)
         if check and (folder / "bases.json").read_text() != (store.folder() / "bases.json").read_text():
             bad.append("bases.json: other base models, or other shapes")
-        for name in chosen:
+        for name in [n for n in chosen if n in TABLES]:
+            rows = TABLES[name](driver)
+            if check and rows != store.rows(name):
+                bad += [f"{name}: now {a}, stored {b}" for a, b in zip(rows, store.rows(name)) if a != b][:5] or [
+                    f"{name}: another number of rows"]
+            elif not check:
+                store.write_rows(folder, name, rows)
+            print(f"{name}: {len(rows)} rows", flush=True)
+        for name in [n for n in chosen if n not in TABLES]:
             bad += recorder.record_method(methods()[name], driver, folder)
             if check:
                 new, old = store.Pack(folder / "methods" / f"{name}.json"), store.packs().get(name)

@@ -230,7 +230,7 @@ class Oracle(Driver):
         config = {k: v for k, v in {**known, **config}.items() if v is not None and (k in known or not known)}
         if self.case is not None and self.is_of_the_case(config, known):
             config = self.case.config
-            if self.method.lives(config):
+            if self.method.live(config):
                 config = {**config, "inference_mode": True}
         self.build(base, weights, config, dtype, case, self.seed)
         self.load(tensors)

@@ -62,6 +62,15 @@ def row_of(driver, method) -> dict:
     return row
 
 
+def ordered(value):
+    """Names in a fixed order, at any depth: peft keeps some of them in sets."""
+    if isinstance(value, dict):
+        return {k: ordered(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return sorted(value) if all(isinstance(v, str) for v in value) else [ordered(v) for v in value]
+    return value
+
+
 def record(driver) -> list[dict]:
-    rows = json.dumps([row_of(driver, method) for method in methods().values()])
+    rows = json.dumps([ordered(row_of(driver, method)) for method in methods().values()])
     return json.loads(rows.replace(f"{store.folder()}/", ""))  # files that configs name

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..driver import Rejected
 from ..drivers.oracle import Oracle
+from ..reference import store
 from ..reference.methods import methods
 from ..run.checks.targets import build, strengths
 
@@ -65,14 +66,15 @@ def answer(driver, row) -> dict:
     return {**found, "strengths": strengths(driver)} if "strengths" in row else found
 
 
-def record(driver, fields: dict[str, set]) -> list[dict]:
-    """The rows as the reference answers them, and `BY_RULE` as the rules do; `fields`: those of each method's config.
+def record(driver) -> list[dict]:
+    """The rows as the reference answers them, and `BY_RULE` as the rules do.
 
     A shape that depends on values is left out: it is None.
     """
+    fields = {method: row["defaults"].keys() for method, row in store.configs().items()}
     wanted = [(m.name, "decoys", id, {k: v for k, v in changes.items() if k in fields[m.name]})
               for m in methods().values() for id, changes in ALL.items()
-              if not m.prompts and changes.keys() - {"exclude_modules"} <= fields[m.name]]
+              if not m.prompt and changes.keys() - {"exclude_modules"} <= fields[m.name]]
     wanted += [("lora", "decoys", id, changes) for id, changes in LORA.items()]
     wanted += [(method, base, id, changes) for id, (method, base, changes) in OTHER.items()]
     found = []

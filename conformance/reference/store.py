@@ -38,9 +38,20 @@ def base_shapes(base: dict) -> dict[str, tuple[int, ...]]:
 
 
 @cache
+def rows(table: str) -> list[dict]:
+    """A table of the fixtures that holds no tensors: `targets` or `config`, each row with its method and id."""
+    return json.loads((folder() / f"{table}.json").read_text())["rows"]
+
+
+def write_rows(folder: Path, table: str, rows: list[dict]) -> None:
+    text = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder / f"{table}.json").write_text('{"rows": [\n' + text + "\n]}\n")
+
+
+@cache
 def configs() -> dict[str, dict]:
     """What is known of each method's config; see run/checks/config.py."""
-    return {row["method"]: row for row in json.loads((folder() / "config.json").read_text())["methods"]}
+    return {row["method"]: row for row in rows("config")}
 
 
 @cache

@@ -109,6 +109,6 @@ def tasks(profile: str, methods=None, pattern=None, dtypes=DTYPES, laws=True):
     return [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen),
             *(law_tasks(profile, methods, pattern) if laws else ()),
             *reject_tasks(cases(profile, methods), pattern),
-            *row_tasks("targets", targets.recorded(), targets.check, profile, methods, pattern),
+            *row_tasks("targets", store.rows("targets"), targets.check, profile, methods, pattern),
             *config_tasks(profile, methods, pattern),
             *(figure_tasks(methods, pattern) if profile == "full" else ())]

@@ -2,7 +2,7 @@
 
 from conformance.reference import store
 from conformance.reference.faults import all_faults
-from conformance.run import power
+from conformance.run import plan, power
 
 
 def test_every_fault_is_caught():
@@ -15,6 +15,12 @@ def test_fault_ids_are_unique_and_links_are_links():
     ids = [f"{m.name}/{f.id}" for m, f in all_faults()]
     assert len(ids) == len(set(ids))
     assert all(f.link.startswith("https://") for _, f in all_faults() if f.link)
+
+
+def test_the_cases_that_faults_name_are_there():
+    known = {task.case for task in plan.tasks("full")}
+    named = {f"{m.name}/{case}" for m, fault in all_faults() for case in fault.cases}
+    assert not named - known
 
 
 def test_margins():

@@ -24,6 +24,13 @@ def test_right():
     assert good, [f"{r.id}: {r.message}" for r in results if r.outcome in ("fail", "error")]
 
 
+def test_rules_and_recorded_configs_say_the_same_as_the_reference():
+    """The whole tables, not the core alone: `rules.py` has no golden but these."""
+    tasks = [t for t in plan.tasks("full", dtypes=["float32"], laws=False) if t.check in ("targets", "config")]
+    (good, counts), results = outcomes(Oracle(), tasks)
+    assert good and counts["unsupported"] <= 1, [r.id for r in results if r.outcome != "pass"]
+
+
 def test_always_wrong():
     tasks = [t for t in plan.tasks("core", dtypes=["float32"]) if t.check not in ("laws", "reject", "figures")]
     (good, counts), results = outcomes(broken.AlwaysWrong(), tasks)

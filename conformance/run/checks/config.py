@@ -126,7 +126,7 @@ def inference(driver, row):
             raise Failure("adapter_config.json: inference_mode", expected="True", got="False")
         driver.restore(path, case.base, case.tensors("base"), "float32")
     trained = sorted(k for k, on in driver.names().items() if on)
-    if trained and not methods()[row["method"]].prompts:
+    if trained and not methods()[row["method"]].prompt:
         raise Failure("a loaded adapter is trainable without being asked for it", expected="[]", got=str(trained))
 
 

@@ -6,9 +6,6 @@ is. `fixtures/targets.json` has the rows as the reference answers them; `referen
 
 from __future__ import annotations
 
-import json
-from functools import cache
-
 import numpy as np
 
 from ...driver import Rejected
@@ -18,11 +15,6 @@ from ...reference.compare import Failure
 from ...reference.draw import draw_base, rng_of
 from ...reference.methods import methods
 from .goldens import same_set
-
-
-@cache
-def recorded() -> list[dict]:
-    return json.loads((store.folder() / "targets.json").read_text())["rows"]
 
 
 def config_of(row: dict) -> dict:
