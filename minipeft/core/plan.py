@@ -20,7 +20,7 @@ from .adapter import ADAPTERS, unsupported
 from .bases import Attention, Block, Conv1D, Linear, Whole
 from .config import PeftType, check_config
 from .defaults import default_targets
-from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning
+from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError
 from .kinds import base_of
 from .layer import (
     BASE,
@@ -49,7 +49,7 @@ from .state import (
     unwrapped,
     without_module,
 )
-from .targets import ALL_LINEAR, Targets, all_linear, check_saved, named, suffixes, unmatched, warn_unmatched
+from .targets import ALL_LINEAR, Targets, all_linear, check_saved, saves, suffixes, unmatched, warn_unmatched
 from .tying import Ties
 
 if TYPE_CHECKING:
@@ -290,8 +290,13 @@ class Plan:
         paths: list[str] = []
         for path, live, module in walk(self.model) if names else ():
             paths.append(path)
-            if path and named(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
+            if path and saves(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
                 taken.append(path)
+                if adapted := next((a for a in self.latest if a == live or a.startswith(f"{live}.")), None):
+                    raise UnsupportedLayerError(
+                        f"'{adapted}' would be adapted, and saved whole as part of '{path}', which ends as one of "
+                        f"modules_to_save does: {sorted(names)}. Leave it out by exclude_modules."
+                    )
                 original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
                 ModulesToSaveWrapper.check(original)
                 copied = real_copy(original)

@@ -42,6 +42,11 @@ def named(path: str, names: Iterable[str] | str | None) -> bool:
     return any(tail in names for tail in suffixes(path))
 
 
+def saves(path: str, names: Iterable[str]) -> bool:
+    """Whether `modules_to_save` means `path`: in PEFT, any end of it, so "classifier" means "pre_classifier", too."""
+    return path.endswith(tuple(names))
+
+
 def exactly(paths: set[str], known: Iterable[str]) -> Any:
     """Targets that mean `paths` and no other of the `known` ones: a set, or an expression where tails are ambiguous."""
     if any(path not in paths and named(path, paths) for path in known):
@@ -188,7 +193,7 @@ def check_saved(names: set[str], paths: list[str], found: Collection[str], other
 
     `loading`: no more than warn, as the checkpoint's tensors say whether it fits.
     """
-    missing = {name for name in names if name not in HEAD_NAMES and not any(named(path, {name}) for path in paths)}
+    missing = {name for name in names if name not in HEAD_NAMES and not any(saves(path, {name}) for path in paths)}
     hint = unmatched(missing, paths, found, others)
     if hint and not loading and missing == names:
         raise NoMatchingPeftModuleError(f"None of modules_to_save is in the model: {hint}")

@@ -23,7 +23,7 @@ from ..core.defaults import embedding_path
 from ..core.errors import ConfigError, NoMatchingPeftModuleError
 from ..core.kinds import base_of
 from ..core.layer import Layer, TrainableTokensWrapper, walk
-from ..core.targets import named, suffixes, unmatched, warn_unmatched
+from ..core.targets import saves, suffixes, unmatched, warn_unmatched
 
 
 @dataclass
@@ -57,7 +57,7 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
         warn_unmatched("trainable_token_indices", hint)
         for target, tokens in wanted.items():
             for path in named_here[target]:
-                if named(path, set(plan.config.modules_to_save or ())):
+                if saves(path, plan.config.modules_to_save or ()):
                     raise ConfigError(f"'{path}' is trained in full (modules_to_save): no trainable_token_indices.")
                 live, module = paths[path]
                 joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None

@@ -56,7 +56,7 @@ from ..core.errors import (
 from ..core.layer import BASE, Context, ModulesToSaveWrapper, PlainNames, adapted, other_names, put_at, walk
 from ..core.offload import device_of, loaded, onload, real_copy
 from ..core.plan import check_adapter_name, model_config
-from ..core.targets import check_saved, embedding, named
+from ..core.targets import check_saved, embedding, saves
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
 EMBEDDINGS = "prompt_embeddings"  # the key of a saved prompt
@@ -335,7 +335,7 @@ def _copied_modules(base: nn.Module, config: Any, loading: bool) -> list[tuple[s
     for path, live, module in walk(base) if names else ():
         paths.append(path)
         inside = any(live.startswith(f"{taken}.") for taken, _, _ in found.values())
-        if path and named(path, names) and not inside:
+        if path and saves(path, names) and not inside:
             original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
             ModulesToSaveWrapper.check(original)
             found[path] = live, module, real_copy(original).requires_grad_(True)
