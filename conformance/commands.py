@@ -13,7 +13,6 @@ from .reference import store
 from .reference.methods import methods
 from .run import cli, power
 
-
 TABLES = {"config": config.record, "targets": targets.record}  # in this order: the second reads the first
 
 

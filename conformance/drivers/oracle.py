@@ -228,7 +228,7 @@ class Oracle(Driver):
             raise Rejected("adapter_config.json holds no object")
         known = store.defaults(config.get("peft_type"))  # another type is refused as a whole
         config = {k: v for k, v in {**known, **config}.items() if v is not None and (k in known or not known)}
-        if self.case is not None and self.is_of_the_case(config, known):
+        if self.case is not None and same_as(self.case, config, known):
             config = self.case.config
             if self.method.live(config):
                 config = {**config, "inference_mode": True}
@@ -236,13 +236,13 @@ class Oracle(Driver):
         self.load(tensors)
         self.loaded = True
 
-    def is_of_the_case(self, config, known):
-        """Is what a file held the case's config, with defaults and what is computed from the model?"""
-        same = {**known, **self.case.config}
-        changes = store.configs()[self.method.name]["changes"].get(self.case.id, {})
-        computed = {"inference_mode", "peft_type", *changes}
-        return all(config.get(k) == v for k, v in same.items()
-                   if v is not None and (k in self.case.config or k not in computed))
+
+def same_as(case, config, known) -> bool:
+    """Is what a file held the config of a case, with its defaults and what is computed from the model?"""
+    want = {**known, **case.config}
+    changes = store.configs()[case.pack.data["method"]]["changes"].get(case.id, {})
+    computed = {"inference_mode", "peft_type", *changes} - case.config.keys()
+    return all(config.get(k) == v for k, v in want.items() if v is not None and k not in computed)
 
 
 def validate(config, method):

@@ -44,7 +44,7 @@ class Model:
             raise ValueError(f"r must be a positive integer, not {r!r}")
         draw = np.random.default_rng(seed)
         for name, kind in self.layers:
-            if kind == "Linear" and name.split(".")[-1] in config["target_modules"]:
+            if kind == "Linear" and any(f".{name}".endswith(f".{target}") for target in config["target_modules"]):
                 out, into = self.W[name + ".weight"].shape
                 self.adapter[f"{PREFIX}{name}.lora_A.weight"] = draw.normal(size=(r, into)).astype(self.type)
                 self.adapter[f"{PREFIX}{name}.lora_B.weight"] = np.zeros((out, r), self.type)

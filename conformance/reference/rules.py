@@ -64,7 +64,7 @@ HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"
 
 def whole(config: dict) -> list[str]:
     """The names of what is trained and saved whole: those of the config, and the head of the task."""
-    return [*(config.get("modules_to_save") or []), *HEADS.get(config.get("task_type"), [])]
+    return [*(config.get("modules_to_save") or []), *HEADS.get(config.get("task_type") or "", [])]
 
 
 RULES = {"named": named, "matched": matched, "in_layers": in_layers, "excluded": excluded, "spared": spared,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import numpy as np
 
 from ...driver import Rejected
-from ...reference import store
 from ...reference.bases import BASES
 from ...reference.compare import Failure
 from ...reference.draw import draw_base, rng_of
