@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 
 import numpy as np
 
-from ..driver import Driver, Unsupported
+from ..driver import Driver, Rejected, Unsupported
 from ..reference.methods import methods
 from .oracle import Oracle
 
@@ -35,6 +36,9 @@ class AlwaysWrong(Oracle):
         draw = np.random.default_rng()
         return {k: draw.normal(size=v.shape) for k, v in super().weights().items()}
 
+    def full_config(self, config):
+        return {**super().full_config(config), "peft_type": "WRONG"}
+
     def load(self, tensors, name="default"):
         pass
 
@@ -47,8 +51,9 @@ class AlwaysWrong(Oracle):
     def build(self, base, weights, config, dtype, case="", seed=0):
         if base.get("model") == "skeleton":
             raise ValueError("no skeletons")
-        super().build(base, weights, {**(config or {}), "peft_type": self.type_of(case), "r": 4} if config else None,
-                      dtype, case, seed)
+        config = {**config, "peft_type": self.type_of(case), "r": 4} if config else None
+        with contextlib.suppress(Rejected):  # what should be refused is taken
+            super().build(base, weights, config, dtype, case, seed)
 
     @staticmethod
     def type_of(case):
@@ -72,6 +77,9 @@ class Raising(Driver):
         return {"name": "raising", "version": "0", "dtypes": ["float32"]}
 
     def build(self, *args, **kwargs):
+        raise IndexError("list index out of range")
+
+    def full_config(self, config):
         raise IndexError("list index out of range")
 
 
