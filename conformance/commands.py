@@ -1,7 +1,8 @@
-"""`python -m conformance [COMMAND]`: check (the default), record, freeze, power, coverage, disputed."""
+"""`python -m conformance [COMMAND]`: check (the default), compare, record, freeze, power, coverage, disputed."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from .record import coverage, disputed, recorder
 from .reference import store
 from .reference.methods import methods
 from .run import cli, power
+from .run.reporting import side_by_side, terminal
 
 
 def do_record(args: list[str]) -> int:
@@ -44,8 +46,25 @@ def do_freeze(args: list[str]) -> int:
     return 0
 
 
+def do_compare(args: list[str]) -> int:
+    """Lay reports side by side, on the terminal and on a page."""
+    options = argparse.ArgumentParser("python -m conformance compare", description="Lay reports side by side.")
+    options.add_argument("reports", nargs="+", metavar="REPORT", help="what --json wrote")
+    options.add_argument("--html", help="write one static page")
+    chosen = options.parse_args(args)
+    try:
+        reports = side_by_side.load(chosen.reports)
+    except ValueError as error:
+        options.error(str(error))
+    side_by_side.print_table(reports, terminal.console())
+    if chosen.html:
+        side_by_side.write(chosen.html, reports, methods())
+    return 0
+
+
 COMMANDS = {"record": do_record, "freeze": do_freeze, "power": lambda args: power.main(),
-            "coverage": lambda args: coverage.main(), "disputed": lambda args: disputed.main()}
+            "coverage": lambda args: coverage.main(), "disputed": lambda args: disputed.main(),
+            "compare": do_compare}
 
 
 def main(argv=None) -> int:
