@@ -14,8 +14,8 @@ from .reporting import files, html, terminal
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m conformance", description="Check a PEFT implementation.",
-                                epilog="Other commands: compare REPORT ..., record [--check] [METHOD ...], freeze, power, coverage, "
-                                       "disputed.")
+                                epilog="Other commands: compare REPORT ..., record [--check] [METHOD ...], freeze, "
+                                       "power, coverage, disputed.")
     p.add_argument("--impl", default="minipeft", help="peft, minipeft or any module with PEFT's API; loralib, lycoris; "
                    "'cmd:PROGRAM' for a program that speaks JSON lines; 'module:Class' for a driver of your own")
     p.add_argument("--python", help="run the implementation in this interpreter (default: the suite's own)")
