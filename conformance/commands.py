@@ -17,8 +17,8 @@ from .run.reporting import side_by_side, terminal
 
 
 def do_record(args: list[str]) -> int:
-    """Record packs anew, or `--check` that recording gives the same again."""
-    check = "--check" in args
+    """Record packs anew, or `--new`: only the cases that are not there yet; `--check` that it gives the same again."""
+    check, new_ones = "--check" in args, "--new" in args
     chosen = [a for a in args if not a.startswith("-")] or list(methods())
     driver, bad = open_driver("peft"), []
     with tempfile.TemporaryDirectory() as temporary:
@@ -27,7 +27,8 @@ def do_record(args: list[str]) -> int:
         if check and (folder / "bases.json").read_text() != (store.folder() / "bases.json").read_text():
             bad.append("bases.json: other base models, or other shapes")
         for name in chosen:
-            bad += recorder.record_method(methods()[name], driver, folder)
+            kept = store.packs().get(name) if new_ones else None
+            bad += recorder.record_method(methods()[name], driver, folder, kept)
             if check:
                 new, old = store.Pack(folder / "methods" / f"{name}.json"), store.packs().get(name)
                 bad += recorder.differences(new, old) if old else [f"{name}: there is no such pack"]

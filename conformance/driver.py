@@ -30,7 +30,7 @@ class Driver:
     """Base class of all drivers; each method is one operation of the protocol."""
 
     def info(self) -> dict:
-        """`{"name", "version", "dtypes": [...]}`; `dtypes` out of float64, float32, bfloat16."""
+        """`{"name", "version", "dtypes": [...]}`; `dtypes` out of float64, float32, bfloat16, float16."""
         raise NotImplementedError
 
     def build(self, base: dict, weights: dict, config: dict | None, dtype: str, case: str = "", seed: int = 0) -> None:

@@ -31,7 +31,7 @@ class Oracle(Driver):
 
     def info(self):
         return {"name": "oracle", "version": self.fault.id if self.fault else "0",
-                "dtypes": ["float64", "float32", "bfloat16"]}
+                "dtypes": ["float64", "float32", "bfloat16", "float16"]}
 
     def build(self, base, weights, config, dtype, case="", seed=0):
         if base.get("model") == "skeleton":

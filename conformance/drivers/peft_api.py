@@ -88,7 +88,7 @@ class PeftApi(Driver):
 
     def info(self):
         return {"name": self.peft.__name__, "version": version_of(self.peft),
-                "dtypes": ["float64", "float32", "bfloat16"], "torch": torch.__version__}
+                "dtypes": ["float64", "float32", "bfloat16", "float16"], "torch": torch.__version__}
 
     def config(self, config):
         config = copy.deepcopy(config)

@@ -45,6 +45,8 @@ def language_model(model, **more):
             "input": {"shape": [2, 5], "below": 13}, **more}
 
 
+TYPES = {"token_type_ids": {"values": [[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]]}}  # as a row's input
+
 BASES = {
     "mlp": net(lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[6]),
     "mlp-nobias": net(lin("up", 6, 10, False), tanh("act1"), lin("mid", 10, 10, False), tanh("act2"),
@@ -75,6 +77,8 @@ BASES = {
                      ["sq", "Linear", {"in_features": 7, "out_features": 4, "bias": True}], shape=[5], below=12),
     "embedding-padded": net(["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 8, "padding_idx": 0}],
                             tanh("act1"), lin("head", 8, 4), shape=[5], below=12),
+    "embedding-scaled": net(["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 8, "embed_scale": 2.5}],
+                            tanh("act1"), lin("head", 8, 4), shape=[5], below=12),
     "gpt": net(["c_attn", "Conv1D", {"nf": 10, "nx": 6}], tanh("act1"), ["c_proj", "Conv1D", {"nf": 10, "nx": 10}],
                tanh("act2"), lin("head", 10, 4), shape=[5, 6]),
     "gpt-even": net(["c_attn", "Conv1D", {"nf": 12, "nx": 8}], tanh("act1"), ["c_proj", "Conv1D", {"nf": 12, "nx": 12}],
@@ -100,6 +104,8 @@ BASES = {
     "encoder-sequence": language_model("encoder", task="SEQ_CLS", positions=17),
     "encoder-tokens": language_model("encoder", task="TOKEN_CLS", positions=17),
     "encoder-answers": language_model("encoder", task="QUESTION_ANS", positions=17),
+    "encoder-types": language_model("encoder", task="SEQ_CLS", positions=17, types=2),
+    "encoder-types-features": language_model("encoder", task="FEATURE_EXTRACTION", positions=17, types=2),
     "encoder-decoder": language_model("encoder_decoder", positions=17),
     "decoder-llama": language_model("decoder", names="llama", kv_heads=1, depth=3),
     "decoder-gpt2": language_model("decoder", names="gpt2", depth=3),

@@ -205,6 +205,10 @@ def half_output(o, right, inputs, adapter_names=None):
     return half(right(inputs, adapter_names))
 
 
+def not_in_half(o, right, inputs, adapter_names=None):
+    return o.rounded(o.run(inputs, [])) if o.dtype == "float16" else right(inputs, adapter_names)
+
+
 def batch_leak(o, right, inputs, adapter_names=None):
     y = right(inputs, adapter_names)
     return y - 0.01 * y.mean(0, keepdims=True)
@@ -231,8 +235,8 @@ def scale_with_r(o, right, factor):
     right(factor / np.sqrt(config.get("r", 8)) if config.get("use_rslora") and factor != 1 else factor)
 
 
-def f(id, what, change, caught_by, cases=PLAIN, link=""):
-    return Fault(id, what, change, tuple(caught_by.split()), cases, link=link)
+def f(id, what, change, caught_by, cases=PLAIN, link="", **more):
+    return Fault(id, what, change, tuple(caught_by.split()), cases, link=link, **more)
 
 
 GENERAL = (
@@ -297,6 +301,7 @@ GENERAL = (
     f("copy-loses-adapter", "a deep copy has empty adapters", {"copy": copy_loses}, "laws"),
     f("tensors-in-half", "tensors are held with 11 bits", {"load": low_precision}, "forward merge"),
     f("output-in-half", "the output passes through 16 bits", {"forward": half_output}, "forward"),
+    f("ignored-in-half", "in float16 the adapter has no effect", {"forward": not_in_half}, "forward", dtype="float16"),
     f("batch-leak", "samples of a batch leak into each other", {"forward": batch_leak}, "forward laws"),
     f("fresh-not-identity", "a new adapter changes the output", {"add": not_fresh}, "laws"),
     f("set-scale-ignores-rslora", "changing the scale falls back to alpha / r", {"scale": scale_with_r}, "laws",

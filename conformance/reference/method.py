@@ -51,6 +51,7 @@ class Fault:
     gradient_only: bool = False  # right outputs, wrong gradients
     spares: tuple = ()  # rows that this fault cannot show in
     link: str = ""  # a real bug of this kind
+    dtype: str = "float32"  # in which it shows
 
     def meant_for(self, row_id: str) -> bool:
         return row_id in self.cases if self.cases else row_id not in self.spares

@@ -10,7 +10,14 @@ from .checks import figures, goldens, lifecycle, reject
 from .runner import Task
 
 PROFILES = ("core", "full")
-DTYPES = ("float64", "float32", "bfloat16")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def in_dtype(case, check: str, dtype: str) -> bool:
+    """float16 is bfloat16 with other rounding: a sample is enough."""
+    if dtype == "float16":
+        return "bfloat16" in case.dtypes and case.profile == "core" and check in ("forward", "merge")
+    return dtype in case.dtypes
 
 
 def golden_tasks(cases, profile: str, dtypes) -> list[Task]:
@@ -19,7 +26,7 @@ def golden_tasks(cases, profile: str, dtypes) -> list[Task]:
         for check, (function, every) in goldens.CHECKS.items():
             if not goldens.applies(case, check):
                 continue
-            wanted = [d for d in dtypes if d in case.dtypes] if every and profile == "full" else ["float32"]
+            wanted = [d for d in dtypes if in_dtype(case, check, d)] if every and profile == "full" else ["float32"]
             tasks += [Task(case.pack.data["method"], case.id, check, d, partial(bound, function, case, d))
                       for d in wanted]
     return tasks

@@ -28,7 +28,7 @@ def tasks_for(method, fault, meant, all_tasks):
     def wanted(t):
         if t.check in whole and ("/law/" in t.case or "/reject/" in t.case):
             return True
-        return t.dtype == "float32" and t.case in meant and (t.check in fault.caught_by or t.case == meant[0])
+        return t.dtype == fault.dtype and t.case in meant and (t.check in fault.caught_by or t.case == meant[0])
 
     return [t for t in all_tasks[method.name] if wanted(t)]
 

@@ -35,6 +35,8 @@ ROWS = [
     Row("linear/tokens", "mlp-tokens", adalora(lora_alpha=5), "core"),
     Row("linear/modules-to-save", "mlp", adalora(modules_to_save=["head"])),
     Row("conv2d/plain", "conv2d", adalora(target_modules=["c1", "c2"])),
+    Row("linear/rank-is-width", "mlp", adalora(init_r=10)),
+    Row("conv2d/one-by-one", "conv2d-1x1", adalora(target_modules=["c1", "c2"])),
     Row("conv1d-hf/plain", "gpt", adalora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
 ]
 

@@ -63,6 +63,8 @@ ROWS = [
     Row("linear/partly-tied", "mlp", tinylora(weight_tying=0.4, target_modules=THREE),
         note="two vectors for three layers: the second is shared by the last two"),
     Row("embedding/plain", "embedding", tinylora(target_modules=["emb"])),
+    Row("embedding/scaled", "embedding-scaled", tinylora(target_modules=["emb"]), golden="formula",
+        note="the reference's forward does not scale what it adds, unlike its merged weight; the law wins"),
     Row("conv1d-hf/plain", "gpt", tinylora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
 ]
 
@@ -71,7 +73,7 @@ FAULTS = (
           {"formula": lambda s, t, c: (s.W + delta(s, t, vector(s, t, c), turned=True), s.b)}),
     Fault("all-tied", "every layer takes the first vector",
           {"formula": lambda s, t, c: (s.W + delta(s, t, vector(s, t, c, 0)), s.b)},
-          spares=("linear/all-tied", "embedding/plain")),
+          spares=("linear/all-tied", "embedding/plain", "embedding/scaled")),
     Fault("v-squared", "the entries of v are squared",
           {"formula": lambda s, t, c: (s.W + delta(s, t, vector(s, t, c) ** 2), s.b)}),
 )
