@@ -1,4 +1,4 @@
-"""`python -m conformance [COMMAND]`: check (the default), compare, record, freeze, power, coverage, disputed."""
+"""`python -m conformance [COMMAND]`: check (the default), explain, compare, record, freeze, power, coverage, ..."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .drivers import open_driver
 from .record import coverage, disputed, recorder
 from .reference import store
 from .reference.methods import methods
-from .run import cli, power
+from .run import cli, explain, power
 from .run.reporting import side_by_side, terminal
 
 
@@ -63,9 +63,22 @@ def do_compare(args: list[str]) -> int:
     return 0
 
 
+def do_explain(args: list[str]) -> int:
+    """Print a case: config, formula, numbers, and the command that runs it alone."""
+    options = argparse.ArgumentParser("python -m conformance explain", description="Print a case, as Python.")
+    options.add_argument("case", metavar="CASE[:CHECK]", help="for example lora/linear/rslora:merge")
+    options.add_argument("--impl", default="minipeft", help="for the command that is printed")
+    chosen = options.parse_args(args)
+    try:
+        print(explain.page(chosen.case, chosen.impl), end="")
+    except LookupError as error:
+        options.error(str(error))
+    return 0
+
+
 COMMANDS = {"record": do_record, "freeze": do_freeze, "power": lambda args: power.main(),
             "coverage": lambda args: coverage.main(), "disputed": lambda args: disputed.main(),
-            "compare": do_compare}
+            "compare": do_compare, "explain": do_explain}
 
 
 def main(argv=None) -> int:

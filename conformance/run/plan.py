@@ -94,9 +94,13 @@ def bound_figure(function, figure, driver):
 
 
 def tasks(profile: str, methods=None, pattern=None, dtypes=DTYPES, laws=True):
-    """All tasks of a profile, in the order they are run."""
+    """All tasks of a profile, in the order they are run.
+
+    `pattern`: those whose case contains this text; of a case that is called just so, those alone.
+    """
     chosen = cases(profile, methods, pattern)
-    return [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen),
-            *(law_tasks(profile, methods, pattern) if laws else ()),
-            *reject_tasks(cases(profile, methods), pattern),
-            *(figure_tasks(methods, pattern) if profile == "full" else ())]
+    found = [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen),
+             *(law_tasks(profile, methods, pattern) if laws else ()),
+             *reject_tasks(cases(profile, methods), pattern),
+             *(figure_tasks(methods, pattern) if profile == "full" else ())]
+    return [t for t in found if t.case == pattern] or found

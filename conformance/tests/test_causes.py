@@ -133,7 +133,7 @@ def test_a_mistake_is_named_once(mistake):
 
 @pytest.mark.parametrize("name", ["ia3", "vera", "prompt_tuning"])
 def test_a_fault_of_any_method_is_named(name):
-    fault = methods()[name].faults[0]
+    fault = next(f for f in methods()[name].faults if not f.cases)
     tasks = [t for t in plan.tasks("core", [name], dtypes=["float32"]) if t.check in ("forward", "merge", "disable")]
     results, _ = report(Oracle(fault), tasks)
     assert {r.cause for r in results if r.outcome != "pass"} == {f"{name}/{fault.id}: {fault.what}"}

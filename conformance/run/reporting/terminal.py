@@ -101,6 +101,9 @@ def failures(results, most: int = 40) -> str:
             lines.append(f"    expected {r.expected[:300]}\n    got      {r.got[:300]}")
     if len(groups) > most:
         lines.append(f"... and {len(groups) - most} other failures; --html or --json tells all")
+    if groups and groups[0][0].case.count("/"):
+        r = groups[0][0]
+        lines.append(f"To see a case with its formula and numbers: python -m conformance explain {r.case}:{r.check}")
     return "\n".join(lines)
 
 
