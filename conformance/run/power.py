@@ -44,11 +44,15 @@ def kill_matrix(on_fault=lambda *a: None) -> list[dict]:
         driver = Oracle(fault)
         seen: dict[str, set] = {}
         ran: dict[str, set] = {}
+        broken: list[str] = []
         for t in tasks_for(method, fault, meant, everything):
             ran.setdefault(t.check, set()).add(t.case)
-            if run_one(driver, t).outcome in ("fail", "error"):
+            result = run_one(driver, t)
+            if isinstance(result.raised, (AttributeError, NameError, TypeError)):
+                broken.append(f"{t.id}, where the fault itself is broken: {result.message}")
+            elif result.outcome in ("fail", "error"):
                 seen.setdefault(t.check, set()).add(t.case)
-        missed = []
+        missed = broken
         for check in fault.caught_by:
             if check in ("laws", "reject", "lifecycle"):
                 missed += [] if seen.get(check) or not ran.get(check) else [check]

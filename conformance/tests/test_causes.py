@@ -133,12 +133,36 @@ def test_a_mistake_is_named_once(mistake):
     assert shown.count("Likely mistake: ") == shown.count("Likely mistake: " + said.partition(": ")[2]) == 1
 
 
-@pytest.mark.parametrize("name", ["ia3", "vera", "prompt_tuning"])
-def test_a_fault_of_any_method_is_named(name):
-    fault = next(f for f in methods()[name].faults if not f.cases)
-    tasks = [t for t in plan.tasks("core", [name], dtypes=["float32"]) if t.check in ("forward", "merge", "disable")]
-    results, _ = report(Oracle(fault), tasks)
-    assert {r.cause for r in results if r.outcome != "pass"} == {f"{name}/{fault.id}: {fault.what}"}
+@pytest.mark.parametrize("name", ["lora", "ia3", "prompt_tuning", "vera"])
+def test_every_fault_of_a_method_is_called_by_its_name(name):
+    for fault in methods()[name].faults:
+        case = f"{name}/{next(r.id for r in methods()[name].rows if fault.meant_for(r.id))}"
+        tasks = [t for t in plan.tasks("full", [name], case, ["float32"]) if t.check in fault.caught_by]
+        results, _ = report(Oracle(fault), tasks)
+        assert {r.cause for r in results if r.outcome != "pass"} == {f"{name}/{fault.id}: {fault.what}"}
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "missing-accepted",
+        "extra-accepted",
+        "nan-accepted",
+        "loads-anything",
+        "a-held-transposed",
+        "unmerge-does-nothing",
+        "gradient-halved",
+    ],
+)
+def test_a_general_fault_is_told_from_its_like(id):
+    fault = next(f for f in GENERAL if f.id == id)
+    tasks = [
+        t
+        for t in plan.tasks("core", ["lora"], dtypes=["float32"])
+        if t.check in (*fault.caught_by, "merge") and (t.check == "reject" or t.case == "lora/linear/plain")
+    ]
+    _, groups = report(Oracle(fault), tasks)
+    assert [g[0].cause for g in groups] == [f"{id}: {fault.what}"]
 
 
 def test_one_general_mistake_is_one_entry_over_all_methods():

@@ -60,7 +60,8 @@ def one_cause(r) -> tuple:
     if r.outcome == "known-issue":
         return r.link, r.message.split(" | ")[0]
     told = r.outcome, masked(r.message)
-    return told if r.outcome == "error" or r.message.startswith("refused: ") else (r.method, *told)
+    general = r.outcome == "error" or r.message.startswith("refused: ") or r.check in ("laws", "reject")
+    return told if general else (r.method, *told)
 
 
 def grouped(results) -> list[list]:
