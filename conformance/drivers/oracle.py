@@ -40,13 +40,18 @@ class Oracle(Driver):
         self.case = next((c for c in store.all_cases() if c.id == case), None)
         self.base, self.dtype, self.seed = base, dtype, seed
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
-        self.adapters, self.active, self.merged, self.off, self.factor = {}, [], [], False, 1.0
+        self.adapters, self.chosen, self.merged, self.off, self.factor = {}, [], [], 0, 1.0
         if config is not None:
             self.add("default", config)
-            self.active = ["default"]
+            self.chosen = ["default"]
+
+    def recorded(self, config) -> bool:
+        """Is this the config of the recorded case, but for what it is made for?"""
+        return self.case is not None and {**config, "inference_mode": None} == {
+            **self.case.config, "inference_mode": None}
 
     def targets(self, config):
-        if self.case is not None and config == self.case.config:
+        if self.recorded(config):
             return self.case.targets
         wanted = config.get("target_modules") or []
         found = [p for p in sites(self.base, self.base_weights) if p.split(".")[-1] in wanted or p in wanted]
@@ -58,7 +63,7 @@ class Oracle(Driver):
         validate(config, self.method)
         rng = np.random.default_rng(self.seed)
         shapes = formulas.expected_shapes(self.method, self.base, self.base_weights, config, self.targets(config))
-        if self.case is not None and config == self.case.config:
+        if self.recorded(config):
             shapes = self.case.keys
         shapes = self.method.live(config) or shapes
         tensors = {}
@@ -79,7 +84,7 @@ class Oracle(Driver):
 
     def delete(self, name):
         del self.adapters[name]
-        self.active = [a for a in self.active if a != name] or list(self.adapters)[:1]
+        self.chosen = [a for a in self.chosen if a != name] or list(self.adapters)[:1]
 
     def load(self, tensors, name="default"):
         config, own = self.adapters[name]
@@ -120,7 +125,7 @@ class Oracle(Driver):
                 raise Unsupported("mixed batches of this method")
             picked = [self.run(inputs, [] if n is None else [n])[i] for i, n in enumerate(adapter_names)]
             return self.rounded(np.stack(picked))
-        return self.rounded(self.run(inputs, [] if self.off else self.merged or self.active))
+        return self.rounded(self.run(inputs, [] if self.off else self.merged or self.chosen))
 
     def run(self, inputs, names):
         if not names:
@@ -141,7 +146,7 @@ class Oracle(Driver):
     def gradients(self, inputs, cotangent):
         if self.dtype == "float64":
             raise Unsupported("gradients are finite differences, good to float32")
-        config, tensors = self.adapters[self.active[0]]
+        config, tensors = self.adapters[self.chosen[0]]
         found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
                                    **self.faulty)
         return {k: self.rounded(v) for k, v in found.items()}
@@ -152,7 +157,20 @@ class Oracle(Driver):
     def names(self):
         if self.case is None:
             raise Unsupported("live names outside of recorded cases")
-        return dict(self.case.parameters)
+        if self.method.route and (self.off or list(self.adapters) != ["default"]):
+            raise Unsupported("live names of several adapters, and of one that is off, where the method is no layer's")
+        if not self.adapters:
+            return dict.fromkeys(self.base_weights, False)
+        found = {}
+        for name, trained in self.case.parameters.items():
+            parts = name.split(".")
+            for adapter in self.adapters if "default" in parts else [None]:
+                on = adapter is None or bool(self.method.prompt) or (adapter in self.chosen and not self.off)
+                found[".".join(adapter if p == "default" else p for p in parts)] = trained and on
+        return found
+
+    def active(self):
+        return list(self.chosen)
 
     def count(self):
         if self.case is None:
@@ -165,20 +183,23 @@ class Oracle(Driver):
     def merge(self, names=None):
         if not self.method.merges:
             raise Unsupported("this method depends on the input")
-        self.merged = list(names or self.active)
+        self.merged = list(names or self.chosen)
 
     def unmerge(self):
         self.merged = []
 
     def unload(self, merge):
-        self.base_weights = self.folded(self.active) if merge else self.base_weights
-        self.active, self.merged = [], []
+        left = self.folded(self.chosen) if merge else self.base_weights
+        for config, tensors in (self.adapters[name] for name in self.chosen if not merge):
+            left = formulas.with_saved_modules(left, tensors, config)
+        self.base_weights = left
+        self.adapters, self.chosen, self.merged = {}, [], []
 
     def switch(self, names):
-        self.active = list(names)
+        self.chosen = list(names)
 
     def disable(self, off):
-        self.off = off
+        self.off = max(self.off + (1 if off else -1), 0)
 
     def scale(self, factor):
         self.factor *= factor
@@ -187,19 +208,26 @@ class Oracle(Driver):
         self.adapters, self.base_weights = copy.deepcopy((self.adapters, self.base_weights))
 
     def save(self, path):
+        self.write(path, "default")
+
+    def write(self, path, name):
         from safetensors.numpy import save_file
 
-        config, tensors = self.adapters["default"][0], self.saved()
+        config, tensors = self.adapters[name][0], self.saved(name)
         if self.method.live(config):
             config = {**config, "inference_mode": True}
+        Path(path).mkdir(parents=True, exist_ok=True)
         Path(path, "adapter_config.json").write_text(json.dumps(config))
         save_file({k: np.ascontiguousarray(self.rounded(v)) for k, v in tensors.items()},
                   Path(path, "adapter_model.safetensors"))
 
-    def restore(self, path, base, weights, dtype):
+    def save_adapters(self, path, names=None):
+        for name in names or list(self.adapters):
+            self.write(Path(path) if name == "default" else Path(path, name), name)
+
+    def read(self, path):
         from safetensors.numpy import load_file
 
-        case = self.case.id if self.case else f"{self.method.name}/restored"
         try:
             config = json.loads(Path(path, "adapter_config.json").read_text())
             tensors = load_file(Path(path, "adapter_model.safetensors"))
@@ -207,6 +235,16 @@ class Oracle(Driver):
             raise Rejected(f"{type(e).__name__}: {e}") from e
         if not isinstance(config, dict):
             raise Rejected("adapter_config.json holds no object")
+        return config, tensors
+
+    def load_adapter(self, path, name):
+        config, tensors = self.read(path)
+        self.add(name, config)
+        self.load(tensors, name)
+
+    def restore(self, path, base, weights, dtype):
+        config, tensors = self.read(path)
+        case = self.case.id if self.case else f"{self.method.name}/restored"
         self.build(base, weights, config, dtype, case, self.seed)
         self.load(tensors)
 

@@ -27,11 +27,11 @@ def keep_going(o, right, *a):
 
 
 def merge_twice(o, right, names=None):
-    o.merged = list(names or o.active) * 2
+    o.merged = list(names or o.chosen) * 2
 
 
 def merge_and_run(o, right, inputs, adapter_names=None):
-    return o.rounded(o.run(inputs, o.merged + o.active if o.merged else [] if o.off else o.active))
+    return o.rounded(o.run(inputs, o.merged + o.chosen if o.merged else [] if o.off else o.chosen))
 
 
 def inexact(o, right):
@@ -147,11 +147,11 @@ def believe_config(o, right, base, weights, config, dtype, case="", seed=0):
 
 def add_and_activate(o, right, name, config):
     right(name, config)
-    o.active = [name]
+    o.chosen = [name]
 
 
 def load_into_active(o, right, tensors, name="default"):
-    right(tensors, o.active[0])
+    right(tensors, o.chosen[0])
 
 
 def add_over(o, right, name, config):

@@ -23,6 +23,14 @@ def replaced(weights: dict, tensors: dict) -> dict:
     return {**weights, **{plain_name(k): v for k, v in tensors.items() if plain_name(k) in weights}}
 
 
+def with_saved_modules(weights: dict, tensors: dict, config: dict) -> dict:
+    """Base weights, with those of `modules_to_save`: they stay where the adapter is taken off without merging it."""
+    def saved(name):
+        return any(f".{name}".rpartition(".")[0].endswith(f".{m}") for m in config.get("modules_to_save") or ())
+
+    return {k: v if saved(k) else weights[k] for k, v in replaced(weights, tensors).items()}
+
+
 def token_rows(site, t, c):
     """The rows of an embedding that `trainable_token_indices` replaces. W: (dim, vocab)."""
     key = next((k for k in t if k.endswith(".trainable_tokens_delta")), None)

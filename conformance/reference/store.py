@@ -29,6 +29,14 @@ def bases() -> list[dict]:
     return json.loads((folder() / "bases.json").read_text())["bases"]
 
 
+@cache
+def states() -> dict:
+    """`cases`: case -> the `steps` of an adapter's life, each [what was done, active adapters, which of `names` the
+    model's parameters have, which of `trained` are trained]."""
+    path = folder() / "states.json"
+    return json.loads(path.read_text()) if path.exists() else {"cases": {}}
+
+
 def base_shapes(base: dict) -> dict[str, tuple[int, ...]]:
     """Name -> shape of a base model's parameters, in the order in which they are drawn."""
     for known in bases():

@@ -6,7 +6,7 @@ from functools import partial
 
 from ..reference import laws, store
 from ..reference.methods import methods as all_methods
-from .checks import figures, goldens, lifecycle, reject
+from .checks import figures, goldens, lifecycle, reject, states
 from .runner import Task
 
 PROFILES = ("core", "full")
@@ -46,6 +46,11 @@ def cases(profile: str = "full", methods=None, pattern: str | None = None) -> li
 def lifecycle_tasks(cases) -> list[Task]:
     return [Task(m.name, c.id, "lifecycle", "float32", partial(bound, partial(lifecycle.trace, method=m), c, "float32"))
             for c in cases if c.data.get("trace") for m in [all_methods()[c.pack.data["method"]]]]
+
+
+def state_tasks(cases) -> list[Task]:
+    return [Task(m.name, c.id, "states", "float32", partial(bound, partial(states.check, method=m), c, "float32"))
+            for c in cases if states.applies(c) for m in [all_methods()[c.pack.data["method"]]]]
 
 
 def law_tasks(profile, methods, pattern=None, examples=None) -> list[Task]:
@@ -99,7 +104,7 @@ def tasks(profile: str, methods=None, pattern=None, dtypes=DTYPES, laws=True):
     `pattern`: those whose case contains this text; of a case that is called just so, those alone.
     """
     chosen = cases(profile, methods, pattern)
-    found = [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen),
+    found = [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen), *state_tasks(chosen),
              *(law_tasks(profile, methods, pattern) if laws else ()),
              *reject_tasks(cases(profile, methods), pattern),
              *(figure_tasks(methods, pattern) if profile == "full" else ())]
