@@ -183,7 +183,7 @@ class Oracle(Driver):
     def merge(self, names=None):
         if not self.method.merges:
             raise Unsupported("this method depends on the input")
-        self.merged = list(names or self.chosen)
+        self.merged += [n for n in names or self.chosen if n not in self.merged]
 
     def unmerge(self):
         self.merged = []

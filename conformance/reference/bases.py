@@ -40,6 +40,12 @@ def states(argument, *layers, **given):
     return {**net(*[[f"model.{name}", kind, args] for name, kind, args in others], head, **given), "states": argument}
 
 
+def three(a, b, c):
+    """Three layers of these names, and one behind them."""
+    return net(lin(a, 8, 12), tanh("act1"), lin(b, 12, 12), tanh("act2"), lin(c, 12, 12), tanh("act3"),
+               lin("head", 12, 4), shape=[5, 8])
+
+
 def language_model(model, **more):
     return {"model": model, "vocab": 13, "hidden": 8, "heads": 2, "depth": 2,
             "input": {"shape": [2, 5], "below": 13}, **more}
@@ -56,6 +62,8 @@ BASES = {
     "mlp-even": net(lin("up", 8, 12), tanh("act1"), lin("mid", 12, 12), tanh("act2"), lin("head", 12, 4), shape=[8]),
     "mlp-even-tokens": net(lin("up", 8, 12), tanh("act1"), lin("mid", 12, 12), tanh("act2"), lin("head", 12, 4),
                            shape=[5, 8]),
+    "names": three("up", "mid", "low"),
+    "awkward-names": three("default", "weight", "lora"),
     "blocks": blocks(3),
     "conv1d": net(conv("c1", 1, 4, 6, 3, padding=1), tanh("act1"), conv("c2", 1, 6, 6, 3, stride=2), tanh("act2"),
                   conv("head", 1, 6, 2, 1), shape=[4, 9], batch=2),

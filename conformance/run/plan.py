@@ -60,7 +60,8 @@ def law_tasks(profile, methods, pattern=None, examples=None) -> list[Task]:
         for name, law in laws.laws().items():
             case = f"{m.name}/law/{name.replace('_', '-')}"
             if law.applies(m) and (not methods or m.name in methods) and (not pattern or pattern in case):
-                found.append(Task(m.name, case, "laws", "float32", partial(laws.hold, law, m, examples)))
+                number = min(examples, getattr(law, "MOST", examples))
+                found.append(Task(m.name, case, "laws", "float32", partial(laws.hold, law, m, number)))
     return found
 
 

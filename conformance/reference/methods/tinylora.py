@@ -33,7 +33,8 @@ def shared(c, sites):
 def vector(site, t, c, group=None):
     """The layer's v; groups are runs of layers in the model's order."""
     if group is None:
-        targets = [n for n in ORDER if n in c["target_modules"]] or sorted(c["target_modules"])
+        named = c["target_modules"]
+        targets = [n for n in ORDER if n in named] if set(named) <= set(ORDER) else list(named)
         n = groups(c, len(targets))
         group = min(targets.index(site.path) // max(1, len(targets) // n), n - 1)
     return t[f"{V}.{group}"]
