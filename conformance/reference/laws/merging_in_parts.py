@@ -7,7 +7,7 @@ MOST = 2
 
 
 def applies(method):
-    return method.merges and not method.single
+    return method.merges and not method.laws.single
 
 
 def check(driver, sample):
@@ -30,7 +30,7 @@ def check(driver, sample):
     driver.unmerge()
     same_weights(sample, "unmerging what was merged by name", driver, before)
     sample.same("output after it", driver.forward(sample.inputs), out)
-    if sample.method.stacks:
+    if sample.method.laws.stacks:
         driver.switch(["default", "other"])
         both = driver.forward(sample.inputs)
         driver.merge(["default"])

@@ -11,7 +11,7 @@ NAMES = ("weight", "lora", "up")  # a parameter, a part of the names of many, a 
 
 
 def applies(method):
-    return not method.single
+    return not method.laws.single
 
 
 def check(driver, sample):

@@ -11,9 +11,9 @@ NAMES = {"up": "default", "mid": "weight", "low": "lora"}
 
 
 def applies(method):
-    others = {k: v for k, v in method.draw.items() if k != "target_modules"}
-    named = method.draw.get("target_modules") == [["up", "mid"]] and "up" not in str(others)
-    return named and not method.exact  # those have values that follow from the names
+    others = {k: v for k, v in method.laws.draw.items() if k != "target_modules"}
+    named = method.laws.draw.get("target_modules") == [["up", "mid"]] and "up" not in str(others)
+    return named and not method.tensors.exact  # those have values that follow from the names
 
 
 def check(driver, sample):

@@ -14,7 +14,7 @@ FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def applies(method):
-    return not method.single
+    return not method.laws.single
 
 
 def check(driver, sample):
@@ -35,7 +35,7 @@ def several(driver, sample, names):
     sample.start(driver)
     held, out = {"default": driver.state_dict()}, {"default": driver.forward(sample.inputs)}
     for i, name in enumerate(names):
-        driver.add(name, {**sample.config, **sample.method.more_for_second})
+        driver.add(name, {**sample.config, **sample.method.laws.second})
         driver.load(sample.tensors(driver, name, seed=i + 1), name)
         held[name] = driver.state_dict(name)
     for name in names:

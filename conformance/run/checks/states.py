@@ -19,7 +19,7 @@ def applies(case) -> bool:
 
 def worth_recording(case, method) -> bool:
     """A case of every method, and those whose adapters hold whole modules or tokens beside what is their own."""
-    return not method.single and not case.data.get("live") and not case.data.get("disputed") and bool(
+    return not method.laws.single and not case.data.get("live") and not case.data.get("disputed") and bool(
         case.data.get("trace") or case.config.get("modules_to_save") or case.config.get("trainable_token_indices"))
 
 
@@ -27,9 +27,9 @@ def second_adapter(case, method) -> tuple[dict, dict]:
     """(config, tensors) of the adapter "other": the lifecycle's, or the first one's, smaller."""
     if case.data.get("trace"):
         return case.second, case.tensors("second")
-    tensors = {k: v if method.is_frozen(k) else 0.75 * np.asarray(v, np.float64)
+    tensors = {k: v if method.tensors.is_frozen(k) else 0.75 * np.asarray(v, np.float64)
                for k, v in case.tensors("adapter").items()}
-    return {**case.config, **method.more_for_second}, tensors
+    return {**case.config, **method.laws.second}, tensors
 
 
 def steps(driver, case, method, tensors, second, dtype):
@@ -93,7 +93,7 @@ def outputs(case, method, others, second) -> dict:
 def walk(driver, case, method, dtype):
     """Yields (what was done, whose output, its golden, the output) of every step, the model being as the step left it."""
     gauge = {}
-    if method.gauges is not None:
+    if method.tensors.gauges is not None:
         driver.build(case.base, case.tensors("base"), case.config, dtype, case=case.id)
         gauge = closest_gauge(driver, case)
     config, others = second_adapter(case, method)
