@@ -6,6 +6,7 @@ Live names and counts come from the recorded case, since they are conventions an
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..reference import formulas, store
+from ..reference import dropout, formulas, store
 from ..reference.method import KEY, slots
 from ..reference.methods import methods
 from ..reference.numpy_model import sites
@@ -41,6 +42,8 @@ class Oracle(Driver):
         self.base, self.dtype, self.seed = base, dtype, seed
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
         self.adapters, self.chosen, self.merged, self.off, self.factor = {}, [], [], 0, 1.0
+        self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
+        self.training, self.rng = False, np.random.default_rng(seed)
         if config is not None:
             self.add("default", config)
             self.chosen = ["default"]
@@ -133,9 +136,40 @@ class Oracle(Driver):
                                    inputs, prompt=lambda *a: {})
         weights = self.folded(names[:-1])
         config, tensors = self.adapters[names[-1]]
+        change = {**self.faulty, **(self.trained(weights, config) if self.training else {})}
         with np.errstate(all="ignore"):
             return formulas.output(self.method, self.base, weights, tensors, self.scaled(config), inputs,
-                                   frozen=self.base_weights, **self.faulty)
+                                   frozen=self.base_weights, **change)
+
+    def trained(self, weights, config):
+        """What is otherwise in training."""
+        still = dropout.NOISY.get(self.method.name)
+        if still is not None and (not still or any(config.get(k) != v for k, v in still.items())):
+            raise Unsupported("what this method draws in training")
+        return {"route": partial(self.dropping, weights)} if dropout.of(self.method) else {}
+
+    def dropping(self, weights, base, folded, tensors, config, inputs):
+        """The adapted layers with their dropout, if there is any."""
+        found = {}
+        for d in dropout.of(self.method):
+            if not config.get(d.rate) or any(config[k] != v for k, v in d.more.items()):
+                continue
+            for path in self.targets(config):
+                t = {**slots(tensors, path), **formulas.shared_tensors(self.method, tensors)}
+                site = sites(base, weights)[path]
+                found[path] = lambda _, x, d=d, site=site, t=t: self.drop(d, site, t, config, x)
+        return found
+
+    def drop(self, d, site, t, config, x):
+        """A layer's output, what is dropped being drawn."""
+        kept = dropout.choices(d, site, t, config[d.rate])
+        weight = (1 - config[d.rate]) ** kept.sum(1) * config[d.rate] ** (1 - kept).sum(1)
+        shape = (*x.shape[:-1], 1) if d.drops == "input" else (1,)
+        keep = kept[self.rng.choice(len(kept), shape, p=weight / weight.sum())][..., 0, :]
+        return dropout.output(d, self.method.formula, site, t, config, x, keep)
+
+    def train(self, on):
+        self.training = on
 
     def rounded(self, y):
         return np.asarray(y, np.float64 if self.dtype == "float64" else np.float32)
@@ -147,9 +181,18 @@ class Oracle(Driver):
         if self.dtype == "float64":
             raise Unsupported("gradients are finite differences, good to float32")
         config, tensors = self.adapters[self.chosen[0]]
-        found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
-                                   **self.faulty)
-        return {k: self.rounded(v) for k, v in found.items()}
+        asked = (tensors, cotangent, *inputs.values())
+        if not all(a is b or (isinstance(a, np.ndarray) and np.array_equal(a, b))
+                   for a, b in itertools.zip_longest(asked, self.told[0])):
+            found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
+                                       **self.faulty)
+            self.told = (asked, {k: self.rounded(v) for k, v in found.items()})
+        return dict(self.told[1])
+
+    def step(self, inputs, cotangent, rate):
+        config, tensors = self.adapters[self.chosen[0]]
+        found = self.gradients(inputs, cotangent)
+        self.adapters[self.chosen[0]] = (config, {k: v - rate * found.get(k, 0) for k, v in tensors.items()})
 
     def state_dict(self, name="default"):
         return {k: self.rounded(v) for k, v in self.saved(name).items()}

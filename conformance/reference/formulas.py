@@ -44,6 +44,11 @@ def token_rows(site, t, c):
     return W, site.b
 
 
+def shared_tensors(method: Method, tensors: dict) -> dict:
+    """Those that belong to no single layer."""
+    return {k: v for k, v in tensors.items() if method.tensors.shared and not k.startswith(KEY)}
+
+
 def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: dict, held: dict | None = None,
             formula=None, frozen: dict | None = None):
     """(weights with the adapter folded in, {path: tensors} of layers that have to be run instead).
@@ -56,8 +61,6 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
     formula = formula or method.formula
     if method.prompt:
         return folded, routed
-    base_keys = {f"{KEY}{w}" for w in weights}
-    shared = {k: v for k, v in tensors.items() if method.tensors.shared and k not in base_keys}
     first = numpy_model.sites(base, frozen) if frozen and formula and asked(formula, frozen=frozen) else {}
     for path, site in numpy_model.sites(base, folded).items():
         t = slots(tensors, path)
@@ -65,8 +68,7 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
              and not k.startswith("base_layer.out_proj")}
         if not t:
             continue
-        if method.tensors.shared:
-            t = {**t, **{k: v for k, v in shared.items() if not k.startswith(KEY)}}
+        t |= shared_tensors(method, tensors)
         if (new := token_rows(site, t, config)) is None:
             if method.run and (method.formula is None or site.args.get("groups", 1) > 1):
                 routed[path] = t

@@ -59,9 +59,11 @@ class Sample:
                      case=f"{self.method.name}/law", seed=self.seed)
 
     def start(self, driver, dtype=None):
-        """The adapted model with its tensors set."""
+        """The adapted model with its tensors set, which are returned."""
         self.build(driver, dtype=dtype)
-        driver.load(self.tensors(driver))
+        tensors = self.tensors(driver)
+        driver.load(tensors)
+        return tensors
 
     def second(self, driver):
         """Add and fill another adapter, "other"; the active one stays."""
