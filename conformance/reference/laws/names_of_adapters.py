@@ -1,4 +1,4 @@
-"""Adapters may be called like parts of the names that PEFT makes, or like modules: nothing is confused with them."""
+"""Adapters may be called like parameters or modules: nothing is confused with them."""
 
 import tempfile
 from pathlib import Path
@@ -7,7 +7,7 @@ from .saved_side_by_side import load_and_compare, several
 
 TITLE = "names of adapters"
 MOST = 1
-NAMES = ("weight", "lora", "up")  # a parameter, a part of the names of many, a module of the base
+NAMES = ("weight", "up")  # a parameter, a module of the base
 
 
 def applies(method):

@@ -9,7 +9,7 @@ from ..compare import Failure
 
 TITLE = "several adapters saved"
 MOST = 2
-NAMES = ("other", "another")  # one within the other
+NAMES = ("lora", "lora_2")  # one within the other, and within many a parameter's name
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
