@@ -42,6 +42,7 @@ class Oracle(Driver):
         self.base, self.dtype, self.seed = base, dtype, seed
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
         self.adapters, self.chosen, self.merged, self.off, self.factor = {}, [], [], 0, 1.0
+        self.allocator: Any = None
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
         self.training, self.rng = False, np.random.default_rng(seed)
         if config is not None:
@@ -83,7 +84,7 @@ class Oracle(Driver):
                 if own := slots(tensors, path):
                     new = self.method.tensors.fresh(site, {**own, **made}, config)
                     tensors.update({f"{KEY}{path}.{k}": np.asarray(v, np.float64) for k, v in new.items()})
-        self.adapters[name] = (copy.deepcopy(config), tensors)
+        self.adapters[name] = (copy.deepcopy(config), self.pruned(config, tensors))
 
     def delete(self, name):
         del self.adapters[name]
@@ -107,7 +108,13 @@ class Oracle(Driver):
     def saved(self, name="default"):
         """What a checkpoint holds of an adapter, unrounded."""
         config, tensors = self.adapters[name]
-        return self.method.saved(tensors, config)
+        return self.method.saved(self.pruned(config, tensors), config)
+
+    def pruned(self, config, tensors):
+        """What is left of the ranks of an adapter that shrank; `rank_pattern` is then by the path of a layer."""
+        if self.method.budget is None or not config.get("rank_pattern"):
+            return tensors
+        return self.method.budget.pruned(tensors, {k: np.array(v) for k, v in config["rank_pattern"].items()})
 
     def scaled(self, config):
         if self.factor == 1:
@@ -193,6 +200,16 @@ class Oracle(Driver):
         config, tensors = self.adapters[self.chosen[0]]
         found = self.gradients(inputs, cotangent)
         self.adapters[self.chosen[0]] = (config, {k: v - rate * found.get(k, 0) for k, v in tensors.items()})
+
+    def allocate(self, step):
+        config, tensors = self.adapters[self.chosen[0]]
+        if self.method.budget is None:
+            raise Unsupported("ranks that shrink")
+        if self.allocator is None:
+            self.allocator = self.method.budget.allocator(config, tensors)
+        tensors = self.allocator.step(tensors, self.told[1], step)
+        pattern = {k: v.tolist() for k, v in self.allocator.kept.items()}
+        self.adapters[self.chosen[0]] = ({**config, "rank_pattern": pattern}, tensors)
 
     def state_dict(self, name="default"):
         return {k: self.rounded(v) for k, v in self.saved(name).items()}

@@ -102,7 +102,8 @@ def output(method, base, weights, tensors, config, inputs, held=None, formula=No
         return y
     loss = loss or (method.prompt.loss if method.prompt else None)
     own = loss is not None and joined
-    return np.array([loss(y, inputs, config) if own else numpy_model.loss(base, y, inputs["labels"])])
+    penalty = method.penalty(tensors, config) if method.penalty and tensors else 0.0
+    return np.array([penalty + (loss(y, inputs, config) if own else numpy_model.loss(base, y, inputs["labels"]))])
 
 
 def asked(function, **offered) -> dict:

@@ -100,6 +100,16 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Ranks that shrink in training."""
+
+    # allocator(config, tensors), with step(tensors, gradients, number of the step) -> tensors, and `kept`
+    allocator: Callable
+    # pruned(tensors, kept) -> what a checkpoint holds
+    pruned: Callable
+
+
+@dataclass(frozen=True)
 class Laws:
     """Which laws hold, and what they draw."""
 
@@ -142,6 +152,8 @@ class Method:
     tensors: Tensors = Tensors()
     faults: tuple = ()
     merges: bool = True
+    penalty: Callable | None = None  # penalty(tensors by key, config) -> what is added to the model's own loss
+    budget: Budget | None = None
     # files(folder): write what configs name by path, into `folder`/adapters
     files: Callable | None = None
 
