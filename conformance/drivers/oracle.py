@@ -21,13 +21,16 @@ from ..reference.methods import methods
 from ..reference.numpy_model import sites
 
 
+OWN = ("drop", "keep")  # what faults change besides operations
+
+
 class Oracle(Driver):
     def __init__(self, fault=None):
         self.fault = fault
         change = fault.change if fault else {}
         self.faulty = {k: v for k, v in change.items() if k in ("formula", "run", "prompt", "loss", "route")}
         for op, replacement in change.items():
-            if op in OPERATIONS:
+            if op in (*OPERATIONS, *OWN):
                 setattr(self, op, partial(replacement, self, getattr(self, op)))
 
     def info(self):
@@ -169,11 +172,14 @@ class Oracle(Driver):
 
     def drop(self, d, site, t, config, x):
         """A layer's output, what is dropped being drawn."""
-        kept = dropout.choices(d, site, t, config[d.rate])
-        weight = (1 - config[d.rate]) ** kept.sum(1) * config[d.rate] ** (1 - kept).sum(1)
+        return dropout.output(d, self.method.formula, site, t, config, x, self.keep(d, site, t, config[d.rate], x))
+
+    def keep(self, d, site, t, rate, x):
+        """What is kept; for the input, of each of its rows."""
+        kept = dropout.choices(d, site, t, rate)
+        weight = (1 - rate) ** kept.sum(1) * rate ** (1 - kept).sum(1)
         shape = (*x.shape[:-1], 1) if d.drops == "input" else (1,)
-        keep = kept[self.rng.choice(len(kept), shape, p=weight / weight.sum())][..., 0, :]
-        return dropout.output(d, self.method.formula, site, t, config, x, keep)
+        return kept[self.rng.choice(len(kept), shape, p=weight / weight.sum())][..., 0, :]
 
     def train(self, on):
         self.training = on

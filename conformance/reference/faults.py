@@ -1,7 +1,7 @@
 """Seeded faults of no particular method: wrong bookkeeping around a right formula.
 
 Each is the oracle, wrong in one way. A change is `replacement(oracle, right operation, *arguments)`. Faults of one
-method's formula stand in that method's file.
+method's formula stand in that method's file, those of training, states and several adapters in `faults_over_time.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import formulas
+from . import faults_over_time, formulas
 from .method import KEY, Fault
 from .methods import methods
 
@@ -312,4 +312,5 @@ GENERAL = (
 def all_faults():
     """(method, fault) for every seeded fault of the suite."""
     found = [(m, fault) for m in methods().values() for fault in m.faults]
+    found += [(methods()[name], fault) for name, faults in faults_over_time.FAULTS.items() for fault in faults]
     return [*((methods()["lora"], fault) for fault in GENERAL), *found]

@@ -10,8 +10,8 @@ from ..reference.faults import all_faults
 from . import plan
 from .runner import run_one
 
-COLUMNS = ("names", "keys", "count", "forward", "gradients", "merge", "unmerge", "disable", "save", "lifecycle", "laws",
-           "reject")
+COLUMNS = ("names", "keys", "count", "forward", "gradients", "merge", "unmerge", "disable", "save", "lifecycle", "states",
+           "laws", "reject")
 MOST_CASES = 3  # of the rows meant for a fault
 LAW_EXAMPLES = 4
 
@@ -24,8 +24,11 @@ def meant_cases(method, fault) -> list[str]:
 def tasks_for(method, fault, meant, all_tasks):
     """The checks that are meant to catch a fault, on its cases, and all others on the first of them."""
     whole = {"laws", "reject"} & set(fault.caught_by)
+    named = {f"{method.name}/{check}" for check in fault.caught_by}  # a single law, as law/dropout
 
     def wanted(t):
+        if t.case in named:
+            return True
         if t.check in whole and ("/law/" in t.case or "/reject/" in t.case):
             return True
         return t.dtype == fault.dtype and t.case in meant and (t.check in fault.caught_by or t.case == meant[0])
@@ -54,7 +57,9 @@ def kill_matrix(on_fault=lambda *a: None) -> list[dict]:
                 seen.setdefault(t.check, set()).add(t.case)
         missed = broken
         for check in fault.caught_by:
-            if check in ("laws", "reject", "lifecycle"):
+            if check.startswith("law/"):
+                missed += [] if f"{method.name}/{check}" in seen.get("laws", ()) else [check]
+            elif check in ("laws", "reject", "lifecycle"):
                 missed += [] if seen.get(check) or not ran.get(check) else [check]
             else:
                 missed += [f"{c}:{check}" for c in meant

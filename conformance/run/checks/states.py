@@ -73,6 +73,9 @@ def steps(driver, case, method, tensors, second, dtype):
     yield from add()
     driver.switch(["other"])
     yield "switch to the new one of that name", "other"
+    driver.add("third", config)
+    driver.delete("third")
+    yield "add a third and delete it", "other"
     driver.delete("default")
     yield "delete the first", "other"
 
