@@ -20,7 +20,6 @@ from ..reference.method import KEY, slots
 from ..reference.methods import methods
 from ..reference.numpy_model import sites
 
-
 OWN = ("drop", "keep")  # what faults change besides operations
 
 

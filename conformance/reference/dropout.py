@@ -20,9 +20,9 @@ from .numpy_model import affine
 class Dropout:
     method: str
     rate: str  # the config's field
-    # "input": what the adapter reads of x, entry by entry, kept ones divided by 1 - rate; "rows" of the weight's change,
-    # drawn once for a call, and divided by the share that is kept; "all" of the change, or nothing; "blocks" of a
-    # rotation, `rate` of them exactly, by setting them to 0 in the tensor `slot`
+    # "input": what the adapter reads of x, entry by entry, kept ones divided by 1 - rate; "rows" of the weight's
+    # change, drawn once for a call, and divided by the share that is kept; "all" of the change, or nothing; "blocks"
+    # of a rotation, `rate` of them exactly, by setting them to 0 in the tensor `slot`
     drops: str
     more: dict = field(default_factory=dict)  # the config besides
     slot: str = ""

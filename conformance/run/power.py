@@ -10,8 +10,8 @@ from ..reference.faults import all_faults
 from . import plan
 from .runner import run_one
 
-COLUMNS = ("names", "keys", "count", "forward", "gradients", "merge", "unmerge", "disable", "save", "lifecycle", "states",
-           "laws", "reject")
+COLUMNS = ("names", "keys", "count", "forward", "gradients", "merge", "unmerge", "disable", "save", "lifecycle",
+           "states", "laws", "reject")
 MOST_CASES = 3  # of the rows meant for a fault
 LAW_EXAMPLES = 4
 

@@ -59,7 +59,8 @@ def compare(driver, sample, when, tensors, kept):
 def further_term(driver, sample):
     for weight in (0.0, 0.75):
         one = sample.on("causal-lm", target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", orth_reg_weight=weight)
-        inputs = {**one.inputs, "labels": np.random.default_rng(one.seed).integers(0, one.base["vocab"], one.inputs["input_ids"].shape)}
+        ids = one.inputs["input_ids"]
+        inputs = {**one.inputs, "labels": np.random.default_rng(one.seed).permutation(ids)}
         tensors = one.start(driver)
         loss = formulas.output(one.method, one.base, one.weights, tensors, one.config, inputs)
         one.same("the loss", driver.forward(inputs), loss)

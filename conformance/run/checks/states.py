@@ -94,7 +94,7 @@ def outputs(case, method, others, second) -> dict:
 
 
 def walk(driver, case, method, dtype):
-    """Yields (what was done, whose output, its golden, the output) of every step, the model being as the step left it."""
+    """Yields (what was done, whose output, its golden, the output) of every step, the model being as it left it."""
     gauge = {}
     if method.tensors.gauges is not None:
         driver.build(case.base, case.tensors("base"), case.config, dtype, case=case.id)
