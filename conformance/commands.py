@@ -33,8 +33,8 @@ def do_record(args: list[str]) -> int:
                 new, old = store.Pack(folder / "methods" / f"{name}.json"), store.packs().get(name)
                 bad += recorder.differences(new, old) if old else [f"{name}: there is no such pack"]
             print(f"{name}: {len(methods()[name].rows)} cases", flush=True)
-        if not any(a in methods() for a in args):
-            bad += states.record(driver, folder, check)
+        store.packs.cache_clear()
+        bad += states.record(driver, folder, chosen, new_ones, check)
     print("\n".join(bad) if bad else ("all packs are as recorded" if check else "recorded"))
     return 1 if bad else 0
 

@@ -39,19 +39,26 @@ def record_case(driver: Driver, case, method) -> dict | str:
     return {"steps": steps, "names": names, "trained": trained}
 
 
-def record(driver: Driver, folder: Path, check: bool = False) -> list[str]:
-    """Write `states.json`; with `check`, tell how it differs from what is stored."""
-    info = driver.info()
-    found: dict = {"library": info["name"], "version": info["version"], "cases": {}, "left_out": {}}
+def record(driver: Driver, folder: Path, names, only_new: bool = False, check: bool = False) -> list[str]:
+    """Write the states of the cases of these methods; with `check`, tell how they differ from what is stored."""
+    info, old = driver.info(), store.states()
+    found: dict = {"cases": {}, "left_out": {}}
     for case in store.all_cases():
         method = methods()[case.pack.data["method"]]
-        if states.worth_recording(case, method):
+        if not states.worth_recording(case, method):
+            continue
+        if method.name in names and not (only_new and case.id in {**old["cases"], **old["left_out"]}):
             told = record_case(driver, case, method)
             found["left_out" if isinstance(told, str) else "cases"][case.id] = told
+        else:
+            for part, kept in found.items():
+                kept |= {k: v for k, v in old[part].items() if k == case.id}
     if check:
-        old = store.states()
-        changed = [k for k in {**found["cases"], **old["cases"]} if found["cases"].get(k) != old["cases"].get(k)]
-        return [f"states.json: {k} is not as recorded" for k in sorted(changed)]
-    (folder / "states.json").write_text(json.dumps(found, indent=None).replace("{\"steps\"", "\n{\"steps\"") + "\n")
+        return [f"states.json: {k} is not as recorded" for k in {**found["cases"], **old["cases"]}
+                if found["cases"].get(k) != old["cases"].get(k)]
+    parts = [f'"{part}": {{\n' + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in kept.items()) + "\n}"
+             for part, kept in found.items()]
+    head = f'"library": {json.dumps(info["name"])}, "version": {json.dumps(info["version"])}'
+    (folder / "states.json").write_text("{" + ",\n".join([head, *parts]) + "}\n")
     store.states.cache_clear()
     return []

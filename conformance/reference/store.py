@@ -32,9 +32,8 @@ def bases() -> list[dict]:
 @cache
 def states() -> dict:
     """`cases`: case -> the `steps` of an adapter's life, each [what was done, active adapters, which of `names` the
-    model's parameters have, which of `trained` are trained]."""
-    path = folder() / "states.json"
-    return json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    model's parameters have, which of `trained` are trained]; `left_out`: case -> why the reference has none."""
+    return json.loads((folder() / "states.json").read_text())
 
 
 def base_shapes(base: dict) -> dict[str, tuple[int, ...]]:

@@ -62,8 +62,8 @@ def one_of_the_choices(d, sample, target, tensors, plain, drawn):
     far = np.take_along_axis(off, which[:, None], 1)[:, 0]
     if far.max() > TOLERANCE * np.abs(known).max():
         at = np.unravel_index(far.argmax(), far.shape)
-        raise Failure(f"in training, the output follows from no choice of the {d.drops} that {d.rate} drops, "
-                      f"config {config}", expected=str(known[which[at], at[1], at[2]]), got=str(drawn[at]), by=float(far.max()))
+        raise Failure(f"in training, the output follows from no choice of what {d.rate} drops ({d.drops}), config "
+                      f"{config}", expected=str(known[which[at], at[1], at[2]]), got=str(drawn[at]), by=far.max())
     if len(np.unique(which)) == 1 or (d.drops == "input" and all(len(np.unique(w)) == 1 for w in which)):
         raise Failure(f"in training, {d.rate} always drops the same, config {config}")
     share = 1 - kept[which].mean()
