@@ -40,7 +40,7 @@ class Oracle(Driver):
         if base.get("model") == "skeleton":
             raise Unsupported("models without values")
         self.method: Any = methods()[case.split("/")[0]] if case else None
-        self.case = next((c for c in store.all_cases() if c.id == case), None)
+        self.case: Any = next((c for c in store.all_cases() if c.id == case), None)
         self.base, self.dtype, self.seed = base, dtype, seed
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
         self.adapters, self.chosen, self.merged, self.off, self.factor = {}, [], [], 0, 1.0
@@ -229,8 +229,11 @@ class Oracle(Driver):
         found = {}
         for name, trained in self.case.parameters.items():
             parts = name.split(".")
-            for adapter in self.adapters if "default" in parts else [None]:
-                on = adapter is None or bool(self.method.prompt) or (adapter in self.chosen and not self.off)
+            if "default" not in parts:
+                found[name] = trained
+                continue
+            for adapter in self.adapters:
+                on = bool(self.method.prompt) or (adapter in self.chosen and not self.off)
                 found[".".join(adapter if p == "default" else p for p in parts)] = trained and on
         return found
 

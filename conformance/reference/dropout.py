@@ -71,9 +71,8 @@ def choices(d: Dropout, site, t: dict, rate: float) -> np.ndarray:
     """Every choice of what is kept (1) and dropped (0), one a row."""
     if d.drops == "blocks":
         n = int(np.prod(places(t[d.slot])))
-        found = [[0.0 if i in dropped else 1.0 for i in range(n)]
-                 for dropped in itertools.combinations(range(n), int(rate * n))]
-        return np.array(found)
+        return np.array([[0.0 if i in dropped else 1.0 for i in range(n)]
+                         for dropped in itertools.combinations(range(n), int(rate * n))])
     size = {"input": site.inp, "rows": site.out, "all": 1}[d.drops]
     found = list(itertools.product([1.0, 0.0], repeat=size))
     return np.array(found[:-1] if d.drops == "rows" else found)  # with no row kept there is no share to divide by
