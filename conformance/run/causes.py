@@ -80,17 +80,20 @@ class Search:
     def assign(self, fault) -> bool:
         """Name a fault as the cause of all results that it explains, and then of those like them; was there any?"""
         own = [r for r in self.left if self.same(fault, r)]
-        for r in own + ([r for r in self.left if r not in own and self.alike(fault, r)] if own else []):
+        if not any(fault in self.method.faults or r.check in fault.caught_by for r in own):
+            return False
+        for r in own + [r for r in self.left if r not in own and self.alike(fault, r)]:
             name = f"{self.method.name}/{fault.id}" if fault in self.method.faults else fault.id
             r.cause, r.link = f"{name}: {fault.what}", r.link or fault.link
             self.left.remove(r)
-        return bool(own)
+        return True
 
-    def fits(self, fault, probe: Result) -> tuple[int, int]:
-        """How well a fault that explains one result fits the others: of the same case, and of all the method."""
+    def fits(self, fault, probe: Result) -> tuple[int, bool, int]:
+        """How well a fault that explains one result fits the others of its case, is meant for it, and fits all."""
         passed = sum(self.answer(fault, r) is not None for r in self.passed if related(r, probe))
         explained = [related(r, probe) for r in self.left if r.check not in SLOW + DRAWN and self.same(fault, r)]
-        return sum(explained) - passed, len(explained)
+        meant = probe.case.removeprefix(f"{self.method.name}/") in fault.cases
+        return sum(explained) - passed, meant, len(explained)
 
     def answer(self, fault, result: Result) -> Exception | None:
         """What an implementation with this fault raises in the same check."""
