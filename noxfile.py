@@ -25,6 +25,15 @@ IMPLEMENTATIONS = {  # --impl NAME: what to install for it
     "loralib": ["loralib"],
     "lycoris": ["lycoris-lora"],
 }
+OLD = ["transformers<5", "huggingface_hub<1"]  # what older releases of peft import
+REPORTS = {  # a row of docs/implementations.html: options for the suite, and what to install
+    "minipeft": (["--impl", "minipeft"], ["-e", ".[conformance]"]),
+    **{f"peft-{release}": (["--impl", "peft"], ["./conformance[torch]", "scikit-learn", f"peft=={release}", *more])
+       for release, more in {"0.15.2": OLD, "0.17.1": OLD, "0.18.1": OLD, "0.19.1": OLD, "0.21.2": []}.items()},
+    "loralib": (["--impl", "loralib"], ["./conformance[torch]", "loralib"]),
+    "lycoris": (["--impl", "lycoris"], ["./conformance[torch]", "lycoris-lora"]),
+    "numpy": (["--impl", "cmd:python conformance/examples/numpy_lora.py"], ["./conformance"]),
+}
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -36,9 +45,11 @@ def matrix(session_function):
 
 
 def install(session, torch, *requirements):
-    """Install the requirements under constraints.txt, with its torch replaced by the one asked for."""
+    """Install the requirements under constraints.txt, but for the torch asked for and what they pin themselves."""
     constraints = Path(session.create_tmp(), "constraints.txt")
-    constraints.write_text(re.sub(r"^torch==\S+", f"torch=={torch}", CONSTRAINTS, flags=re.M))
+    pinned = "|".join(re.findall(r"\b([\w-]+)(?=[=<>])", " ".join(requirements))) or "torch"
+    text = re.sub(rf"^({pinned})==.*\n", "", CONSTRAINTS, flags=re.M)
+    constraints.write_text(re.sub(r"^torch==\S+", "", text, flags=re.M) + f"torch=={torch}\n")
     session.install("-q", "-c", str(constraints), *requirements)
 
 
@@ -55,6 +66,27 @@ def conformance(session, torch=TORCHS[0]):
     implementations = [name for word in session.posargs for name in IMPLEMENTATIONS.get(word, ())]
     install(session, torch, "-e", ".[conformance]", *implementations)
     session.run("python", "-m", "conformance", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("name", [nox.param(name, id=name) for name in REPORTS])
+def reports(session, name):
+    """The core profile on every implementation, each in its own environment, and the page of all: docs/."""
+    options, requirements = REPORTS[name]
+    install(session, TORCHS[0], *requirements)
+    Path("report").mkdir(exist_ok=True)
+    session.run("python", "-m", "conformance", "--profile", "core", *options, "--json", f"report/{name}.jsonl",
+                *session.posargs, env=ONE_THREAD, success_codes=[0, 1])
+    session.notify("page", posargs=[])
+
+
+@nox.session(python=PYTHONS)
+def page(session):
+    """docs/implementations.html out of the reports that are there."""
+    install(session, TORCHS[0], "./conformance")
+    Path("docs").mkdir(exist_ok=True)
+    there = [str(p) for p in (Path("report", f"{name}.jsonl") for name in REPORTS) if p.exists()]
+    session.run("python", "-m", "conformance", "compare", *there, "--html", "docs/implementations.html")
 
 
 @nox.session(python=PYTHONS)

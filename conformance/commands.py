@@ -1,24 +1,26 @@
-"""`python -m conformance [COMMAND]`: check (the default), record, freeze, power, coverage, disputed."""
+"""`python -m conformance [COMMAND]`: check (the default), explain, compare, record, freeze, power, coverage, ..."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
 from pathlib import Path
 
 from .drivers import open_driver
-from .record import config, coverage, disputed, recorder, targets
+from .record import config, coverage, disputed, recorder, states, targets
 from .reference import store
 from .reference.methods import methods
-from .run import cli, power
+from .run import cli, explain, power
+from .run.reporting import side_by_side, terminal
 
 TABLES = {"config": config.record, "targets": targets.record}  # in this order: the second reads the first
 
 
 def do_record(args: list[str]) -> int:
-    """Record packs and tables anew, or `--check` that recording gives the same again."""
-    check = "--check" in args
+    """Record packs and tables anew, or `--new`: only cases that are not there yet; `--check` that it gives the same."""
+    check, new_ones = "--check" in args, "--new" in args
     chosen = [a for a in args if not a.startswith("-")] or [*methods(), *TABLES]
     driver, bad = open_driver("peft"), []
     with tempfile.TemporaryDirectory() as temporary:
@@ -35,11 +37,14 @@ def do_record(args: list[str]) -> int:
                 store.write_rows(folder, name, rows)
             print(f"{name}: {len(rows)} rows", flush=True)
         for name in [n for n in chosen if n not in TABLES]:
-            bad += recorder.record_method(methods()[name], driver, folder)
+            kept = store.packs().get(name) if new_ones else None
+            bad += recorder.record_method(methods()[name], driver, folder, kept)
             if check:
                 new, old = store.Pack(folder / "methods" / f"{name}.json"), store.packs().get(name)
                 bad += recorder.differences(new, old) if old else [f"{name}: there is no such pack"]
             print(f"{name}: {len(methods()[name].rows)} cases", flush=True)
+        store.packs.cache_clear()
+        bad += states.record(driver, folder, chosen, new_ones, check)
     print("\n".join(bad) if bad else ("all packs are as recorded" if check else "recorded"))
     return 1 if bad else 0
 
@@ -54,8 +59,38 @@ def do_freeze(args: list[str]) -> int:
     return 0
 
 
+def do_compare(args: list[str]) -> int:
+    """Lay reports side by side, on the terminal and on a page."""
+    options = argparse.ArgumentParser("python -m conformance compare", description="Lay reports side by side.")
+    options.add_argument("reports", nargs="+", metavar="REPORT", help="what --json wrote")
+    options.add_argument("--html", help="write one static page")
+    chosen = options.parse_args(args)
+    try:
+        reports = side_by_side.load(chosen.reports)
+    except ValueError as error:
+        options.error(str(error))
+    side_by_side.print_table(reports, terminal.console())
+    if chosen.html:
+        side_by_side.write(chosen.html, reports, methods())
+    return 0
+
+
+def do_explain(args: list[str]) -> int:
+    """Print a case: config, formula, numbers, and the command that runs it alone."""
+    options = argparse.ArgumentParser("python -m conformance explain", description="Print a case, as Python.")
+    options.add_argument("case", metavar="CASE[:CHECK]", help="for example lora/linear/rslora:merge")
+    options.add_argument("--impl", default="minipeft", help="for the command that is printed")
+    chosen = options.parse_args(args)
+    try:
+        print(explain.page(chosen.case, chosen.impl), end="")
+    except LookupError as error:
+        options.error(str(error))
+    return 0
+
+
 COMMANDS = {"record": do_record, "freeze": do_freeze, "power": lambda args: power.main(),
-            "coverage": lambda args: coverage.main(), "disputed": lambda args: disputed.main()}
+            "coverage": lambda args: coverage.main(), "disputed": lambda args: disputed.main(),
+            "compare": do_compare, "explain": do_explain}
 
 
 def main(argv=None) -> int:

@@ -30,7 +30,7 @@ class Driver:
     """Base class of all drivers; each method is one operation of the protocol."""
 
     def info(self) -> dict:
-        """`{"name", "version", "dtypes": [...]}`; `dtypes` out of float64, float32, bfloat16."""
+        """`{"name", "version", "dtypes": [...]}`; `dtypes` out of float64, float32, bfloat16, float16."""
         raise NotImplementedError
 
     def build(self, base: dict, weights: dict, config: dict | None, dtype: str, case: str = "", seed: int = 0) -> None:
@@ -102,8 +102,25 @@ class Driver:
         raise Unsupported("switch adapters")
 
     def disable(self, off: bool) -> None:
-        """Run without adapters while `off`."""
+        """Run without adapters while `off`. It nests: what was disabled twice is enabled twice."""
         raise Unsupported("disable adapters")
+
+    def active(self) -> list:
+        """The names of the active adapters, in their order."""
+        raise Unsupported("tell the active adapters")
+
+    def train(self, on: bool) -> None:
+        """Training mode, in which dropout acts, or evaluation mode, as after `build`. The mode stays until it is set
+        again, whatever is added, switched or deleted."""
+        raise Unsupported("training mode")
+
+    def step(self, inputs: dict, cotangent, rate: float) -> None:
+        """One step of plain gradient descent on sum(cotangent * output), over all that is trained."""
+        raise Unsupported("a step of training")
+
+    def allocate(self, step: int) -> None:
+        """AdaLoRA's allocator, after training step number `step` and with that step's gradients."""
+        raise Unsupported("AdaLoRA's allocator")
 
     def scale(self, factor: float) -> None:
         """Multiply the strength of the active adapters."""
@@ -116,6 +133,14 @@ class Driver:
     def save(self, path: str) -> None:
         """Write `adapter_config.json` and `adapter_model.safetensors` into the folder `path`."""
         raise Unsupported("save")
+
+    def save_adapters(self, path: str, names: list | None = None) -> None:
+        """Save these adapters, or all: "default" into the folder `path`, any other into the folder `path`/<name>."""
+        raise Unsupported("save several adapters")
+
+    def load_adapter(self, path: str, name: str) -> None:
+        """Put the adapter saved in `path` on the model as `name`, for use; the active one stays."""
+        raise Unsupported("load a saved adapter beside others")
 
     def restore(self, path: str, base: dict, weights: dict, dtype: str) -> None:
         """Build the base model anew and put the saved adapter on it."""

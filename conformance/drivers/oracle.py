@@ -6,6 +6,7 @@ Live names and counts come from the recorded case, since they are conventions an
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..reference import formulas, rules, store
+from ..reference import dropout, formulas, rules, store
 from ..reference.method import KEY, slots
 from ..reference.methods import methods
 from ..reference.numpy_model import sites
+
+OWN = ("drop", "keep")  # what faults change besides operations
 
 
 class Oracle(Driver):
@@ -27,24 +30,32 @@ class Oracle(Driver):
         self.faulty = {k: v for k, v in change.items() if k in ("formula", "run", "prompt", "loss", "route")}
         self.rules = {**rules.RULES, **change.get("rules", {})}
         for op, replacement in change.items():
-            if op in OPERATIONS:
+            if op in (*OPERATIONS, *OWN):
                 setattr(self, op, partial(replacement, self, getattr(self, op)))
 
     def info(self):
         return {"name": "oracle", "version": self.fault.id if self.fault else "0",
-                "dtypes": ["float64", "float32", "bfloat16"]}
+                "dtypes": ["float64", "float32", "bfloat16", "float16"]}
 
     def build(self, base, weights, config, dtype, case="", seed=0):
         if base.get("model") == "skeleton":
             raise Unsupported("models without values")
         self.method: Any = methods()[case.split("/")[0]] if case else None
-        self.case = next((c for c in store.all_cases() if c.id == case), None)
+        self.case: Any = next((c for c in store.all_cases() if c.id == case), None)
         self.base, self.dtype, self.seed, self.loaded = base, dtype, seed, False
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
-        self.adapters, self.active, self.merged, self.off, self.factor = {}, [], [], False, 1.0
+        self.adapters, self.chosen, self.merged, self.off, self.factor = {}, [], [], 0, 1.0
+        self.allocator: Any = None
+        self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
+        self.training, self.rng = False, np.random.default_rng(seed)
         if config is not None:
             self.add("default", config)
-            self.active = ["default"]
+            self.chosen = ["default"]
+
+    def recorded(self, config) -> bool:
+        """Is this the config of the recorded case, but for what it is made for?"""
+        return self.case is not None and {**config, "inference_mode": None} == {
+            **self.case.config, "inference_mode": None}
 
     def full_config(self, config):
         known = store.defaults(config["peft_type"])
@@ -56,7 +67,7 @@ class Oracle(Driver):
         return {**known, **{k: v for k, v in own.items() if k in known}, **config, **(more[0] if more else {})}
 
     def targets(self, config):
-        if self.case is not None and config == self.case.config:
+        if self.recorded(config):
             return self.case.targets
         if "layers" in self.base:
             found = rules.adapted(self.base, config, self.rules)
@@ -71,7 +82,7 @@ class Oracle(Driver):
         validate(config, self.method)
         rng = np.random.default_rng(self.seed)
         shapes = formulas.expected_shapes(self.method, self.base, self.base_weights, config, self.targets(config))
-        if self.case is not None and config == self.case.config:
+        if self.recorded(config):
             shapes = self.case.keys
         elif "layers" in self.base:
             for path in rules.saved(self.base, config, self.rules):
@@ -91,11 +102,11 @@ class Oracle(Driver):
                 if own := slots(tensors, path):
                     new = self.method.tensors.fresh(site, {**own, **made}, config)
                     tensors.update({f"{KEY}{path}.{k}": np.asarray(v, np.float64) for k, v in new.items()})
-        self.adapters[name] = (copy.deepcopy(config), tensors)
+        self.adapters[name] = (copy.deepcopy(config), self.pruned(config, tensors))
 
     def delete(self, name):
         del self.adapters[name]
-        self.active = [a for a in self.active if a != name] or list(self.adapters)[:1]
+        self.chosen = [a for a in self.chosen if a != name] or list(self.adapters)[:1]
 
     def load(self, tensors, name="default"):
         config, own = self.adapters[name]
@@ -115,7 +126,13 @@ class Oracle(Driver):
     def saved(self, name="default"):
         """What a checkpoint holds of an adapter, unrounded."""
         config, tensors = self.adapters[name]
-        return self.method.saved(tensors, config)
+        return self.method.saved(self.pruned(config, tensors), config)
+
+    def pruned(self, config, tensors):
+        """What is left of the ranks of an adapter that shrank; `rank_pattern` is then by the path of a layer."""
+        if self.method.budget is None or not config.get("rank_pattern"):
+            return tensors
+        return self.method.budget.pruned(tensors, {k: np.array(v) for k, v in config["rank_pattern"].items()})
 
     def scaled(self, config):
         if self.factor == 1:
@@ -136,7 +153,7 @@ class Oracle(Driver):
                 raise Unsupported("mixed batches of this method")
             picked = [self.run(inputs, [] if n is None else [n])[i] for i, n in enumerate(adapter_names)]
             return self.rounded(np.stack(picked))
-        return self.rounded(self.run(inputs, [] if self.off else self.merged or self.active))
+        return self.rounded(self.run(inputs, [] if self.off else self.merged or self.chosen))
 
     def run(self, inputs, names):
         if not names:
@@ -144,9 +161,43 @@ class Oracle(Driver):
                                    inputs, prompt=lambda *a: {})
         weights = self.folded(names[:-1])
         config, tensors = self.adapters[names[-1]]
+        change = {**self.faulty, **(self.trained(weights, config) if self.training else {})}
         with np.errstate(all="ignore"):
             return formulas.output(self.method, self.base, weights, tensors, self.scaled(config), inputs,
-                                   frozen=self.base_weights, **self.faulty)
+                                   frozen=self.base_weights, **change)
+
+    def trained(self, weights, config):
+        """What is otherwise in training."""
+        still = dropout.NOISY.get(self.method.name)
+        if still is not None and (not still or any(config.get(k) != v for k, v in still.items())):
+            raise Unsupported("what this method draws in training")
+        return {"route": partial(self.dropping, weights)} if dropout.of(self.method) else {}
+
+    def dropping(self, weights, base, folded, tensors, config, inputs):
+        """The adapted layers with their dropout, if there is any."""
+        found = {}
+        for d in dropout.of(self.method):
+            if not config.get(d.rate) or any(config[k] != v for k, v in d.more.items()):
+                continue
+            for path in self.targets(config):
+                t = {**slots(tensors, path), **formulas.shared_tensors(self.method, tensors)}
+                site = sites(base, weights)[path]
+                found[path] = lambda _, x, d=d, site=site, t=t: self.drop(d, site, t, config, x)
+        return found
+
+    def drop(self, d, site, t, config, x):
+        """A layer's output, what is dropped being drawn."""
+        return dropout.output(d, self.method.formula, site, t, config, x, self.keep(d, site, t, config[d.rate], x))
+
+    def keep(self, d, site, t, rate, x):
+        """What is kept; for the input, of each of its rows."""
+        kept = dropout.choices(d, site, t, rate)
+        weight = (1 - rate) ** kept.sum(1) * rate ** (1 - kept).sum(1)
+        shape = (*x.shape[:-1], 1) if d.drops == "input" else (1,)
+        return kept[self.rng.choice(len(kept), shape, p=weight / weight.sum())][..., 0, :]
+
+    def train(self, on):
+        self.training = on
 
     def rounded(self, y):
         return np.asarray(y, np.float64 if self.dtype == "float64" else np.float32)
@@ -157,10 +208,29 @@ class Oracle(Driver):
     def gradients(self, inputs, cotangent):
         if self.dtype == "float64":
             raise Unsupported("gradients are finite differences, good to float32")
-        config, tensors = self.adapters[self.active[0]]
-        found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
-                                   **self.faulty)
-        return {k: self.rounded(v) for k, v in found.items()}
+        config, tensors = self.adapters[self.chosen[0]]
+        asked = (tensors, cotangent, *inputs.values())
+        if not all(a is b or (isinstance(a, np.ndarray) and np.array_equal(a, b))
+                   for a, b in itertools.zip_longest(asked, self.told[0])):
+            found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
+                                       **self.faulty)
+            self.told = (asked, {k: self.rounded(v) for k, v in found.items()})
+        return dict(self.told[1])
+
+    def step(self, inputs, cotangent, rate):
+        config, tensors = self.adapters[self.chosen[0]]
+        found = self.gradients(inputs, cotangent)
+        self.adapters[self.chosen[0]] = (config, {k: v - rate * found.get(k, 0) for k, v in tensors.items()})
+
+    def allocate(self, step):
+        config, tensors = self.adapters[self.chosen[0]]
+        if self.method.budget is None:
+            raise Unsupported("ranks that shrink")
+        if self.allocator is None:
+            self.allocator = self.method.budget.allocator(config, tensors)
+        tensors = self.allocator.step(tensors, self.told[1], step)
+        pattern = {k: v.tolist() for k, v in self.allocator.kept.items()}
+        self.adapters[self.chosen[0]] = ({**config, "rank_pattern": pattern}, tensors)
 
     def state_dict(self, name="default"):
         return {k: self.rounded(v) for k, v in self.saved(name).items()}
@@ -168,7 +238,23 @@ class Oracle(Driver):
     def names(self):
         if self.case is None:
             raise Unsupported("live names outside of recorded cases")
-        return {k: on and not self.loaded for k, on in self.case.parameters.items()}
+        if self.method.route and (self.off or list(self.adapters) != ["default"]):
+            raise Unsupported("live names of several adapters, and of one that is off, where the method is no layer's")
+        if not self.adapters:
+            return dict.fromkeys(self.base_weights, False)
+        found = {}
+        for name, trained in self.case.parameters.items():
+            parts = name.split(".")
+            if "default" not in parts:
+                found[name] = trained and not self.loaded
+                continue
+            for adapter in self.adapters:
+                on = bool(self.method.prompt) or (adapter in self.chosen and not self.off and not self.loaded)
+                found[".".join(adapter if p == "default" else p for p in parts)] = trained and on
+        return found
+
+    def active(self):
+        return list(self.chosen)
 
     def count(self):
         if self.case is None:
@@ -181,20 +267,23 @@ class Oracle(Driver):
     def merge(self, names=None):
         if not self.method.merges:
             raise Unsupported("this method depends on the input")
-        self.merged = list(names or self.active)
+        self.merged += [n for n in names or self.chosen if n not in self.merged]
 
     def unmerge(self):
         self.merged = []
 
     def unload(self, merge):
-        self.base_weights = self.folded(self.active) if merge else self.base_weights
-        self.active, self.merged = [], []
+        left = self.folded(self.chosen) if merge else self.base_weights
+        for config, tensors in (self.adapters[name] for name in self.chosen if not merge):
+            left = formulas.with_saved_modules(left, tensors, config)
+        self.base_weights = left
+        self.adapters, self.chosen, self.merged = {}, [], []
 
     def switch(self, names):
-        self.active = list(names)
+        self.chosen = list(names)
 
     def disable(self, off):
-        self.off = off
+        self.off = max(self.off + (1 if off else -1), 0)
 
     def scale(self, factor):
         self.factor *= factor
@@ -203,22 +292,29 @@ class Oracle(Driver):
         self.adapters, self.base_weights = copy.deepcopy((self.adapters, self.base_weights))
 
     def save(self, path):
+        self.write(path, "default")
+
+    def write(self, path, name):
         from safetensors.numpy import save_file
 
-        config, tensors = self.adapters["default"][0], self.saved()
+        config, tensors = self.adapters[name][0], self.saved(name)
         held: dict = next((r["file"] for r in store.configs().values() if self.case and r["case"] == self.case.id), {})
         computed = {k: v for k, v in store.resolved(held).items() if k not in config and k != "peft_version"}
-        config = {**self.full_config(config), **computed, "inference_mode": True}
+        config = {**self.full_config(config), **(computed if name == "default" else {}), "inference_mode": True}
         if config.get("task_type") is None:
             config["auto_mapping"] = {"base_model_class": "Oracle", "parent_library": __name__}
+        Path(path).mkdir(parents=True, exist_ok=True)
         Path(path, "adapter_config.json").write_text(json.dumps(config))
         save_file({k: np.ascontiguousarray(self.rounded(v)) for k, v in tensors.items()},
                   Path(path, "adapter_model.safetensors"))
 
-    def restore(self, path, base, weights, dtype):
+    def save_adapters(self, path, names=None):
+        for name in names or list(self.adapters):
+            self.write(Path(path) if name == "default" else Path(path, name), name)
+
+    def read(self, path):
         from safetensors.numpy import load_file
 
-        case = self.case.id if self.case else f"{self.method.name}/restored"
         try:
             config = json.loads(Path(path, "adapter_config.json").read_text())
             tensors = load_file(Path(path, "adapter_model.safetensors"))
@@ -229,9 +325,18 @@ class Oracle(Driver):
         known = store.defaults(config.get("peft_type"))  # another type is refused as a whole
         config = {k: v for k, v in {**known, **config}.items() if v is not None and (k in known or not known)}
         if self.case is not None and same_as(self.case, config, known):
-            config = self.case.config
-            if self.method.live(config):
-                config = {**config, "inference_mode": True}
+            config = {**self.case.config, "inference_mode": True} if self.method.live(self.case.config) \
+                else self.case.config
+        return config, tensors
+
+    def load_adapter(self, path, name):
+        config, tensors = self.read(path)
+        self.add(name, config)
+        self.load(tensors, name)
+
+    def restore(self, path, base, weights, dtype):
+        config, tensors = self.read(path)
+        case = self.case.id if self.case else f"{self.method.name}/restored"
         self.build(base, weights, config, dtype, case, self.seed)
         self.load(tensors)
         self.loaded = True

@@ -87,11 +87,15 @@ class PeftApi(Driver):
         self.peft = importlib.import_module(module)
         self.known = {getattr(k, "value", k) for k in getattr(self.peft, "PeftType", ())}
         self.model: Any = None
-        self.off = False
+        self.begin()
+
+    def begin(self):
+        """Another model: enabled, in evaluation mode."""
+        self.training, self.disabled = False, []
 
     def info(self):
         return {"name": self.peft.__name__, "version": version_of(self.peft),
-                "dtypes": ["float64", "float32", "bfloat16"], "torch": torch.__version__}
+                "dtypes": ["float64", "float32", "bfloat16", "float16"], "torch": torch.__version__}
 
     def config(self, config):
         config = copy.deepcopy(config)
@@ -117,7 +121,7 @@ class PeftApi(Driver):
         return net
 
     def build(self, base, weights, config, dtype, case="", seed=0):
-        self.off = False
+        self.begin()
         self.model = self.base(base, weights, dtype)
         torch.manual_seed(seed)
         if config is None:
@@ -134,7 +138,7 @@ class PeftApi(Driver):
     def add(self, name, config):
         with rejecting():
             self.model.add_adapter(name, self.config(config))
-        self.model.to(self.dtype).eval()
+        self.model.to(self.dtype).train(self.training)
 
     def delete(self, name):
         tuner = getattr(self.model, "base_model", None)
@@ -152,18 +156,14 @@ class PeftApi(Driver):
         first = x.pop("x") if "x" in x else x.pop("input_ids")
         return first, x
 
-    def context(self):
-        return self.model.disable_adapter() if self.off else contextlib.nullcontext()
-
     def run(self, first, more):
-        with self.context():
-            model = self.model
-            if not hasattr(model, "peft_config"):
-                more = {k: v for k, v in more.items() if k != "alora_offsets"}  # for adapters alone
-            if "task_ids" in more and not hasattr(model, "prompt_encoder"):
-                # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
-                model, more = (model.base_model, more) if hasattr(model, "peft_config") else (model, {})
-            out = model(**{self.argument: first}, **more) if self.argument else model(first, **more)
+        model = self.model
+        if not hasattr(model, "peft_config"):
+            more = {k: v for k, v in more.items() if k != "alora_offsets"}  # for adapters alone
+        if "task_ids" in more and not hasattr(model, "prompt_encoder"):
+            # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
+            model, more = (model.base_model, more) if hasattr(model, "peft_config") else (model, {})
+        out = model(**{self.argument: first}, **more) if self.argument else model(first, **more)
         return models.answer(out, "labels" in more)
 
     def forward(self, inputs, adapter_names=None):
@@ -260,10 +260,28 @@ class PeftApi(Driver):
                 self.model.set_adapter(names[0])
             else:
                 self.model.base_model.set_adapter(list(names))
-        self.model.eval()
+        self.model.train(self.training)
 
     def disable(self, off):
-        self.off = off
+        if off:
+            self.disabled.append(self.model.disable_adapter())
+            self.disabled[-1].__enter__()
+        elif self.disabled:
+            self.disabled.pop().__exit__(None, None, None)
+
+    def active(self):
+        return list(self.model.active_adapters)
+
+    def train(self, on):
+        self.training = on
+        self.model.train(on)
+
+    def step(self, inputs, cotangent, rate):
+        self.backward(inputs, cotangent)
+        torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=rate).step()
+
+    def allocate(self, step):
+        self.model.base_model.update_and_allocate(step)
 
     def scale(self, factor):
         layers = [m for m in self.model.modules() if hasattr(m, "scale_layer")]
@@ -279,8 +297,17 @@ class PeftApi(Driver):
         with rejecting():
             self.model.save_pretrained(path)
 
+    def save_adapters(self, path, names=None):
+        with rejecting():
+            self.model.save_pretrained(path, selected_adapters=names)
+
+    def load_adapter(self, path, name):
+        with rejecting():
+            self.model.load_adapter(path, name)
+        self.model.to(self.dtype).train(self.training)
+
     def restore(self, path, base, weights, dtype):
-        self.off = False
+        self.begin()
         net = self.base(base, weights, dtype)
         with rejecting():
             self.model = self.peft.PeftModel.from_pretrained(net, path)

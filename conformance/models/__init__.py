@@ -8,7 +8,8 @@ from torch import nn
 from . import decoders, language_models, skeletons
 from .layers import make_layer
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16,
+          "float16": torch.float16}
 
 
 class Net(nn.Module):

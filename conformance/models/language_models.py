@@ -75,6 +75,7 @@ class Layers(nn.Module):
 
     embed_tokens: Any
     embed_positions: Any
+    embed_types: Any
     layers: Any
 
     def __init__(self, base, words=True, causal=False, cross=False):
@@ -87,6 +88,7 @@ class Layers(nn.Module):
             use_return_dict=True)  # which peft asked for up to 0.19
         self.embed_tokens = nn.Embedding(base["vocab"], hidden) if words else None
         self.embed_positions = nn.Embedding(base["positions"], hidden) if "positions" in base else None
+        self.embed_types = nn.Embedding(base["types"], hidden) if "types" in base else None
         self.layers = nn.ModuleList(Block(hidden, heads, cross) for _ in range(depth))
         self.causal = causal
 
@@ -94,7 +96,7 @@ class Layers(nn.Module):
         return self.embed_tokens
 
     def states(self, input_ids=None, attention_mask=None, inputs_embeds=None, past_key_values=None, position_ids=None,
-               memory=None, memory_mask=None):
+               memory=None, memory_mask=None, token_type_ids=None):
         """(hidden states, keys and values of all layers); positions count from the cache on."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = pairs(past_key_values, len(self.layers))
@@ -102,6 +104,8 @@ class Layers(nn.Module):
             start = 0 if past[0] is None else past[0][0].shape[2]
             places = torch.arange(start, start + x.shape[1], device=x.device) if position_ids is None else position_ids
             x = x + self.embed_positions(places)
+        if token_type_ids is not None:
+            x = x + self.embed_types(token_type_ids)
         cache = []
         for block, before in zip(self.layers, past):
             h = block.norm(x)
@@ -118,8 +122,9 @@ class Stack(Layers):
     """The backbone of a larger model."""
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, past_key_values=None, position_ids=None,
-                memory=None, memory_mask=None, **unused):
-        return self.states(input_ids, attention_mask, inputs_embeds, past_key_values, position_ids, memory, memory_mask)
+                memory=None, memory_mask=None, token_type_ids=None, **unused):
+        return self.states(input_ids, attention_mask, inputs_embeds, past_key_values, position_ids, memory, memory_mask,
+                           token_type_ids)
 
 
 def pairs(past, depth):
@@ -203,8 +208,9 @@ class Encoder(nn.Module):
         return self.encoder.embed_tokens
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, past_key_values=None, position_ids=None,
-                labels=None, start_positions=None, end_positions=None, **unused):
-        x, _ = self.encoder(input_ids, attention_mask, inputs_embeds, past_key_values, position_ids)
+                labels=None, start_positions=None, end_positions=None, token_type_ids=None, **unused):
+        x, _ = self.encoder(input_ids, attention_mask, inputs_embeds, past_key_values, position_ids,
+                            token_type_ids=token_type_ids)
         if self.task == "FEATURE_EXTRACTION":
             return Output(last_hidden_state=x)
         if self.task == "QUESTION_ANS":

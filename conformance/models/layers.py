@@ -55,7 +55,20 @@ class Matrix(nn.Module):
         return x @ self.weight.T
 
 
+class ScaledEmbedding(nn.Embedding):
+    """An embedding that multiplies what it looks up, as those of Gemma do; PEFT reads `embed_scale`."""
+
+    def __init__(self, num_embeddings, embedding_dim, embed_scale):
+        super().__init__(num_embeddings, embedding_dim)
+        self.embed_scale = embed_scale
+
+    def forward(self, x):
+        return super().forward(x) * self.embed_scale
+
+
 def make_layer(kind, args):
+    if "embed_scale" in args:
+        return ScaledEmbedding(**args)
     if kind == "Conv1D":
         return conv1d()(args["nf"], args["nx"])
     if kind in ("Experts", "Matrix"):

@@ -263,13 +263,17 @@ def provenance(driver) -> dict:
             "recorder_sha256": hashlib.sha256(source).hexdigest()[:16], "dtype": "float64"}
 
 
-def record_method(method: Method, driver, folder: Path) -> list[str]:
-    """Write one method's pack; the problems found, as text."""
+def record_method(method: Method, driver, folder: Path, kept: store.Pack | None = None) -> list[str]:
+    """Write one method's pack, the cases of `kept` as they are there; the problems found, as text."""
     cases, tensors, problems = [], {}, []
+    stored = {case["id"]: case for case in kept.data["cases"]} if kept else {}
     if method.files:
         method.files(folder)
     for row in method.rows:
-        data, parts = record_case(method, row, driver)
+        if kept and (data := stored.get(f"{method.name}/{row.id}")):
+            parts = {k: v for k, v in kept.tensors.items() if k.startswith(f"{data['id']}|")}
+        else:
+            data, parts = record_case(method, row, driver)
         problems += [f"{data['id']}: {p}" for p in data.pop("problems", [])]
         cases.append(data)
         tensors.update(parts)

@@ -40,6 +40,12 @@ def states(argument, *layers, **given):
     return {**net(*[[f"model.{name}", kind, args] for name, kind, args in others], head, **given), "states": argument}
 
 
+def three(a, b, c):
+    """Three layers of these names, and one behind them."""
+    return net(lin(a, 8, 12), tanh("act1"), lin(b, 12, 12), tanh("act2"), lin(c, 12, 12), tanh("act3"),
+               lin("head", 12, 4), shape=[5, 8])
+
+
 def decoys(*names, **more):
     """Square layers under names that are easily taken for one another."""
     return {**net(*[lin(name, 8, 8) for name in names], shape=[8]), **more}
@@ -50,6 +56,8 @@ def language_model(model, **more):
             "input": {"shape": [2, 5], "below": 13}, **more}
 
 
+TYPES = {"token_type_ids": {"values": [[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]]}}  # as a row's input
+
 BASES = {
     "mlp": net(lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[6]),
     "mlp-nobias": net(lin("up", 6, 10, False), tanh("act1"), lin("mid", 10, 10, False), tanh("act2"),
@@ -59,6 +67,8 @@ BASES = {
     "mlp-even": net(lin("up", 8, 12), tanh("act1"), lin("mid", 12, 12), tanh("act2"), lin("head", 12, 4), shape=[8]),
     "mlp-even-tokens": net(lin("up", 8, 12), tanh("act1"), lin("mid", 12, 12), tanh("act2"), lin("head", 12, 4),
                            shape=[5, 8]),
+    "names": three("up", "mid", "low"),
+    "awkward-names": three("default", "weight", "lora"),
     "blocks": blocks(3),
     "conv1d": net(conv("c1", 1, 4, 6, 3, padding=1), tanh("act1"), conv("c2", 1, 6, 6, 3, stride=2), tanh("act2"),
                   conv("head", 1, 6, 2, 1), shape=[4, 9], batch=2),
@@ -79,6 +89,8 @@ BASES = {
     "embedding": net(["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 7}], tanh("act1"),
                      ["sq", "Linear", {"in_features": 7, "out_features": 4, "bias": True}], shape=[5], below=12),
     "embedding-padded": net(["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 8, "padding_idx": 0}],
+                            tanh("act1"), lin("head", 8, 4), shape=[5], below=12),
+    "embedding-scaled": net(["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 8, "embed_scale": 2.5}],
                             tanh("act1"), lin("head", 8, 4), shape=[5], below=12),
     "gpt": net(["c_attn", "Conv1D", {"nf": 10, "nx": 6}], tanh("act1"), ["c_proj", "Conv1D", {"nf": 10, "nx": 10}],
                tanh("act2"), lin("head", 10, 4), shape=[5, 6]),
@@ -111,6 +123,8 @@ BASES = {
     "encoder-sequence": language_model("encoder", task="SEQ_CLS", positions=17),
     "encoder-tokens": language_model("encoder", task="TOKEN_CLS", positions=17),
     "encoder-answers": language_model("encoder", task="QUESTION_ANS", positions=17),
+    "encoder-types": language_model("encoder", task="SEQ_CLS", positions=17, types=2),
+    "encoder-types-features": language_model("encoder", task="FEATURE_EXTRACTION", positions=17, types=2),
     "encoder-decoder": language_model("encoder_decoder", positions=17),
     "decoder-llama": language_model("decoder", names="llama", kv_heads=1, depth=3),
     "decoder-gpt2": language_model("decoder", names="gpt2", depth=3),

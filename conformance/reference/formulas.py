@@ -23,6 +23,14 @@ def replaced(weights: dict, tensors: dict) -> dict:
     return {**weights, **{plain_name(k): v for k, v in tensors.items() if plain_name(k) in weights}}
 
 
+def with_saved_modules(weights: dict, tensors: dict, config: dict) -> dict:
+    """Base weights, with those of `modules_to_save`: they stay where the adapter is taken off without merging it."""
+    def saved(name):
+        return any(f".{name}".rpartition(".")[0].endswith(f".{m}") for m in config.get("modules_to_save") or ())
+
+    return {k: v if saved(k) else weights[k] for k, v in replaced(weights, tensors).items()}
+
+
 def token_rows(site, t, c):
     """The rows of an embedding that `trainable_token_indices` replaces. W: (dim, vocab)."""
     key = next((k for k in t if k.endswith(".trainable_tokens_delta")), None)
@@ -34,6 +42,11 @@ def token_rows(site, t, c):
     W = site.W.copy()
     W[:, list(chosen)] = t[key].T
     return W, site.b
+
+
+def shared_tensors(method: Method, tensors: dict) -> dict:
+    """Those that belong to no single layer."""
+    return {k: v for k, v in tensors.items() if method.tensors.shared and not k.startswith(KEY)}
 
 
 def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: dict, held: dict | None = None,
@@ -48,8 +61,6 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
     formula = formula or method.formula
     if method.prompt:
         return folded, routed
-    base_keys = {f"{KEY}{w}" for w in weights}
-    shared = {k: v for k, v in tensors.items() if method.tensors.shared and k not in base_keys}
     first = numpy_model.sites(base, frozen) if frozen and formula and asked(formula, frozen=frozen) else {}
     for path, site in numpy_model.sites(base, folded).items():
         t = slots(tensors, path)
@@ -57,8 +68,7 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
              and not k.startswith("base_layer.out_proj")}
         if not t:
             continue
-        if method.tensors.shared:
-            t = {**t, **{k: v for k, v in shared.items() if not k.startswith(KEY)}}
+        t |= shared_tensors(method, tensors)
         if (new := token_rows(site, t, config)) is None:
             if method.run and (method.formula is None or site.args.get("groups", 1) > 1):
                 routed[path] = t
@@ -92,7 +102,8 @@ def output(method, base, weights, tensors, config, inputs, held=None, formula=No
         return y
     loss = loss or (method.prompt.loss if method.prompt else None)
     own = loss is not None and joined
-    return np.array([loss(y, inputs, config) if own else numpy_model.loss(base, y, inputs["labels"])])
+    penalty = method.penalty(tensors, config) if method.penalty and tensors else 0.0
+    return np.array([penalty + (loss(y, inputs, config) if own else numpy_model.loss(base, y, inputs["labels"]))])
 
 
 def asked(function, **offered) -> dict:

@@ -51,6 +51,7 @@ class Fault:
     gradient_only: bool = False  # right outputs, wrong gradients
     spares: tuple = ()  # rows that this fault cannot show in
     link: str = ""  # a real bug of this kind
+    dtype: str = "float32"  # in which it shows
 
     def meant_for(self, row_id: str) -> bool:
         return row_id in self.cases if self.cases else row_id not in self.spares
@@ -99,6 +100,16 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Ranks that shrink in training."""
+
+    # allocator(config, tensors), with step(tensors, gradients, number of the step) -> tensors, and `kept`
+    allocator: Callable
+    # pruned(tensors, kept) -> what a checkpoint holds
+    pruned: Callable
+
+
+@dataclass(frozen=True)
 class Laws:
     """Which laws hold, and what they draw."""
 
@@ -141,6 +152,8 @@ class Method:
     tensors: Tensors = Tensors()
     faults: tuple = ()
     merges: bool = True
+    penalty: Callable | None = None  # penalty(tensors by key, config) -> what is added to the model's own loss
+    budget: Budget | None = None
     # files(folder): write what configs name by path, into `folder`/adapters
     files: Callable | None = None
 

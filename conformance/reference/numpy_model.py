@@ -139,7 +139,7 @@ def apply_layer(site, x, W=None, b=None):
     """One layer's output; W and b default to the site's own."""
     W, b = (site.W, site.b) if W is None else (W, b)
     if site.kind == "Embedding":
-        return W.T[x]
+        return W.T[x] * site.args.get("embed_scale", 1)
     if site.kind.startswith("Conv") and site.kind != "Conv1D":
         return conv(x, W, b, site.args)
     if site.kind == "LayerNorm":
@@ -224,6 +224,9 @@ def run_language_model(base, at, inputs, special, prompt):
         later = in_front(prompt.get("decoder_tokens"), ids)
         x = stack("decoder.", later, inputs.get("decoder_attention_mask"), past, True, memory, mask)
         return layer("head", x)
+    if "token_type_ids" in inputs and not (prompt and base["task"] == "FEATURE_EXTRACTION"):
+        given = inputs["token_type_ids"]  # PEFT drops them for this task, and takes those of a prompt to be 0
+        x = x + layer("encoder.embed_types", np.pad(given, [(0, 0), (x.shape[1] - given.shape[1], 0)]))
     x = stack("encoder.", x, mask, past)
     if base["task"] == "FEATURE_EXTRACTION":
         return x

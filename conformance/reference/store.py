@@ -29,6 +29,13 @@ def bases() -> list[dict]:
     return json.loads((folder() / "bases.json").read_text())["bases"]
 
 
+@cache
+def states() -> dict:
+    """`cases`: case -> the `steps` of an adapter's life, each [what was done, active adapters, which of `names` the
+    model's parameters have, which of `trained` are trained]; `left_out`: case -> why the reference has none."""
+    return json.loads((folder() / "states.json").read_text())
+
+
 def base_shapes(base: dict) -> dict[str, tuple[int, ...]]:
     """Name -> shape of a base model's parameters, in the order in which they are drawn."""
     for known in bases():

@@ -21,8 +21,7 @@ from .runner import Result, Task, masked, run_one
 PROBES = 16  # failing results of one method that all faults are tried on; the others only on those found
 CONVENTIONS = ("names", "keys", "count")  # what a wrong formula leaves right
 SLOW = ("gradients",)  # finite differences: tried where nothing cheaper tells
-# No numbers to compare: the adapter's tensors follow from what the implementation drew, or none are asked for.
-FOLLOWING = ("laws", "reject", "figures")
+DRAWN = ("laws",)  # numbers differ: the adapter's tensors follow from what the implementation drew
 
 
 def name_causes(tasks: list[Task], results: list[Result]) -> None:
@@ -47,23 +46,20 @@ class Search:
         chosen: dict = {}
         for r in sorted(failed, key=lambda r: rank[r.dtype]):
             chosen.setdefault((r.case, r.check), r)
-        self.left = sorted(chosen.values(), key=lambda r: (r.check in SLOW, r.check in FOLLOWING))
+        self.left = sorted(chosen.values(), key=lambda r: (r.check in SLOW, r.check in DRAWN))
         self.answers: dict = {}
 
     def explain(self, likely: list) -> list:
         """Set the causes; gives the general faults among them. `likely`: those found for another method."""
         named = [fault for fault in likely if self.assign(fault)]
-        probes = (r for r in list(self.left) if r.check not in FOLLOWING)
+        probes = (r for r in list(self.left) if r.check not in DRAWN)
         for _ in range(PROBES):
             if (probe := next((r for r in probes if not r.cause), None)) is None:
                 break
             equal = [fault for fault in self.candidates(probe) if self.same(fault, probe)]
             if equal:
-                best = max(equal, key=lambda fault: self.fits(fault, probe))
-                self.assign(best)
-                named.append(best)
-        for fault in named:
-            self.assign(fault, alike=True)
+                named.append(max(equal, key=lambda fault: self.fits(fault, probe)))
+                self.assign(named[-1])
         causes = {(r.case, r.check): r for r in self.failed if r.cause}
         for r in self.failed:
             if not r.cause and (other := causes.get((r.case, r.check))):
@@ -73,30 +69,31 @@ class Search:
     def candidates(self, result: Result) -> Iterator:
         """The faults that may show in a result."""
         for fault in (*self.method.faults, *GENERAL):
-            formula = fault not in GENERAL and not fault.gradient_only and result.check not in CONVENTIONS + SLOW
+            formula = (
+                fault not in GENERAL and not fault.gradient_only and result.check not in (*CONVENTIONS, *SLOW, "reject")
+            )
             if formula or result.check in fault.caught_by:
                 yield fault
         if result.check == "keys":
             yield from renamed(result.raised)
 
-    def assign(self, fault, alike: bool = False) -> bool:
-        """Name a fault as the cause of all results that it explains; was there any?"""
-        own = [r for r in self.left if (self.alike if alike else self.same)(fault, r)]
-        for r in own:
+    def assign(self, fault) -> bool:
+        """Name a fault as the cause of all results that it explains, and then of those like them; was there any?"""
+        own = [r for r in self.left if self.same(fault, r)]
+        if not any(fault in self.method.faults or r.check in fault.caught_by for r in own):
+            return False
+        for r in own + [r for r in self.left if r not in own and self.alike(fault, r)]:
             name = f"{self.method.name}/{fault.id}" if fault in self.method.faults else fault.id
             r.cause, r.link = f"{name}: {fault.what}", r.link or fault.link
             self.left.remove(r)
-        return bool(own)
+        return True
 
-    def fits(self, fault, probe: Result) -> tuple[int, int]:
-        """How well a fault that explains one result fits the others: of the same case, and of all the method."""
-
-        def quick(results):
-            return [r for r in results if r.check not in SLOW + FOLLOWING]
-
-        passed = sum(self.answer(fault, r) is not None for r in quick(self.passed) if r.case == probe.case)
-        explained = [r.case == probe.case for r in quick(self.left) if self.same(fault, r)]
-        return sum(explained) - passed, len(explained)
+    def fits(self, fault, probe: Result) -> tuple[int, bool, int]:
+        """How well a fault that explains one result fits the others of its case, is meant for it, and fits all."""
+        passed = sum(self.answer(fault, r) is not None for r in self.passed if related(r, probe))
+        explained = [related(r, probe) for r in self.left if r.check not in SLOW + DRAWN and self.same(fault, r)]
+        meant = probe.case.removeprefix(f"{self.method.name}/") in fault.cases
+        return sum(explained) - passed, meant, len(explained)
 
     def answer(self, fault, result: Result) -> Exception | None:
         """What an implementation with this fault raises in the same check."""
@@ -111,7 +108,7 @@ class Search:
         if mine is None or theirs is None:
             return False
         if not isinstance(mine, Failure) or not isinstance(theirs, Failure):
-            return not isinstance(mine, Failure) and bool(misfit := sizes(theirs)) and misfit <= numbers(mine)
+            return not isinstance(mine, Failure) and same_misfit(mine, theirs)
         if mine.values is None or theirs.values is None:
             return (mine.message, mine.got) == (theirs.message, theirs.got)
         return mine.what == theirs.what and distance(mine.values, theirs.values, result.dtype, mine.floor) <= 1
@@ -120,17 +117,21 @@ class Search:
         """Weaker, for faults that are named already: it refuses, too, in words of its own, or breaks the same law."""
         mine, theirs = result.raised, self.answer(fault, result)
         if isinstance(mine, Failure) or isinstance(theirs, Failure):
-            return result.check in FOLLOWING and masked(str(mine)) == masked(str(theirs))
+            return result.check in (*DRAWN, "reject") and masked(str(mine)) == masked(str(theirs))
         return theirs is not None
 
 
-def numbers(error: Exception) -> set[str]:
-    return set(re.findall(r"\d+", str(error)))
+def related(result: Result, other: Result) -> bool:
+    """Of the same case, and quick to try; whatever is refused is one case."""
+    alone = result.case if result.check != "reject" else result.check
+    return result.check not in SLOW + DRAWN and alone == (other.case if other.check != "reject" else other.check)
 
 
-def sizes(error: Exception) -> set[str]:
-    """The two that do not fit each other, of NumPy's error about a product; others name the same in their words."""
-    return numbers(error) - {"0", "1"} if "matmul" in str(error) else set()
+def same_misfit(mine: Exception, theirs: Exception) -> bool:
+    """Whether two errors are of products whose sizes do not fit, and name the same sizes, whatever the words."""
+    products = re.compile("matmul|multipl|dot|operand|contract|align")
+    sizes = [set(re.findall(r"\d+", str(e))) if products.search(str(e)) else set() for e in (mine, theirs)]
+    return bool(sizes[1]) and sizes[1] - {"0", "1"} <= sizes[0]
 
 
 def renamed(error: Exception | None) -> Iterator[Fault]:

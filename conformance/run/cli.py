@@ -14,8 +14,8 @@ from .reporting import files, html, terminal
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m conformance", description="Check a PEFT implementation.",
-                                epilog="Other commands: record [--check] [METHOD ...], freeze, power, coverage, "
-                                       "disputed.")
+                                epilog="Other commands: explain CASE[:CHECK], compare REPORT ..., "
+                                       "record [--check] [METHOD ...], freeze, power, coverage, disputed.")
     p.add_argument("--impl", default="minipeft", help="peft, minipeft or any module with PEFT's API; loralib, lycoris; "
                    "'cmd:PROGRAM' for a program that speaks JSON lines; 'module:Class' for a driver of your own")
     p.add_argument("--python", help="run the implementation in this interpreter (default: the suite's own)")
@@ -23,7 +23,7 @@ def parser() -> argparse.ArgumentParser:
                    "crash ends the suite too")
     p.add_argument("--profile", choices=plan.PROFILES, default="full")
     p.add_argument("--methods", help="comma-separated, e.g. lora,ia3")
-    p.add_argument("--cases", help="only case ids that contain this text")
+    p.add_argument("--cases", help="only the case of this name, or those whose names contain this text")
     p.add_argument("--checks", help="comma-separated, e.g. forward,merge")
     p.add_argument("--html", help="write the report as one static page")
     p.add_argument("--json", help="write one JSON line for each result")

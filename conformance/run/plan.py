@@ -6,11 +6,18 @@ from functools import partial
 
 from ..reference import laws, store
 from ..reference.methods import methods as all_methods
-from .checks import config, figures, goldens, lifecycle, reject, targets
+from .checks import config, figures, goldens, lifecycle, reject, states, targets
 from .runner import Task
 
 PROFILES = ("core", "full")
-DTYPES = ("float64", "float32", "bfloat16")
+DTYPES = ("float64", "float32", "bfloat16", "float16")
+
+
+def in_dtype(case, check: str, dtype: str) -> bool:
+    """float16 is bfloat16 with other rounding: a sample is enough."""
+    if dtype == "float16":
+        return "bfloat16" in case.dtypes and case.profile == "core" and check in ("forward", "merge")
+    return dtype in case.dtypes
 
 
 def golden_tasks(cases, profile: str, dtypes) -> list[Task]:
@@ -19,7 +26,7 @@ def golden_tasks(cases, profile: str, dtypes) -> list[Task]:
         for check, (function, every) in goldens.CHECKS.items():
             if not goldens.applies(case, check):
                 continue
-            wanted = [d for d in dtypes if d in case.dtypes] if every and profile == "full" else ["float32"]
+            wanted = [d for d in dtypes if in_dtype(case, check, d)] if every and profile == "full" else ["float32"]
             tasks += [Task(case.pack.data["method"], case.id, check, d, partial(bound, function, case, d))
                       for d in wanted]
     return tasks
@@ -41,6 +48,11 @@ def lifecycle_tasks(cases) -> list[Task]:
             for c in cases if c.data.get("trace") for m in [all_methods()[c.pack.data["method"]]]]
 
 
+def state_tasks(cases) -> list[Task]:
+    return [Task(m.name, c.id, "states", "float32", partial(bound, partial(states.check, method=m), c, "float32"))
+            for c in cases if states.applies(c) for m in [all_methods()[c.pack.data["method"]]]]
+
+
 def law_tasks(profile, methods, pattern=None, examples=None) -> list[Task]:
     examples = examples or laws.EXAMPLES[profile]
     found = []
@@ -48,7 +60,8 @@ def law_tasks(profile, methods, pattern=None, examples=None) -> list[Task]:
         for name, law in laws.laws().items():
             case = f"{m.name}/law/{name.replace('_', '-')}"
             if law.applies(m) and (not methods or m.name in methods) and (not pattern or pattern in case):
-                found.append(Task(m.name, case, "laws", "float32", partial(laws.hold, law, m, examples)))
+                number = min(examples, getattr(law, "MOST", examples))
+                found.append(Task(m.name, case, "laws", "float32", partial(laws.hold, law, m, number)))
     return found
 
 
@@ -104,11 +117,15 @@ def bound_figure(function, figure, driver):
 
 
 def tasks(profile: str, methods=None, pattern=None, dtypes=DTYPES, laws=True):
-    """All tasks of a profile, in the order they are run."""
+    """All tasks of a profile, in the order they are run.
+
+    `pattern`: those whose case contains this text; of a case that is called just so, those alone.
+    """
     chosen = cases(profile, methods, pattern)
-    return [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen),
-            *(law_tasks(profile, methods, pattern) if laws else ()),
-            *reject_tasks(cases(profile, methods), pattern),
-            *row_tasks("targets", store.rows("targets"), targets.check, profile, methods, pattern),
-            *config_tasks(profile, methods, pattern),
-            *(figure_tasks(methods, pattern) if profile == "full" else ())]
+    found = [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen), *state_tasks(chosen),
+             *(law_tasks(profile, methods, pattern) if laws else ()),
+             *reject_tasks(cases(profile, methods), pattern),
+             *row_tasks("targets", store.rows("targets"), targets.check, profile, methods, pattern),
+             *config_tasks(profile, methods, pattern),
+             *(figure_tasks(methods, pattern) if profile == "full" else ())]
+    return [t for t in found if t.case == pattern] or found

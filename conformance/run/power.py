@@ -10,8 +10,8 @@ from ..reference.faults import all_faults
 from . import plan
 from .runner import run_one
 
-COLUMNS = ("names", "keys", "count", "forward", "gradients", "merge", "unmerge", "disable", "save", "lifecycle", "laws",
-           "reject", "targets", "config", "beginnings")
+COLUMNS = ("names", "keys", "count", "forward", "gradients", "merge", "unmerge", "disable", "save", "lifecycle",
+           "states", "laws", "reject", "targets", "config", "beginnings")
 MOST_CASES = 3  # of the rows meant for a fault
 LAW_EXAMPLES = 4
 
@@ -24,11 +24,14 @@ def meant_cases(method, fault) -> list[str]:
 def tasks_for(method, fault, meant, all_tasks):
     """The checks that are meant to catch a fault, on its cases, and all others on the first of them."""
     whole = {"laws", "reject"} & set(fault.caught_by)
+    named = {f"{method.name}/{check}" for check in fault.caught_by}  # a single law, as law/dropout
 
     def wanted(t):
+        if t.case in named:
+            return True
         if t.check in whole and ("/law/" in t.case or "/reject/" in t.case):
             return True
-        return t.dtype == "float32" and t.case in meant and (t.check in fault.caught_by or t.case == meant[0])
+        return t.dtype == fault.dtype and t.case in meant and (t.check in fault.caught_by or t.case == meant[0])
 
     return [t for t in all_tasks[method.name] if wanted(t)]
 
@@ -44,13 +47,19 @@ def kill_matrix(on_fault=lambda *a: None) -> list[dict]:
         driver = Oracle(fault)
         seen: dict[str, set] = {}
         ran: dict[str, set] = {}
+        broken: list[str] = []
         for t in tasks_for(method, fault, meant, everything):
             ran.setdefault(t.check, set()).add(t.case)
-            if run_one(driver, t).outcome in ("fail", "error"):
+            result = run_one(driver, t)
+            if isinstance(result.raised, (AttributeError, NameError, TypeError)):
+                broken.append(f"{t.id}, where the fault itself is broken: {result.message}")
+            elif result.outcome in ("fail", "error"):
                 seen.setdefault(t.check, set()).add(t.case)
-        missed = []
+        missed = broken
         for check in fault.caught_by:
-            if check in ("laws", "reject", "lifecycle"):
+            if check.startswith("law/"):
+                missed += [] if f"{method.name}/{check}" in seen.get("laws", ()) else [check]
+            elif check in ("laws", "reject", "lifecycle"):
                 missed += [] if seen.get(check) or not ran.get(check) else [check]
             else:
                 missed += [f"{c}:{check}" for c in meant

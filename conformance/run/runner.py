@@ -67,6 +67,7 @@ def clean(text, most: int = 2000) -> str:
 
 def masked(text: str) -> str:
     """A message without its numbers, and tensors without the layer that they belong to."""
+    text = re.sub(r", config \{.*", "", text)
     text = re.sub(r"[\w.]+\.(?=\w+\.(weight|bias)\b)|\w+(?=\.(weight|bias)\b)", "", text)
     return re.sub(r"\[[#, ]*\]", "[#]", re.sub(r"-?\d[\d.e+-]*|\bnan\b|\binf\b", "#", text))
 

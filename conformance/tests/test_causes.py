@@ -1,5 +1,7 @@
 """A newcomer's mistakes, planted into the example of a port: the report names each, once."""
 
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ from conformance.drivers.oracle import Oracle
 from conformance.reference import compare
 from conformance.reference.faults import GENERAL
 from conformance.reference.methods import methods
-from conformance.run import causes, plan, runner
+from conformance.run import causes, cli, plan, runner
 from conformance.run.reporting import terminal
 
 SOURCE = Path(conformance.__path__[0], "examples/numpy_lora.py").read_text()
@@ -131,12 +133,36 @@ def test_a_mistake_is_named_once(mistake):
     assert shown.count("Likely mistake: ") == shown.count("Likely mistake: " + said.partition(": ")[2]) == 1
 
 
-@pytest.mark.parametrize("name", ["ia3", "vera", "prompt_tuning"])
-def test_a_fault_of_any_method_is_named(name):
-    fault = methods()[name].faults[0]
-    tasks = [t for t in plan.tasks("core", [name], dtypes=["float32"]) if t.check in ("forward", "merge", "disable")]
-    results, _ = report(Oracle(fault), tasks)
-    assert {r.cause for r in results if r.outcome != "pass"} == {f"{name}/{fault.id}: {fault.what}"}
+@pytest.mark.parametrize("name", ["lora", "ia3", "prompt_tuning", "vera"])
+def test_every_fault_of_a_method_is_called_by_its_name(name):
+    for fault in methods()[name].faults:
+        case = f"{name}/{next(r.id for r in methods()[name].rows if fault.meant_for(r.id))}"
+        tasks = [t for t in plan.tasks("full", [name], case, ["float32"]) if t.check in fault.caught_by]
+        results, _ = report(Oracle(fault), tasks)
+        assert {r.cause for r in results if r.outcome != "pass"} == {f"{name}/{fault.id}: {fault.what}"}
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "missing-accepted",
+        "extra-accepted",
+        "nan-accepted",
+        "loads-anything",
+        "a-held-transposed",
+        "unmerge-does-nothing",
+        "gradient-halved",
+    ],
+)
+def test_a_general_fault_is_told_from_its_like(id):
+    fault = next(f for f in GENERAL if f.id == id)
+    tasks = [
+        t
+        for t in plan.tasks("core", ["lora"], dtypes=["float32"])
+        if t.check in (*fault.caught_by, "merge") and (t.check == "reject" or t.case == "lora/linear/plain")
+    ]
+    _, groups = report(Oracle(fault), tasks)
+    assert [g[0].cause for g in groups] == [f"{id}: {fault.what}"]
 
 
 def test_one_general_mistake_is_one_entry_over_all_methods():
@@ -144,6 +170,39 @@ def test_one_general_mistake_is_one_entry_over_all_methods():
     tasks = [t for t in plan.tasks("core", ["lora", "ia3", "oft"], dtypes=["float32"]) if t.check == "keys"]
     _, groups = report(Oracle(fault), tasks)
     assert len(groups) == 1 and {r.method for r in groups[0]} == {"lora", "ia3", "oft"}
+
+
+def test_a_program_s_mistake_is_told_everywhere(tmp_path, capsys):
+    """The whole way: a port that is a program, the terminal, the page, the JSON lines."""
+    program, page, lines = (tmp_path / name for name in ("port.py", "page.html", "lines.jsonl"))
+    program.write_text(SOURCE.replace(SCALE, "alpha"))
+    assert (
+        cli.main(
+            [
+                "--impl",
+                f"cmd:{sys.executable} {program}",
+                "--cases",
+                "lora/linear/plain",
+                "--methods",
+                "lora",
+                "--checks",
+                "forward,merge",
+                "--html",
+                str(page),
+                "--json",
+                str(lines),
+            ]
+        )
+        == 1
+    )
+    fault, what = "lora/alpha-not-over-r", "the scale is alpha, not alpha / r"
+    shown = capsys.readouterr().out
+    assert shown.count("Likely mistake: ") == 1 and what in shown and fault in shown
+    assert "explain lora/linear/plain:forward" in shown
+    assert page.read_text().count(f"<summary><b>4 results</b>likely mistake: {what}</summary>") == 1
+    told = [json.loads(line) for line in lines.read_text().splitlines()[1:]]
+    assert {r["cause"] for r in told if r["outcome"] == "fail"} == {f"{fault}: {what}"}
+    assert all("raised" not in r for r in told)
 
 
 def test_no_cause_is_made_up():

@@ -2,6 +2,8 @@
 
 from conformance.reference import store
 from conformance.reference.faults import all_faults
+from conformance.reference.method import Fault
+from conformance.reference.methods import methods
 from conformance.run import plan, power
 
 
@@ -9,6 +11,15 @@ def test_every_fault_is_caught():
     rows = power.kill_matrix()
     assert len(rows) >= 30
     assert not [f"{r['fault']}: {r['missed']}" for r in rows if not r["caught"]]
+
+
+def test_a_fault_that_is_broken_catches_nothing(monkeypatch):
+    """What crashes because the suite changed under it would otherwise count as caught."""
+    broken = Fault("broken", "none", {"forward": lambda o, right, inputs, names=None: o.no_such_thing}, ("forward",),
+                   ("linear/plain",))
+    monkeypatch.setattr(power, "all_faults", lambda: [(methods()["lora"], broken)])
+    (row,) = power.kill_matrix()
+    assert not row["caught"] and "the fault itself is broken" in row["missed"][0]
 
 
 def test_fault_ids_are_unique_and_links_are_links():

@@ -1,6 +1,7 @@
 """Properties that hold for every method, whatever the numbers: one file per law, found by itself.
 
-Each file has `TITLE`, `applies(method)` and `check(driver, sample)`, which raises `Failure`. Hypothesis draws samples.
+Each file has `TITLE`, `applies(method)` and `check(driver, sample)`, which raises `Failure`. Hypothesis draws samples:
+`EXAMPLES` of them, or `MOST` where a law says that it hardly depends on the config.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class Sample:
         self.inputs = draw_inputs(self.base, self.method.laws.inputs, self.rng)
         self.config = store.resolved({"peft_type": self.method.peft_type, **self.config})
 
+    def on(self, base_name, **more):
+        """The same on another base model, with more in the config; base models of equal shapes have equal weights."""
+        return Sample(self.method, base_name, {**self.config, **more}, self.seed, self.dtype)
+
     def tensors(self, driver, name="default", seed=0):
         """Values for the adapter's tensors, away from where training starts."""
         state = driver.state_dict(name)
@@ -54,9 +59,11 @@ class Sample:
                      case=f"{self.method.name}/law", seed=self.seed)
 
     def start(self, driver, dtype=None):
-        """The adapted model with its tensors set."""
+        """The adapted model with its tensors set, which are returned."""
         self.build(driver, dtype=dtype)
-        driver.load(self.tensors(driver))
+        tensors = self.tensors(driver)
+        driver.load(tensors)
+        return tensors
 
     def second(self, driver):
         """Add and fill another adapter, "other"; the active one stays."""

@@ -51,6 +51,7 @@ ROWS = [
     Row("linear/init-false", "mlp-even", boft(init_weights=False), dtypes=EXACT),
     Row("linear/modules-to-save", "mlp-even", boft(modules_to_save=["head"]), dtypes=EXACT),
     Row("conv2d/plain", "conv2d", boft(boft_block_size=6, target_modules=C), "core", dtypes=EXACT),
+    Row("conv2d/one-by-one", "conv2d-1x1", boft(boft_block_size=4, target_modules=C), dtypes=EXACT),
 ]
 
 FAULTS = (

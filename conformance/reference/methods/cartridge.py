@@ -31,7 +31,8 @@ def trained_only(t, c):
 
 
 def all_trained(o, right, inputs, cotangent):
-    method, (config, tensors) = replace(o.method, fixed=None), o.adapters["default"]
+    method = replace(o.method, tensors=replace(o.method.tensors, fixed=None))
+    config, tensors = o.adapters["default"]
     found = formulas.gradients(method, o.base, o.base_weights, tensors, config, inputs, cotangent)
     return {k: o.rounded(v) for k, v in found.items()}
 

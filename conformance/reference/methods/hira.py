@@ -34,13 +34,17 @@ ROWS = [
     Row("linear/plain", "mlp", hira(), "core"),
     Row("linear/no-base-bias", "mlp-nobias", hira(r=1)),
     Row("linear/tokens", "mlp-tokens", hira(r=7), "core"),
+    Row("linear/rank-is-width", "mlp", hira(r=10)),
     Row("linear/gaussian", "mlp", hira(init_weights="gaussian")),
     Row("linear/modules-to-save", "mlp", hira(modules_to_save=["head"])),
     Row("conv1d/plain", "conv1d", hira(target_modules=C)),
     Row("conv2d/plain", "conv2d", hira(target_modules=C), "core"),
+    Row("conv2d/one-by-one", "conv2d-1x1", hira(target_modules=C)),
     Row("conv2d/dilated", "conv2d-dilated", hira(target_modules=C)),
     Row("conv3d/plain", "conv3d", hira(target_modules=C)),
     Row("embedding/plain", "embedding", hira(target_modules=["emb"]), "core"),
+    Row("embedding/scaled", "embedding-scaled", hira(target_modules=["emb"]), golden="formula",
+        note="the reference's forward does not scale what it adds, unlike its merged weight; the law wins"),
     Row("conv1d-hf/plain", "gpt", hira(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), "core"),
 ]
 

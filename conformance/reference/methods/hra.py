@@ -44,6 +44,8 @@ ROWS = [
     Row("linear/no-base-bias", "mlp-nobias", hra(2)),
     Row("linear/modules-to-save", "mlp", hra(modules_to_save=["head"])),
     Row("conv2d/plain", "conv2d", hra(target_modules=C), "core"),
+    Row("conv2d/one-by-one", "conv2d-1x1", hra(2, target_modules=C), dtypes=("float64", "float32"),
+        note="merged in bfloat16, two reflections round by more than its tolerance"),
     Row("conv2d/gram-schmidt", "conv2d", hra(3, apply_GS=True, init_weights=False, target_modules=C)),
 ]
 

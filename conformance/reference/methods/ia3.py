@@ -43,6 +43,7 @@ ROWS = [
     Row("linear/modules-to-save", "mlp", ia3(["up", "mid"], modules_to_save=["head"])),
     Row("conv2d/output", "conv2d", ia3(C), "core"),
     Row("conv2d/feedforward", "conv2d", ia3(C, C)),
+    Row("conv2d/one-by-one", "conv2d-1x1", ia3(C, ["c2"])),
     Row("conv2d/dilated", "conv2d-dilated", ia3(C, ["c2"])),
     Row("conv2d/groups", "conv2d-groups", ia3(C, C)),
     Row("conv3d/both", "conv3d", ia3(C, ["c2"])),

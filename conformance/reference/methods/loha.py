@@ -53,6 +53,7 @@ ROWS = [
     Row("linear/plain", "mlp", loha(), "core", second=loha(r=2, alpha=3)),
     Row("linear/tokens", "mlp-tokens", loha(r=2, alpha=7), "core"),
     Row("linear/no-base-bias", "mlp-nobias", loha(r=1, alpha=2)),
+    Row("linear/rank-is-width", "mlp", loha(r=10, alpha=15)),
     Row("linear/patterns", "blocks", loha(target_modules=P, rank_pattern={"model.layers.1.q_proj": 2, "v_proj": 1},
                                           alpha_pattern={"q_proj": 3})),
     Row("linear/modules-to-save", "mlp", loha(modules_to_save=["head"])),
@@ -61,6 +62,7 @@ ROWS = [
     Row("conv2d/plain", "conv2d", loha(target_modules=C), "core"),
     Row("conv2d/effective", "conv2d", loha(target_modules=C, use_effective_conv2d=True), "core", disputed=WRONG),
     Row("conv2d/strided", "conv2d-strided", loha(target_modules=C, use_effective_conv2d=True, r=2), disputed=WRONG),
+    Row("conv2d/one-by-one", "conv2d-1x1", loha(target_modules=C, use_effective_conv2d=True)),
     Row("conv2d/groups", "conv2d-groups", loha(target_modules=C)),
 ]
 

@@ -69,13 +69,14 @@ ROWS = [
     Row("conv2d/full", "conv2d", lokr(target_modules=C, r=4)),
     Row("conv2d/effective", "conv2d", lokr(target_modules=C, r=2, decompose_factor=1, use_effective_conv2d=True),
         "core"),
+    Row("conv2d/one-by-one", "conv2d-1x1", lokr(target_modules=C, r=2, decompose_factor=1, use_effective_conv2d=True)),
     Row("conv2d/groups", "conv2d-groups", lokr(target_modules=C)),
 ]
 
 FAULTS = (
     Fault("factors-exchanged", "the Kronecker product is taken the other way round",
           {"formula": lambda s, t, c: (s.W + scaling(s, c) * np.kron(*factors(s, t)[::-1]).reshape(s.W.shape), s.b)},
-          spares=("conv1d/effective", "conv2d/effective")),
+          spares=("conv1d/effective", "conv2d/effective", "conv2d/one-by-one")),
     Fault("alpha-not-over-r", "the scale is alpha, not alpha / r",
           {"formula": lambda s, t, c: (s.W + rank(s, c) * (formula(s, t, c)[0] - s.W), s.b)},
           cases=("linear/full", "linear/no-base-bias", "conv1d/full", "conv2d/full", "conv2d/effective")),

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..bases import TYPES
 from ..method import Fault, Laws, Method, Row, Tensors
 from ..rules import of_pattern
 
@@ -59,6 +60,18 @@ def run(site, t, c, x, inputs):
     return conv(x, site.W, site.b, site.args) + scaling(site, c) * up
 
 
+def unscaled(formula):
+    def wrong(site, t, c):
+        W, b = formula(site, t, c)
+        return site.W + (W - site.W) / site.args.get("embed_scale", 1), b
+
+    return wrong
+
+
+def without_types(o, right, inputs, adapter_names=None):
+    return right({k: v for k, v in inputs.items() if k != "token_type_ids"}, adapter_names)
+
+
 def lora(**more):
     return {"r": 4, "lora_alpha": 6, "target_modules": ["up", "mid"], **more}
 
@@ -70,6 +83,7 @@ def task(task_type):
 C, E = ["c1", "c2"], ["emb"]
 EXACT = ("float64", "float32")  # through two blocks of a transformer, bfloat16 rounds by more than its tolerance
 MASK = {"attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}
+SQUARE = "B is square, so its shape does not tell rows from columns"
 ROWS = [
     Row("linear/plain", "mlp", lora(), "core", second=lora(r=2, lora_alpha=3)),
     Row("linear/rslora", "mlp", lora(use_rslora=True), "core"),
@@ -78,6 +92,7 @@ ROWS = [
     Row("linear/tokens", "mlp-tokens", lora(r=3, lora_alpha=7)),
     Row("linear/rank-one", "mlp", lora(r=1, lora_alpha=1)),
     Row("linear/rank-above-width", "mlp", lora(r=12, lora_alpha=5)),
+    Row("linear/rank-is-width", "mlp", lora(r=10, lora_alpha=7), note=SQUARE),
     Row("linear/bias-all", "mlp", lora(bias="all")),
     Row("linear/bias-lora-only", "mlp", lora(bias="lora_only")),
     Row("linear/regex", "mlp", lora(target_modules=r"(up|head)")),
@@ -97,9 +112,11 @@ ROWS = [
     Row("conv2d/lora-bias", "conv2d", lora(target_modules=C, lora_bias=True)),
     Row("conv2d/groups", "conv2d-groups", lora(target_modules=C), merges=False,
         note="A sees the channels of all groups, so no grouped kernel equals the sum"),
+    Row("conv2d/one-by-one", "conv2d-1x1", lora(target_modules=C)),
     Row("conv3d/plain", "conv3d", lora(target_modules=C)),
     Row("embedding/plain", "embedding", lora(target_modules=E), "core"),
     Row("embedding/rslora", "embedding", lora(target_modules=E, use_rslora=True)),
+    Row("embedding/scaled", "embedding-scaled", lora(target_modules=E)),
     Row("conv1d-hf/plain", "gpt", lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True), "core"),
     Row("attention/plain", "attention", lora(target_modules=["attn"]), "core",
         disputed="the reference adds out_proj's delta twice: MultiheadAttention.merge adds it itself and then calls "
@@ -110,9 +127,11 @@ ROWS = [
     Row("parameter/experts-transposed", "experts-transposed", lora(target_modules=[], target_parameters=[
         "experts.weight"])),
     Row("tokens/with-lora", "tokens-mlp", lora(trainable_token_indices={"embed_tokens": [1, 4, 7]})),
+    Row("tokens/scaled", "embedding-scaled", lora(target_modules=["head"], trainable_token_indices={"emb": [2, 7]})),
     Row("causal-lm/masked", "causal-lm", task("CAUSAL_LM"), dtypes=EXACT, inputs=MASK),
     Row("encoder/features", "encoder", task("FEATURE_EXTRACTION"), dtypes=EXACT, inputs=MASK),
     Row("encoder/sequence", "encoder-sequence", task("SEQ_CLS"), dtypes=EXACT, inputs=MASK),
+    Row("encoder/token-types", "encoder-types", task("SEQ_CLS"), dtypes=EXACT, inputs={**MASK, **TYPES}),
     Row("encoder/tokens", "encoder-tokens", task("TOKEN_CLS"), dtypes=EXACT, inputs=MASK),
     Row("encoder/answers", "encoder-answers", task("QUESTION_ANS"), dtypes=EXACT, inputs=MASK),
     Row("encoder-decoder/plain", "encoder-decoder", task("SEQ_2_SEQ_LM"), dtypes=EXACT, inputs={
@@ -166,13 +185,18 @@ FAULTS = (
           cases=PLAIN),
     Fault("rslora-always", "the scale is alpha / sqrt(r), whatever use_rslora says", wrong(use_rslora=True),
           cases=PLAIN),
-    Fault("b-transposed", "B is used where B^T belongs", {"formula": b_transposed}, cases=PLAIN),
+    Fault("b-transposed", "B is used where B^T belongs", {"formula": b_transposed},
+          cases=("linear/rank-is-width", "linear/plain")),
     Fault("b-by-columns", "B's numbers are read as those of a matrix (r, out)", {"formula": b_by_columns}, cases=PLAIN),
     Fault("rslora-ignored", "use_rslora is read as False", wrong(use_rslora=False),
           cases=("linear/rslora", "embedding/rslora", "conv2d/strided"),
           link="https://github.com/NVIDIA/TensorRT-LLM/issues/1668"),
     Fault("transposed", "the delta of a square layer is transposed", {"formula": swapped},
           cases=("linear/plain", "conv1d-hf/plain", "linear/rank-pattern")),
+    Fault("embed-scale-ignored", "what is added to a scaled embedding is not scaled", {"formula": unscaled(formula)},
+          cases=("embedding/scaled",)),
+    Fault("token-types-lost", "token_type_ids do not reach the model", {"forward": without_types},
+          caught_by=("forward",), cases=("encoder/token-types",)),
     Fault("rank-pattern-ignored", "alpha is divided by r where rank_pattern gives another rank",
           wrong(rank_pattern={}), cases=("linear/rank-pattern",),
           link="https://github.com/huggingface/diffusers/pull/14409"),

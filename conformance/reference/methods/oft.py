@@ -106,6 +106,7 @@ ROWS = [
     Row("conv2d/three-by-three", "conv2d", oft(oft_block_size=6, target_modules=C), golden="formula",
         note="the reference's forward folds overlapping patches and differs from its merged weight; the law wins"),
     Row("embedding/plain", "embedding-padded", oft(target_modules=["emb"])),
+    Row("embedding/scaled", "embedding-scaled", oft(target_modules=["emb"])),
 ]
 
 

@@ -5,7 +5,9 @@ With a projection they come out of a network, which is trained and not saved.
 
 import numpy as np
 
+from ..bases import TYPES
 from ..method import Fault, Laws, Method, Prompt, Row, Tensors
+from .lora import without_types
 
 KEY, LIVE = "prompt_embeddings", "prompt_encoder.default."
 DIM, HEADS, LAYERS = 8, 2, 2  # of the language models
@@ -53,6 +55,9 @@ ROWS = [
         live=True),
     Row("encoder/features", "encoder", tuning(3, "FEATURE_EXTRACTION"), inputs=MASK),
     Row("encoder/sequence", "encoder-sequence", tuning(3, "SEQ_CLS"), "core", inputs=MASK),
+    Row("encoder/token-types", "encoder-types", tuning(3, "SEQ_CLS"), inputs={**MASK, **TYPES}),
+    Row("encoder/token-types-dropped", "encoder-types-features", tuning(3, "FEATURE_EXTRACTION"),
+        inputs={**MASK, **TYPES}, note="the reference passes no types on for this task"),
     Row("encoder/tokens", "encoder-tokens", tuning(3, "TOKEN_CLS"), inputs=MASK),
     Row("encoder/tokens-loss", "encoder-tokens", tuning(3, "TOKEN_CLS"), inputs={"labels": [[2, 5], 3]}),
     Row("encoder/answers", "encoder-answers", tuning(3, "QUESTION_ANS"), inputs=MASK),
@@ -62,6 +67,8 @@ ROWS = [
 ]
 
 FAULTS = (
+    Fault("token-types-lost", "token_type_ids do not reach the model", {"forward": without_types},
+          caught_by=("forward",), cases=("encoder/token-types",)),
     Fault("keys-for-values", "keys and values change places", {"prompt": lambda t, c: prompt(t, c, (1, 0))},
           caught_by=("forward",)),
     Fault("layers-reversed", "the last layer's prefix goes to the first layer",

@@ -1,6 +1,8 @@
 """Prompt tuning: Lester et al., 2021, https://arxiv.org/abs/2104.08691: trained vectors before the embedded input."""
 
+from ..bases import TYPES
 from ..method import Fault, Laws, Method, Prompt, Row, Tensors
+from .lora import without_types
 
 KEY = "prompt_embeddings"
 
@@ -34,6 +36,9 @@ ROWS = [
     Row("encoder/features", "encoder", tuning(3, "FEATURE_EXTRACTION"), inputs=MASK),
     Row("encoder/sequence", "encoder-sequence", tuning(3, "SEQ_CLS"), "core", inputs=MASK),
     Row("encoder/sequence-loss", "encoder-sequence", tuning(3, "SEQ_CLS"), inputs={"labels": [[2], 3]}),
+    Row("encoder/token-types", "encoder-types", tuning(3, "SEQ_CLS"), inputs={**MASK, **TYPES}),
+    Row("encoder/token-types-dropped", "encoder-types-features", tuning(3, "FEATURE_EXTRACTION"),
+        inputs={**MASK, **TYPES}, note="the reference passes no types on for this task"),
     Row("encoder/tokens", "encoder-tokens", tuning(3, "TOKEN_CLS"), inputs=MASK),
     Row("encoder/answers", "encoder-answers", tuning(3, "QUESTION_ANS"), inputs=MASK),
     Row("encoder-decoder/plain", "encoder-decoder", tuning(3, "SEQ_2_SEQ_LM"), "core", inputs={**MASK, **LATER}),
@@ -41,6 +46,8 @@ ROWS = [
 ]
 
 FAULTS = (
+    Fault("token-types-lost", "token_type_ids do not reach the model", {"forward": without_types},
+          caught_by=("forward",), cases=("encoder/token-types",)),
     Fault("reversed", "the virtual tokens stand in reverse order",
           wrong(lambda P: P[::-1]), caught_by=("forward",), spares=("causal-lm/one-token",)),
     Fault("last-token-dropped", "the last virtual token repeats the first",

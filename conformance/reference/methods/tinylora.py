@@ -33,7 +33,8 @@ def shared(c, sites):
 def vector(site, t, c, group=None):
     """The layer's v; groups are runs of layers in the model's order."""
     if group is None:
-        targets = [n for n in ORDER if n in c["target_modules"]] or sorted(c["target_modules"])
+        named = c["target_modules"]
+        targets = [n for n in ORDER if n in named] if set(named) <= set(ORDER) else list(named)
         n = groups(c, len(targets))
         group = min(targets.index(site.path) // max(1, len(targets) // n), n - 1)
     return t[f"{V}.{group}"]
@@ -63,6 +64,8 @@ ROWS = [
     Row("linear/partly-tied", "mlp", tinylora(weight_tying=0.4, target_modules=THREE),
         note="two vectors for three layers: the second is shared by the last two"),
     Row("embedding/plain", "embedding", tinylora(target_modules=["emb"])),
+    Row("embedding/scaled", "embedding-scaled", tinylora(target_modules=["emb"]), golden="formula",
+        note="the reference's forward does not scale what it adds, unlike its merged weight; the law wins"),
     Row("conv1d-hf/plain", "gpt", tinylora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
 ]
 
@@ -71,7 +74,7 @@ FAULTS = (
           {"formula": lambda s, t, c: (s.W + delta(s, t, vector(s, t, c), turned=True), s.b)}),
     Fault("all-tied", "every layer takes the first vector",
           {"formula": lambda s, t, c: (s.W + delta(s, t, vector(s, t, c, 0)), s.b)},
-          spares=("linear/all-tied", "embedding/plain")),
+          spares=("linear/all-tied", "embedding/plain", "embedding/scaled")),
     Fault("v-squared", "the entries of v are squared",
           {"formula": lambda s, t, c: (s.W + delta(s, t, vector(s, t, c) ** 2), s.b)}),
 )

@@ -26,6 +26,7 @@ ROWS = [
     Row("embedding/plain", "tokens-mlp", tokens(1, 4, 7), "core", second={}),
     Row("embedding/unsorted", "tokens-mlp", tokens(9, 0, 5), "core"),
     Row("embedding/one", "tokens-mlp", tokens(3)),
+    Row("embedding/scaled", "embedding-scaled", tokens(2, 5, target_modules=["emb"])),
 ]
 
 FAULTS = (

@@ -65,9 +65,9 @@ def keys(driver, case, dtype):
         raise Unsupported("its keys are its own; the driver maps them")
     got = driver.state_dict()
     same_set("saved keys", got, case.keys)
-    for k, shape in case.keys.items():
-        if list(got[k].shape) != shape:
-            raise Failure(f"shape of {k}", expected=str(shape), got=str(list(got[k].shape)))
+    wrong = {k: list(got[k].shape) for k, shape in case.keys.items() if list(got[k].shape) != shape}
+    if wrong:
+        raise Failure("shapes of saved tensors", expected=str({k: case.keys[k] for k in wrong}), got=str(wrong))
     for k, want in case.tensors("fresh").items():
         close(f"{k} of a new adapter", got[k], want, dtype)
 

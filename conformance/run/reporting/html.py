@@ -93,6 +93,13 @@ def item(group, most: int = 1000) -> str:
             + (f"<dl>{rows}{link}</dl>" if rows or link else "") + "</div>")
 
 
+def entry(group, opened: bool) -> str:
+    """One cause of failures, in the list of all."""
+    r, count = group[0], f"{len(group)} result{'s' * (len(group) > 1)}"
+    told = f"likely mistake: {r.cause.partition(': ')[2]}" if r.cause else names_of(group, 1)
+    return (f"<details{' open' * opened}><summary><b>{count}</b>{escape(told)}</summary>{item(group, 6)}</details>")
+
+
 def block(method, check, results) -> str:
     """What stands behind one cell: everything that did not pass, then the names of what did."""
     outcome, counts = worst(results)
@@ -127,7 +134,7 @@ def page(info, profile, results, good, seconds) -> str:
     ordered = sorted(((m, c) for m, c in by if by[m, c]), key=lambda k: (ORDER.index(worst(by[k])[0]), k))
     blocks = "".join(block(m, c, by[m, c]) for m, c in ordered)
     bad = grouped(r for r in results if r.outcome in ("fail", "error"))
-    wrong = "<h2>What went wrong</h2>" + "".join(f"<details open>{item(g, 6)}</details>" for g in bad) if bad else ""
+    wrong = "<h2>What went wrong</h2>" + "".join(entry(group, len(bad) < 8) for group in bad) if bad else ""
     verdict = f'<span class="verdict {"pass" if good else "fail"}">{"passed" if good else "failed"}</span>'
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">

@@ -60,7 +60,8 @@ def one_cause(r) -> tuple:
     if r.outcome == "known-issue":
         return r.link, r.message.split(" | ")[0]
     told = r.outcome, masked(r.message)
-    return told if r.outcome == "error" or r.message.startswith("refused: ") else (r.method, *told)
+    general = r.outcome == "error" or r.message.startswith("refused: ") or r.check in ("laws", "reject")
+    return told if general else (r.method, *told)
 
 
 def grouped(results) -> list[list]:
@@ -101,6 +102,9 @@ def failures(results, most: int = 40) -> str:
             lines.append(f"    expected {r.expected[:300]}\n    got      {r.got[:300]}")
     if len(groups) > most:
         lines.append(f"... and {len(groups) - most} other failures; --html or --json tells all")
+    if groups and groups[0][0].case.count("/"):
+        r = groups[0][0]
+        lines.append(f"To see a case with its formula and numbers: python -m conformance explain {r.case}:{r.check}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,338 @@
+"""Seeded faults of what happens over time: training and dropout, states, several adapters, ranks that shrink.
+
+As in `faults.py`, each is the oracle, wrong in one way; most are meant for a single law.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+
+from . import dropout, formulas
+from .method import Fault
+from .numpy_model import affine
+
+# Training.
+
+
+def only_on(o, right, on):
+    right(True)
+
+
+def dropped(keep):
+    """`keep(d, site, t, config, x, what is kept)` -> the layer's output, in place of the right one."""
+    def drop(o, right, d, site, t, config, x):
+        return keep(o, d, site, t, config, x, o.keep(d, site, t, config[d.rate], x))
+
+    return {"drop": drop}
+
+
+def output_of(o, d, site, t, config, x, keep):
+    return dropout.output(d, o.method.formula, site, t, config, x, keep)
+
+
+def unscaled(o, d, site, t, config, x, keep):
+    return output_of(o, d, site, t, config, x, keep * (1 - config[d.rate]))
+
+
+def base_too(o, d, site, t, config, x, keep):
+    W, b = o.method.formula(site, t, config)
+    return affine(x * keep / (1 - config[d.rate]), W, b)
+
+
+def behind(o, d, site, t, config, x, keep):
+    """The delta's output is dropped, not its input."""
+    W, b = o.method.formula(site, t, config)
+    out = np.ones(site.out)
+    out[: keep.shape[-1]] = keep.reshape(-1, keep.shape[-1])[0]
+    return affine(x, site.W, b) + x @ (W - site.W).T * out / (1 - config[d.rate])
+
+
+def first_rate(o, right, d, site, t, config, x):
+    return right(d, site, t, {**config, d.rate: o.adapters["default"][0][d.rate]}, x)
+
+
+def one_for_all(o, right, d, site, t, rate, x):
+    return right(d, site, t, rate, x[:1, :1])
+
+
+def always_same(o, right, d, site, t, rate, x):
+    o.rng = np.random.default_rng(0)
+    return right(d, site, t, rate, x)
+
+
+def train_scales(o, right, on):
+    right(on)
+    o.factor = 1.1 if on else 1.0
+
+
+def gradients_in_training(o, right, inputs, cotangent):
+    return {k: v / 2 if o.training else v for k, v in right(inputs, cotangent).items()}
+
+
+def step_all(o, right, inputs, cotangent, rate):
+    right(inputs, cotangent, rate)
+    o.base_weights = {k: v - rate for k, v in o.base_weights.items()}
+
+
+def step_without_last(o, right, inputs, cotangent, rate):
+    config, held = o.adapters["default"]
+    right(inputs, cotangent, rate)
+    last = sorted(held)[-1]
+    o.adapters["default"] = (config, {**o.adapters["default"][1], last: held[last]})
+
+
+def step_then_stale(o, right, inputs, cotangent, rate):
+    """The layers go on with what they had made of the tensors before."""
+    frozen = o.folded(["default"])
+    right(inputs, cotangent, rate)
+    o.folded = lambda names: frozen
+    o.run = lambda inputs, names: formulas.output(o.method, o.base, frozen, {}, {}, inputs)
+
+
+# States.
+
+
+def enabled_at_once(o, right, off):
+    o.off = int(off)
+
+
+def all_active(o, right):
+    return list(o.adapters)
+
+
+def trained(which):
+    """Live names, `which(oracle, name of the adapter)` deciding what is trained."""
+    def names(o, right):
+        found = right()
+        for adapter in o.adapters:
+            for name, on in o.case.parameters.items():
+                if on and f".{adapter}." in (live := name.replace(".default.", f".{adapter}.")):
+                    found[live] = which(o, adapter)
+        return found
+
+    return {"names": names}
+
+
+def delete_to_none(o, right, name):
+    was = name in o.chosen
+    right(name)
+    o.chosen = [] if was else o.chosen
+
+
+def delete_switches(o, right, name):
+    right(name)
+    o.chosen = list(o.adapters)[:1]
+
+
+def delete_leaves(o, right, name):
+    """It is forgotten, but its parameters stay."""
+    o.left = [*getattr(o, "left", []), *o.adapters]
+    right(name)
+
+
+def names_left(o, right):
+    return {**{k.replace(".default.", f".{a}."): False for a in getattr(o, "left", []) for k in o.case.parameters},
+            **right()}
+
+
+def delete_first_always(o, right, name):
+    right(next(iter(o.adapters)))
+
+
+def merge_active(o, right, names=None):
+    right(None)
+
+
+def merge_again(o, right, names=None):
+    o.merged += list(names or o.chosen)
+
+
+def merge_instead(o, right, names=None):
+    o.merged = list(names or o.chosen)
+
+
+def merged_stays_on(o, right, inputs, adapter_names=None):
+    return o.rounded(o.run(inputs, o.merged)) if o.off and o.merged else right(inputs, adapter_names)
+
+
+def unmerge_last(o, right):
+    o.merged = o.merged[:-1]
+
+
+def unload_wrapped(o, right, merge):
+    names = o.names() if o.case else {}
+    right(merge)
+    o.names = lambda: names
+
+
+# Files of several adapters.
+
+
+def save_all(o, right, path, names=None):
+    right(path)
+
+
+def save_first_as_all(o, right, path, names=None):
+    held = dict(o.adapters)
+    o.adapters = {k: (c, o.adapters["default"][1]) for k, (c, _) in held.items()}
+    right(path, names)
+    o.adapters = held
+
+
+def save_flat(o, right, path, names=None):
+    for name in names or list(o.adapters):
+        o.write(path, name)
+
+
+def load_and_activate(o, right, path, name):
+    right(path, name)
+    o.chosen = [name]
+
+
+def load_over(o, right, path, name):
+    right(path, name)
+    o.adapters["default"] = o.adapters[name]
+
+
+def without_other_names(o, right, name="default"):
+    others = [a for a in o.adapters if a != name]
+    return {k: v for k, v in right(name).items() if not any(f".{a}." in f"{k}." for a in others)}
+
+
+def without_substrings(o, right, name="default"):
+    others = [a for a in o.adapters if a != name]
+    return {k: v for k, v in right(name).items() if not any(a in k for a in others)}
+
+
+def without_default(o, right, name="default"):
+    return {k.replace(".default", ""): v for k, v in right(name).items()}
+
+
+# AdaLoRA.
+
+
+def never(o, right, step):
+    return None
+
+
+def allocate(**changes):
+    """With another allocator, whose methods `changes` are."""
+    def step(o, right, number):
+        config, tensors = o.adapters[o.chosen[0]]
+        if o.allocator is None:
+            o.allocator = o.method.budget.allocator(config, tensors)
+            for name, change in changes.items():
+                setattr(o.allocator, name, partial(change, o.allocator))
+        right(number)
+
+    return {"allocate": step}
+
+
+def linear_budget(a, step):
+    layers = sum(k.endswith("lora_E") for k in a.average)
+    start, end = a.c["tinit"], a.c["total_step"] - a.c["tfinal"]
+    return int(layers * (a.c["init_r"] + (a.c["target_r"] - a.c["init_r"]) * (step - start) / (end - start)))
+
+
+def by_sensitivity(a, budget):
+    a.uncertainty = {k: np.ones_like(v) for k, v in a.uncertainty.items()}
+    return type(a).choose(a, budget)
+
+
+def unpruned(o, right, name="default"):
+    return {k: o.rounded(v) for k, v in o.adapters[name][1].items()}
+
+
+def plain_loss(o, right, inputs, adapter_names=None):
+    y = right(inputs, adapter_names)
+    return y - o.method.penalty(o.adapters["default"][1], o.adapters["default"][0]) if "labels" in inputs else y
+
+
+def f(id, what, change, check, cases=("linear/plain",)):
+    return Fault(id, what, change, (check,), cases)
+
+
+def on(law):
+    return f"law/{law}"
+
+
+TRAINING = (
+    f("dropout-in-evaluation", "evaluation mode goes on dropping", {"train": only_on}, on("dropout")),
+    f("dropout-absent", "nothing is dropped in training", dropped(
+        lambda o, d, site, t, c, x, keep: output_of(o, d, site, t, {**c, d.rate: 0}, x, keep * 0 + 1)), on("dropout")),
+    f("dropout-unscaled", "what is kept is not divided by its share", dropped(unscaled), on("dropout")),
+    f("dropout-on-base", "the frozen layer reads the dropped input, too", dropped(base_too), on("dropout")),
+    f("dropout-behind", "the delta's output is dropped, not its input", dropped(behind), on("dropout")),
+    f("dropout-inverted", "the rate is that of what is kept", {
+        "keep": lambda o, right, d, site, t, rate, x: right(d, site, t, 1 - rate, x)}, on("dropout")),
+    f("dropout-once-for-all", "one choice for all tokens of all samples", {"keep": one_for_all}, on("dropout")),
+    f("dropout-repeats", "every call drops the same", {"keep": always_same}, on("dropout")),
+    f("dropout-of-the-first", "every adapter has the first one's rate", {"drop": first_rate}, on("dropout")),
+    f("training-scales", "training mode scales the delta", {"train": train_scales}, on("training")),
+    f("training-halves-gradients", "gradients are halved in training mode", {"gradients": gradients_in_training},
+      on("training")),
+    f("step-trains-base", "the base weights are trained, too", {"step": step_all}, on("training")),
+    f("step-skips-one", "one trainable tensor is not stepped", {"step": step_without_last}, on("training")),
+    f("step-then-stale", "layers keep what they computed from the tensors before", {"step": step_then_stale},
+      on("training")),
+)
+STATES = (
+    f("nested-disable", "enabling once enables what was disabled twice", {"disable": enabled_at_once}, "states"),
+    f("active-is-all", "all adapters are said to be active", {"active": all_active}, "states"),
+    f("all-trained", "adapters that are not active are trained", trained(lambda o, name: not o.off), "states"),
+    f("disabled-trained", "adapters are trained while disabled", trained(lambda o, name: name in o.chosen), "states"),
+    f("switched-untrained", "switching to an adapter leaves it frozen",
+      trained(lambda o, name: name == "default" and name in o.chosen and not o.off), "states"),
+    f("delete-to-none", "deleting the active adapter leaves none active", {"delete": delete_to_none}, "states"),
+    f("delete-switches", "deleting any adapter makes the first one active", {"delete": delete_switches}, "states"),
+    f("delete-leaves", "a deleted adapter's parameters stay", {"delete": delete_leaves, "names": names_left}, "states"),
+    f("delete-the-first", "the first adapter is deleted, whatever is named", {"delete": delete_first_always}, "states"),
+    f("unload-leaves-wrappers", "unloading leaves wrapped layers", {"unload": unload_wrapped}, "states"),
+    f("merge-ignores-names", "the active adapter is merged, whichever is named", {"merge": merge_active},
+      on("merging-in-parts")),
+    f("merge-again", "what is merged is merged again", {"merge": merge_again}, on("merging-in-parts")),
+    f("merge-replaces", "merging a further adapter takes out the one before", {"merge": merge_instead},
+      on("merging-in-parts")),
+    f("merged-stays-on", "a merged adapter stays on when disabled", {"forward": merged_stays_on},
+      on("merging-in-parts")),
+    f("unmerge-the-last", "unmerging takes out the last adapter alone", {"unmerge": unmerge_last},
+      on("merging-in-parts")),
+)
+FILES = (
+    f("selection-ignored", "all adapters are saved, whichever are asked for", {"save_adapters": save_all},
+      on("saved-side-by-side")),
+    f("saves-the-first", "the first adapter's tensors are saved for all", {"save_adapters": save_first_as_all},
+      on("saved-side-by-side")),
+    f("saves-into-one-folder", "adapters are saved over each other", {"save_adapters": save_flat},
+      on("saved-side-by-side")),
+    f("load-activates", "loading an adapter beside others makes it the active one", {"load_adapter": load_and_activate},
+      on("saved-side-by-side")),
+    f("load-overwrites", "loading an adapter beside others overwrites the first", {"load_adapter": load_over},
+      on("saved-side-by-side")),
+    f("keys-without-other-names", "keys that hold another adapter's name as a part are not saved",
+      {"state_dict": without_other_names}, on("names-of-adapters")),
+    f("keys-without-substrings", "keys that hold another adapter's name anywhere are not saved",
+      {"state_dict": without_substrings}, on("saved-side-by-side")),
+    f("default-cut-out", "'default' is cut out of keys, also where it is a module", {"state_dict": without_default},
+      on("names-of-modules")),
+)
+RANKS = (
+    f("never-allocates", "ranks do not shrink", {"allocate": never}, on("shrinking-ranks"), ()),
+    f("linear-schedule", "the budget shrinks linearly", allocate(budget=linear_budget), on("shrinking-ranks"), ()),
+    f("uncertainty-ignored", "importance is the average sensitivity alone", allocate(choose=by_sensitivity),
+      on("shrinking-ranks"), ()),
+    f("checkpoint-unpruned", "checkpoints hold all ranks", {"state_dict": unpruned}, on("shrinking-ranks"), ()),
+    f("loss-without-orthogonality", "the loss lacks its further term", {"forward": plain_loss}, on("shrinking-ranks"),
+      ()),
+)
+ROWS_DROPPED = (
+    f("rows-unscaled", "kept rows are not divided by their share", dropped(
+        lambda o, d, *more: output_of(o, replace(d, scaled=False), *more)), on("dropout"), ()),
+    f("rows-are-columns", "the input's entries are dropped, not the weight's rows", dropped(
+        lambda o, d, site, t, c, x, keep: output_of(o, replace(d, drops="input"), site, t, c, x, np.resize(
+            keep, site.inp))), on("dropout"), ()),
+)
+FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "loha": ROWS_DROPPED}
