@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from ..drivers.oracle import Oracle
 from ..reference.compare import Failure, distance
-from ..reference.faults import GENERAL, other_keys
+from ..reference.faults import all_faults, other_keys
 from ..reference.method import Fault
 from ..reference.methods import methods
 from .runner import Result, Task, masked, run_one
@@ -68,12 +68,14 @@ class Search:
 
     def candidates(self, result: Result) -> Iterator:
         """The faults that may show in a result."""
-        for fault in (*self.method.faults, *GENERAL):
-            formula = (
-                fault not in GENERAL and not fault.gradient_only and result.check not in (*CONVENTIONS, *SLOW, "reject")
-            )
+        for fault in self.method.faults:
+            formula = not fault.gradient_only and result.check not in (*CONVENTIONS, *SLOW, "reject")
             if formula or result.check in fault.caught_by:
                 yield fault
+        for method, fault in all_faults():  # bookkeeping around any formula is told of LoRA
+            if method.name in ("lora", self.method.name) and fault not in method.faults:
+                if result.check in fault.caught_by:
+                    yield fault
         if result.check == "keys":
             yield from renamed(result.raised)
 
