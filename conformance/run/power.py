@@ -11,13 +11,13 @@ from . import plan
 from .runner import run_one
 
 COLUMNS = ("names", "keys", "count", "forward", "gradients", "merge", "unmerge", "disable", "save", "lifecycle",
-           "states", "laws", "reject")
+           "states", "laws", "reject", "usage")
 MOST_CASES = 3  # of the rows meant for a fault
 LAW_EXAMPLES = 4
 
 
 def meant_cases(method, fault) -> list[str]:
-    rows = [r.id for r in method.rows if fault.meant_for(r.id)]
+    rows = fault.cases or [r.id for r in method.rows if fault.meant_for(r.id)]
     return [f"{method.name}/{r}" for r in rows[:MOST_CASES]]
 
 
