@@ -168,6 +168,15 @@ def test_a_general_fault_is_told_from_its_like(id):
     assert [g[0].cause for g in groups] == [f"{id}: {fault.what}"]
 
 
+def test_in_every_dtype():
+    fault = methods()["ia3"].faults[0]
+    case = next(f"ia3/{r.id}" for r in methods()["ia3"].rows if fault.meant_for(r.id) and r.profile == "core")
+    tasks = [t for t in plan.tasks("full", ["ia3"], case) if t.check == "forward"]
+    assert {t.dtype for t in tasks} == {"float64", "float32", "bfloat16", "float16"}
+    results, groups = report(Oracle(fault), tasks)
+    assert len(groups) == 1 and all(r.cause for r in results)
+
+
 def test_one_general_mistake_is_one_entry_over_all_methods():
     fault = next(f for f in GENERAL if f.id == "keys-without-prefix")
     tasks = [t for t in plan.tasks("core", ["lora", "ia3", "oft"], dtypes=["float32"]) if t.check == "keys"]
