@@ -146,6 +146,45 @@ class Driver:
         """Build the base model anew and put the saved adapter on it."""
         raise Unsupported("load a saved adapter")
 
+    def build_with(self, base: dict, weights: dict, config: dict, dtype: str, options: dict, case: str = "") -> None:
+        """As `build`, with PEFT's own options of putting an adapter on, such as `autocast_adapter_dtype`.
+
+        What was put on keeps the dtype that it got. With `mixed`, a model that takes adapters of several methods.
+        """
+        raise Unsupported("options of putting an adapter on")
+
+    def restore_with(self, path: str, base: dict, weights: dict, dtype: str, options: dict) -> None:
+        """As `restore`, with PEFT's own options of loading: `is_trainable`, `low_cpu_mem_usage`."""
+        raise Unsupported("options of loading")
+
+    def dtypes(self) -> dict:
+        """Live parameter name -> the dtype that it has."""
+        raise Unsupported("tell the dtypes of parameters")
+
+    def safe_merge(self, names: list | None = None) -> None:
+        """Merge, but refuse an adapter that would make a weight infinite or NaN."""
+        raise Unsupported("merge and look for what is not finite")
+
+    def set_scale(self, name: str, factor: float) -> None:
+        """Make an adapter `factor` times as strong as its config says."""
+        raise Unsupported("set an adapter's scale")
+
+    def unscale(self, factor: float | None = None) -> None:
+        """Divide the strength of the active adapters; None: what their configs say."""
+        raise Unsupported("divide the scale of adapters")
+
+    def combine(self, names: list, weights: list, new: str, options: dict) -> None:
+        """Make the adapter `new` of others; `options` as of PEFT's `add_weighted_adapter`. The active ones stay."""
+        raise Unsupported("make an adapter of others")
+
+    def generate(self, inputs: dict, count: int):
+        """The ids of the input, and `count` more, each the likeliest next one."""
+        raise Unsupported("generate")
+
+    def build_quantised(self, base: dict, weights: dict, config: dict | None, kind: str, case: str = "") -> None:
+        """As `build` in float32, on linear layers that are stored in 4 bits: `kind` is nf4 or fp4, of bitsandbytes."""
+        raise Unsupported("quantised layers")
+
     def close(self) -> None:
         """Let go of everything."""
 

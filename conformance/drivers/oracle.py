@@ -16,8 +16,9 @@ import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
 from ..reference import dropout, formulas, rules, store
+from ..reference.combine import combined
 from ..reference.method import KEY, slots
-from ..reference.methods import methods
+from ..reference.methods import lora, methods
 from ..reference.numpy_model import sites
 
 OWN = ("drop", "keep")  # what faults change besides operations
@@ -42,9 +43,12 @@ class Oracle(Driver):
             raise Unsupported("models without values")
         self.method: Any = methods()[case.split("/")[0]] if case else None
         self.case: Any = next((c for c in store.all_cases() if c.id == case), None)
-        self.base, self.dtype, self.seed, self.loaded = base, dtype, seed, False
+        self.base, self.dtype, self.seed = base, dtype, seed
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
-        self.adapters, self.chosen, self.merged, self.off, self.factor = {}, [], [], 0, 1.0
+        self.adapters, self.chosen, self.merged, self.off = {}, [], [], 0
+        self.factors: dict[str, float] = {}  # by adapter, where its strength was changed
+        self.kept, self.mixed = dtype, False  # the dtype of adapters; are they of several methods?
+        self.for_training = True
         self.allocator: Any = None
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
         self.training, self.rng = False, np.random.default_rng(seed)
@@ -79,28 +83,29 @@ class Oracle(Driver):
         return found
 
     def add(self, name, config):
-        validate(config, self.method)
+        method = self.method_of(config)
+        validate(config, method)
         rng = np.random.default_rng(self.seed)
-        shapes = formulas.expected_shapes(self.method, self.base, self.base_weights, config, self.targets(config))
+        shapes = formulas.expected_shapes(method, self.base, self.base_weights, config, self.targets(config))
         if self.recorded(config):
             shapes = self.case.keys
         elif "layers" in self.base:
             for path in rules.saved(self.base, config, self.rules):
                 shapes |= {KEY + k: v.shape for k, v in self.base_weights.items() if k.rpartition(".")[0] == path}
-        shapes = self.method.live(config) or shapes
+        shapes = method.live(config) or shapes
         tensors = {}
         for key, shape in shapes.items():
-            value = next((v for slot, v in self.method.tensors.neutral.items() if key.endswith(slot)), None)
+            value = next((v for slot, v in method.tensors.neutral.items() if key.endswith(slot)), None)
             tensors[key] = np.full(shape, value) if value is not None else rng.normal(size=tuple(shape)) * 0.1
             if formulas.plain_name(key) in self.base_weights:
                 tensors[key] = self.base_weights[formulas.plain_name(key)].copy()
         at = {p: s for p, s in sites(self.base, self.base_weights).items() if p in self.targets(config)}
-        made = self.method.tensors.made(config, list(at.values())) if self.method.tensors.made else {}
+        made = method.tensors.made(config, list(at.values())) if method.tensors.made else {}
         tensors.update({k: np.asarray(v, np.float64) for k, v in made.items()})
-        if self.method.tensors.fresh:
+        if method.tensors.fresh:
             for path, site in at.items():
                 if own := slots(tensors, path):
-                    new = self.method.tensors.fresh(site, {**own, **made}, config)
+                    new = method.tensors.fresh(site, {**own, **made}, config)
                     tensors.update({f"{KEY}{path}.{k}": np.asarray(v, np.float64) for k, v in new.items()})
         self.adapters[name] = (copy.deepcopy(config), self.pruned(config, tensors))
 
@@ -121,7 +126,8 @@ class Oracle(Driver):
 
     def assign(self, tensors):
         config, own = self.adapters["default"]
-        self.adapters["default"] = (config, {**own, **{k: np.asarray(v, np.float64) for k, v in tensors.items()}})
+        new = {k if k in own else k.replace(".default", ""): np.asarray(v, np.float64) for k, v in tensors.items()}
+        self.adapters["default"] = (config, {**own, **new})
 
     def saved(self, name="default"):
         """What a checkpoint holds of an adapter, unrounded."""
@@ -134,16 +140,21 @@ class Oracle(Driver):
             return tensors
         return self.method.budget.pruned(tensors, {k: np.array(v) for k, v in config["rank_pattern"].items()})
 
-    def scaled(self, config):
-        if self.factor == 1:
-            return config
-        return {**config, "lora_alpha": config.get("lora_alpha", 8) * self.factor}
+    def of(self, name):
+        """(the method, the tensors, the config with what its strength is now) of an adapter."""
+        config, tensors = self.adapters[name]
+        field, factor = "alpha" if "alpha" in config else "lora_alpha", self.factors.get(name, 1.0)
+        strong = config if factor == 1 else {**config, field: config.get(field, 8) * factor}
+        return self.method_of(config), tensors, strong
+
+    def method_of(self, config):
+        return methods()[config["peft_type"].lower()] if self.mixed else self.method
 
     def folded(self, names):
         weights = self.base_weights
         for name in names:
-            config, tensors = self.adapters[name]
-            weights, _ = formulas.adapted(self.method, self.base, weights, tensors, self.scaled(config),
+            method, tensors, config = self.of(name)
+            weights, _ = formulas.adapted(method, self.base, weights, tensors, config,
                                           formula=self.faulty.get("formula"), frozen=self.base_weights)
         return weights
 
@@ -160,10 +171,10 @@ class Oracle(Driver):
             return formulas.output(self.method or next(iter(methods().values())), self.base, self.base_weights, {}, {},
                                    inputs, prompt=lambda *a: {})
         weights = self.folded(names[:-1])
-        config, tensors = self.adapters[names[-1]]
+        method, tensors, config = self.of(names[-1])
         change = {**self.faulty, **(self.trained(weights, config) if self.training else {})}
         with np.errstate(all="ignore"):
-            return formulas.output(self.method, self.base, weights, tensors, self.scaled(config), inputs,
+            return formulas.output(method, self.base, weights, tensors, config, inputs,
                                    frozen=self.base_weights, **change)
 
     def trained(self, weights, config):
@@ -198,6 +209,7 @@ class Oracle(Driver):
 
     def train(self, on):
         self.training = on
+
 
     def rounded(self, y):
         return np.asarray(y, np.float64 if self.dtype == "float64" else np.float32)
@@ -246,15 +258,16 @@ class Oracle(Driver):
         for name, trained in self.case.parameters.items():
             parts = name.split(".")
             if "default" not in parts:
-                found[name] = trained and not self.loaded
+                found[name] = trained and self.for_training
                 continue
             for adapter in self.adapters:
-                on = bool(self.method.prompt) or (adapter in self.chosen and not self.off and not self.loaded)
-                found[".".join(adapter if p == "default" else p for p in parts)] = trained and on
+                on = bool(self.method.prompt) or (adapter in self.chosen and not self.off)
+                found[".".join(adapter if p == "default" else p for p in parts)] = trained and on and self.for_training
         return found
 
     def active(self):
         return list(self.chosen)
+
 
     def count(self):
         if self.case is None:
@@ -286,7 +299,65 @@ class Oracle(Driver):
         self.off = max(self.off + (1 if off else -1), 0)
 
     def scale(self, factor):
-        self.factor *= factor
+        for name in self.chosen:
+            self.factors[name] = self.factors.get(name, 1.0) * factor
+
+    def set_scale(self, name, factor):
+        self.factors[name] = factor
+
+    def unscale(self, factor=None):
+        for name in self.chosen:
+            self.factors[name] = 1.0 if factor is None else self.factors.get(name, 1.0) / factor
+
+    def safe_merge(self, names=None):
+        bad = [k for k, v in self.folded(names or self.chosen).items() if not np.isfinite(v).all()]
+        if bad:
+            raise Rejected(f"merged, {', '.join(bad)} would not be finite")
+        self.merge(names)
+
+    def combine(self, names, weights, new, options):
+        configs, tensors = zip(*(self.adapters[name] for name in names))
+        if self.method.name == "ia3":
+            self.adapters[new] = (configs[0], {k: sum(w * t[k] for w, t in zip(weights, tensors)) for k in tensors[0]})
+            return
+        if self.method.name != "lora":
+            raise Unsupported("make an adapter of others of this method")
+        found, rank = {}, 0
+        for path in self.targets(configs[0]):
+            site = sites(self.base, self.base_weights)[path]
+            a, b = (f"{KEY}{path}.{slot}" for slot in lora.names(site))
+            parts = [(t[a], t[b], lora.scaling(site, c)) for t, c in zip(tensors, configs)]
+            found[a], found[b] = combined(parts, weights, **options)
+            rank = len(found[a])
+        self.adapters[new] = ({**configs[0], "r": rank, "lora_alpha": rank}, found)
+
+    def generate(self, inputs, count):
+        inputs = dict(inputs)
+        for _ in range(count):
+            new = self.run(inputs, [] if self.off else self.chosen)[:, -1:].argmax(-1)
+            inputs["input_ids"] = np.concatenate([inputs["input_ids"], new], 1)
+            if "attention_mask" in inputs:
+                inputs["attention_mask"] = np.pad(inputs["attention_mask"], [(0, 0), (0, 1)], constant_values=1)
+        return inputs["input_ids"]
+
+    def build_with(self, base, weights, config, dtype, options, case=""):
+        self.build(base, weights, config, dtype, case)
+        self.mixed = options.get("mixed", False)
+        if options.get("autocast_adapter_dtype", True) and dtype in ("bfloat16", "float16"):
+            self.kept = "float32"
+
+    def dtypes(self):
+        return {k: self.kept if "default" in k.split(".") else self.dtype for k in self.names()}
+
+    def restore_with(self, path, base, weights, dtype, options):
+        if self.method.prompt and options.get("is_trainable"):
+            raise Rejected("a prompt is loaded for use alone")
+        self.restore(path, base, weights, dtype)
+        self.for_training = options.get("is_trainable", False)
+
+    def build_quantised(self, base, weights, config, kind, case=""):
+        steps = {"nf4": 8, "fp4": 6}[kind]  # some rounding
+        self.build(base, {k: np.round(v * steps) / steps for k, v in weights.items()}, config, "float32", case)
 
     def copy(self):
         self.adapters, self.base_weights = copy.deepcopy((self.adapters, self.base_weights))
@@ -339,7 +410,7 @@ class Oracle(Driver):
         case = self.case.id if self.case else f"{self.method.name}/restored"
         self.build(base, weights, config, dtype, case, self.seed)
         self.load(tensors)
-        self.loaded = True
+        self.for_training = False
 
 
 def same_as(case, config, known) -> bool:

@@ -312,3 +312,72 @@ class PeftApi(Driver):
         with rejecting():
             self.model = self.peft.PeftModel.from_pretrained(net, path)
         self.model.to(self.dtype).eval()
+
+    def build_with(self, base, weights, config, dtype, options, case=""):
+        self.begin()
+        net = self.base(base, weights, dtype)
+        with rejecting():
+            self.model = self.peft.get_peft_model(net, self.config(config), **options)
+        self.model.eval()
+
+    def restore_with(self, path, base, weights, dtype, options):
+        self.begin()
+        net = self.base(base, weights, dtype)
+        with rejecting():
+            self.model = self.peft.PeftModel.from_pretrained(net, path, **options)
+        self.model.eval()
+
+    def dtypes(self):
+        return {k: str(p.dtype).removeprefix("torch.") for k, p in self.model.named_parameters()}
+
+    def safe_merge(self, names=None):
+        with rejecting():
+            self.model.merge_adapter(names, safe_merge=True)
+
+    def layers_with(self, method):
+        found = [m for m in self.model.modules() if hasattr(m, method)]
+        if not found:
+            raise Unsupported(f"layers have no {method}")
+        return found
+
+    def set_scale(self, name, factor):
+        for layer in self.layers_with("set_scale"):
+            layer.set_scale(name, factor)
+
+    def unscale(self, factor=None):
+        for layer in self.layers_with("unscale_layer"):
+            layer.unscale_layer(factor)
+
+    def combine(self, names, weights, new, options):
+        if not hasattr(self.model, "add_weighted_adapter"):
+            raise Unsupported("no add_weighted_adapter")
+        with rejecting():
+            self.model.add_weighted_adapter(names, weights, new, **options)
+        self.model.eval()
+
+    def generate(self, inputs, count):
+        first, more = self.kwargs(inputs)
+        with rejecting():
+            return to_numpy(self.model.generate(input_ids=first, max_new_tokens=count, **more))
+
+    def build_quantised(self, base, weights, config, kind, case=""):
+        try:
+            import bitsandbytes as bnb
+        except ImportError as e:
+            raise Unsupported(f"no bitsandbytes: {e}") from e
+        self.begin()
+        net = self.base(base, weights, "float32")
+        for name, layer in list(net.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                new = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None,
+                                        compute_dtype=torch.float32, quant_type=kind)
+                new.load_state_dict(layer.state_dict())
+                net.set_submodule(name, new.to("cpu"))
+        self.model = net
+        if config is not None:
+            try:
+                with rejecting():
+                    self.model = self.peft.get_peft_model(net, self.config(config))
+            except Rejected as e:
+                raise Unsupported(f"this method on layers in 4 bits: {e}") from e
+        self.model.train()  # in evaluation mode bitsandbytes computes in bfloat16 on some processors

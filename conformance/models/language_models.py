@@ -145,6 +145,7 @@ class CausalLM(Layers):
     def __init__(self, base):
         super().__init__(base, causal=True)
         self.head = nn.Linear(base["hidden"], base["vocab"], bias=False)
+        self.generation_config = LMConfig()  # peft hands it on
 
     @property
     def device(self):

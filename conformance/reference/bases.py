@@ -59,6 +59,7 @@ def language_model(model, **more):
 TYPES = {"token_type_ids": {"values": [[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]]}}  # as a row's input
 
 BASES = {
+    "one-layer": net(lin("up", 64, 64), shape=[64]),
     "mlp": net(lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[6]),
     "mlp-nobias": net(lin("up", 6, 10, False), tanh("act1"), lin("mid", 10, 10, False), tanh("act2"),
                       lin("head", 10, 4), shape=[6]),

@@ -236,6 +236,69 @@ def scale_with_r(o, right, factor):
     right(factor / np.sqrt(config.get("r", 8)) if config.get("use_rslora") and factor != 1 else factor)
 
 
+def loaded_as(**wrong):
+    return {"restore_with": lambda o, right, *a: right(*a[:-1], {**a[-1], **wrong})}
+
+
+def loses_what_was_meta(o, right, path, base, weights, dtype, options):
+    right(path, base, weights, dtype, options)
+    if options.get("low_cpu_mem_usage"):
+        o.adapters = {name: (c, {k: v * 0 for k, v in t.items()}) for name, (c, t) in o.adapters.items()}
+
+
+def keeps_dtype(dtype):
+    def build_with(o, right, *a, **named):
+        right(*a, **named)
+        o.kept = dtype
+
+    return {"build_with": build_with}
+
+
+def refuse_after_merging(o, right, names=None):
+    try:
+        right(names)
+    except Exception:
+        o.merge(names)
+        raise
+
+
+def strength(o, name="default"):
+    """alpha / r of an adapter of LoRA."""
+    config = o.adapters[name][0]
+    return config["lora_alpha"] / config["r"]
+
+
+def scales_all(o, right, name, factor):
+    for each in o.adapters:
+        right(each, factor)
+
+
+def unscale_to_one(o, right, factor=None):
+    right(factor)
+    if factor is None:
+        o.scale(1 / strength(o))
+
+
+def combine_otherwise(**wrong):
+    return {"combine": lambda o, right, names, weights, new, options: right(
+        names, weights, new, {**options, **{k: v for k, v in wrong.items() if k in options}})}
+
+
+def combine_unscaled(o, right, names, weights, new, options):
+    right(names, [w / strength(o, name) for w, name in zip(weights, names)], new, options)
+
+
+def combine_and_use(o, right, names, weights, new, options):
+    right(names, weights, new, options)
+    o.switch([new])
+
+
+def on_what_was_not_rounded(o, right, base, weights, config, kind, case=""):
+    right(base, weights, config, kind, case)
+    if config is not None:
+        o.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
+
+
 def f(id, what, change, caught_by, cases=PLAIN, link="", **more):
     return Fault(id, what, change, tuple(caught_by.split()), cases, link=link, **more)
 
@@ -310,9 +373,60 @@ GENERAL = (
 )
 
 
+USAGE = (
+    f("loaded-for-training", "a loaded adapter is always trained", loaded_as(is_trainable=True), "usage",
+      ("usage/is-trainable",)),
+    f("never-for-training", "is_trainable is not read", loaded_as(is_trainable=False), "usage",
+      ("usage/is-trainable",)),
+    f("meta-tensors-lost", "with low_cpu_mem_usage the tensors of a checkpoint do not arrive",
+      {"restore_with": loses_what_was_meta}, "usage", ("usage/low-cpu-mem-usage",)),
+    f("adapter-in-the-base's-dtype", "an adapter on a base in 16 bits has 16, too", keeps_dtype("bfloat16"), "usage",
+      ("usage/autocast",)),
+    f("autocast-is-no-choice", "autocast_adapter_dtype is not read", keeps_dtype("float32"), "usage",
+      ("usage/autocast",)),
+    f("merges-what-is-nan", "safe_merge does not look", {"safe_merge": lambda o, right, names=None: o.merge(names)},
+      "usage", ("usage/safe-merge",)),
+    f("refuses-after-merging", "safe_merge looks when the weights have changed", {"safe_merge": refuse_after_merging},
+      "usage", ("usage/safe-merge",)),
+    f("safe-merge-merges-nothing", "safe_merge leaves the weights as they were", {"safe_merge": keep_going}, "usage",
+      ("usage/safe-merge",)),
+    f("set-scale-is-all", "set_scale sets alpha / r itself",
+      {"set_scale": lambda o, right, name, factor: right(name, factor / strength(o, name))}, "usage",
+      ("usage/set-scale",)),
+    f("set-scale-multiplies", "set_scale multiplies what the scale is now",
+      {"set_scale": lambda o, right, name, factor: right(name, factor * o.factors.get(name, 1))}, "usage",
+      ("usage/set-scale",)),
+    f("set-scale-of-all", "set_scale sets that of all adapters", {"set_scale": scales_all}, "usage",
+      ("usage/set-scale",)),
+    f("unscale-resets", "unscale_layer(factor) sets the scale back",
+      {"unscale": lambda o, right, factor=None: right()}, "usage", ("usage/set-scale",)),
+    f("unscale-to-one", "unscale_layer() leaves a scale of 1, not of alpha / r", {"unscale": unscale_to_one}, "usage",
+      ("usage/set-scale",)),
+    f("combined-unscaled", "adapters are combined without their alpha / r", {"combine": combine_unscaled}, "usage",
+      ("usage/combine-linear", "usage/combine-cat", "usage/combine-svd")),
+    f("negative-weights-lost", "a negative weight counts as a positive one",
+      {"combine": lambda o, right, names, weights, *a: right(names, list(np.abs(weights)), *a)}, "usage",
+      ("usage/combine-linear-negative", "usage/combine-cat", "usage/combine-svd")),
+    f("density-ignored", "nothing is pruned", combine_otherwise(density=1.0), "usage",
+      ("usage/combine-ties", "usage/combine-magnitude-prune", "usage/combine-magnitude-prune-svd")),
+    f("majority-ignored", "signs are weighed by size where they should be counted",
+      combine_otherwise(majority_sign_method="total"), "usage", ("usage/combine-ties-frequency",)),
+    f("ties-are-sums", "TIES sums all, whatever their sign", combine_otherwise(combination_type="magnitude_prune"),
+      "usage", ("usage/combine-ties", "usage/combine-ties-frequency")),
+    f("all-ranks-kept", "svd_rank is not read", combine_otherwise(svd_rank=None), "usage",
+      ("usage/combine-svd-rank", "usage/combine-ties-svd")),
+    f("combined-becomes-active", "the adapter made of others becomes the active one", {"combine": combine_and_use},
+      "usage", ("usage/combine-linear",)),
+    f("order-of-methods", "of two methods on a layer the inner one is taken for the outer",
+      {"switch": lambda o, right, names: right(list(names)[::-1])}, "usage", ("usage/mixed-with-oft",)),
+    f("on-what-was-not-rounded", "an adapter puts the layer back as it was before it was quantised",
+      {"build_quantised": on_what_was_not_rounded}, "usage", ("usage/nf4", "usage/fp4")),
+)
+
+
 def all_faults():
     """(method, fault) for every seeded fault of the suite."""
     found = [(m, fault) for m in methods().values() for fault in m.faults]
     for more in (faults_over_time.FAULTS, faults_of_configs.FAULTS):
         found += [(methods()[name], fault) for name, faults in more.items() for fault in faults]
-    return [*((methods()["lora"], fault) for fault in GENERAL), *found]
+    return [*((methods()["lora"], fault) for fault in (*GENERAL, *USAGE)), *found]

@@ -156,12 +156,12 @@ def strict(held):
 def save_for_good(o, right, path):
     """The live model is put into inference mode as well."""
     right(path)
-    o.loaded = True
+    o.for_training = False
 
 
 def stay_trainable(o, right, path, *a):
     right(path, *a)
-    o.loaded = False
+    o.for_training = True
 
 
 CONFIGS = ("config/defaults", "config/given", "config/file")

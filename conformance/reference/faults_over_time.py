@@ -65,7 +65,7 @@ def always_same(o, right, d, site, t, rate, x):
 
 def train_scales(o, right, on):
     right(on)
-    o.factor = 1.1 if on else 1.0
+    o.factors = dict.fromkeys(o.adapters, 1.1 if on else 1.0)
 
 
 def gradients_in_training(o, right, inputs, cotangent):

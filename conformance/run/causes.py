@@ -13,14 +13,15 @@ from collections.abc import Iterator
 
 from ..drivers.oracle import Oracle
 from ..reference.compare import Failure, distance
-from ..reference.faults import GENERAL, other_keys
+from ..reference.faults import all_faults, other_keys
 from ..reference.method import Fault
 from ..reference.methods import methods
 from .runner import Result, Task, masked, run_one
 
 PROBES = 16  # failing results of one method that all faults are tried on; the others only on those found
 CONVENTIONS = ("names", "keys", "count")  # what a wrong formula leaves right
-SLOW = ("gradients",)  # finite differences: tried where nothing cheaper tells
+SLOW = ("gradients",)  # finite differences: tried where nothing cheaper tells, on few results
+SLOW_PROBES = 2
 DRAWN = ("laws",)  # numbers differ: the adapter's tensors follow from what the implementation drew
 
 
@@ -42,9 +43,8 @@ class Search:
         self.method, self.call, self.failed = method, call, failed
         self.passed = [r for r in results if r.method == method.name and r.outcome == "pass"]
         # In another dtype the same check of the same case fails for the same reason: one of them is looked at.
-        rank = {"float32": 0, "float64": 1, "bfloat16": 2}
         chosen: dict = {}
-        for r in sorted(failed, key=lambda r: rank[r.dtype]):
+        for r in sorted(failed, key=lambda r: (r.dtype != "float32", r.dtype != "float64")):
             chosen.setdefault((r.case, r.check), r)
         self.left = sorted(chosen.values(), key=lambda r: (r.check in SLOW, r.check in DRAWN))
         self.answers: dict = {}
@@ -52,10 +52,13 @@ class Search:
     def explain(self, likely: list) -> list:
         """Set the causes; gives the general faults among them. `likely`: those found for another method."""
         named = [fault for fault in likely if self.assign(fault)]
-        probes = (r for r in list(self.left) if r.check not in DRAWN)
-        for _ in range(PROBES):
-            if (probe := next((r for r in probes if not r.cause), None)) is None:
-                break
+        wrong = {r.case for r in self.left if r.check not in SLOW}  # where slow checks have nothing to add
+        left = {False: PROBES, True: SLOW_PROBES}
+        for probe in list(self.left):
+            slow = probe.check in SLOW
+            if probe.cause or probe.check in DRAWN or not left[slow] or (slow and probe.case in wrong):
+                continue
+            left[slow] -= 1
             equal = [fault for fault in self.candidates(probe) if self.same(fault, probe)]
             if equal:
                 named.append(max(equal, key=lambda fault: self.fits(fault, probe)))
@@ -68,21 +71,25 @@ class Search:
 
     def candidates(self, result: Result) -> Iterator:
         """The faults that may show in a result."""
-        for fault in (*self.method.faults, *GENERAL):
-            formula = (
-                fault not in GENERAL and not fault.gradient_only and result.check not in (*CONVENTIONS, *SLOW, "reject")
-            )
+        for fault in self.method.faults:
+            formula = not fault.gradient_only and result.check not in (*CONVENTIONS, *SLOW, "reject")
             if formula or result.check in fault.caught_by:
                 yield fault
+        for method, fault in all_faults():  # bookkeeping around any formula is told of LoRA
+            if method.name in ("lora", self.method.name) and fault not in method.faults:
+                if result.check in fault.caught_by:
+                    yield fault
         if result.check == "keys":
             yield from renamed(result.raised)
 
     def assign(self, fault) -> bool:
         """Name a fault as the cause of all results that it explains, and then of those like them; was there any?"""
-        own = [r for r in self.left if self.same(fault, r)]
+        own = [r for r in self.left if r.check not in SLOW and self.same(fault, r)]
+        cases = {r.case for r in own}
+        own += [r for r in self.left if r.check in SLOW and (r.case in cases if own else self.same(fault, r))]
         if not any(fault in self.method.faults or r.check in fault.caught_by for r in own):
             return False
-        for r in own + [r for r in self.left if r not in own and self.alike(fault, r)]:
+        for r in own + [r for r in self.left if r not in own and r.check not in SLOW and self.alike(fault, r)]:
             name = f"{self.method.name}/{fault.id}" if fault in self.method.faults else fault.id
             r.cause, r.link = f"{name}: {fault.what}", r.link or fault.link
             self.left.remove(r)

@@ -6,7 +6,7 @@ from functools import partial
 
 from ..reference import laws, store
 from ..reference.methods import methods as all_methods
-from .checks import config, figures, goldens, lifecycle, reject, states, targets
+from .checks import config, figures, goldens, lifecycle, reject, states, targets, usage
 from .runner import Task
 
 PROFILES = ("core", "full")
@@ -84,6 +84,17 @@ def reject_tasks(cases, pattern=None) -> list[Task]:
     return found
 
 
+def usage_tasks(profile, methods, pattern=None) -> list[Task]:
+    """In the core profile, LoRA's alone."""
+    found = []
+    for m, what, function in usage.everything():
+        case = f"{m.name}/usage/{what}"
+        if (profile == "full" or m.name == "lora") and (not methods or m.name in methods) and (
+                not pattern or pattern in case):
+            found.append(Task(m.name, case, "usage", "float32", function))
+    return found
+
+
 def figure_tasks(methods, pattern) -> list[Task]:
     found = []
     for figure in figures.figures():
@@ -125,6 +136,7 @@ def tasks(profile: str, methods=None, pattern=None, dtypes=DTYPES, laws=True):
     found = [*golden_tasks(chosen, profile, dtypes), *lifecycle_tasks(chosen), *state_tasks(chosen),
              *(law_tasks(profile, methods, pattern) if laws else ()),
              *reject_tasks(cases(profile, methods), pattern),
+             *usage_tasks(profile, methods, pattern),
              *row_tasks("targets", store.rows("targets"), targets.check, profile, methods, pattern),
              *config_tasks(profile, methods, pattern),
              *(figure_tasks(methods, pattern) if profile == "full" else ())]

@@ -11,7 +11,7 @@ from . import plan
 from .runner import run_one
 
 COLUMNS = ("names", "keys", "count", "forward", "gradients", "merge", "unmerge", "disable", "save", "lifecycle",
-           "states", "laws", "reject", "targets", "config", "beginnings")
+           "states", "laws", "reject", "usage", "targets", "config", "beginnings")
 MOST_CASES = 3  # of the rows meant for a fault
 LAW_EXAMPLES = 4
 

@@ -17,7 +17,10 @@ from conformance.run import causes, cli, plan, runner
 from conformance.run.reporting import terminal
 
 SOURCE = Path(conformance.__path__[0], "examples/numpy_lora.py").read_text()
-TASKS = [t for t in plan.tasks("core", ["lora"], dtypes=["float32"]) if t.check not in ("gradients", "figures")]
+CASES = "lora/linear/plain", "lora/linear/rslora", "lora/law/run-is-merge", "lora/law/deepcopy", "lora/reject/missing"
+TASKS = [
+    t for t in plan.tasks("core", ["lora"], dtypes=["float32"]) if t.case.startswith(CASES) and t.check != "gradients"
+]
 SCALE = 'alpha / (math.sqrt(r) if self.config.get("use_rslora") else r)'
 BIAS = 'self.W.get(name + ".bias", 0)'
 ADAPTED = "PREFIX + name + '.lora_A.weight' in self.adapter"
@@ -165,6 +168,15 @@ def test_a_general_fault_is_told_from_its_like(id):
     assert [g[0].cause for g in groups] == [f"{id}: {fault.what}"]
 
 
+def test_in_every_dtype():
+    fault = methods()["ia3"].faults[0]
+    case = next(f"ia3/{r.id}" for r in methods()["ia3"].rows if fault.meant_for(r.id) and r.profile == "core")
+    tasks = [t for t in plan.tasks("full", ["ia3"], case) if t.check == "forward"]
+    assert {t.dtype for t in tasks} == {"float64", "float32", "bfloat16", "float16"}
+    results, groups = report(Oracle(fault), tasks)
+    assert len(groups) == 1 and all(r.cause for r in results)
+
+
 def test_one_general_mistake_is_one_entry_over_all_methods():
     fault = next(f for f in GENERAL if f.id == "keys-without-prefix")
     tasks = [t for t in plan.tasks("core", ["lora", "ia3", "oft"], dtypes=["float32"]) if t.check == "keys"]
@@ -174,32 +186,17 @@ def test_one_general_mistake_is_one_entry_over_all_methods():
 
 def test_a_program_s_mistake_is_told_everywhere(tmp_path, capsys):
     """The whole way: a port that is a program, the terminal, the page, the JSON lines."""
-    program, page, lines = (tmp_path / name for name in ("port.py", "page.html", "lines.jsonl"))
+    program, page, lines, junit = (tmp_path / name for name in ("port.py", "page.html", "lines.jsonl", "junit.xml"))
     program.write_text(SOURCE.replace(SCALE, "alpha"))
-    assert (
-        cli.main(
-            [
-                "--impl",
-                f"cmd:{sys.executable} {program}",
-                "--cases",
-                "lora/linear/plain",
-                "--methods",
-                "lora",
-                "--checks",
-                "forward,merge",
-                "--html",
-                str(page),
-                "--json",
-                str(lines),
-            ]
-        )
-        == 1
-    )
+    chosen = "--cases lora/linear/plain --methods lora --checks forward,merge".split()
+    written = [f"--html={page}", f"--json={lines}", f"--junit={junit}"]
+    assert cli.main(["--impl", f"cmd:{sys.executable} {program}", *chosen, *written]) == 1
     fault, what = "lora/alpha-not-over-r", "the scale is alpha, not alpha / r"
     shown = capsys.readouterr().out
     assert shown.count("Likely mistake: ") == 1 and what in shown and fault in shown
     assert "explain lora/linear/plain:forward" in shown
     assert page.read_text().count(f"<summary><b>4 results</b>likely mistake: {what}</summary>") == 1
+    assert junit.read_text().count(f"likely mistake: {fault}: {what}") == 4
     told = [json.loads(line) for line in lines.read_text().splitlines()[1:]]
     assert {r["cause"] for r in told if r["outcome"] == "fail"} == {f"{fault}: {what}"}
     assert all("raised" not in r for r in told)

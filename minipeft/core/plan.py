@@ -40,6 +40,7 @@ from .state import (
     LoadReport,
     base_entries,
     check,
+    entries_of_biases,
     entries_of_layer,
     entries_of_module,
     entries_of_shared,
@@ -339,15 +340,15 @@ class Plan:
 
     def bias_entries(self) -> Iterator[Entry]:
         """The biases that the adapter trains, under the keys they will have; they are the model's own tensors."""
-        bias = getattr(self.config, "bias", "none")
-        names = PlainNames(self.model)
-        wrapped = {live for live, _, joins in self.new if joins is None}
-        for path, module in self.model.named_modules() if bias != "none" else ():
-            if module._parameters.get("bias") is None:
-                continue
-            key = f"{path}.base_layer.bias" if path in wrapped else f"{path}.bias" if path else "bias"
-            if bias == "all" or key.endswith(".base_layer.bias"):
-                yield Entry(PREFIX + names(key), key, module._parameters, "bias")
+        yield from entries_of_biases(
+            self.model,
+            self.name,
+            getattr(self.config, "bias", "none"),
+            PREFIX,
+            around=Counter(live for live, _, joins in self.new if joins is None),
+            joined=[joins for _, _, joins in self.new if joins is not None],
+            copied=[live for live, *_ in self.copies],
+        )
 
     def load(self, weights: Mapping[str, Tensor], strict: bool = True, ignore: bool = False) -> LoadReport:
         """Fill the adapter with a checkpoint's tensors, as `incoming` gives them. Raises `CheckpointError`.

@@ -217,7 +217,8 @@ def fitted(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> dict[str,
     """`weights` under the keys and in the kinds of dtype that `entries` have, where only that differs.
 
     The segment `module`, which DistributedDataParallel and others add, may be lacking in either.
-    Integers become floating-point numbers, as in PEFT.
+    Integers become floating-point numbers, as in PEFT. With `bias="all"` PEFT saves the bias of a module that is
+    trained in full twice more, under the names of the copy and of the original, which is not in use: left out.
     """
     wanted = {strip(entry.saved): entry for entry in entries}
     short: dict[str, list[str]] = {}
@@ -231,6 +232,12 @@ def fitted(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> dict[str,
                 raise CheckpointError(f"'{cut(key, 200)}' and '{cut(found[0], 200)}' mean the same tensor; remove one.")
             key = found[0]
         entry = wanted.get(strip(key))
+        if entry is None and key.endswith(".original_module.bias") and _unwrapped(strip(key)) in wanted:
+            continue
+        if entry is None and key.endswith(".modules_to_save.bias"):
+            own = key.replace(".modules_to_save.", ".")
+            if strip(own) in wanted and own in weights and _same(weights[own], tensor):
+                continue
         if entry is not None and entry.tensor.is_floating_point() and not tensor.is_floating_point():
             tensor = tensor.to(entry.tensor.dtype)
         given[key] = tensor
@@ -480,8 +487,8 @@ def get_peft_model_state_dict(
             else:
                 raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
     saved = adapter_class(config).convert_for_save(model, adapter_name, saved)
-    for key, tensor in _bias_tensors(model, adapter_name).items():
-        saved.setdefault(key, tensor if state_dict is None else state_dict[key])
+    for entry in _bias_entries(model, adapter_name):
+        saved.setdefault(entry.saved, entry.tensor.detach() if state_dict is None else state_dict[entry.live])
     root = getattr(tuner_of(model), "model", model)
     prefix = "" if root is model else PREFIX
     whole = embeddings_to_save(model, adapter_name, save_embedding_layers, root, prefix)
@@ -500,13 +507,42 @@ def onloaded(model: nn.Module, entries: Iterable[Entry], keep: bool = False) -> 
     return onload(*holding, keep=keep, recurse=False)
 
 
-def _bias_tensors(model: Any, name: str) -> dict[str, Tensor]:
-    tuner = tuner_of(model)
-    if tuner is None or tuner.bias_owner != name:
-        return {}
-    prefix = "" if tuner is model else "base_model."
-    names = PlainNames(tuner.model)
-    return {f"{prefix}model.{names(key)}": tuner.trained_bias(key) for key in tuner.biases}
+def entries_of_biases(
+    root: nn.Module,
+    name: str,
+    bias: str,
+    prefix: str,
+    around: Mapping[str, int] | None = None,
+    joined: Iterable[Layer] = (),
+    copied: Iterable[str] = (),
+) -> Iterator[Entry]:
+    """An entry for each bias of the model's own that adapter `name` trains, as its field `bias` says.
+
+    Biases in modules that it trains in full are not among them: its copies have their own, and the originals are not
+    in use. Saved keys have the `base_layer` of its own layers only, whatever other adapters stand there. Of an adapter
+    that is to be put in place: `around` says how many layers at which live paths, `joined` which layers it joins, and
+    `copied` what it trains in full, by live path.
+    """
+    names, around, copies = PlainNames(root), around or {}, [*copied]
+    own, foreign, seen = [*map(id, joined)], set(), set()
+    for _, live, module in walk(root) if bias != "none" else ():
+        if isinstance(module, (Layer, ModulesToSaveWrapper)):
+            if name not in module.adapters and id(module) not in own:
+                foreign.add(f"{live}.{INSIDE[type(module)]}".lstrip("."))
+            elif isinstance(module, ModulesToSaveWrapper):
+                copies.append(live)
+        parameter = module._parameters.get("bias")
+        if parameter is None or id(parameter) in seen or any(f"{live}.".startswith(f"{path}.") for path in copies):
+            continue
+        seen.add(id(parameter))
+        old = key = ""
+        for part in [*live.split("."), "bias"] if live else ["bias"]:
+            old = f"{old}.{part}".lstrip(".")
+            if old not in foreign:
+                key = f"{key}.{part}".lstrip(".")
+            key += ".base_layer" * around.get(old, around.get(key, 0))  # out_proj comes to stand below another
+        if bias == "all" or key.endswith(".base_layer.bias"):
+            yield Entry(prefix + names(key), prefix + old, module._parameters, "bias")
 
 
 def embeddings_to_save(model: Any, name: str, save: bool | str, root: Any, prefix: str) -> list[Entry]:
@@ -620,12 +656,18 @@ def set_peft_model_state_dict(
 
 
 def _bias_entries(model: Any, name: str) -> list[Entry]:
+    """An entry for each trained bias, in use or not."""
     tuner = tuner_of(model)
-    if tuner is None or tuner.bias_owner != name:
+    if tuner is None:
+        return list(entries_of_biases(model, name, getattr(model.peft_config[name], "bias", "none"), ""))
+    if tuner.bias_owner != name:
         return []
-    prefix = "" if tuner is model else "base_model."
-    names = PlainNames(tuner.model)
-    return [Entry(f"{prefix}model.{names(k)}", k, {k: tuner.trained_bias(k)}, k) for k in tuner.biases]
+    prefix = "model." if tuner is model else PREFIX
+    live = {id(parameter): live for live, parameter in tuner.model.named_parameters()}
+    return [
+        Entry(prefix + key, prefix + live.get(id(parameter), key), {key: tuner.trained_bias(key)}, key)
+        for key, (parameter, _) in tuner.biases.items()
+    ]
 
 
 def base_entries(

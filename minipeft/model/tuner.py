@@ -31,7 +31,7 @@ from ..core.layer import (
 )
 from ..core.offload import HOOKS, check_biases
 from ..core.plan import Plan, check_adapter_name, model_config
-from ..core.state import Entry, incoming
+from ..core.state import Entry, entries_of_biases, incoming
 from .prompt import cached_tokens
 
 TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
@@ -94,7 +94,7 @@ class BaseTuner(Slots):
         self.active_adapter: str | Sequence[str] = []
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
-        self.biases: dict[str, tuple[nn.Parameter, Tensor]] = {}  # name -> (parameter, the values not in use)
+        self.biases: dict[str, tuple[nn.Parameter, Tensor]] = {}  # saved key -> (parameter, the values not in use)
         self.bias_owner: str | None = None  # the adapter that trains the biases
         self.biases_on = True
         self.grouped: dict[str, BufferDict] = {}  # what groups of layers share: slot -> container
@@ -268,11 +268,10 @@ class BaseTuner(Slots):
         if bias == "none":
             return
         self.bias_owner, self.biases_on = name, True
-        only = {f"{live}.base_layer.bias" for _, live, m in adapted(self.model) if isinstance(m, Layer)}
-        for key, parameter in self.model.named_parameters():
-            if key in only if bias.endswith("_only") else (key == "bias" or key.endswith(".bias")):
-                self.biases[key] = (parameter, parameter.data.clone())
-                parameter.requires_grad = not config.inference_mode and name in self.active_adapters
+        for entry in entries_of_biases(self.model, name, bias, ""):
+            parameter = entry.box[entry.key]
+            self.biases[entry.saved] = (parameter, parameter.data.clone())
+            parameter.requires_grad = not config.inference_mode and name in self.active_adapters
 
     @lasting()
     def _use_biases(self) -> None:

@@ -53,6 +53,9 @@ ROWS = [
 ]
 
 FAULTS = (
+    Fault("combined-mean", "the weights of adapters that are made one are made to add up to 1",
+          {"combine": lambda o, right, names, weights, *a: right(names, [w / sum(weights) for w in weights], *a)},
+          caught_by=("usage",), cases=("usage/combine",)),
     Fault("bias-unscaled", "the base bias is not multiplied by l",
           {"formula": lambda s, t, c: (formula(s, t, c)[0], s.b)},
           cases=("linear/output", "conv2d/output", "conv1d-hf/output")),

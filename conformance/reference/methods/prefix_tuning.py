@@ -8,6 +8,7 @@ import numpy as np
 from ..bases import TYPES
 from ..method import Fault, Laws, Method, Prompt, Row, Tensors
 from .lora import without_types
+from .prompt_tuning import FIRST_TOKEN
 
 KEY, LIVE = "prompt_embeddings", "prompt_encoder.default."
 DIM, HEADS, LAYERS = 8, 2, 2  # of the language models
@@ -67,6 +68,7 @@ ROWS = [
 ]
 
 FAULTS = (
+    FIRST_TOKEN,
     Fault("token-types-lost", "token_type_ids do not reach the model", {"forward": without_types},
           caught_by=("forward",), cases=("encoder/token-types",)),
     Fault("keys-for-values", "keys and values change places", {"prompt": lambda t, c: prompt(t, c, (1, 0))},

@@ -1,5 +1,7 @@
 """Prompt tuning: Lester et al., 2021, https://arxiv.org/abs/2104.08691: trained vectors before the embedded input."""
 
+import numpy as np
+
 from ..bases import TYPES
 from ..method import Fault, Laws, Method, Prompt, Row, Tensors
 from .lora import without_types
@@ -24,6 +26,18 @@ def wrong(of):
     return {"prompt": lambda t, c: prompt(t, c, of)}
 
 
+def generate_after_first(o, right, inputs, count):
+    """The prompt is there for the first new token alone."""
+    ids = right(inputs, 1)
+    mask = {k: np.pad(v, [(0, 0), (0, 1)], constant_values=1) for k, v in inputs.items() if k == "attention_mask"}
+    o.disable(True)
+    return right({**inputs, **mask, "input_ids": ids}, count - 1)
+
+
+FIRST_TOKEN = Fault("first-token-only", "only the first new token is generated with the prompt",
+                    {"generate": generate_after_first}, caught_by=("usage",), cases=("usage/generate-masked",))
+
+
 MASK = {"attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}
 LATER = {"decoder_input_ids": [[2, 4], 13], "decoder_attention_mask": {"values": [[1, 1, 1, 1], [1, 1, 0, 0]]}}
 
@@ -46,6 +60,7 @@ ROWS = [
 ]
 
 FAULTS = (
+    FIRST_TOKEN,
     Fault("token-types-lost", "token_type_ids do not reach the model", {"forward": without_types},
           caught_by=("forward",), cases=("encoder/token-types",)),
     Fault("reversed", "the virtual tokens stand in reverse order",

@@ -29,8 +29,9 @@ def junit(path, info, results) -> None:
                                  time=f"{r.seconds:.4f}")
             if r.outcome != "pass":
                 tag = {"fail": "failure", "error": "error"}.get(r.outcome, "skipped")
-                ET.SubElement(case, tag, message=f"{r.outcome}: {r.message}"[:500]).text = r.expected and \
-                    f"expected {r.expected}\ngot {r.got}"
+                likely = f"likely mistake: {r.cause}\n" if r.cause else ""
+                ET.SubElement(case, tag, message=f"{r.outcome}: {r.message}"[:500]).text = likely + (
+                    r.expected and f"expected {r.expected}\ngot {r.got}")
     ET.indent(suites)
     ET.ElementTree(suites).write(path, encoding="utf-8", xml_declaration=True)
 

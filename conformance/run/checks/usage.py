@@ -1,0 +1,299 @@
+"""What else is done with adapters: options of loading and merging, their scale, several made one, generating text,
+several methods in one model, quantised layers. Most of it follows from goldens and formulas that are there already.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+
+import numpy as np
+
+from ...reference import formulas, store
+from ...reference.bases import BASES
+from ...reference.combine import combined
+from ...reference.compare import Failure, close
+from ...reference.draw import draw_adapter, draw_base, rng_of
+from ...reference.method import KEY
+from ...reference.methods import lora, methods
+from ...reference.numpy_model import run, sites
+from .goldens import same_set, start
+from .reject import refuse
+
+
+def same_output(driver, case, what):
+    close(what, driver.forward(case.tensors("input")), case.tensors("out")["y"], "float32")
+
+
+def trained(names: dict) -> list:
+    return sorted(k for k, on in names.items() if on)
+
+
+def is_trainable(driver, case, method):
+    """A loaded adapter is trained only where that is asked for; prompts cannot be."""
+    start(driver, case, "float32")
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        load = lambda **options: driver.restore_with(path, case.base, case.tensors("base"), "float32", options)
+        load(is_trainable=False)
+        same_output(driver, case, "output of an adapter loaded for use")
+        if method.formula or method.run:  # what is trained of others is not agreed upon
+            same_set("what is trained of an adapter loaded for use", trained(driver.names()), [])
+        if method.prompt:
+            refuse("a prompt that is loaded with is_trainable", lambda: load(is_trainable=True))
+            return
+        load(is_trainable=True)
+        same_output(driver, case, "output of an adapter loaded with is_trainable")
+        same_set("what is trained with is_trainable", trained(driver.names()), trained(case.parameters))
+
+
+def low_cpu_mem_usage(driver, case, method):
+    """An adapter that is made without memory at first is the same in the end."""
+    start(driver, case, "float32")
+    state = driver.state_dict()
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        driver.restore_with(path, case.base, case.tensors("base"), "float32", {"low_cpu_mem_usage": True})
+    same_output(driver, case, "output of an adapter loaded with low_cpu_mem_usage")
+    same_set("saved keys", driver.state_dict(), state)
+
+
+def autocast(driver, case, method):
+    """On a base in 16 bits, what is trained has 32, unless that is declined."""
+    for options, want in (({}, "float32"), ({"autocast_adapter_dtype": False}, "bfloat16")):
+        driver.build_with(case.base, case.tensors("base"), case.config, "bfloat16", options, case=case.id)
+        wrong = {k: d for k, d in driver.dtypes().items() if k in trained(case.parameters) and d != want}
+        if wrong:
+            raise Failure(f"dtypes of an adapter on a base in bfloat16, with {options}", expected=want, got=str(wrong))
+
+
+def safe_merge(driver, case, method):
+    """It merges as ever what is finite, and refuses what is not, the weights being as they were."""
+    start(driver, case, "float32")
+    driver.safe_merge()
+    for k, want in case.tensors("merged").items():
+        close(f"safely merged {k}", driver.weights()[k], want, "float32")
+    start(driver, case, "float32")
+    before, state = driver.weights(), driver.state_dict()
+    live = {k: np.full(shape, np.nan, np.float32) for k, shape in live_shapes(case, state).items()}
+    if not live:
+        return
+    driver.assign(live)
+    refuse("an adapter that is not a number, merged safely", driver.safe_merge)
+    changed = [k for k, v in driver.weights().items() if not np.array_equal(v, before[k])]
+    if changed:
+        raise Failure(f"an adapter that is not a number was refused, but {changed} changed")
+
+
+def live_shapes(case, state) -> dict:
+    """Live name -> shape of what is trained, for adapters whose live names are the saved keys with a name in them."""
+    saved = {k: v.shape for k, v in state.items()}
+    return {k: saved[key] for k in trained(case.parameters) if (key := k.replace(".default", "")) in saved}
+
+
+def set_scale(driver, case, method):
+    """Every way to change an adapter's strength changes what it adds by that factor."""
+    start(driver, case, "float32")
+    before, once = driver.weights(), case.tensors("merged")
+
+    def adds(what, factor):
+        driver.merge()
+        after = driver.weights()
+        driver.unmerge()
+        for k, want in once.items():
+            close(f"change of {k} {what}", after[k], before[k] + factor * (want - before[k]), "float32")
+
+    driver.set_scale("default", 2.0)
+    adds("at scale 2", 2)
+    driver.scale(1.5)
+    adds("at scale 2 times 1.5", 3)
+    driver.unscale(6.0)
+    adds("at scale 3 divided by 6", 0.5)
+    driver.set_scale("default", 1.25)
+    adds("at scale 1.25, whatever it was", 1.25)
+    driver.unscale()
+    adds("when its scale is set back", 1)
+    driver.add("other", {**case.config, **method.laws.second})
+    driver.set_scale("other", 3.0)
+    adds("when another adapter is scaled", 1)
+
+
+COMBINED: dict[str, tuple[list, dict]] = {
+    "linear": ([0.75, 0.5], {"combination_type": "linear"}),
+    "linear-negative": ([0.75, -0.5], {"combination_type": "linear"}),
+    "cat": ([0.75, -0.5], {"combination_type": "cat"}),
+    "svd": ([0.75, -0.5], {"combination_type": "svd"}),
+    "svd-rank": ([1.0, 0.5], {"combination_type": "svd", "svd_rank": 2}),
+    "ties": ([0.75, 0.5], {"combination_type": "ties", "density": 0.6}),
+    "ties-frequency": ([0.75, 0.5], {"combination_type": "ties", "density": 0.8, "majority_sign_method": "frequency"}),
+    "ties-svd": ([0.75, 0.5], {"combination_type": "ties_svd", "density": 0.6, "svd_rank": 6}),
+    "magnitude-prune": ([0.75, -0.5], {"combination_type": "magnitude_prune", "density": 0.4}),
+    "magnitude-prune-svd": ([0.75, 0.5], {"combination_type": "magnitude_prune_svd", "density": 0.4, "svd_rank": 6}),
+    "dare-linear-all": ([0.75, 0.5], {"combination_type": "dare_linear", "density": 1.0}),
+}
+
+
+def combine(driver, case, method, how):
+    """Of two LoRA adapters of the same rank and other scales, one."""
+    weights, options = COMBINED[how]
+    rng, adapter, base = rng_of(f"{case.id} second"), case.tensors("adapter"), case.tensors("base")
+    second = {**case.config, "lora_alpha": 3 * case.config["lora_alpha"]}
+    other = draw_adapter(method, adapter, set(), rng)
+    start(driver, case, "float32")
+    driver.add("other", second)
+    driver.load(other, "other")
+    driver.combine(["default", "other"], weights, "both", options)
+    same_output(driver, case, "output after making another adapter, not yet active")
+    folded = dict(base)
+    kind = {**options, "combination_type": options["combination_type"].removeprefix("dare_")}
+    for path, site in sites(case.base, base).items():
+        if path in case.targets:
+            a, b = (f"{KEY}{path}.{slot}" for slot in lora.names(site))
+            A, B = combined([(t[a], t[b], lora.scaling(site, c)) for t, c in
+                             ((adapter, case.config), (other, second))], weights, **kind)
+            folded[site.weight] = site.W + B @ A
+    driver.switch(["both"])
+    close("output of the adapter made of two", driver.forward(case.tensors("input")),
+          run(case.base, folded, case.tensors("input")), "float32")
+
+
+def combine_ia3(driver, case, method):
+    """The weighted sum of the vectors."""
+    adapter = case.tensors("adapter")
+    other = draw_adapter(method, adapter, set(), rng_of(f"{case.id} second"))
+    start(driver, case, "float32")
+    driver.add("other", case.config)
+    driver.load(other, "other")
+    driver.combine(["default", "other"], [0.75, -0.5], "both", {})
+    driver.switch(["both"])
+    sums = {k: 0.75 * v - 0.5 * other[k] for k, v in adapter.items()}
+    close("output of the adapter made of two", driver.forward(case.tensors("input")), formulas.output(
+        method, case.base, case.tensors("base"), sums, case.config, case.tensors("input")), "float32")
+
+
+NEW_TOKENS = 4
+
+
+def likeliest(case, method, adapter) -> tuple[np.ndarray, float]:
+    """(the ids of the input and the likeliest next ones, how much likelier than the second they are at least)."""
+    inputs, least = dict(case.tensors("input")), np.inf
+    for _ in range(NEW_TOKENS):
+        y = formulas.output(method, case.base, case.tensors("base"), adapter, case.config, inputs)
+        second, first = np.sort(y[:, -1], -1)[:, -2:].T
+        least = min(least, (first - second).min())
+        inputs["input_ids"] = np.concatenate([inputs["input_ids"], y[:, -1:].argmax(-1)], 1)
+        if "attention_mask" in inputs:
+            mask = inputs["attention_mask"]
+            inputs["attention_mask"] = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
+    return inputs["input_ids"], least
+
+
+def generate(driver, case, method):
+    """Word by word, the prompt being there from the first to the last."""
+    start(driver, case, "float32")
+    got = np.asarray(driver.generate(case.tensors("input"), NEW_TOKENS))
+    want, _ = likeliest(case, method, case.tensors("adapter"))
+    if not np.array_equal(got, want):
+        raise Failure("generated ids", expected=str(want.tolist()), got=str(got.tolist()))
+
+
+def mixed(driver, first, second):
+    """Adapters of two methods in one model: each alone, both, none, and merged.
+
+    The second one is put around the first.
+    """
+    base, inputs = first.tensors("base"), first.tensors("input")
+    one, two = ((methods()[c.pack.data["method"]], c.tensors("adapter"), c.config) for c in (first, second))
+
+    def output(*adapters):
+        weights = base
+        for method, tensors, config in adapters:
+            weights = formulas.adapted(method, first.base, weights, tensors, config)[0]
+        return run(first.base, weights, inputs)
+
+    def now(what, *adapters):
+        close(f"output of {what}", driver.forward(inputs), output(*adapters), "float32")
+
+    driver.build_with(first.base, base, first.config, "float32", {"mixed": True}, case=first.id)
+    driver.load(first.tensors("adapter"))
+    driver.add("other", second.config)
+    driver.load(second.tensors("adapter"), "other")
+    now("the first adapter", one)
+    driver.switch(["other"])
+    now("the second adapter", two)
+    driver.switch(["default", "other"])
+    now("both adapters", one, two)
+    driver.disable(True)
+    now("no adapter")
+    driver.disable(False)
+    driver.unload(merge=True)
+    now("both adapters, merged", one, two)
+
+
+def quantised(driver, case, method, kind):
+    """What an adapter does to the layer as it is stored in 4 bits, which the output for a unit matrix tells."""
+    rng = rng_of(f"{case.id} {kind}")
+    base = BASES["one-layer"]
+    weights = draw_base(base, rng)
+    config = {**case.config, "target_modules": ["up"]}
+    driver.build_quantised(base, weights, None, kind, case=f"{method.name}/{kind}")
+    bias = driver.forward({"x": np.zeros((1, 64))})
+    held = {"up.weight": (driver.forward({"x": np.eye(64)}) - bias).T, "up.bias": bias[0]}
+    driver.build_quantised(base, weights, config, kind, case=f"{method.name}/{kind}")
+    state = driver.state_dict()
+    tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
+    driver.load(tensors)
+    inputs = {"x": rng.normal(size=(3, 64))}
+    close(f"output of an adapter on a layer in {kind}", driver.forward(inputs),
+          formulas.output(method, base, held, tensors, config, inputs), "float32")
+
+
+MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr/linear/plain"),
+         ("lokr/linear/plain", "adalora/linear/plain"), ("adalora/linear/plain", "oft/linear/adjusted-block"),
+         ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
+         ("shira/linear/plain", "lora/linear/plain"))
+QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
+GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
+             "prefix_tuning/causal-lm/projection", "p_tuning/causal-lm/lstm", "cartridge/causal-lm/none-frozen",
+             "cpt/causal-lm/plain", "multitask_prompt_tuning/causal-lm/from-the-mean")
+
+
+SCALED = ("loha", "lokr", "adalora")  # what they add is too small beside the weight for the law of linearity
+
+
+def first_case(method):
+    """The case of a method that has a lifecycle, else its first one."""
+    cases = store.packs()[method.name].cases
+    return next((c for c in cases if c.data.get("trace")), cases[0])
+
+
+def of_every_method():
+    """(method, what, function(driver)) of what is asked of every method that it can concern."""
+    for m in methods().values():
+        case = first_case(m)
+        applies = {is_trainable: True, low_cpu_mem_usage: True,
+                   autocast: bool(m.formula or m.run) and m.name != "ln_tuning",  # its tensors are the base's own
+                   safe_merge: m.merges, set_scale: m.merges and (m.laws.scales or m.name in SCALED)}
+        for function, does in applies.items():
+            if does:
+                yield m, function.__name__.replace("_", "-"), partial(function, case=case, method=m)
+
+
+def everything():
+    """(method, what, function(driver)) of all these checks."""
+    yield from of_every_method()
+    known = methods()
+    plain = store.find("lora/linear/plain")
+    for how in COMBINED:
+        yield known["lora"], f"combine-{how}", partial(combine, case=plain, method=known["lora"], how=how)
+    yield known["ia3"], "combine", partial(combine_ia3, case=first_case(known["ia3"]), method=known["ia3"])
+    for case in map(store.find, GENERATED):
+        method = known[case.pack.data["method"]]
+        yield method, f"generate-{case.id.rpartition('/')[2]}", partial(generate, case=case, method=method)
+    for a, b in MIXED:
+        name = b.partition("/")[0]
+        pair = partial(mixed, first=store.find(a), second=store.find(b))
+        yield known[a.partition("/")[0]], f"mixed-with-{name}", pair
+    for name in QUANTISED:
+        for kind in ("nf4", "fp4") if name == "lora" else ("nf4",):
+            yield known[name], kind, partial(quantised, case=first_case(known[name]), method=known[name], kind=kind)
