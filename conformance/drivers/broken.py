@@ -79,8 +79,7 @@ class Raising(Driver):
     def build(self, *args, **kwargs):
         raise IndexError("list index out of range")
 
-    def full_config(self, config):
-        raise IndexError("list index out of range")
+    full_config = build_with = build_quantised = build
 
 
 class Dying(Raising):
