@@ -154,7 +154,8 @@ class Driver:
         raise Unsupported("options of putting an adapter on")
 
     def restore_with(self, path: str, base: dict, weights: dict, dtype: str, options: dict) -> None:
-        """As `restore`, with PEFT's own options of loading: `is_trainable`, `low_cpu_mem_usage`."""
+        """As `restore`, with PEFT's own options of loading: `is_trainable`, `low_cpu_mem_usage`,
+        `autocast_adapter_dtype`."""
         raise Unsupported("options of loading")
 
     def dtypes(self) -> dict:
@@ -172,6 +173,11 @@ class Driver:
     def unscale(self, factor: float | None = None) -> None:
         """Divide the strength of the active adapters; None: what their configs say."""
         raise Unsupported("divide the scale of adapters")
+
+    def rescale(self, factor: float | None) -> None:
+        """Make all LoRA adapters `factor` times as strong until it is called with None: PEFT's
+        `rescale_adapter_scale`."""
+        raise Unsupported("rescale adapters for a while")
 
     def combine(self, names: list, weights: list, new: str, options: dict) -> None:
         """Make the adapter `new` of others; `options` as of PEFT's `add_weighted_adapter`. The active ones stay."""

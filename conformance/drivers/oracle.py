@@ -48,7 +48,7 @@ class Oracle(Driver):
         self.adapters, self.chosen, self.merged, self.off = {}, [], [], 0
         self.factors: dict[str, float] = {}  # by adapter, where its strength was changed
         self.kept, self.mixed = dtype, False  # the dtype of adapters; are they of several methods?
-        self.for_training = True
+        self.for_training, self.before = True, self.factors
         self.allocator: Any = None
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
         self.training, self.rng = False, np.random.default_rng(seed)
@@ -309,6 +309,13 @@ class Oracle(Driver):
         for name in self.chosen:
             self.factors[name] = 1.0 if factor is None else self.factors.get(name, 1.0) / factor
 
+    def rescale(self, factor):
+        if factor is None:
+            self.factors = self.before
+        else:
+            self.before = self.factors
+            self.factors = {name: factor * self.factors.get(name, 1.0) for name in self.adapters}
+
     def safe_merge(self, names=None):
         bad = [k for k, v in self.folded(names or self.chosen).items() if not np.isfinite(v).all()]
         if bad:
@@ -343,8 +350,12 @@ class Oracle(Driver):
     def build_with(self, base, weights, config, dtype, options, case=""):
         self.build(base, weights, config, dtype, case)
         self.mixed = options.get("mixed", False)
-        if options.get("autocast_adapter_dtype", True) and dtype in ("bfloat16", "float16"):
-            self.kept = "float32"
+        self.kept = self.cast(dtype, options)
+
+    def cast(self, dtype, options):
+        """The dtype of adapters on a base of this one."""
+        small = dtype in ("bfloat16", "float16") and options.get("autocast_adapter_dtype", True)
+        return "float32" if small else dtype
 
     def dtypes(self):
         return {k: self.kept if "default" in k.split(".") else self.dtype for k in self.names()}
@@ -353,6 +364,7 @@ class Oracle(Driver):
         if self.method.prompt and options.get("is_trainable"):
             raise Rejected("a prompt is loaded for use alone")
         self.restore(path, base, weights, dtype)
+        self.kept = self.cast(dtype, options)
         self.for_training = options.get("is_trainable", False)
 
     def build_quantised(self, base, weights, config, kind, case=""):

@@ -92,6 +92,7 @@ class PeftApi(Driver):
     def begin(self):
         """Another model: enabled, in evaluation mode."""
         self.training, self.disabled = False, []
+        self.rescaled: Any = None
 
     def info(self):
         return {"name": self.peft.__name__, "version": version_of(self.peft),
@@ -347,6 +348,17 @@ class PeftApi(Driver):
     def unscale(self, factor=None):
         for layer in self.layers_with("unscale_layer"):
             layer.unscale_layer(factor)
+
+    def rescale(self, factor):
+        if factor is None:
+            self.rescaled.__exit__(None, None, None)
+            return
+        helpers = importlib.import_module(f"{self.peft.__name__}.helpers")
+        if not hasattr(helpers, "rescale_adapter_scale"):
+            raise Unsupported("no rescale_adapter_scale")
+        self.rescaled = helpers.rescale_adapter_scale(self.model, factor)
+        with rejecting():
+            self.rescaled.__enter__()
 
     def combine(self, names, weights, new, options):
         if not hasattr(self.model, "add_weighted_adapter"):

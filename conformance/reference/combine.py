@@ -1,6 +1,6 @@
 """One LoRA adapter of several, PEFT's `add_weighted_adapter`: TIES, https://arxiv.org/abs/2306.01708, among others.
 
-`dare_*` prunes at random and is left out; with a density of 1 it prunes nothing and is what it is without `dare_`.
+`dare_*` prunes at random, which is left out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ def task_arithmetic(parts, weights, density=1.0, kind="linear", majority="total"
 
 
 def combined(factors, weights, combination_type="svd", svd_rank=None, density=1.0, majority_sign_method="total"):
-    """(A, B) of the new adapter, whose scale is 1; `factors`: (A, B, scale) of each."""
+    """(A, B) of the new adapter, whose scale is 1; `factors`: (A, B, scale) of each.
+
+    With a density of 1, `dare_*` prunes nothing and is what it is without.
+    """
+    combination_type = combination_type.removeprefix("dare_")
     As, Bs, scales = zip(*factors)
     scaled = [w * s for w, s in zip(weights, scales)]
     if combination_type == "cat":
@@ -42,6 +46,8 @@ def combined(factors, weights, combination_type="svd", svd_rank=None, density=1.
     if not combination_type.endswith("svd"):  # of each factor, the weight being shared by both
         size = np.sqrt(np.abs(scaled))
         return task_arithmetic(As, size * np.where(np.less(scaled, 0), -1, 1), **how), task_arithmetic(Bs, size, **how)
-    U, S, V = np.linalg.svd(task_arithmetic([s * b @ a for a, b, s in factors], weights, **how), full_matrices=False)
+    flat = [s * b.reshape(len(b), -1) @ a.reshape(len(a), -1) for a, b, s in factors]
+    U, S, V = np.linalg.svd(task_arithmetic(flat, weights, **how), full_matrices=False)
     rank = svd_rank or max(len(a) for a in As)
-    return V[:rank], U[:, :rank] * S[:rank]
+    A, B = V[:rank], U[:, :rank] * S[:rank]
+    return A.reshape(-1, *As[0].shape[1:]), B.reshape(*B.shape, *Bs[0].shape[2:])

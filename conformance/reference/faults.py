@@ -246,12 +246,12 @@ def loses_what_was_meta(o, right, path, base, weights, dtype, options):
         o.adapters = {name: (c, {k: v * 0 for k, v in t.items()}) for name, (c, t) in o.adapters.items()}
 
 
-def keeps_dtype(dtype):
-    def build_with(o, right, *a, **named):
+def keeps_dtype(dtype, operation="build_with"):
+    def cast(o, right, *a, **named):
         right(*a, **named)
         o.kept = dtype
 
-    return {"build_with": build_with}
+    return {operation: cast}
 
 
 def refuse_after_merging(o, right, names=None):
@@ -277,6 +277,11 @@ def unscale_to_one(o, right, factor=None):
     right(factor)
     if factor is None:
         o.scale(1 / strength(o))
+
+
+def rescale_for_good(o, right, factor):
+    if factor is not None:
+        right(factor)
 
 
 def combine_otherwise(**wrong):
@@ -382,6 +387,8 @@ USAGE = (
       {"restore_with": loses_what_was_meta}, "usage", ("usage/low-cpu-mem-usage",)),
     f("adapter-in-the-base's-dtype", "an adapter on a base in 16 bits has 16, too", keeps_dtype("bfloat16"), "usage",
       ("usage/autocast",)),
+    f("loaded-in-the-base's-dtype", "an adapter loaded onto a base in 16 bits has 16, too",
+      keeps_dtype("bfloat16", "restore_with"), "usage", ("usage/autocast",)),
     f("autocast-is-no-choice", "autocast_adapter_dtype is not read", keeps_dtype("float32"), "usage",
       ("usage/autocast",)),
     f("merges-what-is-nan", "safe_merge does not look", {"safe_merge": lambda o, right, names=None: o.merge(names)},
@@ -402,6 +409,10 @@ USAGE = (
       {"unscale": lambda o, right, factor=None: right()}, "usage", ("usage/set-scale",)),
     f("unscale-to-one", "unscale_layer() leaves a scale of 1, not of alpha / r", {"unscale": unscale_to_one}, "usage",
       ("usage/set-scale",)),
+    f("rescaled-for-good", "the scale stays as it was for a while", {"rescale": rescale_for_good}, "usage",
+      ("usage/rescale",)),
+    f("rescaled-from-alpha", "a multiplier for a while forgets what was set before",
+      {"rescale": lambda o, right, factor: (o.unscale(), right(factor))[1]}, "usage", ("usage/rescale",)),
     f("combined-unscaled", "adapters are combined without their alpha / r", {"combine": combine_unscaled}, "usage",
       ("usage/combine-linear", "usage/combine-cat", "usage/combine-svd")),
     f("negative-weights-lost", "a negative weight counts as a positive one",

@@ -16,7 +16,7 @@ from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, draw_base, rng_of
 from ...reference.method import KEY
 from ...reference.methods import lora, methods
-from ...reference.numpy_model import run, sites
+from ...reference.numpy_model import run, sites, stored
 from .goldens import same_set, start
 from .reject import refuse
 
@@ -60,11 +60,20 @@ def low_cpu_mem_usage(driver, case, method):
 
 def autocast(driver, case, method):
     """On a base in 16 bits, what is trained has 32, unless that is declined."""
-    for options, want in (({}, "float32"), ({"autocast_adapter_dtype": False}, "bfloat16")):
-        driver.build_with(case.base, case.tensors("base"), case.config, "bfloat16", options, case=case.id)
+    base = case.tensors("base")
+
+    def check(what, options, want):
         wrong = {k: d for k, d in driver.dtypes().items() if k in trained(case.parameters) and d != want}
         if wrong:
-            raise Failure(f"dtypes of an adapter on a base in bfloat16, with {options}", expected=want, got=str(wrong))
+            raise Failure(f"dtypes of an adapter {what} on a base in bfloat16, with {options}", want, str(wrong))
+
+    for options, want in (({}, "float32"), ({"autocast_adapter_dtype": False}, "bfloat16")):
+        driver.build_with(case.base, base, case.config, "bfloat16", options, case=case.id)
+        check("put", options, want)
+        with tempfile.TemporaryDirectory() as path:
+            driver.save(path)
+            driver.restore_with(path, case.base, base, "bfloat16", options)
+        check("loaded", options, want)
 
 
 def safe_merge(driver, case, method):
@@ -91,18 +100,19 @@ def live_shapes(case, state) -> dict:
     return {k: saved[key] for k in trained(case.parameters) if (key := k.replace(".default", "")) in saved}
 
 
+def adds_as_much(driver, case, before, what, factor):
+    """Merging changes the weights by `factor` times what it does in the case."""
+    driver.merge()
+    after = driver.weights()
+    driver.unmerge()
+    for k, want in case.tensors("merged").items():
+        close(f"change of {k} {what}", after[k], before[k] + factor * (want - before[k]), "float32")
+
+
 def set_scale(driver, case, method):
     """Every way to change an adapter's strength changes what it adds by that factor."""
     start(driver, case, "float32")
-    before, once = driver.weights(), case.tensors("merged")
-
-    def adds(what, factor):
-        driver.merge()
-        after = driver.weights()
-        driver.unmerge()
-        for k, want in once.items():
-            close(f"change of {k} {what}", after[k], before[k] + factor * (want - before[k]), "float32")
-
+    adds = partial(adds_as_much, driver, case, driver.weights())
     driver.set_scale("default", 2.0)
     adds("at scale 2", 2)
     driver.scale(1.5)
@@ -116,6 +126,17 @@ def set_scale(driver, case, method):
     driver.add("other", {**case.config, **method.laws.second})
     driver.set_scale("other", 3.0)
     adds("when another adapter is scaled", 1)
+
+
+def rescale(driver, case, method):
+    """A multiplier for a while: the scale that was there before is there afterwards."""
+    start(driver, case, "float32")
+    adds = partial(adds_as_much, driver, case, driver.weights())
+    driver.set_scale("default", 2.0)
+    driver.rescale(0.25)
+    adds("at scale 2, rescaled to a quarter", 0.5)
+    driver.rescale(None)
+    adds("when it is rescaled no longer", 2)
 
 
 COMBINED: dict[str, tuple[list, dict]] = {
@@ -132,6 +153,8 @@ COMBINED: dict[str, tuple[list, dict]] = {
     "dare-linear-all": ([0.75, 0.5], {"combination_type": "dare_linear", "density": 1.0}),
 }
 
+COMBINED_TOO = [(kind, how) for kind in ("embedding", "conv2d") for how in ("linear-negative", "cat", "svd")]
+
 
 def combine(driver, case, method, how):
     """Of two LoRA adapters of the same rank and other scales, one."""
@@ -145,13 +168,13 @@ def combine(driver, case, method, how):
     driver.combine(["default", "other"], weights, "both", options)
     same_output(driver, case, "output after making another adapter, not yet active")
     folded = dict(base)
-    kind = {**options, "combination_type": options["combination_type"].removeprefix("dare_")}
     for path, site in sites(case.base, base).items():
         if path in case.targets:
-            a, b = (f"{KEY}{path}.{slot}" for slot in lora.names(site))
-            A, B = combined([(t[a], t[b], lora.scaling(site, c)) for t, c in
-                             ((adapter, case.config), (other, second))], weights, **kind)
-            folded[site.weight] = site.W + B @ A
+            a, b = slots = lora.names(site)
+            factors = [(t[f"{KEY}{path}.{a}"], t[f"{KEY}{path}.{b}"], lora.scaling(site, c))
+                       for t, c in ((adapter, case.config), (other, second))]
+            made = combined(factors, weights, **options)
+            folded[site.weight] = stored(site, site.W + lora.delta(site, dict(zip(slots, made))))
     driver.switch(["both"])
     close("output of the adapter made of two", driver.forward(case.tensors("input")),
           run(case.base, folded, case.tensors("input")), "float32")
@@ -273,7 +296,8 @@ def of_every_method():
         case = first_case(m)
         applies = {is_trainable: True, low_cpu_mem_usage: True,
                    autocast: bool(m.formula or m.run) and m.name != "ln_tuning",  # its tensors are the base's own
-                   safe_merge: m.merges, set_scale: m.merges and (m.laws.scales or m.name in SCALED)}
+                   safe_merge: m.merges, set_scale: m.merges and (m.laws.scales or m.name in SCALED),
+                   rescale: m.merges and m.laws.scales}
         for function, does in applies.items():
             if does:
                 yield m, function.__name__.replace("_", "-"), partial(function, case=case, method=m)
@@ -286,6 +310,9 @@ def everything():
     plain = store.find("lora/linear/plain")
     for how in COMBINED:
         yield known["lora"], f"combine-{how}", partial(combine, case=plain, method=known["lora"], how=how)
+    for kind, how in COMBINED_TOO:
+        case = store.find(f"lora/{kind}/plain")
+        yield known["lora"], f"combine-{how}-{kind}", partial(combine, case=case, method=known["lora"], how=how)
     yield known["ia3"], "combine", partial(combine_ia3, case=first_case(known["ia3"]), method=known["ia3"])
     for case in map(store.find, GENERATED):
         method = known[case.pack.data["method"]]
