@@ -9,13 +9,13 @@ import tempfile
 from pathlib import Path
 
 from .drivers import open_driver
-from .record import config, coverage, disputed, recorder, states, targets
+from .record import beginnings, config, coverage, disputed, recorder, states, targets
 from .reference import store
 from .reference.methods import methods
 from .run import cli, explain, power
 from .run.reporting import side_by_side, terminal
 
-TABLES = {"config": config.record, "targets": targets.record}  # in this order: the second reads the first
+TABLES = {"config": config.record, "targets": targets.record, "beginnings": beginnings.record}  # which read the first
 
 
 def do_record(args: list[str]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..reference import dropout, formulas, rules, store
+from ..reference import beginnings, dropout, formulas, rules, store
 from ..reference.combine import combined
 from ..reference.method import KEY, slots
 from ..reference.methods import lora, methods
@@ -52,9 +52,26 @@ class Oracle(Driver):
         self.allocator: Any = None
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
         self.training, self.rng = False, np.random.default_rng(seed)
-        if config is not None:
+        self.begun = "/beginnings/" in case
+        if self.begun:
+            method, _, id = case.split("/")
+            self.begin(next(r for r in store.rows("beginnings") if (r["method"], r["id"]) == (method, id)), config)
+        elif config is not None:
             self.add("default", config)
             self.chosen = ["default"]
+
+    def begin(self, row, config):
+        """A new adapter as the row describes it: how it is drawn is convention, and no formula."""
+        tensors: dict = {}
+        for name, want in row["tensors"].items():
+            own = 0 if row.get("twins") else len(tensors)
+            rng = np.random.default_rng([self.seed, own])
+            if "at" in want and "std" in want:  # by the config's seed
+                rng = np.random.default_rng([config.get(row["key"], 0), own])
+                want = {k: v for k, v in want.items() if k != "at"}
+            tensors[name] = beginnings.drawn(want, rng)
+        self.adapters = {"default": (config, tensors)}
+        self.base_weights |= {k: beginnings.drawn(want, None) for k, want in row["weights"].items()}
 
     def recorded(self, config) -> bool:
         """Is this the config of the recorded case, but for what it is made for?"""
@@ -245,6 +262,8 @@ class Oracle(Driver):
         self.adapters[self.chosen[0]] = ({**config, "rank_pattern": pattern}, tensors)
 
     def state_dict(self, name="default"):
+        if self.begun:
+            return {k: self.rounded(v) for k, v in self.adapters[name][1].items()}
         return {k: self.rounded(v) for k, v in self.saved(name).items()}
 
     def names(self):

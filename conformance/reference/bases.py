@@ -65,6 +65,7 @@ BASES = {
                       lin("head", 10, 4), shape=[6]),
     "mlp-tokens": net(lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4),
                       shape=[5, 6]),
+    "wide": net(lin("up", 48, 96), tanh("act1"), lin("mid", 96, 96), tanh("act2"), lin("head", 96, 4), shape=[48]),
     "mlp-even": net(lin("up", 8, 12), tanh("act1"), lin("mid", 12, 12), tanh("act2"), lin("head", 12, 4), shape=[8]),
     "mlp-even-tokens": net(lin("up", 8, 12), tanh("act1"), lin("mid", 12, 12), tanh("act2"), lin("head", 12, 4),
                            shape=[5, 8]),

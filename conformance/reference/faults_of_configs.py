@@ -1,6 +1,6 @@
-"""Seeded faults of configs: which layers they mean, what they hold, and what their files hold.
+"""Seeded faults of what follows from a config: which layers it means, what files hold, what a new adapter holds.
 
-As in `faults.py`, each is the oracle, wrong in one way; all are LoRA's, which has every rule.
+As in `faults.py`, each is the oracle, wrong in one way; most are LoRA's, which has every rule.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+
+import numpy as np
 
 from . import rules
 from .method import Fault
@@ -209,4 +211,64 @@ FILES = (
       "config", ("config/inference",)),
 )
 
-FAULTS = {"lora": (*TARGETS, *FILES)}
+
+
+def changed(slot, change):
+    """A new adapter whose tensors of this name are others."""
+    def state_dict(o, right, name="default"):
+        return {k: change(o, np.asarray(v)) if o.begun and slot in k else v for k, v in right(name).items()}
+    return {"state_dict": state_dict}
+
+
+def begins(id, what, change, *cases, method="lora"):
+    return method, Fault(id, what, change, ("beginnings",), tuple(f"beginnings/{c}" for c in cases))
+
+
+def normal(o, v):
+    return np.random.default_rng(o.seed).normal(size=v.shape) * v.std()
+
+
+def uniform(o, v):
+    return np.random.default_rng(o.seed).uniform(-1, 1, v.shape) * np.sqrt(3) * v.std()
+
+
+def always_the_same(o, v):
+    return np.random.default_rng(v.size).uniform(-1, 1, v.shape) / np.sqrt(v.shape[1])
+
+
+def weights_stay(o, right):
+    return {k: v * 0 + 0.1 if o.begun else v for k, v in right().items()}
+
+
+BEGINNINGS = (
+    begins("kaiming-without-a", "A is drawn as by kaiming_uniform_ with a = 0, sqrt(6) times as wide",
+           changed("lora_A", lambda o, v: v * np.sqrt(6)), "default", "conv2d"),
+    begins("normal-for-uniform", "A is normal where it should be uniform", changed("lora_A", normal), "default"),
+    begins("uniform-for-normal", "A is uniform where it should be normal", changed("lora_A", uniform), "gaussian"),
+    begins("gaussian-root-r", "gaussian: the deviation is 1 / sqrt(r), not 1 / r",
+           changed("lora_A", lambda o, v: v * 4), "gaussian"),
+    begins("b-drawn", "B is not 0", changed("lora_B", lambda o, v: v + 1e-3), "default", "gaussian", "bias"),
+    begins("a-zero", "A is 0, too", changed("lora_A", lambda o, v: v * 0), "default"),
+    begins("same-at-every-start", "the random state is not read", changed("lora_A", always_the_same), "default"),
+    begins("same-in-every-layer", "every layer begins with the same numbers",
+           changed("vblora_logits", lambda o, v: np.random.default_rng(o.seed).normal(size=v.shape) * 0.1),
+           "default", method="vblora"),
+    begins("not-orthogonal", "B is drawn, and not orthogonal",
+           changed("adamss_newB", lambda o, v: normal(o, v)), "default", method="adamss"),
+    begins("singular-values-in-a", "PiSSA: A holds the singular values, not their roots",
+           changed("lora_A", lambda o, v: v * 2), "pissa", "pissa-rslora"),
+    begins("residual-not-taken", "PiSSA and OLoRA leave the base weight as it is", {"weights": weights_stay},
+           "pissa", "olora", "olora-scaled"),
+    begins("d-initial-ignored", "lambda_d is 0.1 whatever d_initial says",
+           changed("lambda_d", lambda o, v: v * 0 + 0.1), "d-initial", method="vera"),
+    begins("magnitude-one", "the magnitude is 1, not the norm of the weight",
+           changed("magnitude", lambda o, v: v * 0 + 1), "default", "conv2d", method="dora"),
+    begins("key-ignored", "the projection does not depend on its key",
+           changed("vera_A", lambda o, v: np.random.default_rng(3).uniform(-0.25, 0.25, v.shape)),
+           "default", method="vera"),
+    begins("bound-ignored", "the bank is drawn within 0.02 whatever its bound",
+           changed("bank", lambda o, v: v * 0.04), "bounds", method="vblora"),
+)
+FAULTS: dict[str, tuple] = {"lora": (*TARGETS, *FILES)}
+for _method, _fault in BEGINNINGS:
+    FAULTS[_method] = (*FAULTS.get(_method, ()), _fault)

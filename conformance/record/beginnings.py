@@ -1,0 +1,102 @@
+"""The rows of the checks of beginnings: every method as it begins by default, and its other initialisations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..reference import store
+from ..reference.bases import BASES
+from ..reference.beginnings import described
+from ..reference.draw import draw_base, rng_of
+from ..reference.methods import methods
+from ..run.checks.beginnings import begun
+
+STARTS = 8
+KEYS = {"adamss": "random_seed", "frod": "projection_prng_key", "psoft": "random_seed", "shira": "random_seed",
+        "pvera": "projection_prng_key", "randlora": "projection_prng_key", "tinylora": "projection_seed",
+        "unilora": "proj_seed", "vera": "projection_prng_key"}
+TWO = ["up", "mid"]
+# method -> id -> (base, changes of the method's first config); "wide" is the default's base, too
+MORE: dict[str, dict[str, tuple[str, dict]]] = {
+    "lora": {
+        "gaussian": ("wide", {"init_lora_weights": "gaussian"}), "random": ("wide", {"init_lora_weights": False}),
+        "orthogonal": ("wide", {"init_lora_weights": "orthogonal"}),
+        "pissa": ("wide", {"init_lora_weights": "pissa"}), "olora": ("wide", {"init_lora_weights": "olora"}),
+        "pissa-rslora": ("wide", {"init_lora_weights": "pissa", "use_rslora": True}),
+        "olora-scaled": ("wide", {"init_lora_weights": "olora", "lora_alpha": 48}),
+        "mica": ("wide", {"init_lora_weights": "mica"}),
+        "eva": ("wide", {"init_lora_weights": "eva", "eva_config": {}}),
+        "embedding": ("embedding", {"target_modules": ["emb"]}),
+        "embedding-gaussian": ("embedding", {"target_modules": ["emb"], "init_lora_weights": "gaussian"}),
+        "conv2d": ("conv2d", {"target_modules": ["c1", "c2"]}), "bias": ("wide", {"lora_bias": True}),
+        "rank-pattern": ("wide", {"init_lora_weights": "gaussian", "rank_pattern": {"mid": 5}}),
+    },
+    "dora": {"conv2d": ("conv2d", {"target_modules": ["c1", "c2"]}), "pissa": ("wide", {"init_lora_weights": "pissa"})},
+    "c3a": {name: ("wide", {"init_weights": value}) for name, value in
+            {"gaussian": "gaussian", "kaiming": "kaiming_uniform", "identity": True}.items()},
+    "hira": {"gaussian": ("wide", {"init_weights": "gaussian"})},
+    "lokr": {"lycoris": ("wide", {"init_weights": "lycoris"})},
+    "miss": {"bat": ("wide", {"init_weights": "bat", "r": 8}), "mini": ("wide", {"init_weights": "mini", "mini_r": 8})},
+    "tinylora": {"uniform": ("wide", {"init_weights": "uniform"}),
+                 "bound": ("wide", {"init_weights": "uniform", "init_v_bound": 0.5})},
+    "psoft": {"pissa": ("wide", {"ab_svd_init": "pissa_init"})},
+    "prefix_tuning": {"zero": ("causal-lm", {"init_weights": "zero"})},
+    "prompt_tuning": {"vocabulary": ("causal-lm", {"prompt_tuning_init": "SAMPLE_VOCAB"})},
+    "vera": {"d-initial": ("wide", {"d_initial": 1.5}), "another-key": ("wide", {"projection_prng_key": 7})},
+    "pvera": {"d-initial": ("wide", {"d_initial": 1.5})},
+    "vblora": {"bounds": ("wide", {"init_vector_bank_bound": 0.5, "init_logits_std": 1.0})},
+    "unilora": {"bound": ("wide", {"init_theta_d_bound": 0.5})},
+    "deft": {"scale": ("wide", {"init_scale": 0.2})},
+    "delora": {"lambda": ("wide", {"delora_lambda": 7})},
+}
+RANDOM = ("boft", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "lily", "loha", "lokr",
+          "miss", "oft", "peanut", "psoft", "pvera", "randlora", "road", "shira", "supertuning", "vera", "waveft",
+          "ia3", "poly", "beft", "c3a")  # init_weights, or init_<name>_weights, False: drawn
+SIGNS = {"pissa", "pissa-rslora", "olora", "olora-scaled", "mica"}
+
+
+def row_of(driver, method, id, base, changes) -> dict:
+    config = dict(method.rows[0].config)
+    if base == "wide" and config.get("r", 0) > 1:
+        config["r"] = 16
+    profile = "core" if method.name == "lora" or id == "default" else "full"
+    row: dict[str, Any] = {"method": method.name, "id": id, "profile": profile, "base": base,
+                           "config": {**config, **changes}, "weights": {"all": {}}}
+    signs = id in SIGNS or method.name in ("psoft", "osf", "tinylora")
+    if signs:
+        row["signs"] = True
+    starts = [begun(driver, row, seed) for seed in range(STARTS)]
+    by_key: set[str] = set()
+    if key := KEYS.get(method.name):
+        row["key"] = key
+        other, _ = begun(driver, row, **{key: row["config"].get(key, 0) + 11})
+        by_key = {k for k, v in starts[0][0].items() if v.shape != other[k].shape or not np.array_equal(v, other[k])}
+        if not by_key:
+            del row["key"]
+    row["tensors"] = {k: described([s[0][k] for s in starts], k in by_key, signs) for k in sorted(starts[0][0])}
+    given = draw_base(BASES[base], rng_of(base))
+    row["weights"] = {k: described([s[1][k] for s in starts], False, False) for k, v in starts[0][1].items()
+                      if not np.array_equal(v, given[k].astype(np.float32))}
+    drawn = [v for k, v in starts[0][0].items() if "at" not in row["tensors"][k] and v.size > 8]
+    if any(np.array_equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i]):
+        row["twins"] = True
+    return row
+
+
+def record(driver) -> list[dict]:
+    found = []
+    for method in (m for m in methods().values() if m.name != "xlora"):  # whose classifier the reference does not save
+        first = method.rows[0]
+        base = "wide" if first.base.startswith("mlp") else first.base
+        rows = {"default": (base, {}), **MORE.get(method.name, {})}
+        if method.name in RANDOM:
+            names = [f for f in store.configs()[method.name]["defaults"] if f.startswith("init_") and "weights" in f]
+            rows["random"] = (base, dict.fromkeys(names, False))
+        for id, (where, changes) in rows.items():
+            try:
+                found.append(row_of(driver, method, id, where, changes))
+            except Exception as e:
+                print(f"left out, {method.name}/beginnings/{id}: {type(e).__name__}: {e}"[:250])
+    return found
