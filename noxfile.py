@@ -81,6 +81,15 @@ def reports(session, name):
 
 
 @nox.session(python=PYTHONS)
+@nox.parametrize("name", [nox.param(name, id=name) for name in REPORTS if name.startswith("peft-")])
+def releases(session, name):
+    """The core profile on a release of peft in its own environment: no failure that the known issues do not explain."""
+    options, requirements = REPORTS[name]
+    install(session, TORCHS[0], *requirements)
+    session.run("python", "-m", "conformance", "--profile", "core", *options, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=PYTHONS)
 def page(session):
     """docs/implementations.html out of the reports that are there."""
     install(session, TORCHS[0], "./conformance")

@@ -294,3 +294,40 @@ def test_several_tied_layers(fields):
         torch.testing.assert_close(merged(**batch).logits, want, rtol=0, atol=1e-5)
     embeddings = [part.embed_tokens for part in (merged.encoder, merged.decoder)]
     assert {m.weight for m in (merged.lm_head, *embeddings)} == {merged.shared.weight}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tokens_beside_an_adapter_that_has_none(tied):
+    model = adapted(minipeft, base=llama(tied), **LORA, trainable_token_indices=[1, 3])
+    alone = run(model)
+    model.add_adapter("other", minipeft.LoraConfig(target_modules=["v_proj"]))  # does nothing as yet
+    for names in (["default", "other"], ["other", "default"]):
+        model.base_model.set_adapter(names)
+        torch.testing.assert_close(run(model), alone)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.merge_adapter()
+        torch.testing.assert_close(run(model), alone)
+        model.unmerge_adapter()
+
+
+def test_tokens_beside_a_head_that_is_trained_in_full():
+    fields = {**LORA, "trainable_token_indices": [1, 3], "modules_to_save": ["lm_head"]}
+    model = adapted(minipeft, **fields)
+    config = {field: value for field, value in fields.items() if field != "method"}
+    want, before = run(model), {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with pytest.raises(PeftError, match="lm_head"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.add_adapter("other", minipeft.LoraConfig(**{**config, "modules_to_save": None}))
+    assert list(model.state_dict()) == list(before)
+    model.add_adapter("other", minipeft.LoraConfig(**config))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".other" in name:
+                parameter.copy_(before[name.replace(".other", ".default")])
+    torch.testing.assert_close(run(model), want)
+    model.set_adapter("other")
+    torch.testing.assert_close(run(model), want)
+    again = adapted(minipeft, base=llama(), **fields)
+    minipeft.set_peft_model_state_dict(again, minipeft.get_peft_model_state_dict(model, adapter_name="other"))
+    torch.testing.assert_close(run(again), want)

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import importlib
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from ..reference.methods import methods
 # offer this; any other exception is a crash.
 MEANT = (ValueError, TypeError, KeyError, RuntimeError, OSError)
 UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")  # as Python words it
+NOT_OFFERED = re.compile(r"Unsupported model type for adaption prompt")  # as PEFT words it: a release knows its models
 
 
 ALL_TYPES = {m.peft_type for m in methods().values()}
@@ -61,6 +63,8 @@ def rejecting():
             raise
         raise Unsupported(f"{type(e).__name__}: {e}") from e
     except MEANT as e:
+        if NOT_OFFERED.search(str(e)):
+            raise Unsupported(f"{type(e).__name__}: {e}") from e
         raise Rejected(f"{type(e).__name__}: {e}") from e
     except Exception as e:
         if type(e).__module__.startswith("safetensors") or type(e).__name__ == "SafetensorError":
@@ -142,10 +146,12 @@ class PeftApi(Driver):
         self.model.to(self.dtype).train(self.training)
 
     def delete(self, name):
-        tuner = getattr(self.model, "base_model", None)
-        if not getattr(self.model, "prompt_encoder", None) and not hasattr(type(tuner), "delete_adapter"):
-            raise Unsupported(f"{type(tuner).__name__} has no delete_adapter")
-        self.model.delete_adapter(name)
+        try:
+            self.model.delete_adapter(name)
+        except AttributeError as e:  # where the method has no such thing, PEFT asks the base model for it
+            if str(e) != f"'{type(self.model.get_base_model()).__name__}' object has no attribute 'delete_adapter'":
+                raise
+            raise Unsupported(f"this method's adapters cannot be deleted: {e}") from e
 
     def load(self, tensors, name="default"):
         tensors = {k: to_torch(v, self.dtype) for k, v in tensors.items()}
@@ -198,7 +204,8 @@ class PeftApi(Driver):
     def live_gradients(self, inputs, cotangent):
         first = self.backward(inputs, cotangent)
         found = {"input": to_numpy(first.grad)} if first.is_floating_point() else {}
-        return {**found, **{k: to_numpy(p.grad) for k, p in self.model.named_parameters() if p.requires_grad}}
+        return {**found, **{k: to_numpy(torch.zeros_like(p) if p.grad is None else p.grad)
+                            for k, p in self.model.named_parameters() if p.requires_grad}}
 
     def gradients(self, inputs, cotangent):
         first = self.backward(inputs, cotangent)
@@ -332,6 +339,8 @@ class PeftApi(Driver):
         return {k: str(p.dtype).removeprefix("torch.") for k, p in self.model.named_parameters()}
 
     def safe_merge(self, names=None):
+        if "safe_merge" not in inspect.signature(self.model.merge_adapter).parameters:
+            raise Unsupported("merge_adapter takes no safe_merge")
         with rejecting():
             self.model.merge_adapter(names, safe_merge=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
@@ -43,16 +44,16 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str, layer_cls: 
         raise MergeError(
             f"Cannot delete adapter(s) ['{adapter_name}'] while they are merged. Please unmerge them first."
         )
-    for layer in found:
-        layer.delete_adapter(adapter_name)
-    active = list(found[0].active_adapters) if found else None
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            was = adapter_name in module.active_adapters
-            module.delete_adapter(adapter_name)
-            if was and active:
-                module.set_adapter(active)
-    return active
+    was = list(found[0].active_adapters) if found else []
+    active = [name for name in was if name != adapter_name]
+    if not active and was:  # the same one everywhere, also where it has no part
+        active = sorted({name for layer in found for name in layer.adapters} - {adapter_name})[:1]
+    places: list[Any] = [*found, *(m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))]
+    for module in places:
+        module.delete_adapter(adapter_name)
+        if active != was:
+            module.set_adapter(active)
+    return active if found else None
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -77,6 +78,20 @@ def run_groups(x: Tensor, groups: dict[str, list[int]], run: Callable[[str, Tens
         y = y.index_copy(0, index, part.to(y.dtype))
     assert y is not None
     return y
+
+
+def named_input(module: nn.Module, kwargs: dict[str, Any]) -> str:
+    """The name by which a call gives the input of `module`: that of the first argument of its own forward.
+
+    Raises `TypeError` when it is not among the arguments.
+    """
+    first = "hidden_states"  # as transformers and diffusers call whole blocks
+    if first not in kwargs:
+        first = next(iter(inspect.signature(module.forward).parameters), "")
+    if first not in kwargs:
+        got = f"; got {', '.join(kwargs)}" if kwargs else ""
+        raise TypeError(f"{type(module).__name__}.forward() misses its input, {first!r}{got}.")
+    return first
 
 
 class Slots(nn.Module):
@@ -338,8 +353,8 @@ class Layer(Switch, Slots):
 
     def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Output of the adapted layer; `adapter_names` gives each sample of the batch its own adapter."""
-        if x is None and "hidden_states" in kwargs:  # as transformers and diffusers call whole blocks
-            x = kwargs.pop("hidden_states")
+        if x is None:
+            x = kwargs.pop(named_input(self.base.leaf, kwargs))
         if not hooked(self):
             return self._pass(x, adapter_names, *args, **kwargs)
         with self.onloaded():
@@ -612,14 +627,16 @@ class Layer(Switch, Slots):
         self.adapters[name] = adapter
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; when it was active and alone, the first that is left becomes active."""
+        """Remove an adapter; when it was active and alone, the first that is left becomes active.
+
+        It may be active on a layer that it has no part in.
+        """
         if adapter_name in self.merged_adapters:
             raise MergeError(f"Adapter {adapter_name} is merged; call `unmerge_adapter` before deleting it.")
-        if self.adapters.pop(adapter_name, None) is None:
-            return
-        self.drop(adapter_name)
-        self.trained.discard(adapter_name)
-        self.paused.discard(adapter_name)
+        if self.adapters.pop(adapter_name, None) is not None:
+            self.drop(adapter_name)
+            self.trained.discard(adapter_name)
+            self.paused.discard(adapter_name)
         if adapter_name in self._active_adapter:
             rest = [n for n in self._active_adapter if n != adapter_name]
             self.set_adapter(rest or sorted(self.adapters)[:1])
@@ -755,14 +772,16 @@ class ModulesToSaveWrapper(Switch, nn.Module):
 
     def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The active adapter's copy applied to the input; the original when there is none."""
-        args = args if x is None else (x, *args)
-        if self._disable_adapters:
-            return self.original_module(*args, **kwargs)
-        groups = self.context.now.groups(len(x), adapter_names) if isinstance(x, Tensor) else None
-        if groups is not None:
-            pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module
-            return run_groups(x, groups, lambda name, part: pick(name)(part, *args[1:], **kwargs))
-        return self.current(*args, **kwargs)
+        if self._disable_adapters or (adapter_names is None and self.context.now.adapter_names is None):
+            return self.current(*(args if x is None else (x, *args)), **kwargs)
+        if x is None:
+            x = kwargs.pop(named_input(self.original_module, kwargs))
+        if not isinstance(x, Tensor):
+            raise BatchError(f"Mixed batches need modules whose first argument is a tensor, got a {type(x).__name__}.")
+        groups = self.context.now.groups(len(x), adapter_names)
+        assert groups is not None
+        pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+        return run_groups(x, groups, lambda name, part: pick(name)(part, *args, **kwargs))
 
     @property
     def current(self) -> nn.Module:

@@ -24,6 +24,7 @@ from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, Pe
 from .kinds import base_of
 from .layer import (
     BASE,
+    BufferDict,
     Layer,
     ModulesToSaveWrapper,
     PlainNames,
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
 
 NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
 LONGEST = 255  # bytes of a folder's name, on the file systems in use
-RESERVED = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
+RESERVED = frozenset(name for box in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(box))
 
 
 def model_config(model: nn.Module) -> dict[str, Any]:

@@ -182,13 +182,17 @@ class Ties:
         planned = {scratch.adapters[plan.name].path: scratch.adapters[plan.name] for _, scratch, _ in plan.tokens}
         if self.embedding is None or (source := planned.get(self.embedding)) is None:
             return
+        save = self.config.modules_to_save or ()
         for path in self.rows:
+            if named(path, {save} if isinstance(save, str) else set(save)):
+                continue  # it is trained in full, for itself
             live, module = at[path]
             joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
             inside = joins.base_layer if joins is not None else module
             base = joins.base if joins is not None else base_of(module)
-            if isinstance(module, Layer) or live in {new for new, *_ in plan.new}:
-                raise ConfigError(f"'{path}' is tied to the embedding of `trainable_token_indices`; do not target it.")
+            if base is None or isinstance(module, Layer) or live in {new for new, *_ in plan.new}:
+                why = "do not target it, nor train it in full with another adapter"
+                raise ConfigError(f"'{path}' is tied to the embedding of `trainable_token_indices`; {why}.")
             scratch = plan.scratch(inside, base, path, cls, config_of(source.token_indices))
             scratch.tied = True
             plan.tokens.append((live, scratch, joins))

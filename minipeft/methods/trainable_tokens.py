@@ -102,7 +102,8 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
 
     def check_overlap(self) -> None:
         """Raise `ConfigError` when two adapters that are on together train the same token."""
-        together = dict.fromkeys([*self.layer.merged_adapters, *self.layer.active_adapters])
+        merged, active = self.layer.merged_adapters, self.layer.active_adapters
+        together = [name for name in dict.fromkeys([*merged, *active]) if name in self.layer.adapters]
         taken: set[int] = set()
         for name in together if self.name in together else ():
             indices = self.layer.take("token_indices", name)

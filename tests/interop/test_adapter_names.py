@@ -85,6 +85,20 @@ def test_no_folder_can_have_that_name(name, lib, is_ref, tmp_path):
             add()
 
 
+@pytest.mark.parametrize("case", METHODS.values(), ids=METHODS)
+def test_no_attribute_of_what_holds_adapters_is_a_name(case, lib, is_ref):
+    if is_ref:
+        pytest.skip("peft raises a KeyError of torch's")
+    held = {}
+    for module in lib.get_peft_model(case.base.build(), H.config(lib, case)).modules():
+        if "default" in {*module._modules, *module._parameters, *module._buffers}:
+            held.setdefault(type(module), module)
+    assert held or case.method == "adaption_prompt", "where the names of adapters are keys"
+    for name in sorted({name for module in held.values() for name in {*vars(module), "keys", "forward"}}):
+        with pytest.raises(lib.PeftError, match="adapter name"):
+            lib.get_peft_model(case.base.build(), H.config(lib, case), name)
+
+
 def test_the_longest_name(lib, is_ref, tmp_path):
     if is_ref:
         pytest.skip("peft is not asked")

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import torch
 
 from . import harness as H
 from .cases import CASES
@@ -51,6 +52,27 @@ def test_as_peft_does_it(case, lib, ref):
     lib.functional.set_adapter(ours, "other")
     lib.functional.delete_adapter(ours, "default", "")
     H.close(H.run(ours, batch), other, 1e-6)
+
+
+@pytest.mark.parametrize("all_of_it", [True, False], ids=["function", "layer by layer"])
+@pytest.mark.parametrize("method", ["lora", "loha", "ia3", "oft", "boft", "hra"])
+def test_deleting_the_active_one_where_it_is_not_on_every_layer(method, all_of_it, lib):
+    """The one that is left is active then on all layers, also on those that never had the deleted one."""
+    case = METHODS[method]
+    names = [name for name, layer in case.base.build().named_modules() if isinstance(layer, torch.nn.Linear)]
+    alone = {"feedforward_modules": []} if method == "ia3" else {}
+    model = case.base.build().eval()
+    lib.inject_adapter_in_model(H.config(lib, case, target_modules=names[:1], **alone), model, "kept")
+    want = H.run(H.move(model), H.inputs(case))
+    lib.inject_adapter_in_model(H.config(lib, case, target_modules=names[1:2], **alone), model, "gone")
+    H.move(model)
+    if all_of_it:
+        assert lib.functional.delete_adapter(model, "gone", "") == ["kept"]
+    else:  # as diffusers does it
+        for layer in model.modules():
+            if hasattr(layer, "delete_adapter"):
+                layer.delete_adapter("gone")
+    H.close(H.run(model.eval(), H.inputs(case)), want, 1e-6)
 
 
 def test_layers_that_disagree_about_what_they_share(lib, is_ref):
