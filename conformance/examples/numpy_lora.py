@@ -36,7 +36,7 @@ class Model:
         self.config = config
         if config is None:
             return
-        extra = {k for k, v in config.items() if k not in SUPPORTED and v}
+        extra = {k for k, v in config.items() if k not in SUPPORTED and (v or k == "init_lora_weights")}
         if config["peft_type"] != "LORA" or extra or not isinstance(config["target_modules"], list):
             raise Unsupported(f"plain LoRA only, not {sorted(extra) or config['peft_type']}")
         r = config["r"]
@@ -46,7 +46,8 @@ class Model:
         for name, kind in self.layers:
             if kind == "Linear" and any(f".{name}".endswith(f".{target}") for target in config["target_modules"]):
                 out, into = self.W[name + ".weight"].shape
-                self.adapter[f"{PREFIX}{name}.lora_A.weight"] = draw.normal(size=(r, into)).astype(self.type)
+                A = draw.uniform(-1, 1, (r, into)) / math.sqrt(into)
+                self.adapter[f"{PREFIX}{name}.lora_A.weight"] = A.astype(self.type)
                 self.adapter[f"{PREFIX}{name}.lora_B.weight"] = np.zeros((out, r), self.type)
         if not self.adapter:
             raise ValueError("target_modules match no layer")

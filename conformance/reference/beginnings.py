@@ -50,8 +50,8 @@ def described(starts: list, drawn_by_key: bool, signs: bool) -> dict:
         mean, std, kurtosis = moments(np.stack(starts) if not same else first)
         found |= {"mean": float(f"{mean:.5g}"), "std": float(f"{std:.5g}"), "kurtosis": float(f"{kurtosis:.4g}")}
         for name, axis in (("rows", 0), ("columns", 1)):
-            lengths = [length(s, axis) for s in starts]
-            if None not in lengths and np.ptp(lengths) < 1e-3 * lengths[0]:
+            lengths = [size for s in starts if (size := length(s, axis)) is not None]
+            if len(lengths) == len(starts) and np.ptp(lengths) < 1e-3 * lengths[0]:
                 found[name] = float(f"{lengths[0]:.5g}")
     return found
 
