@@ -25,6 +25,7 @@ def check(driver, sample):
     sample.same("output of a merged adapter that is disabled", driver.forward(sample.inputs), plain)
     driver.disable(False)
     sample.same("output of a merged adapter that is enabled again", driver.forward(sample.inputs), out)
+    driver.merge()
     driver.switch(["default"])
     sample.same("output after switching from a merged adapter", driver.forward(sample.inputs), first)
     same_weights(sample, "switching from a merged adapter", driver, before)
