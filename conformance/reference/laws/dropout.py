@@ -66,16 +66,16 @@ def one_of_the_choices(d, sample, target, tensors, plain, drawn):
         return numpy_model.run(sample.base, sample.weights, sample.inputs, {target: layer})
 
     # tokens, samples of a convolution, or whole calls: what a choice is made for
-    units = (*plain.shape[: 1 if site.kernel else -1], -1) if d.drops == "input" else (1, -1)
-    known = np.stack([given(keep).reshape(units) for keep in kept])
-    drawn = drawn.reshape(len(drawn), *units)
+    count = 1 if d.drops != "input" else len(plain) if site.kernel else int(np.prod(plain.shape[:-1]))
+    known = np.stack([given(keep).reshape(count, -1) for keep in kept])
+    drawn = drawn.reshape(len(drawn), count, -1)
     off = np.abs(drawn[:, None] - known[None]).max(-1)
     which = off.argmin(1)
     far = off.min(1)
     if far.max() > TOLERANCE * np.abs(known).max():
         at = np.unravel_index(far.argmax(), far.shape)
         raise Failure(f"in training, the output follows from no choice of what {d.rate} drops ({d.drops}), config "
-                      f"{config}", expected=str(known[(which[at], *at[1:])][:6]), got=str(drawn[at][:6]), by=far.max())
+                      f"{config}", expected=str(known[which[at], at[1]][:6]), got=str(drawn[at][:6]), by=far.max())
     if len(np.unique(which)) < FEWEST[d.drops] or (d.drops == "input" and all(len(np.unique(w)) == 1 for w in which)):
         raise Failure(f"in training, {d.rate} drops one of {len(np.unique(which))} choices, config {config}")
     share = 1 - kept[which].mean()
