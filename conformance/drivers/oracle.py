@@ -219,10 +219,10 @@ class Oracle(Driver):
 
     def keep(self, d, site, t, rate, x):
         """What is kept; for the input, of each of its rows."""
-        kept = dropout.choices(d, site, t, rate)
-        weight = (1 - rate) ** kept.sum(1) * rate ** (1 - kept).sum(1)
-        shape = (*x.shape[:-1], 1) if d.drops == "input" else (1,)
-        return kept[self.rng.choice(len(kept), shape, p=weight / weight.sum())][..., 0, :]
+        kept = dropout.choices(d, site, t, rate, x)
+        odds = (1 - rate) ** kept.sum(1) * rate ** (1 - kept).sum(1)
+        shape = () if d.drops != "input" else x.shape[:1] if site.kernel else x.shape[:-1]
+        return kept[self.rng.choice(len(kept), shape, p=odds / odds.sum())]
 
     def train(self, on):
         self.training = on
@@ -312,7 +312,7 @@ class Oracle(Driver):
         self.adapters, self.chosen, self.merged = {}, [], []
 
     def switch(self, names):
-        self.chosen = list(names)
+        self.chosen, self.merged = list(names), []
 
     def disable(self, off):
         self.off = max(self.off + (1 if off else -1), 0)

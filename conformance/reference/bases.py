@@ -84,6 +84,7 @@ BASES = {
                           shape=[4, 5, 6], batch=2),
     "conv2d-groups": net(conv("c1", 2, 4, 8, 3, padding=1, groups=2), tanh("act1"), conv("c2", 2, 8, 8, 3, groups=4),
                          tanh("act2"), conv("head", 2, 8, 2, 1), shape=[4, 5, 6], batch=2),
+    "conv2d-small": net(conv("c1", 2, 2, 6, [2, 1]), tanh("act1"), conv("head", 2, 6, 2, 1), shape=[2, 3, 1], batch=12),
     "conv2d-1x1": net(conv("c1", 2, 4, 8, 1), tanh("act1"), conv("c2", 2, 8, 8, 1, stride=2), tanh("act2"),
                       conv("head", 2, 8, 2, 1), shape=[4, 5, 6], batch=2),
     "conv3d": net(conv("c1", 3, 3, 4, 3, padding=1), tanh("act1"), conv("c2", 3, 4, 4, [1, 2, 2], stride=[1, 2, 1]),

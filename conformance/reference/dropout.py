@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .method import Method
-from .numpy_model import affine
+from .numpy_model import apply_layer
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,20 @@ class Dropout:
     slot: str = ""
     undropped: str = ""  # a slot: set to 0, it leaves the part of the change that reads the whole input
     scaled: bool = True  # are kept rows divided at all?
+    convolutions: bool = False  # has the method layers for them that drop, too?
 
 
 DROPOUTS = (
-    Dropout("lora", "lora_dropout", "input"),
-    Dropout("dora", "lora_dropout", "input"),
+    Dropout("lora", "lora_dropout", "input", convolutions=True),
+    Dropout("dora", "lora_dropout", "input", convolutions=True),
     Dropout("bdlora", "lora_dropout", "input"),
     Dropout("velora", "lora_dropout", "input"),
-    Dropout("adalora", "lora_dropout", "input"),
+    Dropout("adalora", "lora_dropout", "input", convolutions=True),
     Dropout("delora", "module_dropout", "input"),
     Dropout("deft", "deft_dropout", "input", undropped="deft_R"),
     Dropout("frod", "frod_dropout", "input"),
     Dropout("gralora", "gralora_dropout", "input", {"hybrid_r": 0}),
-    Dropout("hira", "hira_dropout", "input"),
+    Dropout("hira", "hira_dropout", "input", convolutions=True),
     Dropout("miss", "miss_dropout", "input"),
     Dropout("psoft", "psoft_dropout", "input"),
     Dropout("randlora", "randlora_dropout", "input"),
@@ -67,29 +68,35 @@ def of(method: Method) -> list[Dropout]:
     return [d for d in DROPOUTS if d.method == method.name]
 
 
-def choices(d: Dropout, site, t: dict, rate: float) -> np.ndarray:
+def places_of_input(site, x) -> tuple:
+    """The shape of what a choice of the input's entries is made of: a token, or a whole sample of a convolution."""
+    return x.shape[1:] if site.kernel else x.shape[-1:]
+
+
+def choices(d: Dropout, site, t: dict, rate: float, x) -> np.ndarray:
     """Every choice of what is kept (1) and dropped (0), one a row."""
     if d.drops == "blocks":
         n = int(np.prod(places(t[d.slot])))
         return np.array([[0.0 if i in dropped else 1.0 for i in range(n)]
                          for dropped in itertools.combinations(range(n), int(rate * n))])
-    size = {"input": site.inp, "rows": site.out, "all": 1}[d.drops]
+    size = {"input": int(np.prod(places_of_input(site, x))), "rows": site.out, "all": 1}[d.drops]
     found = list(itertools.product([1.0, 0.0], repeat=size))
     return np.array(found[:-1] if d.drops == "rows" else found)  # with no row kept there is no share to divide by
 
 
 def output(d: Dropout, formula: Callable, site, t: dict, c: dict, x, keep) -> np.ndarray:
-    """The layer's output where `keep` is kept: entries of x, or one of the rows of `choices`."""
+    """The layer's output where `keep` is kept: one of the rows of `choices`, or one for each token or sample."""
     if d.drops == "blocks":
-        return affine(x, *formula(site, {**t, d.slot: t[d.slot] * keep.reshape(places(t[d.slot]))}, c))
+        return apply_layer(site, x, *formula(site, {**t, d.slot: t[d.slot] * keep.reshape(places(t[d.slot]))}, c))
     W, b = formula(site, t, c)
     unchanged = formula(site, {**t, d.undropped: 0 * t[d.undropped]}, c)[0] if d.undropped else site.W
     change = W - unchanged
     if d.drops == "input":
-        return affine(x, unchanged, b) + (x * keep / (1 - c[d.rate])) @ change.T
+        keep = keep.reshape(*keep.shape[:-1], *places_of_input(site, x))
+        return apply_layer(site, x, unchanged, b) + apply_layer(site, x * keep / (1 - c[d.rate]), change, None)
     if d.drops == "rows":
         keep = keep[:, None] / (keep.mean() if d.scaled else 1)
-    return affine(x, unchanged + change * keep, b)
+    return apply_layer(site, x, unchanged + change * keep, b)
 
 
 def places(blocks) -> tuple:

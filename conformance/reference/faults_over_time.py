@@ -12,7 +12,7 @@ import numpy as np
 
 from . import dropout, formulas
 from .method import Fault
-from .numpy_model import affine
+from .numpy_model import apply_layer
 
 # Training.
 
@@ -39,15 +39,25 @@ def unscaled(o, d, site, t, config, x, keep):
 
 def base_too(o, d, site, t, config, x, keep):
     W, b = o.method.formula(site, t, config)
-    return affine(x * keep / (1 - config[d.rate]), W, b)
+    keep = keep.reshape(*keep.shape[:-1], *dropout.places_of_input(site, x))
+    return apply_layer(site, x * keep / (1 - config[d.rate]), W, b)
 
 
 def behind(o, d, site, t, config, x, keep):
     """The delta's output is dropped, not its input."""
     W, b = o.method.formula(site, t, config)
-    out = np.ones(site.out)
-    out[: keep.shape[-1]] = keep.reshape(-1, keep.shape[-1])[0]
-    return affine(x, site.W, b) + x @ (W - site.W).T * out / (1 - config[d.rate])
+    out = np.resize(keep.reshape(-1, keep.shape[-1])[0], (site.out, *[1] * (W.ndim - 1)))
+    return apply_layer(site, x, site.W + (W - site.W) * out / (1 - config[d.rate]), b)
+
+
+def before_rank_one(o, d, site, t, config, x, keep):
+    """The one number between A and B is dropped, so all of the input or nothing."""
+    return output_of(o, d, site, t, config, x, np.broadcast_to(keep[..., :1], keep.shape))
+
+
+def in_linear_alone(o, d, site, t, config, x, keep):
+    return output_of(o, d, site, t, {**config, d.rate: 0}, x, keep * 0 + 1) if site.kernel else \
+        output_of(o, d, site, t, config, x, keep)
 
 
 def first_rate(o, right, d, site, t, config, x):
@@ -158,6 +168,10 @@ def merged_stays_on(o, right, inputs, adapter_names=None):
     return o.rounded(o.run(inputs, o.merged)) if o.off and o.merged else right(inputs, adapter_names)
 
 
+def switch_merged(o, right, names):
+    o.chosen = list(names)
+
+
 def unmerge_last(o, right):
     o.merged = o.merged[:-1]
 
@@ -266,6 +280,8 @@ TRAINING = (
     f("dropout-unscaled", "what is kept is not divided by its share", dropped(unscaled), on("dropout")),
     f("dropout-on-base", "the frozen layer reads the dropped input, too", dropped(base_too), on("dropout")),
     f("dropout-behind", "the delta's output is dropped, not its input", dropped(behind), on("dropout")),
+    f("dropout-of-the-hidden", "what A gives is dropped", dropped(before_rank_one), on("dropout")),
+    f("dropout-in-linear-alone", "convolutions drop nothing", dropped(in_linear_alone), on("dropout")),
     f("dropout-inverted", "the rate is that of what is kept", {
         "keep": lambda o, right, d, site, t, rate, x: right(d, site, t, 1 - rate, x)}, on("dropout")),
     f("dropout-once-for-all", "one choice for all tokens of all samples", {"keep": one_for_all}, on("dropout")),
@@ -298,6 +314,8 @@ STATES = (
       on("merging-in-parts")),
     f("merged-stays-on", "a merged adapter stays on when disabled", {"forward": merged_stays_on},
       on("merging-in-parts")),
+    f("switch-stays-merged", "switching leaves the adapter before merged", {"switch": switch_merged},
+      on("merging-in-parts")),
     f("unmerge-the-last", "unmerging takes out the last adapter alone", {"unmerge": unmerge_last},
       on("merging-in-parts")),
 )
@@ -329,10 +347,12 @@ RANKS = (
       ()),
 )
 ROWS_DROPPED = (
+    f("module-dropped-in-evaluation", "the delta is left out at random in evaluation, too", {"train": only_on,
+      "build": lambda o, right, *a, **k: (right(*a, **k), o.train(True))[0]}, on("dropout"), ()),
     f("rows-unscaled", "kept rows are not divided by their share", dropped(
         lambda o, d, *more: output_of(o, replace(d, scaled=False), *more)), on("dropout"), ()),
     f("rows-are-columns", "the input's entries are dropped, not the weight's rows", dropped(
         lambda o, d, site, t, c, x, keep: output_of(o, replace(d, drops="input"), site, t, c, x, np.resize(
-            keep, site.inp))), on("dropout"), ()),
+            keep, x.shape[-1]))), on("dropout"), ()),
 )
 FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "loha": ROWS_DROPPED}

@@ -37,7 +37,7 @@ def test_on_average_nothing_is_dropped(d):
     if d.undropped and d.undropped not in t:
         pytest.skip("a case without the part that is dropped")
     x = np.random.default_rng(0).normal(size=(2, site.inp))
-    kept = dropout.choices(d, site, t, 0.25)
+    kept = dropout.choices(d, site, t, 0.25, x)
     odds = 0.75 ** kept.sum(1) * 0.25 ** (1 - kept).sum(1)
     formula = methods()[d.method].formula
     mean = sum(p * dropout.output(d, formula, site, t, config, x, keep) for p, keep in zip(odds, kept))

@@ -1,4 +1,4 @@
-"""Merging by name, one adapter after another, what is merged already, and disabling while merged."""
+"""Merging by name, one adapter after another, what is merged already; disabling and switching while merged."""
 
 import numpy as np
 
@@ -13,6 +13,7 @@ def applies(method):
 def check(driver, sample):
     plain, before = sample.base_output(driver), driver.weights()
     sample.start(driver)
+    first = driver.forward(sample.inputs)
     driver.merge()
     alone = driver.weights()
     sample.start(driver)
@@ -24,7 +25,11 @@ def check(driver, sample):
     sample.same("output of a merged adapter that is disabled", driver.forward(sample.inputs), plain)
     driver.disable(False)
     sample.same("output of a merged adapter that is enabled again", driver.forward(sample.inputs), out)
-    driver.unmerge()
+    driver.merge()
+    driver.switch(["default"])
+    sample.same("output after switching from a merged adapter", driver.forward(sample.inputs), first)
+    same_weights(sample, "switching from a merged adapter", driver, before)
+    driver.switch(["other"])
     driver.merge(["default"])
     same_weights(sample, "the adapter that is named is merged, which is not the active one", driver, alone)
     driver.unmerge()

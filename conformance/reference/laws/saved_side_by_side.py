@@ -25,6 +25,7 @@ def check(driver, sample):
         written(few, [NAMES[1]])
         driver.save_adapters(str(all_of_them))
         written(all_of_them, ["default", *NAMES])
+        sample.same("output after saving", driver.forward(sample.inputs), out[NAMES[-1]])
         driver.restore(str(few / NAMES[1]), sample.base, sample.weights, sample.dtype)
         sample.same(f"output of {NAMES[1]!r}, loaded alone", driver.forward(sample.inputs), out[NAMES[1]])
         load_and_compare(driver, sample, all_of_them, held, out)

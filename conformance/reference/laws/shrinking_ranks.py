@@ -10,8 +10,8 @@ from ..compare import Failure
 TITLE = "shrinking ranks"
 MOST = 1
 STEPS, RATE = 9, 0.05
-SCHEDULE = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": STEPS, "beta1": 0.7,
-            "beta2": 0.6}
+SCHEDULE = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2, "total_step": STEPS, "beta1": 0.9,
+            "beta2": 0.2, "target_modules": ["up", "mid", "low"]}
 
 
 def applies(method):
@@ -19,7 +19,7 @@ def applies(method):
 
 
 def check(driver, sample):
-    sample = sample.on(sample.base_name, **SCHEDULE)
+    sample = sample.on("names", **SCHEDULE)
     tensors = {k: np.asarray(v, np.float64) for k, v in sample.start(driver).items()}
     allocator = sample.method.budget.allocator(sample.config, tensors)
     shape, rng = driver.forward(sample.inputs).shape, np.random.default_rng(sample.seed)
