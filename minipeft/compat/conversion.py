@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.bases import Linear
+from ..core.bases import Linear, exact
 from ..core.errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from ..core.files import write_checkpoint
 from ..core.layer import Layer, ModulesToSaveWrapper, adapted, walk, widened
@@ -27,6 +27,7 @@ from ..model.tuner import progress_bar
 
 
 @torch.no_grad()
+@exact()
 def convert_to_lora(
     model: nn.Module,
     rank: int | float,

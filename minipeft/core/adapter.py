@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from . import registry
 from .config import PeftConfig, PeftType
 from .errors import ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
+from .stored import fingerprint
 
 if TYPE_CHECKING:
     from .bases import Base, Whole
@@ -324,6 +325,12 @@ class Adapter:
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's own parameters on this layer."""
         return [p for slot, p in self.layer.tensors(self.name, self.prefix) if isinstance(p, nn.Parameter)]
+
+    def mark(self) -> list[tuple[Any, Any]]:
+        """(kind, value) of all that is trained or set on it, to notice changes; a cast is none."""
+        scale = getattr(self, "scaling", None)
+        values = [fingerprint(parameter) or (parameter.dtype, None) for parameter in self.parameters()]
+        return [("scaling", scale if isinstance(scale, (int, float)) else None), *values]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r} on {self.path!r})"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -264,6 +264,17 @@ class Base:
         stand_in.forward = lambda x, *args, **kwargs: self.apply(x, W, b, *args, **kwargs)
         return stand_in(x, *args, **kwargs)
 
+    def original(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the layer as it was before a merge, if one is on: its own forward and hooks on it act."""
+        weight, bias = self.originals()
+        own = self.leaf._parameters
+        if self.packed or self.computed is not None or sharded(weight) or own.get(self.weight_name) is None:
+            return self.called(x, *self.read(), *args, **kwargs)
+        stand_in = copy.copy(self.leaf)  # so that no other thread runs it
+        vars(stand_in).pop("forward", None)  # whatever wraps the original
+        stand_in._parameters = {**own, self.weight_name: weight} | ({self.bias_name: bias} if bias is not None else {})
+        return stand_in(x, *args, **kwargs)
+
     # ---------------------------------------------------------------------------------------------------- its layout
     def stored(self) -> tuple[Tensor, Tensor | None]:
         """The layer's own weight and bias tensors."""
@@ -426,6 +437,23 @@ def lasting() -> Iterator[None]:
         return
     with torch.inference_mode(False):
         yield
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """While it is open, torch.autocast is off: what is computed for good is computed in the dtypes that are given."""
+    on = [kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if _autocasts(kind)]
+    with ExitStack() as stack:
+        for kind in on:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _autocasts(kind: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(kind)
+    except RuntimeError:  # no such device in this release
+        return False
 
 
 _MADE = vars(nn.Module())
@@ -872,6 +900,9 @@ class Whole(Base):
 
     def apply(self, x: Tensor, W: Any, b: Any = None, *args: Any, **kwargs: Any) -> Any:
         return functional_call(self.module, W, (x, *args), kwargs)
+
+    def original(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.apply(x, *self.read(), *args, **kwargs)
 
 
 class Block(Whole):

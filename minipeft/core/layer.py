@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapted, Adapter
-from .bases import Base, bare, begin
+from .bases import Base, bare, begin, exact
 from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
 from .offload import HOOKS, hooked, onload
 from .passes import Context as Context
@@ -233,6 +233,7 @@ class Layer(Switch, Slots):
     paused: set[str]
     merged_adapters: list[str]
     folded: list[Adapter]
+    marks: list[Any]
     read_through: bool
     blank: bool
     autocast: bool
@@ -251,6 +252,7 @@ class Layer(Switch, Slots):
             paused=set(),  # names of those that will be when adapters are switched on again
             merged_adapters=[],
             folded=[],  # of the innermost layer: what its weights hold, in order
+            marks=[],  # and what each of those was when it was merged
             cast_input_dtype_enabled=True,
             read_through=False,  # True: the parent takes `.weight` instead of calling the layer
             tied=False,  # True: its adapters are those of another layer, which also saves them
@@ -435,6 +437,7 @@ class Layer(Switch, Slots):
         sources = {} if home.base.apart else {a: vars(a)["follows"] for a in new if "follows" in vars(a)}
         if own := [adapter for adapter in new if adapter not in sources]:
             home.base.check_written()
+            home.check_folded(home.folded)
             self._fold(home.folded + own, safe_merge)
         for source in sources.values():
             home.base.source = source.layer._home.base
@@ -452,7 +455,7 @@ class Layer(Switch, Slots):
 
     def merge_in_place(self, adapter_names: Sequence[str] | None = None) -> None:
         """The same for good, in the frozen weights' own memory where their dtype allows it: no copy is kept."""
-        with self.onloaded(keep=True):
+        with self.onloaded(keep=True), exact():
             W = _widen(self.base.read()[0])
             for name in self._named(adapter_names):
                 self.adapters[name].fold_in_place(W)
@@ -478,14 +481,17 @@ class Layer(Switch, Slots):
             return
         names = list(self.merged_adapters if adapter_names is None else adapter_names)
         home = self._home
-        self._fold([a for a in home.folded if a.layer is not self or a.name not in names], False)
+        left = [a for a in home.folded if a.layer is not self or a.name not in names]
+        if adapter_names is not None:
+            home.check_folded(left)
+        self._fold(left, False)
         self.merged_adapters = [n for n in self.merged_adapters if n not in names]
         if not any(layer.merged_adapters for layer in self.chain):
             home.base.source = None
 
     def _fold(self, folded: list[Adapter], safe: bool) -> None:
         """Let the frozen weights hold the adapters `folded`: those of inner layers first, each layer's in its order."""
-        with self.onloaded(keep=True):
+        with self.onloaded(keep=True), exact():
             self._fold_onloaded(folded, safe)
 
     def _fold_onloaded(self, folded: list[Adapter], safe: bool) -> None:
@@ -513,8 +519,18 @@ class Layer(Switch, Slots):
                     f"The merged weights with adapter {name} do not fit what {folded[-1].path!r} stores them in "
                     f"({base.dtype}): some would become infinite or NaN (safe_merge)."
                 )
-        home.folded = folded
+        home.folded, home.marks = folded, [adapter.mark() for adapter in folded]
         home.hold()
+
+    def check_folded(self, again: list[Adapter]) -> None:
+        """Raise `MergeError` when one of `again`, which the weights hold, is not any more what was merged."""
+        with self.onloaded():
+            for adapter, mark in zip(self.folded, self.marks):
+                if adapter in again and any(a[:-1] == b[:-1] and a != b for a, b in zip(mark, adapter.mark())):
+                    raise MergeError(
+                        f"Adapter {adapter.name} ({adapter.path!r}) was changed after it was merged, its values or its "
+                        "scale, and the weights are made of all that is merged. Unmerge it first, and merge it again."
+                    )
 
     def reshard(self) -> None:
         """Let FSDP2 hold the frozen weights in shards, as they are to be written."""
@@ -563,7 +579,7 @@ class Layer(Switch, Slots):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging `adapter` alone adds to the stored weight, in the weight's own layout."""
-        with torch.no_grad(), self.onloaded(), widened(self.adapters[adapter]):
+        with torch.no_grad(), exact(), self.onloaded(), widened(self.adapters[adapter]):
             W, b = _wide(self.base.read())
             return self.base.canonical(self.adapters[adapter].fold(W, b)[0]) - self.base.canonical(W)
 
@@ -581,8 +597,11 @@ class Layer(Switch, Slots):
     def enable_adapters(self, enabled: bool) -> None:
         """Switch all adapters off, with all frozen, or on again, with those trainable that were before.
 
-        When they are on already, the active ones become trainable.
+        When they are on already, the active ones become trainable. Merged ones are unmerged before they are off: other
+        modules may read the weights, without this layer being called.
         """
+        if not enabled and self.merged_adapters:
+            self.unmerge()
         off, self._disable_adapters = self._disable_adapters, not enabled
         if not (enabled or off):
             self.paused = set(self.trained)
@@ -729,7 +748,7 @@ class Unmerged:
         self.base = base
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.base.apply(x, *self.read(), *args, **kwargs)
+        return self.base.original(x, *args, **kwargs)
 
     def read(self) -> tuple[Any, Any]:
         return self.base.read()

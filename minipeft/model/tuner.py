@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core import registry, tying
 from ..core.adapter import ADAPTERS, Adapter, adapter_class, method_class
-from ..core.bases import lasting
+from ..core.bases import exact, lasting
 from ..core.config import CONFIGS, PeftConfig, PeftType
 from ..core.errors import AdapterNameError, BatchError, MergeError, PeftWarning, UnsupportedFeatureError, sized
 from ..core.layer import (
@@ -124,6 +124,7 @@ class BaseTuner(Slots):
 
     # -------------------------------------------------------------------------------------------------------- adding
     @lasting()
+    @exact()
     @uncollected()
     @sized()
     def add(
@@ -409,8 +410,12 @@ class BaseTuner(Slots):
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         if self.biases:
             check_biases(self.model)
+        found = [layer for _, _, layer in adapted(self.model)]
+        for layer in found if not enabled else ():  # before any layer is unmerged, as switching off does
+            if layer.merged_adapters:
+                layer.base.check_written()
         self._off = not enabled
-        for _, _, layer in adapted(self.model):
+        for layer in found:
             layer.enable_adapters(enabled)
         self._use_biases()
 
@@ -478,7 +483,9 @@ class BaseTuner(Slots):
         are not in them.) Sharded models (FSDP2): all processes must call this together.
 
         While anything is merged, `load_state_dict` refuses weights for those layers, and an edit of them makes
-        unmerging raise `MergeError`; moving and casting the model is fine.
+        unmerging raise `MergeError`; moving and casting the model is fine. An adapter that was changed after it was
+        merged, its values or its scale, must be unmerged before others are merged too. Under torch.autocast the
+        weights are the same as without.
 
         When a layer refuses, those merged by this call are unmerged again and `MergeError` is raised.
         """

@@ -345,3 +345,106 @@ def test_merging_a_sharded_model():
     found = processes.last_line(processes.run(processes.SCRIPTS / "fsdp_merge.py", *ids))
     assert len(found) == len(ids) > 30
     assert not {case: wrong for case, wrong in found.items() if wrong}
+
+
+@each_case(lambda c: c.id in EACH_METHOD)
+def test_merging_under_autocast(case, lib):
+    model, twin = (H.move(H.adapt(lib, case), case.scale) for _ in range(2))
+    with torch.autocast("cpu", torch.bfloat16):
+        model.merge_adapter()
+        fresh = H.adapt(lib, case)
+    twin.merge_adapter()
+    H.identical(model.state_dict(), twin.state_dict())
+    H.identical(fresh.state_dict(), H.adapt(lib, case).state_dict())
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "pissa_niter_2"])
+def test_a_start_that_changes_the_base_under_autocast(start, lib):
+    def model():
+        H.seed(0)
+        base = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        return lib.get_peft_model(base, lib.LoraConfig(target_modules=["0"], init_lora_weights=start)).state_dict()
+
+    want = model()
+    with torch.autocast("cpu", torch.bfloat16):
+        H.identical(model(), want)
+
+
+@each_case(lambda c: c.id in EACH_KIND)
+def test_switched_off_at_once(case, lib):
+    """Also where nobody calls the layer: other modules may read its weights."""
+    model, before = merged(lib, case)
+    assert overwritten(model, before)
+    with model.disable_adapter():
+        assert not overwritten(model, before)
+    assert not overwritten(model, before)
+
+
+def test_switched_off_where_the_layer_is_not_called(lib):
+    H.seed(0)
+    base = torch.nn.ModuleDict({"a": torch.nn.MultiheadAttention(8, 2, batch_first=True)}).eval()
+    x = torch.randn(2, 3, 8)
+    want = base["a"](x, x, x)[0]
+    model = lib.get_peft_model(base, lib.LoraConfig(target_modules=["a.out_proj"], init_lora_weights=False)).eval()
+    model.merge_adapter()
+    assert not torch.allclose(base["a"](x, x, x)[0], want)
+    with model.disable_adapter():
+        torch.testing.assert_close(base["a"](x, x, x)[0], want)
+
+
+CHANGED = {
+    "scale": lambda layer: layer.set_scale("default", 0.5),
+    "values": lambda layer: layer.adapters["default"].parameters()[0].data.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGED)
+@each_case(lambda c: c.id in SEVERAL)
+def test_a_merged_adapter_that_has_changed_is_not_merged_anew(case, change, lib):
+    model = H.adapt(lib, case)
+    H.add(lib, model, case, "other")
+    model.base_model.set_adapter(["default", "other"])
+    H.move(model, case.scale)
+    untouched = H.snapshot(model)
+    model.merge_adapter(["default"])
+    layers = [m for m in model.modules() if getattr(m, "merged_adapters", None)]
+    if change == "scale" and not any("default" in getattr(layer, "scaling", ()) for layer in layers):
+        pytest.skip("it has no scale")
+    before = H.snapshot(model)
+    model.merge_adapter(["other"])
+    model.base_model.unmerge_adapter()
+    model.merge_adapter(["default"])
+    H.identical(H.snapshot(model), before)  # unchanged, it may
+    CHANGED[change](layers[-1])
+    before = H.snapshot(model)
+    with pytest.raises(lib.PeftError, match="changed after it was merged"):
+        model.merge_adapter(["other"])
+    H.identical(H.snapshot(model), before)
+    model.unmerge_adapter()
+    assert not overwritten(model, untouched)
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("kind", ["its own forward", "a hook"])
+@pytest.mark.parametrize("method", ["Lora", "LoHa", "IA3", "HRA"])
+def test_partly_merged_the_layer_is_called_as_ever(method, kind, lib):
+    H.seed(0)
+    layer = Doubled(6, 6) if kind == "its own forward" else torch.nn.Linear(6, 6)
+    x, seen = torch.randn(4, 6), []
+    if kind == "a hook":
+        layer.register_forward_hook(lambda module, args, y: seen.append(1) or 2 * y)
+    fields = {"feedforward_modules": []} if method == "IA3" else {"r": 2}
+    config = lambda: getattr(lib, f"{method}Config")(target_modules=["0"], **fields)
+    model = lib.get_peft_model(torch.nn.Sequential(layer), config(), "a")
+    model.add_adapter("b", config())
+    model.base_model.set_adapter(["a", "b"])
+    H.move(model.eval(), only=lambda n, p: ".a" in n or ".b" in n)
+    want, count = model(x), len(seen)
+    model.merge_adapter(["a"])
+    assert model.base_model.model[0].merged_adapters == ["a"]
+    torch.testing.assert_close(model(x), want)
+    assert len(seen) == 2 * count

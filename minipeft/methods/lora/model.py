@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...core.bases import exact
 from ...core.errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedFeatureError
 from ...core.layer import adapter_parts, layers, widened
 from ...core.offload import onload
@@ -63,6 +64,7 @@ class LoraModel(BaseTuner, method="LORA"):
         with onload(*adapter_parts(self.model)):
             return [adapter.loss() for adapter in found if adapter.asked_by == field]
 
+    @exact()
     def add_weighted_adapter(
         self,
         adapters: list[str],
