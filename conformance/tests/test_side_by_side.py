@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pytest
 
 from conformance import commands
+from conformance.reference import store
 from conformance.run import cli
 from conformance.run.reporting import side_by_side
 
@@ -101,6 +102,17 @@ def test_page(reports, tmp_path, capsys):
     assert "mended" in text and "broken</td>" not in text
     for title in ("lib 0.9.1", "lib 0.10.0", "other 1"):
         assert f'<th scope="row">{title}</th>' in text
+
+
+def test_the_page_in_docs_stands_on_its_own():
+    path = store.folder().parent / "docs" / "implementations.html"
+    if not path.exists():
+        pytest.skip("no checkout")
+    text = path.read_text()
+    page = Page(text)
+    assert page.loads == [] and "@import" not in text and "url(" not in text
+    assert {link[1:] for link in page.links if link.startswith("#")} <= page.ids
+    assert len(text) < 2**21, "keep it small"
 
 
 def test_counts_are_of_what_is_claimed(reports):
