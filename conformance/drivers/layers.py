@@ -37,6 +37,8 @@ class LayerDriver(Driver):
     def build(self, base, weights, config, dtype, case="", seed=0):
         if base.get("model"):
             raise Unsupported("layers only, no language model")
+        if "output" in base:
+            raise Unsupported("layers only, no model that names its output layer")
         self.dtype, self.off, self.merged = models.DTYPES[dtype], False, False
         torch.manual_seed(seed)
         self.net = models.make(base).to(self.dtype)
