@@ -394,6 +394,7 @@ class PeftApi(Driver):
                                         compute_dtype=torch.float32, quant_type=kind)
                 new.load_state_dict(layer.state_dict())
                 net.set_submodule(name, new.to("cpu"))
+        net.is_loaded_in_4bit = True  # as transformers says it, and as PEFT asks
         self.model = net
         if config is not None:
             try:

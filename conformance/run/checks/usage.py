@@ -310,6 +310,8 @@ def everything():
     plain = store.find("lora/linear/plain")
     for how in COMBINED:
         yield known["lora"], f"combine-{how}", partial(combine, case=plain, method=known["lora"], how=how)
+    rslora = partial(set_scale, case=store.find("lora/linear/rslora"), method=known["lora"])
+    yield known["lora"], "set-scale-rslora", rslora
     for kind, how in COMBINED_TOO:
         case = store.find(f"lora/{kind}/plain")
         yield known["lora"], f"combine-{how}-{kind}", partial(combine, case=case, method=known["lora"], how=how)
