@@ -53,7 +53,8 @@ class LayerDriver(Driver):
     def check(self, config):
         if config["peft_type"] not in self.methods:
             raise Unsupported(f"no {config['peft_type']}")
-        extra = {k for k, v in config.items() if k not in self.fields and v not in (None, False, [], {}, "none")}
+        extra = {k for k, v in config.items() if k not in self.fields
+                 and (v not in (None, False, [], {}, "none") or (v is False and k.startswith("init_")))}
         if extra - {"peft_type", "target_modules", "fan_in_fan_out"}:
             raise Unsupported(f"no counterpart of {', '.join(sorted(extra))}")
         if not isinstance(config["target_modules"], list):

@@ -120,7 +120,10 @@ class PeftApi(Driver):
         if base.get("model") == "skeleton":
             with torch.device("meta"):
                 return models.make(base).eval()
-        net = models.make(base).to(self.dtype).eval()
+        try:
+            net = models.make(base).to(self.dtype).eval()
+        except ModuleNotFoundError as e:
+            raise Unsupported(f"its base model needs {e.name}") from e
         self.base_names = [n for n, _ in net.named_parameters()]
         net.load_state_dict({k: to_torch(v, self.dtype) for k, v in weights.items()})
         return net
