@@ -281,7 +281,8 @@ TRAINING = (
     f("dropout-on-base", "the frozen layer reads the dropped input, too", dropped(base_too), on("dropout")),
     f("dropout-behind", "the delta's output is dropped, not its input", dropped(behind), on("dropout")),
     f("dropout-of-the-hidden", "what A gives is dropped", dropped(before_rank_one), on("dropout")),
-    f("dropout-in-linear-alone", "convolutions drop nothing", dropped(in_linear_alone), on("dropout")),
+    f("dropout-in-linear-alone", "convolutions drop nothing", dropped(in_linear_alone),
+      on("dropout-in-convolutions")),
     f("dropout-inverted", "the rate is that of what is kept", {
         "keep": lambda o, right, d, site, t, rate, x: right(d, site, t, 1 - rate, x)}, on("dropout")),
     f("dropout-once-for-all", "one choice for all tokens of all samples", {"keep": one_for_all}, on("dropout")),

@@ -20,10 +20,9 @@ def applies(method):
 
 def check(driver, sample):
     for d in dropout.of(sample.method):
-        places = [(sample.base_name, sample.config["target_modules"][0]), *[("conv2d-small", "c1")] * d.convolutions]
-        for base_name, target in places:
-            without = sample.on(base_name, **{**d.more, d.rate: 0.0, "target_modules": [target]})
-            one_layer(d, driver, without, target)
+        target = sample.config["target_modules"][0]
+        without = sample.on(sample.base_name, **{**d.more, d.rate: 0.0, "target_modules": [target]})
+        one_layer(d, driver, without, target)
 
 
 def one_layer(d, driver, without, target):
