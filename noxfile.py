@@ -20,10 +20,13 @@ nox.options.sessions = ["tests", "conformance", "lint", "types"]
 CONSTRAINTS = Path(__file__).with_name("constraints.txt").read_text()
 PYTHONS = os.environ.get("MINIPEFT_PYTHON", "").split() or None
 TORCHS = os.environ.get("MINIPEFT_TORCH", "").split() or re.findall(r"^torch==(\S+)", CONSTRAINTS, re.M)
+TORCHTUNE = ["torchtune==0.6.1", "torchao==0.16.0"]  # a later torchao lacks what the last torchtune imports
 IMPLEMENTATIONS = {  # --impl NAME: what to install for it
     "peft": ["peft", "scikit-learn"],  # its AdaMSS imports that
     "loralib": ["loralib"],
     "lycoris": ["lycoris-lora"],
+    "torchtune": TORCHTUNE,
+    "adapters": ["adapters"],
 }
 OLD = ["transformers<5", "huggingface_hub<1"]  # what older releases of peft import
 REPORTS = {  # a row of docs/implementations.html: options for the suite, and what to install
@@ -32,8 +35,13 @@ REPORTS = {  # a row of docs/implementations.html: options for the suite, and wh
        for release, more in {"0.15.2": OLD, "0.17.1": OLD, "0.18.1": OLD, "0.19.1": OLD, "0.21.2": []}.items()},
     "loralib": (["--impl", "loralib"], ["./conformance[torch]", "loralib"]),
     "lycoris": (["--impl", "lycoris"], ["./conformance[torch]", "lycoris-lora"]),
+    "torchtune": (["--impl", "torchtune"], ["./conformance[torch]", *TORCHTUNE]),
+    "adapters": (["--impl", "adapters"], ["./conformance[torch]", "adapters"]),
     "numpy": (["--impl", "cmd:python conformance/examples/numpy_lora.py"], ["./conformance"]),
+    "node": (["--impl", "cmd:node conformance/examples/node_adapters.mjs"], ["./conformance"]),
+    "jax": (["--impl", "cmd:python conformance/examples/jax_lora.py"], ["./conformance", "jax"]),
 }
+PORTS = ("loralib", "lycoris", "torchtune", "adapters", "numpy", "node", "jax")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 
@@ -87,6 +95,15 @@ def releases(session, name):
     options, requirements = REPORTS[name]
     install(session, TORCHS[0], *requirements)
     session.run("python", "-m", "conformance", "--profile", "core", *options, *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("name", [nox.param(name, id=name) for name in PORTS])
+def ports(session, name):
+    """The full profile on another library, or on an example in another language: nothing that is not a known issue."""
+    options, requirements = REPORTS[name]
+    install(session, TORCHS[0], *requirements)
+    session.run("python", "-m", "conformance", *options, *session.posargs, env=ONE_THREAD)
 
 
 @nox.session(python=PYTHONS)

@@ -7,7 +7,8 @@ import shlex
 
 from ..driver import Driver
 
-SHIPPED = {"loralib": "loralib:LoraLib", "lycoris": "lycoris:Lycoris", "oracle": "oracle:Oracle"}
+SHIPPED = {"adapters": "adapters:AdapterHub", "loralib": "loralib:LoraLib", "lycoris": "lycoris:Lycoris",
+           "oracle": "oracle:Oracle", "torchtune": "torchtune:TorchTune"}
 
 
 def open_driver(name: str, python: str | None = None) -> Driver:
