@@ -18,9 +18,10 @@ from ..core import defaults, files
 from ..core import state as checkpoint
 from ..core.adapter import ADAPTERS
 from ..core.bases import Attention, Base, Conv, Conv1D, Embedding, Linear, Param
+from ..core.boxes import BufferDict
 from ..core.config import CONFIGS, PeftType
 from ..core.errors import PeftWarning, UnsupportedFeatureError
-from ..core.layer import BufferDict, Layer, ModulesToSaveWrapper, TrainableTokensWrapper
+from ..core.layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper
 from ..core.state import LoadReport, infer_device
 from ..methods import lokr
 from ..methods.adalora import budget as adalora_budget

@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import registry
+from .boxes import BOXES, Column, contents
 from .config import PeftConfig, PeftType
 from .errors import ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from .stored import fingerprint
@@ -61,12 +62,13 @@ def method_class(config: PeftConfig) -> type[Adapter]:
     return ADAPTERS.get(config.method, [Adapter])[0]
 
 
-class Adapter:
+class Adapter(nn.Module):
     """One adapter on one layer: a column of the layer's slots.
 
     PEFT's live names put the parameter first and the adapter second, so `self.lora_A = module` stores the module at
-    `layer.lora_A[self.name]`, and reading `self.lora_A` takes it from there. The same holds for plain values: after
-    `self.scaling = 2.0`, code that knows PEFT finds `layer.scaling["default"] == 2.0`.
+    `layer.lora_A[self.name]`, and reading `self.lora_A` takes it from there: the parameters, buffers and modules of an
+    adapter are a view of its layer's boxes. The same holds for plain values: after `self.scaling = 2.0`, code that
+    knows PEFT finds `layer.scaling["default"] == 2.0`.
     """
 
     prefix: ClassVar[str]  # slots that start with it are trained and saved
@@ -96,7 +98,6 @@ class Adapter:
     path: str
     padded: Mapping[str, Any] = {}  # slots with zeros behind their factor, and its shape without those: see hotswap.py
     idle: bool = False  # True: hot swapping put an adapter in its place that leaves this layer alone
-    found: dict[str, Any]  # slots looked up so far: {adapter name: value} by slot
 
     def __init_subclass__(cls, config: type[PeftConfig] | None = None, variant: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -106,6 +107,7 @@ class Adapter:
             ADAPTERS.setdefault(cls.method, []).append(cls)
 
     def __init__(self, layer: Layer, name: str, config: PeftConfig, path: str):
+        super().__init__()
         vars(self).update(name=name, config=config, path=path)
         self.move_to(layer)
 
@@ -114,25 +116,30 @@ class Adapter:
         """The layer that it stands on. That holds it, and not the other way round: a dropped model goes at once."""
         return self.__dict__["place"]()
 
+    def slot(self, name: str) -> str:
+        """The slot for a name of the method's: on some kinds of layer PEFT has other names."""
+        return self.base.slot(name) if self.renames else name
+
     def __setattr__(self, slot: str, value: Any) -> None:
-        slot = self.base.slot(slot) if self.renames else slot
+        if slot in self.__dict__:  # what it has for itself: `training`, `config`, ...
+            self.__dict__[slot] = value
+            return
+        slot = self.slot(slot)
         self.layer.put(slot, self.name, value, isinstance(value, Tensor) and self.keeps(slot, self.config))
 
     def __getattr__(self, slot: str) -> Any:
         own = self.__dict__
-        try:
-            return own["found"][slot][own["name"]]
-        except KeyError:
-            if slot.startswith("__") or "found" not in own:  # half built, by copy or pickle
-                raise AttributeError(slot) from None
-        contents = self.layer.contents(self.base.slot(slot) if self.renames else slot)
-        if contents is None or self.name not in contents:
-            box = self.layer._modules.get(self.base.slot(slot) if self.renames else slot)
-            if self.name in getattr(box, "parametrizations", ()):
-                return getattr(box, self.name)
-            raise AttributeError(f"{self!r} has no {slot!r}")
-        own["found"][slot] = contents
-        return contents[self.name]
+        if not slot.startswith("__") and "_modules" in own:  # not half built, by copy or pickle
+            slot, layer, name = self.slot(slot), own["place"](), own["name"]
+            box = layer._modules.get(slot)
+            if box is None:
+                if name in (values := layer.__dict__.get(slot, ())):
+                    return values[name]
+            elif name in (held := contents(box)):
+                return held[name]
+            elif name in getattr(box, "parametrizations", ()):
+                return getattr(box, name)
+        raise AttributeError(f"{self} has no {slot!r}")
 
     def note(self, **values: Any) -> None:
         """Store several plain values at once: what setting them one by one does, in less time."""
@@ -140,10 +147,13 @@ class Adapter:
 
     def move_to(self, layer: Layer) -> None:
         """Stand on `layer` from now on, which has taken over the slots."""
-        vars(self).update(place=weakref.ref(layer), base=layer.base, found={})
+        place = weakref.ref(layer)
+        columns = {kind: Column(place, self.name, kind) for kind in BOXES}
+        vars(self).update(place=place, base=layer.base, training=layer.training, **columns)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "place": None, "found": {}}  # a copied layer moves its adapters to itself
+        state = {key: value for key, value in vars(self).items() if key not in BOXES}
+        return {**state, "place": None}  # a copied layer moves its adapters to itself
 
     # ------------------------------------------------------------------------------------------ what a method gives
     @classmethod
@@ -322,17 +332,13 @@ class Adapter:
         if not self.blank:
             self.layer.settle_all(self.name)
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The adapter's own parameters on this layer."""
-        return [p for slot, p in self.layer.tensors(self.name, self.prefix) if isinstance(p, nn.Parameter)]
-
     def mark(self) -> list[tuple[Any, Any]]:
         """(kind, value) of all that is trained or set on it, to notice changes; a cast is none."""
         scale = getattr(self, "scaling", None)
         values = [fingerprint(parameter) or (parameter.dtype, None) for parameter in self.parameters()]
         return [("scaling", scale if isinstance(scale, (int, float)) else None), *values]
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return f"{type(self).__name__}({self.name!r} on {self.path!r})"
 
 
@@ -456,7 +462,7 @@ class Adapted:
         self.adapter, self.inner = adapter, inner
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return self.adapter.forward(x, self.inner, *args, **kwargs)
+        return self.adapter(x, self.inner, *args, **kwargs)
 
     def read(self) -> tuple[Any, Any]:
         return self.adapter.fold(*self.inner.read())

@@ -6,64 +6,21 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .adapter import Adapted, Adapter
-from .bases import Base, bare, begin, exact
+from .bases import Base, Param, Whole, begin, exact
+from .boxes import LOW_PRECISION, BufferDict, Slots, contents
 from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
+from .kinds import base_of
 from .offload import HOOKS, hooked, onload
 from .passes import Context as Context
 from .stored import reshard, sharded, whole
 
 BASE = "__base__"  # in a mixed batch: a sample for the bare model
-LOW_PRECISION = frozenset(
-    getattr(torch, name)
-    for name in "float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
-    if hasattr(torch, name)
-)
-
-
-class BufferDict(nn.Module):
-    """A dict of tensors that move with the module; in its state dict only when `persistent`."""
-
-    _buffers: dict[str, Tensor]  # type: ignore[assignment]  # none is None
-
-    def __init__(self, buffers: dict[str, Tensor] | None = None, persistent: bool = False):
-        super().__init__()
-        self.persistent = persistent
-        for key, value in (buffers or {}).items():
-            self[key] = value
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._buffers[key]
-
-    def __setitem__(self, key: str, value: Tensor) -> None:
-        self.register_buffer(key, value, persistent=self.persistent)
-
-    def __delitem__(self, key: str) -> None:
-        del self._buffers[key]
-        self._non_persistent_buffers_set.discard(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._buffers
-
-    def __len__(self) -> int:
-        return len(self._buffers)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._buffers)
-
-    def keys(self) -> Iterable[str]:
-        return self._buffers.keys()
-
-    def values(self) -> Iterable[Tensor]:
-        return self._buffers.values()
-
-    def items(self) -> Iterable[tuple[str, Tensor]]:
-        return self._buffers.items()
 
 
 def run_groups(x: Tensor, groups: dict[str, list[int]], run: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -92,107 +49,6 @@ def named_input(module: nn.Module, kwargs: dict[str, Any]) -> str:
         got = f"; got {', '.join(kwargs)}" if kwargs else ""
         raise TypeError(f"{type(module).__name__}.forward() misses its input, {first!r}{got}.")
     return first
-
-
-class Slots(nn.Module):
-    """Containers keyed by adapter name, under PEFT's names: `self.lora_A["default"]`."""
-
-    adapter_layer_names: tuple[str, ...] = ()  # slots with trainable parameters
-    other_param_names: tuple[str, ...] = ()  # slots with anything else
-
-    def put(self, slot: str, name: str, value: Any, persistent: bool = False) -> None:
-        """Store `value` for adapter `name`; the first value of a slot decides what kind of container it is."""
-        if isinstance(value, nn.Module):
-            if slot not in self._modules:
-                self.register(slot, bare(nn.ModuleDict), trained=bool(value._parameters or value._modules))
-            inside: Any = self._modules[slot]
-            inside._modules[name] = value
-        elif isinstance(value, Tensor):
-            if slot not in self._modules:
-                trained = isinstance(value, nn.Parameter)
-                self.register(slot, nn.ParameterDict() if trained else BufferDict(persistent=persistent), trained)
-            box: Any = self._modules[slot]
-            box[name] = value  # the container sees to what it needs
-        else:
-            self.note(name, {slot: value})
-
-    def note(self, name: str, values: dict[str, Any]) -> None:
-        """Store plain values (neither tensors nor modules) for adapter `name`, by slot."""
-        own = self.__dict__
-        new = [slot for slot in values if slot not in own]
-        if new:
-            own.update((slot, {}) for slot in new)
-            own["other_param_names"] = (*self.other_param_names, *new)
-        for slot, value in values.items():
-            own[slot][name] = value
-
-    def register(self, slot: str, box: Any, trained: bool) -> None:
-        """Add the container of a slot."""
-        own = self.__dict__
-        (own["_modules"] if isinstance(box, nn.Module) else own)[slot] = box
-        listing = "adapter_layer_names" if trained else "other_param_names"
-        own[listing] = (*getattr(self, listing), slot)
-
-    def contents(self, slot: str) -> Any:
-        """What the container of a slot holds, as a plain dict by adapter name; None when there is no such slot."""
-        box = self._modules.get(slot, self.__dict__.get(slot))
-        return _contents(box) if isinstance(box, nn.Module) else box
-
-    def take(self, slot: str, name: str) -> Any:
-        """The value of adapter `name`. Raises `AttributeError` when there is none."""
-        try:
-            return self.contents(slot)[name]
-        except (KeyError, TypeError):
-            raise AttributeError(f"adapter {name!r} has no {slot!r}") from None
-
-    def drop(self, name: str) -> None:
-        """Forget everything of adapter `name`."""
-        for slot in self.adapter_layer_names + self.other_param_names:
-            box = getattr(self, slot)
-            if name in box:
-                del box[name]
-
-    def boxes(self, name: str) -> list[tuple[str, Any, Any]]:
-        """(slot, container, value) of every module slot that adapter `name` has."""
-        found = []
-        for slot in self.adapter_layer_names + self.other_param_names:
-            box = self._modules.get(slot)
-            if box is not None and name in (contents := _contents(box)):
-                found.append((slot, box, contents[name]))
-            elif box is not None and name in (computed := cast(Any, getattr(box, "parametrizations", {}))):
-                found.append((slot, computed, computed[name]))
-        return found
-
-    def tensors(self, name: str, prefix: str = "") -> list[tuple[str, Tensor]]:
-        """(slot, tensor) of every tensor of adapter `name`, in slots that start with `prefix`."""
-        found: list[tuple[str, Tensor]] = []
-        for slot, _, value in self.boxes(name):
-            if slot.startswith(prefix):
-                if not isinstance(value, nn.Module):
-                    found.append((slot, value))
-                elif value._modules:
-                    found += [(slot, tensor) for tensor in (*value.parameters(), *value.buffers())]
-                else:
-                    for tensor in (*value._parameters.values(), *value._buffers.values()):
-                        if tensor is not None:
-                            found.append((slot, tensor))
-        return found
-
-    def places(self, name: str) -> Iterator[tuple[dict[str, Any], str]]:
-        """(dict, key) of each tensor of adapter `name`: where its module looks for it."""
-        for _, box, value in self.boxes(name):
-            if not isinstance(value, nn.Module):
-                yield _contents(box), name
-                continue
-            for module in value.modules():
-                for held in (module._parameters, module._buffers):
-                    yield from ((held, key) for key, tensor in held.items() if tensor is not None)
-
-    def widen(self, name: str) -> None:
-        """float16, bfloat16 and float8 tensors of adapter `name` become float32, which training needs."""
-        for _, tensor in self.tensors(name):
-            if tensor.dtype in LOW_PRECISION:
-                tensor.data = tensor.data.float()
 
 
 class Switch:
@@ -269,6 +125,17 @@ class Layer(Switch, Slots):
         for adapter in self.adapters.values():
             adapter.move_to(self)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "base_layer":
+            if self.base.changed:
+                raise MergeError("Adapters are merged into the frozen layer; unmerge them before it is replaced.")
+            kind, whole = type(self.base), type(self.base) if isinstance(self.base, Whole) else None
+            parameter = self.base.weight_name if isinstance(self.base, Param) else None
+            self.base = base_of(value, parameter, whole) or kind(value)
+            for adapter in self.adapters.values():
+                adapter.move_to(self)
+        super().__setattr__(name, value)
+
     # ------------------------------------------------------------------------------------------------- being built
     def settle(self, tensor: Tensor, copy: bool = False) -> Tensor:
         """`tensor` on the device of the frozen layer, and in the dtype that an adapter's tensors have there."""
@@ -283,7 +150,7 @@ class Layer(Switch, Slots):
         if device.type == "meta":
             return
         final = torch.float32 if self.autocast and dtype in LOW_PRECISION else dtype
-        for slot, tensor in self.tensors(name):
+        for slot, tensor in list(self.tensors(name)):
             if tensor.is_meta or (tensor.dtype == dtype == final and tensor.device == device):
                 continue
             if not (tensor.is_floating_point() and dtype.is_floating_point):
@@ -625,7 +492,7 @@ class Layer(Switch, Slots):
     def _train(self, name: str, on: bool) -> None:
         adapter = self.adapters[name]
         for slot in self.adapter_layer_names:
-            if slot.startswith(adapter.prefix) and (value := _contents(self._modules[slot]).get(name)) is not None:
+            if slot.startswith(adapter.prefix) and (value := contents(self._modules[slot]).get(name)) is not None:
                 train = on and adapter.trains(slot)
                 for p in _parameters(value) if isinstance(value, nn.Module) else (value,):
                     if p is not None and p.requires_grad is not train and p.is_leaf:
@@ -664,8 +531,10 @@ class Layer(Switch, Slots):
         return set(self.adapters)
 
     def train(self, mode: bool = True) -> Layer:
-        """Set training mode as nn.Module.train does, in less time."""
-        set_training(self, mode)
+        """As nn.Module.train; the adapters, whose modules stand in boxes, are no children."""
+        super().train(mode)
+        for adapter in self.adapters.values():
+            adapter.training = mode
         return self
 
     # ------------------------------------------------------------------------------ what other code reads off a layer
@@ -1005,29 +874,6 @@ INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", Trainabl
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers
-def _contents(box: Any) -> Any:
-    if isinstance(box, nn.ModuleDict):
-        return box._modules
-    return box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
-
-
-def set_training(module: nn.Module, mode: bool) -> None:
-    """Do what nn.Module.train does, in less time."""
-    plain: dict[type, bool] = {}  # types met so far: whether their `train` does nothing else
-    ahead = [module]
-    for module in ahead:
-        module.__dict__["training"] = mode
-        for child in module._modules.values():
-            if child is not None:
-                kind = type(child)
-                if kind not in plain:
-                    plain[kind] = kind.train in (nn.Module.train, Layer.train)
-                if plain[kind]:
-                    ahead.append(child)
-                else:
-                    child.train(mode)
-
-
 def _parameters(module: nn.Module) -> Iterable[nn.Parameter | None]:
     return module.parameters() if module._modules else module._parameters.values()
 
@@ -1057,22 +903,22 @@ def _widen(t: Any) -> Any:
 @contextmanager
 def widened(adapter: Adapter) -> Iterator[None]:
     """The adapter as it is merged: no dropout, whole tensors, and float32 for low precision, so it rounds only once."""
-    kept = [m for _, _, m in adapter.layer.boxes(adapter.name) if isinstance(m, nn.Module)]
-    training = [m for m in kept if m.training and type(m) not in (nn.Linear, nn.Identity)]
-    parts = [(held, key, held[key]) for held, key in adapter.layer.places(adapter.name) if sharded(held[key])]
-    for held, key, tensor in parts:
-        held[key] = whole(tensor)
-    narrow = [(t, t.data) for _, t in adapter.layer.tensors(adapter.name) if t.dtype in (torch.float16, torch.bfloat16)]
+    modules = [(module, module.training) for module in adapter.modules()]
+    boxes: list[Any] = [box for module, _ in modules for box in (module._parameters, module._buffers)]
+    held = [(box, key) for box in boxes for key, tensor in box.items() if tensor is not None]
+    parts = [(box, key, box[key]) for box, key in held if sharded(box[key])]
+    for box, key, tensor in parts:
+        box[key] = whole(tensor)
+    narrow = [(t, t.data) for t in (box[key] for box, key in held) if t.dtype in (torch.float16, torch.bfloat16)]
     for tensor, data in narrow:
         tensor.data = data.float()
-    for module in training:
-        module.eval()
+    adapter.eval()
     try:
         yield
     finally:
         for tensor, data in narrow:
             tensor.data = data
-        for held, key, tensor in parts:
-            held[key] = tensor
-        for module in training:
-            module.train()
+        for box, key, tensor in parts:
+            box[key] = tensor
+        for module, mode in modules:
+            module.training = mode

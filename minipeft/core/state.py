@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from .adapter import adapter_class
 from .bases import lasting
+from .boxes import Slots
 from .config import sizes
 from .errors import AdapterNameError, CheckpointError, PeftWarning, cut, nearest, shown
 from .files import PICKLE, find_weights, look, of_one_version
@@ -32,7 +33,6 @@ from .layer import (
     Layer,
     ModulesToSaveWrapper,
     PlainNames,
-    Slots,
     TrainableTokensWrapper,
     adapted,
     walk,

@@ -273,7 +273,7 @@ def _groups(layer: Layer) -> Any:
 
 def _check_pads(adapter: Any) -> None:
     if not adapter.pads:
-        raise UnsupportedFeatureError(f"The rank of {adapter!r} cannot be raised: zeros would not stand in its blocks.")
+        raise UnsupportedFeatureError(f"The rank of {adapter} cannot be raised: zeros would not stand in its blocks.")
 
 
 def _padded(layer: Layer, factor: Any, slot: str, rank: int) -> Tensor:

@@ -18,7 +18,7 @@ from ..core.adapter import adapter_class
 from ..core.config import PeftConfig, PeftType, check_config
 from ..core.errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from ..core.files import make_folder, of_one_version, write_checkpoint, write_text
-from ..core.layer import Layer, set_training
+from ..core.layer import Layer
 from ..core.targets import embedding
 from . import card, prompt, status
 from .hub import push_to_hub
@@ -261,11 +261,6 @@ class PeftModel(nn.Module):
         with self._enable_peft_forward_hooks(*args, **kwargs):
             kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
             return self.base_model.generate(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> Any:
-        """Set training mode as nn.Module.train does, in less time."""
-        set_training(self, mode)
-        return self
 
     def __getattr__(self, name: str) -> Any:
         try:

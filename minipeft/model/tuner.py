@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from ..core import registry, tying
 from ..core.adapter import ADAPTERS, Adapter, adapter_class, method_class
 from ..core.bases import exact, lasting
+from ..core.boxes import BufferDict, Slots
 from ..core.config import CONFIGS, PeftConfig, PeftType
 from ..core.errors import AdapterNameError, BatchError, MergeError, PeftWarning, UnsupportedFeatureError, sized
 from ..core.layer import (
     BASE,
-    BufferDict,
     Context,
     Layer,
     ModulesToSaveWrapper,
-    Slots,
     TrainableTokensWrapper,
     adapted,
     layers,
@@ -182,9 +181,7 @@ class BaseTuner(Slots):
             if self._disabled and name in names and not config.inference_mode:
                 layer.paused.add(name)
             if not self.training:  # added to a model in eval(), it is in eval()
-                for _, _, value in layer.boxes(name) if isinstance(layer, Layer) else [(0, 0, layer.adapters[name])]:
-                    if isinstance(value, nn.Module):
-                        value.eval()
+                layer.adapters[name].eval()
         return report
 
     def _plan_loaded(

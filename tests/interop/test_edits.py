@@ -72,3 +72,31 @@ def test_experts_edited_after_a_run(lib, is_ref, edit):
                 edit(tensor)
     H.identical(H.run(ran, batch), H.run(fresh, batch))
     assert H.differ(H.run(ran, batch), before, 1e-4)
+
+
+@pytest.mark.parametrize("what", ["base_layer", "scaling", "lora_A"])
+def test_what_is_assigned_on_a_layer_is_used(what):
+    """As in peft: a base layer that something replaces or wraps, a dict of scales, a container of factors."""
+    outputs = []
+    for lib in (minipeft, peft):
+        torch.manual_seed(0)
+        config = lib.LoraConfig(target_modules=["0"], init_lora_weights=False)
+        model = lib.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), config)
+        layer = model.base_model.model[0]
+        before = model(x := torch.linspace(-1, 1, 24).view(4, 6))
+        torch.manual_seed(1)
+        factors = torch.nn.ModuleDict({"default": torch.nn.Linear(6, 8, bias=False)})
+        new = {"base_layer": torch.nn.Linear(6, 5), "scaling": {"default": 5.0}, "lora_A": factors}[what]
+        setattr(layer, what, new)
+        outputs.append(model(x))
+        assert (outputs[-1] - before).abs().max() > 0.1
+        model.merge_adapter()
+        assert torch.allclose(model(x), outputs[-1], atol=1e-5)
+    assert torch.allclose(*outputs, atol=1e-6)
+
+
+def test_a_merged_base_layer_is_not_replaced():
+    model = minipeft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), minipeft.LoraConfig(target_modules=["0"]))
+    model.merge_adapter()
+    with pytest.raises(minipeft.MergeError, match="before it is replaced"):
+        model.base_model.model[0].base_layer = torch.nn.Linear(6, 5)

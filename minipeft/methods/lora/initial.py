@@ -90,7 +90,7 @@ def replace(base: Any, W: Tensor) -> None:
 def check_unmerged(adapter: Any) -> None:
     """Raise `MergeError` where a merge is on, which could not be undone once the frozen weight is another."""
     if adapter.base.changed:
-        raise MergeError(f"{adapter!r} changes the frozen weight, in which an adapter is merged. Unmerge that first.")
+        raise MergeError(f"{adapter} changes the frozen weight, in which an adapter is merged. Unmerge that first.")
 
 
 def factors(adapter: Any, W: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor] | None:
