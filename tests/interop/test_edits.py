@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+import minipeft
+
 from . import harness as H
 from .cases import CASES, each_case
 
@@ -77,7 +79,7 @@ def test_experts_edited_after_a_run(lib, is_ref, edit):
 @pytest.mark.parametrize("what", ["base_layer", "scaling", "lora_A"])
 def test_what_is_assigned_on_a_layer_is_used(what):
     """As in peft: a base layer that something replaces or wraps, a dict of scales, a container of factors."""
-    outputs = []
+    peft, outputs = pytest.importorskip("peft"), []
     for lib in (minipeft, peft):
         torch.manual_seed(0)
         config = lib.LoraConfig(target_modules=["0"], init_lora_weights=False)
@@ -96,7 +98,8 @@ def test_what_is_assigned_on_a_layer_is_used(what):
 
 
 def test_a_merged_base_layer_is_not_replaced():
-    model = minipeft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), minipeft.LoraConfig(target_modules=["0"]))
+    net, config = torch.nn.Sequential(torch.nn.Linear(6, 5)), minipeft.LoraConfig(target_modules=["0"])
+    model = minipeft.get_peft_model(net, config)
     model.merge_adapter()
     with pytest.raises(minipeft.MergeError, match="before it is replaced"):
         model.base_model.model[0].base_layer = torch.nn.Linear(6, 5)
