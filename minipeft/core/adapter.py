@@ -82,7 +82,6 @@ class Adapter(nn.Module):
     renames: ClassVar[bool] = True  # False: its matrices have the same names on an embedding as elsewhere
     rewrites: ClassVar[bool] = False  # True: the frozen weights change for good, not by a start that may be converted
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
-    minds_blank: ClassVar[bool] = False  # True: where `blank`, `build` itself makes its tensors on the meta device
     autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
     alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     kept_if: ClassVar[dict[str, str]] = {}  # slots that are saved only if the field of that name is set
@@ -131,13 +130,11 @@ class Adapter(nn.Module):
         own = self.__dict__
         if not slot.startswith("__") and "_modules" in own:  # not half built, by copy or pickle
             slot, layer, name = self.slot(slot), own["place"](), own["name"]
-            box = layer._modules.get(slot)
-            if box is None:
-                if name in (values := layer.__dict__.get(slot, ())):
-                    return values[name]
-            elif name in (held := contents(box)):
+            box = layer._modules.get(slot, layer.__dict__.get(slot))
+            held = contents(box) if isinstance(box, nn.Module) else box
+            if isinstance(held, dict) and name in held:
                 return held[name]
-            elif name in getattr(box, "parametrizations", ()):
+            if name in getattr(box, "parametrizations", ()):
                 return getattr(box, name)
         raise AttributeError(f"{self} has no {slot!r}")
 
@@ -257,7 +254,11 @@ class Adapter(nn.Module):
         """
 
     def build(self) -> None:
-        """Create and initialise the parameters, as slots."""
+        """Create and initialise the parameters.
+
+        Where a checkpoint's values follow, this happens on the meta device, and `base` reads as if it were there too:
+        nothing is drawn or computed, and only shapes count.
+        """
         raise NotImplementedError
 
     def follow(self, source: Adapter, fresh: bool = False) -> None:
@@ -323,14 +324,13 @@ class Adapter(nn.Module):
         return getattr(self.config, "scaling", 1.0)
 
     @property
-    def blank(self) -> bool:
-        """While building: whether values are going to be loaded, so that only shapes matter."""
-        return self.layer.blank
+    def device(self) -> torch.device:
+        """While building: where tensors are made, which is the meta device where values follow."""
+        return torch.device("meta") if self.base.on_meta else self.base.device
 
     def settle(self) -> None:
         """While building: move what is there to the frozen layer's device and dtype, before computing more from it."""
-        if not self.blank:
-            self.layer.settle_all(self.name)
+        self.layer.settle_all(self.name)
 
     def mark(self) -> list[tuple[Any, Any]]:
         """(kind, value) of all that is trained or set on it, to notice changes; a cast is none."""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class Base:
     written: dict[str, Any] | None = None  # fingerprints of what `write` has stored; None when that was edited
     apart = False  # True: other modules use the weight too, so `write` must leave that tensor to them
     lent: Tensor | None = None  # that tensor, while the layer has one of its own
+    on_meta = False  # True: it reads as if it were on the meta device, see `shapes_only`
     source: Base | None = None  # a layer with the same weight, while what is written is written there
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
@@ -339,6 +340,13 @@ class Base:
         """Device that new adapter parameters take: where the layer runs."""
         return running_device(self.leaf, self.frozen)
 
+    def shapes_only(self) -> Base:
+        """The same layer as it looks where only shapes count: on the meta device."""
+        other: Any = copy.copy(self)
+        W, b = torch.empty(self.shape, dtype=self.dtype, device="meta"), self.stored()[1]
+        vars(other).update(on_meta=True, read=lambda: (W, None if b is None else b.to("meta")))
+        return other
+
     @property
     def packed(self) -> bool:
         """Whether the numbers stored are quantised ones, and not those of W."""
@@ -361,18 +369,10 @@ class Base:
         """Both factors of a product B A."""
         return self.down(r), self.up(r, bias)
 
-    def start(self, r: int, bias: bool = False, blank: bool = False) -> tuple[Any, Any]:
-        """Factors A and B as LoRA starts them: A as torch does, B zero. `blank`: on the meta device."""
-        with torch.device("meta") if blank else nullcontext():
-            factors = self.factors(r, bias)
-        if not blank:
-            self.restart(*factors)
-        return factors
-
     @staticmethod
     @torch.no_grad()
     def restart(A: Any, B: Any) -> None:
-        """Give factors the values of `start`."""
+        """Start factors as LoRA does: A as torch does, B zero."""
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
         for zero in B._parameters.values():
             if zero is not None:
@@ -570,14 +570,6 @@ class Linear(Base):
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
-
-    def start(self, r: int, bias: bool = False, blank: bool = False) -> tuple[Any, Any]:
-        n_in, n_out, device = self.inp, self.out, "meta" if blank else None
-        A, B = torch.empty(r, n_in, device=device), (torch.empty if blank else torch.zeros)(n_out, r, device=device)
-        if not blank:  # PEFT: both are drawn as nn.Linear draws them, then A again
-            spend(r * n_in + n_out * (r + bias), A)
-            kaiming(A)
-        return linear_of(A), linear_of(B, torch.zeros(n_out, device=device) if bias else None)
 
 
 class Conv1D(Linear):
@@ -848,6 +840,9 @@ class Whole(Base):
     """Any module, as the dict of its named tensors."""
 
     pointwise = False
+
+    def shapes_only(self) -> Base:
+        return self  # its adapters are copies of the module
 
     def tensors(self, module: nn.Module) -> dict[str, Tensor]:
         return {**dict(module.named_parameters()), **dict(module.named_buffers())}

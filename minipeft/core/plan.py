@@ -9,7 +9,6 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -276,11 +275,15 @@ class Plan:
                 scratch.put(slot, self.name, value)
             elif mine:
                 vars(scratch)[mine] = {self.name: value}
-        if blank and cls.minds_blank:
+        if blank and (base.device.type == "meta" or not adapter.changes_base(config)):
+            adapter.base = base.shapes_only()
+            with torch.device("meta"):
+                adapter.build()
+            adapter.base = base
+        else:
             adapter.build()
-            return scratch
-        with torch.device("meta") if blank else nullcontext():
-            adapter.build()
+            if blank:
+                adapter.to("meta")
         scratch.settle_all(self.name)
         return scratch
 

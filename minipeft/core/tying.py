@@ -135,7 +135,7 @@ class Ties:
             adapter.follow(source)
 
     def _pair(self, adapter: Any, source: Any) -> None:
-        adapter.follow(source, fresh=not adapter.blank)
+        adapter.follow(source, fresh=not adapter.layer.blank)
         self.pairs.append((adapter, source))
 
     def copy(self, plan: Any) -> None:

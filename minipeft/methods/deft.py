@@ -53,8 +53,8 @@ class DEFT(Delta, config=DeftConfig):
         if not c.para:
             R = torch.empty(self.deft_r, base.inp)
             self.deft_R = nn.Parameter(R if c.init_weights else nn.init.normal_(R, std=0.02 * c.init_scale))
-            if c.init_weights and not self.blank:
-                P = self.deft_P.data.to(base.device)
+            if c.init_weights:
+                P = self.deft_P.data.to(self.device)
                 self.deft_R.data = self.removed(self.pair(P)[1]) / self.deft_scaling
 
     def pair(self, P: Tensor) -> tuple[Tensor, Tensor]:

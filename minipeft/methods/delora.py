@@ -52,7 +52,7 @@ class DeLoRA(Factored, config=DeloraConfig):
         self.delora_A = uniform(self.r, self.base.inp)
         self.delora_B = uniform(self.base.out, self.r, zero=c.init_weights)
         self.delora_lambda = nn.Parameter(torch.full((1,), float(start)))
-        self.delora_w_norm = torch.ones(self.base.inp) if self.blank else self.base.read()[0].detach().norm(dim=0)
+        self.delora_w_norm = self.base.read()[0].detach().norm(dim=0)
 
     @property
     def scale(self) -> Tensor:

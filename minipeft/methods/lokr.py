@@ -71,7 +71,7 @@ class LoKr(Lycoris, config=LoKrConfig):
             setattr(self, slot, uniform(*shape, zero=slot in ZERO[c.init_weights]))
 
     def product(self) -> Tensor:
-        w1, w2, t = (getattr(self, slot, None) for slot in ("lokr_w1", "lokr_w2", "lokr_t2"))
+        w1, w2, t = map(self._parameters.get, ("lokr_w1", "lokr_w2", "lokr_t2"))
         if w1 is None:
             w1 = self.lokr_w1_a @ self.lokr_w1_b  # (a, c)
         if t is not None:

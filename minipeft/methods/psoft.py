@@ -125,7 +125,7 @@ class PSOFT(Factored, config=PsoftConfig):
     def decompose(self) -> tuple[Tensor, Tensor]:
         """(A, B) of the frozen weight."""
         c, niter = self.config, self.config.psoft_svd_lowrank_niter if self.config.psoft_svd == "lowrank" else None
-        U, S, Vt = leading(self.base.read()[0], c.r, niter, c.random_seed)
+        U, S, Vt = leading(self.layer.base.read()[0], c.r, niter, c.random_seed)  # also where values follow: not saved
         S = S / self.scaling
         if c.ab_svd_init == "psoft_init":
             return Vt.contiguous(), U * S

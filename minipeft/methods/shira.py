@@ -56,7 +56,7 @@ class SHiRA(Delta, config=ShiraConfig):
         c, n = self.config, self.config.r * (self.base.inp + self.base.out)
         self.r, self.scaling = c.r, 1.0
         self.shira_weight = nn.Parameter(torch.zeros(n) if c.init_weights else torch.randn(n))
-        indices = torch.zeros(2, n, dtype=torch.int) if self.blank else self.positions(n)
+        indices = torch.zeros(2, n, dtype=torch.int) if self.base.on_meta else self.positions(n)
         self.layer.put("shira_indices", self.name, indices)  # PEFT: in the checkpoint, but not in the state dict
 
     def below(self, slot: str) -> Any:

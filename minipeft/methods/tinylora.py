@@ -78,9 +78,6 @@ class TinyLoRA(Factored, config=TinyLoraConfig):
         W = W if self.base.reads_vectors else W.t()
         r = min(c.r, *W.shape)
         self.u, self.r = c.u, r
-        if self.blank:
-            self.tinylora_A, self.tinylora_B = torch.empty(r, W.shape[1]), torch.empty(W.shape[0], r)
-            return
         U, S, Vt = (t.to(W.dtype) for t in leading(W, r))
         self.tinylora_A = (S.sqrt()[:, None] * Vt).contiguous()
         self.tinylora_B = (U * S.sqrt()).contiguous()

@@ -81,7 +81,7 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
             raise ConfigError(f"Token indices must be {bounds}, got {self.token_indices}.")
         original = rows[self.index(rows)].clone()  # (n, dim)
         start = original.clone() if self.config.init_weights else torch.randn(original.shape)
-        self.trainable_tokens_delta = nn.Parameter(torch.empty(original.shape) if self.blank else start)
+        self.trainable_tokens_delta = nn.Parameter(start)
         self.trainable_tokens_original = original
 
     def follow(self, source: Any, fresh: bool = False) -> None:

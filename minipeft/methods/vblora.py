@@ -73,7 +73,7 @@ class VBLoRA(Factored, config=VBLoRAConfig):
         c, b = self.config, self.config.vector_length
         self.r, self.topk = c.r, c.topk
         self.vblora_dropout = dropout(c.vblora_dropout)
-        if not self.blank:  # PEFT: the bank is drawn anew for each layer, and the last one counts
+        if not self.base.on_meta:  # PEFT: the bank is drawn anew for each layer, and the last one counts
             bound = c.init_vector_bank_bound
             self.vblora_vector_bank.data = torch.empty(c.num_vectors, b).uniform_(-bound, bound)
         for slot, shape in (("A", (c.r, self.base.inp // b)), ("B", (self.base.out // b, c.r))):

@@ -12,7 +12,7 @@ TARGETS = ["one", "two", "inner.three"]
 
 
 def preprocess(module):
-    name = "peft.tuners.lora.corda" if module.__name__ == "peft" else f"{module.__name__}.methods.lora_corda"
+    name = "peft.tuners.lora.corda" if module.__name__ == "peft" else f"{module.__name__}.methods.lora.corda"
     return importlib.import_module(name).preprocess_corda
 
 

@@ -78,7 +78,7 @@ class AdaMSS(Delta, config=AdamssConfig):
 
     @torch.no_grad()
     def build(self) -> None:
-        W, b = self.base.read()
+        W, b = self.layer.base.read()  # also where values follow: which row is in which subspace is not saved
         U, V = principal(W if b is None else torch.cat([W, b[:, None]], 1), self.config.r, self.config.random_seed)
         rows = subspaces(U, self.config.num_subspaces)
         A, B = zip(*(self.start(U[own]) for own in rows))
@@ -97,11 +97,11 @@ class AdaMSS(Delta, config=AdamssConfig):
         if c.use_dynamic_rank:
             S = torch.svd_lowrank(Z, q=n, niter=2)[1]
             s = min(s, max(1, int((S > c.svd_threshold * S[0]).sum())))
-        if self.blank:
+        if self.base.on_meta:
             return torch.empty(s, r), torch.empty(n, s)
         Q = torch.linalg.qr(U.t() @ torch.svd_lowrank(Z, q=s, niter=2)[0])[0]  # (r, s)
         B = torch.zeros if c.init_weights else torch.randn
-        return Q.t().contiguous(), 0.01 * B(n, s, dtype=self.base.dtype, device=self.base.device)
+        return Q.t().contiguous(), 0.01 * B(n, s, dtype=self.base.dtype, device=self.device)
 
     def reset_importance(self) -> None:
         """Forget what `update_and_allocate` has noted."""

@@ -87,7 +87,7 @@ class FRoD(Delta, config=FrodConfig):
         self.r, self.runtime_offload_base_weight = self.base.out, c.runtime_offload_base_weight
         self.frod_dropout = dropout(c.frod_dropout)
         l = torch.empty(self.base.inp)
-        if not self.blank:
+        if not self.base.on_meta:
             U, l = split(self.base.read()[0].detach(), self.frod_V)
             vars(self)["fresh"] = self.frod_V, U
         s = l.new_zeros(self.frod_s_indices.shape[1])

@@ -70,13 +70,12 @@ class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
 
     def build(self) -> None:
         super().build()
-        options = {"device": "meta" if self.blank else self.base.device, "dtype": self.base.dtype}
+        options = {"device": self.device, "dtype": self.base.dtype}
         n, sides = self.config.use_bdlora.nblocks, blocks_of(self.config.use_bdlora, self.path)
         if "A" in sides:
             self.settle()
             self.lora_A = BlockDiagonalLinear(self.base.inp, self.r, n, **options)
-            if not self.blank:
-                nn.init.kaiming_uniform_(self.lora_A.weight)  # PEFT: also if init_lora_weights is not True
+            nn.init.kaiming_uniform_(self.lora_A.weight)  # PEFT: also if init_lora_weights is not True
         if "B" in sides:
             self.lora_B = BlockDiagonalLinear(self.r, self.base.out, n, **options)  # PEFT: no bias, zero also if False
 

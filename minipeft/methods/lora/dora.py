@@ -39,16 +39,16 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
     def build(self) -> None:
         super().build()
         self.settle()
-        m = torch.empty(self.base.out, device="meta") if self.blank else self.at_start()
-        self.lora_magnitude_vector = Magnitude(m.view(self.base.magnitude_shape()))
+        self.lora_magnitude_vector = Magnitude(self.at_start().view(self.base.magnitude_shape()))
 
     @torch.no_grad()
     def at_start(self) -> Tensor:
         """The row norms at the start, (out,); on the accelerator with `ephemeral_gpu_offload`."""
-        there = torch.device("cuda") if self.config.runtime_config.ephemeral_gpu_offload else self.base.device
         W = vars(self).get("left", self.base.read()[0])
+        offload = self.config.runtime_config.ephemeral_gpu_offload and not W.is_meta
+        there = torch.device("cuda") if offload else self.device
         W, A, B = (t.to(there) for t in (W, *self.factors()))
-        return norm(W, A, B, self.scaling).to(self.base.device)
+        return norm(W, A, B, self.scaling).to(self.device)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         return self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)  # (r, in), (out, r)

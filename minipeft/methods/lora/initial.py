@@ -64,9 +64,8 @@ def initialise(adapter: Any, how: bool | str) -> None:
         if (found := factors(adapter, W.float(), how)) is None:
             return initialise(adapter, True)
         a, b, rest = found
-        if not adapter.blank:
-            for factor, value in ((A, a), (B, b)):
-                getattr(factor, "weight", factor).data = value
+        for factor, value in ((A, a), (B, b)):
+            getattr(factor, "weight", factor).data = value
         if changes_base(how):
             leave(adapter, rest.to(W.dtype))
 

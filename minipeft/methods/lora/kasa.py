@@ -45,8 +45,7 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
 
     def build(self) -> None:
         super().build()
-        draw, device = (torch.empty, "meta") if self.blank else (torch.randn, self.base.device)
-        self.lora_diag = nn.Parameter(draw(self.r, device=device, dtype=self.base.dtype))
+        self.lora_diag = nn.Parameter(torch.randn(self.r, device=self.device, dtype=self.base.dtype))
 
     @classmethod
     def complete(cls, config: Any, adapters: list[Any]) -> None:

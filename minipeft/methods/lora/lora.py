@@ -33,7 +33,6 @@ class Factors(Adapter):
     """The factors A and B."""
 
     prefix = "lora_"
-    minds_blank = True
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
 
     @classmethod
@@ -72,11 +71,8 @@ class Factors(Adapter):
         flags = {"use_rslora": c.use_rslora, "use_dora": c.use_dora, "lora_bias": c.lora_bias}
         self.note(r=r, lora_alpha=alpha, scaling=scale(r, alpha, c.use_rslora), **flags)
         self.lora_dropout = dropout(c.lora_dropout)
-        usual, blank = c.init_lora_weights is True, self.blank
-        start = self.base.start(r, c.lora_bias, blank) if usual or blank else self.base.factors(r, c.lora_bias)
-        self.lora_A, self.lora_B = start  # (r, in), (out, r)
-        if not usual and (not blank or changes_base(c.init_lora_weights)):
-            initialise(self, c.init_lora_weights)
+        self.lora_A, self.lora_B = self.base.factors(r, c.lora_bias)  # (r, in), (out, r)
+        initialise(self, c.init_lora_weights)
 
     def initial_scaling(self) -> float:
         return scale(self.r, self.lora_alpha, self.config.use_rslora)

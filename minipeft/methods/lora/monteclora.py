@@ -29,7 +29,7 @@ class MonteCLoRA(Summed, config=LoraConfig, variant="monteclora_config"):
     def build(self) -> None:
         super().build()
         base, c = self.base, self.config.monteclora_config
-        sampler = MontecloraSampler(c, base.inp, self.r, base.dtype, "meta" if self.blank else base.device)
+        sampler = MontecloraSampler(c, base.inp, self.r, base.dtype, self.device)
         self.lora_monteclora_sampler = sampler
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -51,11 +51,11 @@ class MontecloraSampler(nn.Module):
     gaussian_var_prior: Tensor
     expert_weights: Tensor
 
-    def __init__(self, config: MontecloraConfig, n_in: int, r: int, dtype: torch.dtype, device: Any):
+    def __init__(self, config: MontecloraConfig, n_in: int, r: int, dtype: torch.dtype, device: torch.device):
         super().__init__()
         N = config.num_samples
         self.config, self.shape, self.drawn_in = config, (N, n_in, r), dtype
-        meta = "meta" if device == "meta" else None  # PEFT: these are drawn where torch draws by default, then moved
+        meta = device if device.type == "meta" else None  # PEFT: drawn where torch draws by default, then moved
         self.std_prior = nn.Parameter(torch.rand(r, dtype=dtype, device=meta))  # rho
         self.expert_weights_prior = nn.Parameter(torch.rand(N, dtype=dtype, device=meta))  # pi
         # PEFT: the values of the last pass are saved, too

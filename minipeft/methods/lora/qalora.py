@@ -13,11 +13,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.adapter import Adapter
-from ...core.bases import kaiming, linear_of
 from ...core.errors import ConfigError, PeftWarning
 from ...core.quantised import GPTQ
 from .lora import LoRA, LoraConfig, LowRank
@@ -46,9 +44,8 @@ class QALoRA(LowRank, config=LoraConfig, variant="use_qalora"):
         super().build()
         self.qalora_group_size = self.config.qalora_group_size
         self.settle()
-        device, k = "meta" if self.blank else self.base.device, self.base.inp // self.qalora_group_size
-        A = torch.empty(self.r, k, device=device, dtype=self.base.dtype)
-        self.lora_A = linear_of(kaiming(A))  # PEFT: whatever init_lora_weights is
+        k, there = self.base.inp // self.qalora_group_size, {"device": self.device, "dtype": self.base.dtype}
+        self.lora_A = nn.Linear(k, self.r, bias=False, **there)  # PEFT: whatever init_lora_weights is
 
     def branch(self, x: Tensor) -> Tensor:
         groups = self.dropped(x).unflatten(-1, (-1, self.qalora_group_size))  # (..., k, g)

@@ -32,7 +32,7 @@ class VeLoRA(Summed, config=LoraConfig, variant="velora_config"):
         c, base = self.config.velora_config, self.base
         d = -(-base.inp // c.num_groups)
         drawn = c.init_type == "random"
-        options: dict[str, Any] = {"dtype": base.dtype, "device": "meta" if self.blank else base.device}
+        options: dict[str, Any] = {"dtype": base.dtype, "device": self.device}
         self.lora_velora_embed = unit(torch.randn(d, **options)) if drawn else torch.zeros(d, **options)  # (d,)
         self.note(
             lora_velora_initialized=drawn,
