@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,7 +71,8 @@ class LoKr(Lycoris, config=LoKrConfig):
             setattr(self, slot, uniform(*shape, zero=slot in ZERO[c.init_weights]))
 
     def product(self) -> Tensor:
-        w1, w2, t = map(self._parameters.get, ("lokr_w1", "lokr_w2", "lokr_t2"))
+        own: Any = self._parameters
+        w1, w2, t = own.get("lokr_w1"), own.get("lokr_w2"), own.get("lokr_t2")
         if w1 is None:
             w1 = self.lokr_w1_a @ self.lokr_w1_b  # (a, c)
         if t is not None:
