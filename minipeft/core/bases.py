@@ -359,11 +359,11 @@ class Base:
     # ---------------------------------------------------------------------------------------------- low-rank factors
     def down(self, r: int) -> Any:
         """The factor A of a product B A, initialised as torch does."""
-        return linear(self.inp, r)
+        return nn.Linear(self.inp, r, bias=False)
 
     def up(self, r: int, bias: bool = False) -> Any:
         """The factor B of a product B A."""
-        return linear(r, self.out, bias)
+        return nn.Linear(r, self.out, bias)
 
     def factors(self, r: int, bias: bool = False) -> tuple[Any, Any]:
         """Both factors of a product B A."""
@@ -456,42 +456,6 @@ def _autocasts(kind: str) -> bool:
         return False
 
 
-_MADE = vars(nn.Module())
-_BOXES = [(name, type(value)) for name, value in _MADE.items() if isinstance(value, (dict, set))]
-
-
-def begin(module: nn.Module) -> None:
-    """What nn.Module.__init__ does to a module, in less time."""
-    own = module.__dict__
-    own.update(_MADE)
-    for name, make in _BOXES:
-        own[name] = make()
-
-
-def bare(cls: Any) -> Any:
-    """A module of class `cls`, begun but not initialised."""
-    module = cls.__new__(cls)
-    begin(module)
-    return module
-
-
-def linear(n_in: int, n_out: int, bias: bool = False) -> nn.Linear:
-    """What nn.Linear(n_in, n_out, bias) gives, the same random values included, in a third of its time."""
-    weight = kaiming(torch.empty(n_out, n_in))
-    bound = 1 / math.sqrt(n_in) if n_in > 0 else 0
-    return linear_of(weight, torch.empty(n_out).uniform_(-bound, bound) if bias else None)
-
-
-def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """An nn.Linear with these values: weight (out, in), bias (out,)."""
-    module = bare(nn.Linear)
-    vars(module).update(in_features=weight.shape[1], out_features=weight.shape[0])
-    parameters = module._parameters
-    parameters["weight"] = nn.Parameter(weight)
-    parameters["bias"] = None if bias is None else nn.Parameter(bias)
-    return module
-
-
 def weight_of(module: nn.Module, name: str = "weight") -> Tensor:
     """module.weight, found in less time than nn.Module.__getattr__ takes where it is a plain parameter."""
     weight = module._parameters.get(name)
@@ -543,26 +507,9 @@ class OnPatches(nn.Module):
         return self.conv(x.unflatten(1, self.shape)).flatten(1)
 
 
-def spend(count: int, like: Tensor) -> None:
-    """Leave torch's random generator as it is after `count` uniform values in the dtype and on the device of `like`."""
-    if like.device.type == "cpu" and like.dtype == torch.float32:  # a number takes 32 bits: two of them in one draw
-        torch.empty(count // 2, dtype=torch.int64).random_()
-        count %= 2
-    if count:
-        like.new_empty(count).uniform_()
-
-
 def dropout(p: float) -> nn.Module:
     """nn.Dropout(p); for p = 0 an nn.Identity, which PEFT puts there too."""
-    return nn.Dropout(p) if p else bare(nn.Identity)
-
-
-def kaiming(W: Tensor) -> Tensor:
-    """W (out, in) filled as nn.init.kaiming_uniform_(W, a=sqrt(5)) does, which is how nn.Linear starts."""
-    if W.is_meta:
-        return W
-    bound = math.sqrt(3.0) * (math.sqrt(2.0 / (1 + math.sqrt(5) ** 2)) / math.sqrt(W.shape[1]))
-    return W.uniform_(-bound, bound)
+    return nn.Dropout(p) if p else nn.Identity()
 
 
 class Linear(Base):

@@ -12,8 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .bases import bare
-
 LOW_PRECISION = frozenset(
     getattr(torch, name)
     for name in "float16 bfloat16 float8_e4m3fn float8_e5m2 float8_e4m3fnuz float8_e5m2fnuz float8_e8m0fnu".split()
@@ -78,7 +76,7 @@ class Slots(nn.Module):
         """Store `value` for adapter `name`; the first value of a slot decides what kind of container it is."""
         if isinstance(value, nn.Module):
             if slot not in self._modules:
-                self.register(slot, bare(nn.ModuleDict), trained=bool(value._parameters or value._modules))
+                self.register(slot, nn.ModuleDict(), trained=bool(value._parameters or value._modules))
             inside: Any = self._modules[slot]
             inside._modules[name] = value
         elif isinstance(value, Tensor):

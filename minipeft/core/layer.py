@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapted, Adapter
-from .bases import Base, Param, Whole, begin, exact
+from .bases import Base, Param, Whole, exact
 from .boxes import LOW_PRECISION, BufferDict, Slots, contents
 from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
 from .kinds import base_of
@@ -97,7 +97,7 @@ class Layer(Switch, Slots):
     _active_adapter: list[str]
 
     def __init__(self, module: nn.Module, base: Base, method: str, context: Context | None = None):
-        begin(self)
+        super().__init__()
         self._modules["base_layer"] = module
         vars(self).update(  # plain values: nn.Module.__setattr__ would ask of each what it is
             base=base,

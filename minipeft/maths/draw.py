@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.bases import kaiming
 from ..core.errors import ConfigError
 
 
@@ -22,11 +21,11 @@ def uniform(*shape: int, zero: bool = False) -> nn.Parameter:
 def redraw(*layers: Any, zero: bool) -> None:
     """Draw the weights of linear layers again, as PEFT does. `zero`: the last one's become zeros instead."""
     for layer in layers[:-1]:
-        kaiming(layer.weight.data)
+        nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
     if zero:
-        layers[-1].weight.data.zero_()
+        nn.init.zeros_(layers[-1].weight)
     else:
-        kaiming(layers[-1].weight.data)
+        nn.init.kaiming_uniform_(layers[-1].weight, a=math.sqrt(5))
 
 
 def balanced_indices(lora_param_count: int, theta_d_length: int, proj_seed: int) -> Tensor:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Routed
-from ..core.bases import linear
 from ..core.config import Bound, PeftConfig, Positive
 from ..maths.draw import redraw
 
@@ -44,9 +43,9 @@ class Lily(Routed, config=LilyConfig):
     def build(self) -> None:
         c = self.config
         self.r, self.scaling, self.stride_A, self.num_B = c.r, c.scaling, c.stride_A, c.num_B
-        self.lily_A = linear(self.base.inp, c.r)
-        self.lily_B = linear(self.base.out, c.num_B * c.r)  # the transposed B_e below each other: (num_B r, out)
-        self.lily_router = linear(c.r, c.num_B)
+        self.lily_A = nn.Linear(self.base.inp, c.r, bias=False)
+        self.lily_B = nn.Linear(self.base.out, c.num_B * c.r, bias=False)  # the B_e^T below each other
+        self.lily_router = nn.Linear(c.r, c.num_B, bias=False)
         redraw(self.lily_A, self.lily_router, self.lily_B, zero=c.init_weights)
 
     @classmethod

@@ -15,7 +15,6 @@ from typing import Annotated
 from torch import Tensor, nn
 
 from ..core.adapter import Delta
-from ..core.bases import linear
 from ..core.config import Bound, PeftConfig, Size
 from ..core.errors import ConfigError, nearest
 from ..maths.activations import ACTIVATIONS
@@ -53,11 +52,11 @@ class PEANuT(Delta, config=PeanutConfig):
     def build(self) -> None:
         c, r, out = self.config, self.config.r, self.base.out
         self.r, self.scaling = r, c.scaling
-        self.peanut_A = linear(out, r)
+        self.peanut_A = nn.Linear(out, r, bias=False)
         if c.depth:
-            self.peanut_encoders = nn.ModuleList(linear(r, r) for _ in range(c.depth))
-            self.peanut_decoders = nn.ModuleList(linear(r, r) for _ in range(c.depth))
-        self.peanut_B = linear(r, out)
+            self.peanut_encoders = nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(c.depth))
+            self.peanut_decoders = nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(c.depth))
+        self.peanut_B = nn.Linear(r, out, bias=False)
         redraw(self.peanut_A, *self.layers, self.peanut_B, zero=c.init_weights)
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,25 +34,6 @@ from .prompt import cached_tokens
 
 TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
 FORWARD_ONLY = {"adapter_names", "alora_offsets"}  # arguments of PeftModel.forward that the model never sees
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """While it is open, Python does not look for garbage; what there is when it closes counts as old.
-
-    An adapter is thousands of objects that all stay. Making them would set off collections, one of all objects among
-    them, which takes several times as long as the adapter itself.
-    """
-    on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if on:
-            if not gc.get_freeze_count():  # somebody's frozen objects stay so
-                gc.freeze()
-                gc.unfreeze()  # into the oldest generation, without a look at each
-            gc.enable()
 
 
 class BaseTuner(Slots):
@@ -124,7 +104,6 @@ class BaseTuner(Slots):
     # -------------------------------------------------------------------------------------------------------- adding
     @lasting()
     @exact()
-    @uncollected()
     @sized()
     def add(
         self,
