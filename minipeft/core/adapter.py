@@ -75,21 +75,16 @@ class Adapter(nn.Module):
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # kinds of base layer it can adapt, by Base class name
     method: ClassVar[PeftType]
     asked_by: ClassVar[str | None] = None  # of a variant of a method: the field of the configuration that asks for it
-    exclusive: ClassVar[bool] = False  # True: at most one adapter of this method may be active
     shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
     held: ClassVar[tuple[str, ...]] = ()  # slots of such tensors that each layer saves too, so that it needs no tuner
     ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
-    renames: ClassVar[bool] = True  # False: its matrices have the same names on an embedding as elsewhere
     rewrites: ClassVar[bool] = False  # True: the frozen weights change for good, not by a start that may be converted
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
-    autocasts: ClassVar[bool] = True  # False: its tensors keep the model's dtype (`autocast_adapter_dtype`)
     alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
-    kept_if: ClassVar[dict[str, str]] = {}  # slots that are saved only if the field of that name is set
     together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
     notice: ClassVar[Any] = None  # notice(config, inputs) is what a pass means to each sample: see Pass.by_sample
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
     fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
-    patterns: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")  # fields keyed by layer, if there
 
     base: Base
     name: str
@@ -117,7 +112,7 @@ class Adapter(nn.Module):
 
     def slot(self, name: str) -> str:
         """The slot for a name of the method's: on some kinds of layer PEFT has other names."""
-        return self.base.slot(name) if self.renames else name
+        return self.base.slot(name)
 
     def __setattr__(self, slot: str, value: Any) -> None:
         if slot in self.__dict__:  # what it has for itself: `training`, `config`, ...
@@ -223,6 +218,11 @@ class Adapter(nn.Module):
         return any(kind.__name__ in cls.bases for kind in type(base).__mro__)
 
     @classmethod
+    def of_modules(cls) -> bool:
+        """Whether it takes the place of whole modules, or of blocks of layers, instead of changing a layer's weight."""
+        return not {"Whole", "Block"}.isdisjoint(cls.bases)
+
+    @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         """Refuse a layer for a reason other than its kind."""
 
@@ -292,7 +292,7 @@ class Adapter(nn.Module):
     @classmethod
     def keeps(cls, slot: str, config: Any) -> bool:
         """Whether a slot's tensors belong in a checkpoint."""
-        return getattr(config, cls.kept_if[slot]) if slot in cls.kept_if else slot.startswith(cls.prefix)
+        return slot.startswith(cls.prefix)
 
     def below(self, slot: str) -> Any:
         """What the numbers in a saved tensor of positions must be smaller than, also by row; None: no positions."""
@@ -438,8 +438,6 @@ class Replacement(Adapter):
     """Another module in the layer's place, of the same kind. Gives `replacement`."""
 
     bases = ("Whole",)
-    exclusive = True
-    autocasts = False
     base: Whole
 
     @property

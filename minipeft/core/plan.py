@@ -112,7 +112,7 @@ class Plan:
         tuner.check_name(name)
         self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
         self.cls = tuner.adapter_class(config)
-        self.autocast = autocast and self.cls.autocasts
+        self.autocast = autocast and "Whole" not in self.cls.bases  # a copy of a module keeps its dtype
         self.loading = loading
         self.empty = empty
         self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it joins
@@ -206,14 +206,12 @@ class Plan:
         targets.check(self.modules + self.parameters, list(outer), self.others, lambda: stacked(outer))
         if targets.exclude and not targets.excluded:
             warnings.warn(f"exclude_modules={targets.exclude!r} did not exclude anything.", PeftWarning)
-        for field in cls.patterns:
-            unused = [
-                key
-                for key in getattr(config, field, None) or {}
-                if not any(matches(in_layer_path(key), path) for path in self.modules + self.parameters)
-            ]
-            if unused:
-                warnings.warn(f"{field} keys {unused} fit no adapted layer and were ignored.", PeftWarning)
+        paths = self.modules + self.parameters
+        for name, keys in vars(config).items():
+            if name.endswith("_pattern") and isinstance(keys, dict):
+                fits = lambda key: any(matches(in_layer_path(key), p) or key.startswith(p + ".") for p in paths)
+                if unused := [key for key in keys if not fits(key)]:
+                    warnings.warn(f"{name} keys {unused} fit no adapted layer and were ignored.", PeftWarning)
         return found + parameters
 
     def find_parameters(self, outer: dict[str, tuple[str, nn.Module]]) -> list[tuple[str, str, nn.Module, Any]]:

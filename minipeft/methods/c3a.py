@@ -37,7 +37,6 @@ class C3AConfig(PeftConfig, method="C3A", layers_need_list=True):
 
 class C3A(Delta, config=C3AConfig):
     prefix = "c3a_"
-    patterns = ("block_size_pattern",)
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:

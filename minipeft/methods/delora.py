@@ -42,7 +42,6 @@ class DeloraConfig(PeftConfig, method="DELORA", layers_need_list=True):
 
 class DeLoRA(Factored, config=DeloraConfig):
     prefix = "delora_"
-    patterns = ("rank_pattern", "lambda_pattern")
 
     def build(self) -> None:
         c = self.config

@@ -46,7 +46,6 @@ class FourierFTConfig(PeftConfig, method="FOURIERFT", layers_need_list=True):
 
 class FourierFT(Delta, config=FourierFTConfig):
     prefix = "fourierft_"
-    patterns = ("n_frequency_pattern",)
 
     def build(self) -> None:
         c = self.config

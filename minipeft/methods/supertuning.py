@@ -50,7 +50,10 @@ class SupertuningConfig(PeftConfig, method="SUPERTUNING"):
 class SuperTuning(Delta, config=SupertuningConfig):
     prefix = "supertuning_"
     alike = ("save_precomputed_indices",)
-    kept_if = {"supertuning_indices": "save_precomputed_indices"}
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        return config.save_precomputed_indices if slot == "supertuning_indices" else super().keeps(slot, config)
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:

@@ -57,9 +57,14 @@ class TinyLoRA(Factored, config=TinyLoraConfig):
     prefix = "tinylora_"
     bases = ("Linear", "Conv1D", "Embedding")
     shares = True
-    renames = False
     alike = ("save_projection",)
-    kept_if = {"tinylora_P": "save_projection"}
+
+    def slot(self, name: str) -> str:
+        return name  # PEFT: no names of their own on an embedding
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        return config.save_projection if slot == "tinylora_P" else super().keeps(slot, config)
 
     @classmethod
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:

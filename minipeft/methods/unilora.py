@@ -46,7 +46,10 @@ class UniLoraConfig(PeftConfig, method="UNILORA", layers_need_list=True):
 class UniLoRA(Factored, config=UniLoraConfig):
     prefix = "unilora_"
     shares = True
-    kept_if = {f"unilora_{what}_{side}": "save_indices" for what in ("indices", "scales") for side in "AB"}
+
+    @classmethod
+    def keeps(cls, slot: str, config: Any) -> bool:
+        return slot.startswith(cls.prefix) and (config.save_indices or slot == THETA)
 
     @classmethod
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:

@@ -53,7 +53,6 @@ class WaveFTConfig(PeftConfig, method="WAVEFT", layers_need_list=True):
 
 class WaveFT(Delta, config=WaveFTConfig):
     prefix = "waveft_"
-    patterns = ("n_frequency_pattern",)
 
     @classmethod
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:

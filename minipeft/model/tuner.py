@@ -234,7 +234,7 @@ class BaseTuner(Slots):
     @lasting()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """float16, bfloat16 and float8 tensors of an adapter become float32, which training needs."""
-        if autocast_adapter_dtype and adapter_class(self.peft_config[adapter_name]).autocasts:
+        if autocast_adapter_dtype and "Whole" not in adapter_class(self.peft_config[adapter_name]).bases:
             for owner in (self, *layers(self.model)):
                 owner.widen(adapter_name)
 
@@ -346,7 +346,7 @@ class BaseTuner(Slots):
             raise AdapterNameError(f"Adapter {unknown[0]} not found; this model has {sorted(self.peft_config)}.")
         if len(names) > 1:
             for name in names:
-                if method_class(self.peft_config[name]).exclusive:
+                if method_class(self.peft_config[name]).of_modules():
                     method = self.peft_config[name].method.value
                     raise AdapterNameError(f"{method} allows one active adapter, got {names}.")
         if self.biases:

@@ -394,7 +394,7 @@ def test_switched_off_where_the_layer_is_not_called(lib):
 
 CHANGED = {
     "scale": lambda layer: layer.set_scale("default", 0.5),
-    "values": lambda layer: layer.adapters["default"].parameters()[0].data.mul_(2),
+    "values": lambda layer: next(layer.adapters["default"].parameters()).data.mul_(2),
 }
 
 

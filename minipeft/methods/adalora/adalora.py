@@ -62,7 +62,6 @@ class AdaLoraConfig(LoraConfig, method="ADALORA", optional=("r",)):
 class AdaLoRA(Delta, config=AdaLoraConfig):
     prefix = "lora_"
     bases = ("Linear", "Conv1D", "Conv")
-    patterns = ()
     convert_for_save, resize = staticmethod(pruned), staticmethod(take_ranks)
 
     @classmethod

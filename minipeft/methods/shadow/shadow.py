@@ -84,7 +84,6 @@ class Pair:
 class Shadow(Routed, config=ShadowConfig):
     prefix = "shadow_"
     bases = ("Block",)
-    exclusive = True
     shares = True
 
     @classmethod
