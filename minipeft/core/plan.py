@@ -209,8 +209,8 @@ class Plan:
         paths = self.modules + self.parameters
         for name, keys in vars(config).items():
             if name.endswith("_pattern") and isinstance(keys, dict):
-                fits = lambda key: any(matches(in_layer_path(key), p) or key.startswith(p + ".") for p in paths)
-                if unused := [key for key in keys if not fits(key)]:
+                met = lambda key: any(matches(in_layer_path(key), p) or key.startswith(p + ".") for p in paths)
+                if unused := [key for key in keys if not met(key)]:
                     warnings.warn(f"{name} keys {unused} fit no adapted layer and were ignored.", PeftWarning)
         return found + parameters
 
