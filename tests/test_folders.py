@@ -154,7 +154,7 @@ def by_subfolder(folder):
 
 def by_hotswap(folder):
     model = version(99)
-    from minipeft.model.hotswap import hotswap_adapter
+    from minipeft.compat.hotswap import hotswap_adapter
 
     hotswap_adapter(model, folder, "default", torch_device="cpu")
     number = model.base_model.model[0].scaling["default"] * 2

@@ -31,10 +31,10 @@ from ..methods.lora import corda as lora_corda
 from ..methods.lora import eva as lora_eva
 from ..methods.lora import gradient as lora_ga
 from ..methods.lycoris import LycorisConfig
-from ..model import hotswap, mixed, status, utils
+from ..model import mixed, status, utils
 from ..model.prompt import PROMPTS
 from ..model.tuner import BaseTuner, tuner_class
-from . import conversion, functional, helpers, optimizers
+from . import conversion, functional, helpers, hotswap, optimizers
 
 VERSION = "0.21.2"  # of the reference
 HOME: Any = importlib.import_module("..", __package__)  # minipeft, by whatever name it is there

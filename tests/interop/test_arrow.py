@@ -223,7 +223,7 @@ def test_expert_changed(ref, lib, saved):
 
 def test_expert_replaced(lib, saved, tmp_path):
     """By another checkpoint, loaded or hot-swapped into it."""
-    from minipeft.model.hotswap import hotswap_adapter
+    from minipeft.compat.hotswap import hotswap_adapter
 
     folder = expert(lib, tmp_path, "new", 24)
     want = H.run(create(lib, ([folder, *saved[0][1:]], saved[1]), use_gks=True), batch())

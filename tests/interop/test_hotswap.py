@@ -24,7 +24,7 @@ class Net(nn.Module):
 
 
 IDS = torch.arange(16).view(2, 8) % 11
-WHERE = {"minipeft": "minipeft.model.hotswap", "peft": "peft.utils.hotswap"}
+WHERE = {"minipeft": "minipeft.compat.hotswap", "peft": "peft.utils.hotswap"}
 
 
 def base():

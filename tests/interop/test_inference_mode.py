@@ -63,7 +63,7 @@ def test_hot_swapped(lib, tmp_path):
     from importlib import import_module
 
     hotswap_adapter = import_module(
-        f"{lib.__name__}.utils.hotswap" if lib.__name__ == "peft" else "minipeft.model.hotswap"
+        f"{lib.__name__}.utils.hotswap" if lib.__name__ == "peft" else "minipeft.compat.hotswap"
     )
     layer = lambda: torch.nn.Sequential(torch.nn.Linear(8, 6))
     model = lib.get_peft_model(layer(), lib.LoraConfig(r=2, target_modules=["0"]))

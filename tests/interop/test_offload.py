@@ -225,7 +225,7 @@ def test_trained_biases_are_refused_where_the_model_is_offloaded(lib):
 def test_hot_swapping_an_offloaded_adapter(rank, lib, is_ref, tmp_path):
     if is_ref:
         pytest.skip("a promise of the module under test alone")
-    from minipeft.model.hotswap import hotswap_adapter
+    from minipeft.compat.hotswap import hotswap_adapter
 
     def model(seed, r=4):
         H.seed(0)

@@ -63,7 +63,7 @@ from torch import nn
 assert "mypkg.deep.peft_copy" in sys.modules and LoraConfig.__module__.startswith("mypkg.deep.peft_copy.methods")
 model = peft.get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
 assert isinstance(model.base_model.model[0], LoraLayer) and isinstance(model.base_model, BaseTuner)
-assert hotswap_adapter.__module__ == "mypkg.deep.peft_copy.model.hotswap"
+assert hotswap_adapter.__module__ == "mypkg.deep.peft_copy.compat.hotswap"
 print(sys.argv[1])
 """
 

@@ -18,9 +18,9 @@ from ...core.bases import dropout
 from ...core.errors import ConfigError, UnsupportedFeatureError
 from ...core.state import entries_of_model, read_weights
 from ...core.targets import pattern_value
-from ...model.hotswap import refit
 from .configs import LoraConfig as LoraConfig
 from .initial import changes_base, initialise, to_plain
+from .padding import refit
 from .replicate import replicate_layers
 
 
@@ -57,12 +57,12 @@ class Factors(Adapter):
 
     @classmethod
     def convert_for_save(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        refit(entries_of_model(model, name), name, tensors, pad=False)
+        refit(entries_of_model(model, name), name, tensors, zeros=False)
         return tensors
 
     @classmethod
     def resize(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> None:
-        refit(entries_of_model(model, name), name, tensors, pad=True)
+        refit(entries_of_model(model, name), name, tensors, zeros=True)
 
     def build(self) -> None:
         c = self.config

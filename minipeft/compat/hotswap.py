@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -36,9 +36,9 @@ from ..core.state import (
     strip,
     tuner_of,
 )
-from .tuner import tuner_class
+from ..methods.lora.padding import RANK_OF, groups_of, layer_of, pad, slot_of
+from ..model.tuner import tuner_class
 
-RANK_OF = {"lora_A": 0, "lora_B": 1, "lora_embedding_A": 0, "lora_embedding_B": 1}  # the dimension of each factor
 MUST_AGREE = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "layer_replication")
 
 
@@ -127,7 +127,7 @@ def hotswap_adapter_from_state_dict(
     swaps: list[tuple[Entry, Entry | None, Tensor | None]] = []  # what is there, what is to be there, and in which size
     for entry in entries.values():
         source = sources.get(strip(entry.saved))
-        adapter = _layer(entry).adapters[adapter_name]
+        adapter = layer_of(entry).adapters[adapter_name]
         if source is None and not adapter.fades:
             raise UnsupportedFeatureError(
                 f"The new adapter leaves '{adapter.path}' alone, where the one in its place cannot be set to 0. "
@@ -138,7 +138,7 @@ def hotswap_adapter_from_state_dict(
     inner.peft_config[adapter_name] = config
     with onloaded(inner, entries.values(), keep=True):
         for entry, source, value in swaps:
-            adapter, old = _layer(entry).adapters[adapter_name], entry.tensor
+            adapter, old = layer_of(entry).adapters[adapter_name], entry.tensor
             vars(adapter).update(config=config, idle=source is None)
             if source is None or value is None:
                 old.zero_()
@@ -148,7 +148,7 @@ def hotswap_adapter_from_state_dict(
             else:
                 old.data = value.to(old, copy=True)
             _note_padded(adapter, entry.live, source.tensor.shape, value.shape)
-            _take_over(_layer(entry), _layer(source), adapter_name)
+            _take_over(layer_of(entry), layer_of(source), adapter_name)
 
 
 def _planned(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> list[Entry]:
@@ -163,11 +163,6 @@ def _planned(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> 
         plan.give_up()
     config.layer_replication = replicated
     return list(plan.entries())
-
-
-def _layer(entry: Entry) -> Any:
-    """The layer that the entry of a LoRA tensor is on."""
-    return entry.layer
 
 
 def _take_over(layer: Any, scratch: Any, name: str) -> None:
@@ -251,24 +246,13 @@ def _resized(entry: Entry, value: Tensor, name: str) -> Tensor:
     if value.shape[rank] > old.shape[rank]:
         return value
     _check_pads(layer.adapters[name])
-    return _pad(value, old.shape[rank], rank, _groups(layer) if rank == 0 else 1)
-
-
-def slot_of(key: str) -> str:
-    """Which factor a live key means, or an empty string."""
-    return next((slot for slot in RANK_OF if f".{slot}." in f"{key}."), "")
+    return pad(value, old.shape[rank], rank, groups_of(layer) if rank == 0 else 1)
 
 
 def _note_padded(adapter: Any, key: str, shape: Any, now: Any) -> None:
     """Note on an adapter which shape a factor has without the zeros behind it."""
     padded = {slot: of for slot, of in adapter.padded.items() if slot != slot_of(key)}
     vars(adapter)["padded"] = padded if shape == now else {**padded, slot_of(key): shape}
-
-
-def _groups(layer: Layer) -> Any:
-    """In how many parts the rows of A are, each of which has its own rank: groups of a convolution, or experts."""
-    base: Any = layer.base
-    return getattr(base, "experts", None) or getattr(base.leaf, "groups", 1)
 
 
 def _check_pads(adapter: Any) -> None:
@@ -284,27 +268,4 @@ def _padded(layer: Layer, factor: Any, slot: str, rank: int) -> Tensor:
         raise ConfigError(
             f"target_rank {rank} must be a multiple of {groups} and at least {now}, the rank of an adapter."
         )
-    return _pad(W, rank // groups, 1, 1) if dim else _pad(W, rank, 0, groups)
-
-
-def _pad(W: Tensor, size: int, dim: int, groups: int) -> Tensor:
-    """W with zeros behind it along `dim`, or cut to `size`; with groups, each group's part of it."""
-    parts = W.unflatten(dim, (groups, -1))  # (..., groups, r / groups, ...)
-    sized = W.new_zeros(*parts.shape[: dim + 1], size // groups, *parts.shape[dim + 2 :])
-    both = min(size // groups, parts.shape[dim + 1])
-    sized.narrow(dim + 1, 0, both).copy_(parts.narrow(dim + 1, 0, both))
-    return sized.flatten(dim, dim + 1)
-
-
-def refit(entries: Iterable[Entry], name: str, tensors: dict[str, Tensor], pad: bool) -> None:
-    """Put zeros behind factors of a checkpoint where hot swapping has done so in the model, or take them away."""
-    given = {strip(key): key for key in tensors}
-    for entry in entries:
-        shapes = _layer(entry).adapters[name].padded if entry.layer is not None else {}
-        key, slot = given.get(strip(entry.saved)), slot_of(entry.live)
-        if key is None or slot not in shapes:
-            continue
-        now, wanted = (shapes[slot], entry.tensor.shape) if pad else (entry.tensor.shape, shapes[slot])
-        if tensors[key].shape == now:
-            dim = RANK_OF[slot]
-            tensors[key] = _pad(tensors[key], wanted[dim], dim, 1 if dim else _groups(_layer(entry)))
+    return pad(W, rank // groups, 1, 1) if dim else pad(W, rank, 0, groups)
