@@ -63,7 +63,8 @@ def autocast(driver, case, method):
     base = case.tensors("base")
 
     def check(what, options, want):
-        wrong = {k: d for k, d in driver.dtypes().items() if k in trained(case.parameters) and d != want}
+        have = driver.dtypes()
+        wrong = {k: have.get(k, "missing") for k in trained(case.parameters) if have.get(k) != want}
         if wrong:
             raise Failure(f"dtypes of an adapter {what} on a base in bfloat16, with {options}", want, str(wrong))
 
