@@ -5,6 +5,7 @@ A short and repeatable fuzzer over all methods. `test_bad_input.py` has the faul
 
 import copy
 import json
+import os
 import random
 import time
 import warnings
@@ -287,3 +288,33 @@ def test_positions_may_be_whole_numbers_in_floats(case, lib, is_ref):
     H.identical(lib.get_peft_model_state_dict(model), held)
     with pytest.raises(lib.PeftError, match="positions"):
         lib.set_peft_model_state_dict(model, {**held, whole[0]: held[whole[0]] + 0.5})
+
+
+def loading(lib, path, config):
+    model = lib.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), config)
+    model.save_pretrained(path)
+    return lambda: lib.PeftModel.from_pretrained(torch.nn.Sequential(torch.nn.Linear(6, 5)), path)
+
+
+def test_weights_that_are_no_file(lib, tmp_path):
+    """Opening a pipe that nobody writes to would wait for ever."""
+    load = loading(lib, tmp_path, lib.LoraConfig(target_modules=["0"]))
+    (tmp_path / "adapter_model.safetensors").unlink()
+    os.mkfifo(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(lib.CheckpointError, match="not a file"):
+        load()
+
+
+@pytest.mark.parametrize("proj_seed, r", [(-5, 4), (42, 10**18)])
+def test_uni_loras_indices_cannot_be_drawn(proj_seed, r, lib, tmp_path):
+    load = loading(lib, tmp_path, lib.UniLoraConfig(target_modules=["0"], theta_d_length=9))
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "proj_seed": proj_seed, "r": r}))
+    with pytest.raises(lib.PeftError):
+        load()
+
+
+def test_more_subspaces_than_rows_are_as_many_as_rows(lib):
+    config = lib.AdamssConfig(target_modules=["0"], num_subspaces=3 * 10**9)
+    model = lib.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 5)), config)
+    assert model.base_model.model[0].num_subspaces["default"] <= 5
