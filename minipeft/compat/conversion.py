@@ -128,7 +128,7 @@ def _check(config: Any, adapters: list[Any]) -> None:
         raise UnsupportedFeatureError("An adapter with `trainable_token_indices` cannot be made a LoRA.")
     for adapter in adapters:
         base = adapter.base
-        if not isinstance(base, Linear) or base.opaque:
+        if not isinstance(base, Linear) or base.needs_weights:
             what = f"'{adapter.path}' is {base.label}"
             raise UnsupportedLayerError(f"Only adapters of linear layers can be converted to LoRA, but {what}.")
         if adapter.changes_base(config):

@@ -80,9 +80,9 @@ class Adapter(nn.Module):
     ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
     rewrites: ClassVar[bool] = False  # True: the frozen weights change for good, not by a start that may be converted
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
-    alike: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
+    must_agree: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
-    notice: ClassVar[Any] = None  # notice(config, inputs) is what a pass means to each sample: see Pass.by_sample
+    per_sample: ClassVar[Any] = None  # per_sample(config, inputs): what a pass means to each sample, see Pass.by_sample
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
     fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
 
@@ -204,7 +204,7 @@ class Adapter(nn.Module):
                 one, two = (cls, kind) if cls.rewrites else (kind, cls)
                 both = f"beside adapter '{name}' there would be {one.__name__} and {two.__name__}"
                 raise ConfigError(f"{one.__name__} changes the frozen weights, so all adapters must be of it: {both}.")
-        for field in cls.alike:
+        for field in cls.must_agree:
             for name, other in others.items():
                 if getattr(other, field) != getattr(config, field):
                     raise ConfigError(
@@ -261,7 +261,7 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
-    def follow(self, source: Adapter, fresh: bool = False) -> None:
+    def tie_to(self, source: Adapter, fresh: bool = False) -> None:
         """Share the tensors of `source`, the same adapter on the embedding whose weight this layer uses too.
 
         `fresh`: both were just initialised. Called again before each run, so it must be cheap when nothing has changed.
@@ -301,7 +301,7 @@ class Adapter(nn.Module):
     def below_shared(cls, slot: str, shared: Mapping[str, Any]) -> Any:
         """The same for one of the tensors that layers share; `shared` has all of them, by slot."""
 
-    def trains(self, slot: str) -> bool:
+    def is_trainable(self, slot: str) -> bool:
         """Whether the parameters of a slot of the method are trained, and not only kept."""
         return True
 
@@ -428,7 +428,7 @@ class Routed(Adapter):
 
     @classmethod
     def fits(cls, base: Base) -> bool:
-        return super().fits(base) and not base.opaque  # that is reached through its weights alone
+        return super().fits(base) and not base.needs_weights  # that is reached through its weights alone
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise MergeError(f"{type(self).__name__} depends on its input and cannot be merged into weights ({self.path}).")

@@ -39,8 +39,8 @@ class Base:
     """
 
     pointwise = True  # the layer applies W to feature vectors one by one (False: reach it through its weights)
-    opaque = False  # True: even an additive adapter must go through the weights
-    shown = False  # True: the modules around the layer read its attributes
+    needs_weights = False  # True: even an additive adapter must go through the weights
+    forwards_attributes = False  # True: the modules around the layer read its attributes
     reads_vectors = True  # False: the input is indices, not feature vectors
     label = ""  # the class name that PEFT shows for such a layer
     weight_name, bias_name = "weight", "bias"
@@ -286,24 +286,24 @@ class Base:
         return W
 
     @property
-    def inp(self) -> int:
+    def in_features(self) -> int:
         """Number of input features (for an embedding: of tokens)."""
         return self.leaf.in_features
 
     @property
-    def out(self) -> int:
+    def out_features(self) -> int:
         """Number of output features."""
         return self.leaf.out_features
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of W in the canonical layout."""
-        return self.out, self.inp
+        return self.out_features, self.in_features
 
     @property
     def width(self) -> int:
         """Length of a row of the flattened weight."""
-        return self.inp
+        return self.in_features
 
     @property
     def patch(self) -> int:
@@ -359,11 +359,11 @@ class Base:
     # ---------------------------------------------------------------------------------------------- low-rank factors
     def down(self, r: int) -> Any:
         """The factor A of a product B A, initialised as torch does."""
-        return nn.Linear(self.inp, r, bias=False)
+        return nn.Linear(self.in_features, r, bias=False)
 
     def up(self, r: int, bias: bool = False) -> Any:
         """The factor B of a product B A."""
-        return nn.Linear(r, self.out, bias)
+        return nn.Linear(r, self.out_features, bias)
 
     def factors(self, r: int, bias: bool = False) -> tuple[Any, Any]:
         """Both factors of a product B A."""
@@ -371,24 +371,26 @@ class Base:
 
     @staticmethod
     @torch.no_grad()
-    def restart(A: Any, B: Any) -> None:
+    def reset_factors(A: Any, B: Any) -> None:
         """Start factors as LoRA does: A as torch does, B zero."""
         nn.init.kaiming_uniform_(A.weight, a=math.sqrt(5))
         for zero in B._parameters.values():
             if zero is not None:
                 zero.zero_()
 
-    def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+    def low_rank_delta(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         """scale * B A, shaped like W."""
         return self.matrix(B) @ (self.matrix(A) * scale)
 
-    def through(self, x: Tensor, A: Any, B: Any) -> Tensor:
+    def low_rank_forward(self, x: Tensor, A: Any, B: Any) -> Tensor:
         """B (A x), without forming B A. The factors are called, so that hooks on them act."""
         return B(A(x))
 
-    def add_through(self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None) -> Tensor:
+    def add_low_rank(
+        self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None
+    ) -> Tensor:
         """y + gain * scale * B (A x); `gain` is `outward`."""
-        branch = self.through(x, A, B)
+        branch = self.low_rank_forward(x, A, B)
         if gain is not None:
             branch = gain * branch
         return y + scale * branch if isinstance(scale, Tensor) else torch.add(y, branch, alpha=scale)
@@ -413,11 +415,11 @@ class Base:
 
     def magnitude_shape(self) -> tuple[int, ...]:
         """The shape in which PEFT stores one magnitude for each output feature."""
-        return (self.out,)
+        return (self.out_features,)
 
     def require_divisible(self, by: int, field: str, path: str, sides: str = "in_features out_features") -> None:
         """Raise `UnsupportedLayerError` unless `by`, which is what `field` says, divides the sizes of the layer."""
-        for side, size in (("in_features", self.inp), ("out_features", self.out)):
+        for side, size in (("in_features", self.in_features), ("out_features", self.out_features)):
             if side in sides.split() and (by <= 0 or size % by):
                 raise UnsupportedLayerError(f"{side} of '{path}', {size}, must be divisible by `{field}`, {by}.")
 
@@ -528,11 +530,11 @@ class Conv1D(Linear):
         return W.t()
 
     @property
-    def inp(self) -> int:
+    def in_features(self) -> int:
         return self.leaf.weight.shape[0]
 
     @property
-    def out(self) -> int:
+    def out_features(self) -> int:
         return self.leaf.weight.shape[1]
 
 
@@ -546,11 +548,11 @@ class Conv(Base):
         self.label = f"Conv{self.dims}d"
 
     @property
-    def inp(self) -> int:
+    def in_features(self) -> int:
         return self.leaf.in_channels
 
     @property
-    def out(self) -> int:
+    def out_features(self) -> int:
         return self.leaf.out_channels
 
     @property
@@ -572,7 +574,7 @@ class Conv(Base):
         return self.width * self.leaf.groups
 
     def rows(self, W: Tensor) -> Tensor:
-        groups = self.inp // W.shape[1]
+        groups = self.in_features // W.shape[1]
         parts = [part.flatten(1) for part in W.chunk(groups)]
         return parts[0] if groups == 1 else torch.block_diag(*parts)
 
@@ -609,9 +611,9 @@ class Conv(Base):
         if r % self.leaf.groups:
             groups = self.leaf.groups
             raise ConfigError(f"On a convolution with groups={groups} the rank must be a multiple of that, got r={r}.")
-        return plain_class(self.leaf)(r, self.out, 1, groups=self.leaf.groups, bias=bias)
+        return plain_class(self.leaf)(r, self.out_features, 1, groups=self.leaf.groups, bias=bias)
 
-    def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+    def low_rank_delta(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         if self.leaf.groups > 1:
             raise MergeError(
                 f"Low-rank factors on a convolution with groups={self.leaf.groups} mix the groups, "
@@ -631,7 +633,7 @@ class Conv(Base):
         return (1, n, *[1] * self.dims)
 
     def magnitude_shape(self) -> tuple[int, ...]:
-        return (1, self.out, *[1] * self.dims)
+        return (1, self.out_features, *[1] * self.dims)
 
     def spread(self, v: Tensor) -> Tensor:
         m = self.leaf
@@ -649,16 +651,16 @@ class Embedding(Base):
         return W.t()
 
     @property
-    def inp(self) -> int:
+    def in_features(self) -> int:
         return self.leaf.num_embeddings
 
     @property
-    def out(self) -> int:
+    def out_features(self) -> int:
         return self.leaf.embedding_dim
 
     @property
     def width(self) -> int:
-        return self.out
+        return self.out_features
 
     def slot(self, name: str) -> str:
         # PEFT: the matrices of a method (lora_A, oft_R) have names of their own on an embedding (lora_embedding_A)
@@ -674,23 +676,23 @@ class Embedding(Base):
         return F.embedding(x, W.t(), m.padding_idx, m.max_norm, m.norm_type, m.scale_grad_by_freq, m.sparse)
 
     def down(self, r: int) -> Any:
-        return nn.Parameter(torch.randn(r, self.inp))
+        return nn.Parameter(torch.randn(r, self.in_features))
 
     def up(self, r: int, bias: bool = False) -> Any:
         if bias:
             raise UnsupportedLayerError("`lora_bias=True` is not supported for embeddings.")
-        return nn.Parameter(torch.randn(self.out, r))
+        return nn.Parameter(torch.randn(self.out_features, r))
 
     @staticmethod
     @torch.no_grad()
-    def restart(A: Any, B: Any) -> None:
+    def reset_factors(A: Any, B: Any) -> None:
         A.zero_()  # PEFT: on an embedding A is zero and B normal
         B.normal_()
 
-    def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+    def low_rank_delta(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         return B @ (A * scale)
 
-    def through(self, x: Tensor, A: Any, B: Any) -> Tensor:
+    def low_rank_forward(self, x: Tensor, A: Any, B: Any) -> Tensor:
         return (self.look_up(x, A) * self._scale(A)) @ B.t()
 
     @staticmethod
@@ -705,7 +707,7 @@ class Embedding(Base):
 class Attention(Linear):
     """nn.MultiheadAttention, through its in_proj_weight. Its out_proj is adapted as a layer of its own."""
 
-    opaque, shown, pointwise = True, True, False
+    needs_weights, forwards_attributes, pointwise = True, True, False
     label = "MultiheadAttention"
     weight_name, bias_name = "in_proj_weight", "in_proj_bias"
 
@@ -717,11 +719,11 @@ class Attention(Linear):
             raise UnsupportedLayerError("nn.MultiheadAttention cannot be adapted when its in_proj_weight is computed.")
 
     @property
-    def inp(self) -> int:
+    def in_features(self) -> int:
         return self.leaf.embed_dim
 
     @property
-    def out(self) -> int:
+    def out_features(self) -> int:
         return 3 * self.leaf.embed_dim
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -734,7 +736,7 @@ class Attention(Linear):
 class Param(Base):
     """A bare nn.Parameter of a module: a matrix (out, in), or experts (experts, out, in) or (experts, in, out)."""
 
-    opaque, shown, pointwise = True, True, False
+    needs_weights, forwards_attributes, pointwise = True, True, False
     label = "ParamWrapper"
 
     def __init__(self, module: nn.Module, inside: Base | None = None, name: str = ""):
@@ -750,11 +752,11 @@ class Param(Base):
         self.path = "base_layer." * _depth(module) + name
 
     @property
-    def inp(self) -> int:
+    def in_features(self) -> int:
         return self._inp
 
     @property
-    def out(self) -> int:
+    def out_features(self) -> int:
         return self._out
 
     @property
@@ -771,14 +773,14 @@ class Param(Base):
         return functional_call(self.module, {self.path: W.to(self.dtype)}, (x, *args), kwargs)
 
     def down(self, r: int) -> Any:
-        return nn.Linear(self.inp, r * self.experts, bias=False)
+        return nn.Linear(self.in_features, r * self.experts, bias=False)
 
     def up(self, r: int, bias: bool = False) -> Any:
-        return nn.Linear(r * self.experts, self.out, bias=bias)
+        return nn.Linear(r * self.experts, self.out_features, bias=bias)
 
-    def product(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
-        a = (A.weight * scale).view(self.experts, -1, self.inp)  # (e, r, in)
-        b = B.weight.view(self.out, -1, self.experts).permute(2, 0, 1)  # (e, out, r)
+    def low_rank_delta(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
+        a = (A.weight * scale).view(self.experts, -1, self.in_features)  # (e, r, in)
+        b = B.weight.view(self.out_features, -1, self.experts).permute(2, 0, 1)  # (e, out, r)
         W = a.mT @ b.mT if self.transposed else b @ a
         return W.view(getattr(self.leaf, self.weight_name).shape)
 
@@ -850,7 +852,7 @@ class Whole(Base):
 class Block(Whole):
     """A block of a decoder, which code around it reads attributes of. Adapters of it are in torch's default dtype."""
 
-    shown = True
+    forwards_attributes = True
 
     @property
     def dtype(self) -> torch.dtype:

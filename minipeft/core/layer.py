@@ -237,14 +237,14 @@ class Layer(Switch, Slots):
         if adapter_names is not None or self.context.opened[-1].adapter_names is not None:
             return self._mixed(x, adapter_names, *args, **kwargs)
         names, base = self._active_adapter, self.base
-        plain = base.inside is None and not base.opaque and not self.merged_adapters
+        plain = base.inside is None and not base.needs_weights and not self.merged_adapters
         if plain and len(names) == 1 and names[0] in self.adapters:
             return self.adapters[names[0]].forward(x, base, *args, **kwargs)  # as `_run`, without making the operator
         return self._run(None, x, *args, **kwargs)
 
     def _run(self, names: Sequence[str] | None, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         op = self.operator(names)
-        if self.base.opaque and op is not self.base:
+        if self.base.needs_weights and op is not self.base:
             return self.base.apply(x, *op.read(), *args, **kwargs)
         return op(x, *args, **kwargs)
 
@@ -258,7 +258,7 @@ class Layer(Switch, Slots):
         assert groups is not None
         if (together := getattr(next(iter(self.adapters.values()), None), "together", None)) is not None:
             return together(self, groups, x, *args, **kwargs)
-        if self.base.opaque:
+        if self.base.needs_weights:
             kind = type(self.base.leaf).__name__
             raise BatchError(f"Mixed batches are not possible on a {kind}: it does not map one tensor to one.")
 
@@ -301,7 +301,7 @@ class Layer(Switch, Slots):
             return
         home, new = self._home, [self.adapters[name] for name in names]
         # what follows another layer is merged there
-        sources = {} if home.base.apart else {a: vars(a)["follows"] for a in new if "follows" in vars(a)}
+        sources = {} if home.base.apart else {a: vars(a)["tied_to"] for a in new if "tied_to" in vars(a)}
         if own := [adapter for adapter in new if adapter not in sources]:
             home.base.check_written()
             home.check_folded(home.folded)
@@ -493,7 +493,7 @@ class Layer(Switch, Slots):
         adapter = self.adapters[name]
         for slot in self.adapter_layer_names:
             if slot.startswith(adapter.prefix) and (value := contents(self._modules[slot]).get(name)) is not None:
-                train = on and adapter.trains(slot)
+                train = on and adapter.is_trainable(slot)
                 for p in _parameters(value) if isinstance(value, nn.Module) else (value,):
                     if p is not None and p.requires_grad is not train and p.is_leaf:
                         p.requires_grad_(train)
@@ -556,19 +556,19 @@ class Layer(Switch, Slots):
 
     @property
     def in_features(self) -> int:
-        return self.base.inp
+        return self.base.in_features
 
     @property
     def out_features(self) -> int:
-        return self.base.out
+        return self.base.out_features
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             base = self.__dict__.get("base")
-            if base is not None and base.shown and not name.startswith("__") and name not in HOOKS:
-                if base.opaque and name == "_qkv_same_embed_dim":  # its fused fast path would read the raw weights
+            if base is not None and base.forwards_attributes and not name.startswith("__") and name not in HOOKS:
+                if base.needs_weights and name == "_qkv_same_embed_dim":  # its fused path would read the raw weights
                     return not self.running
                 return getattr(self.base_layer, name)
             raise

@@ -167,7 +167,7 @@ def linear_targets(model: Any, config: Any) -> dict[str, Any]:
     from .kinds import base_of
 
     bases = {path: base_of(module) for path, module in model.named_modules() if path}
-    linear = {path: base for path, base in bases.items() if isinstance(base, Linear) and not base.opaque}
+    linear = {path: base for path, base in bases.items() if isinstance(base, Linear) and not base.needs_weights}
     names = config.target_modules
     wanted: Any = Targets(config)
     if names is None or (isinstance(names, str) and names.lower() == ALL_LINEAR):
@@ -185,7 +185,8 @@ def all_linear(model: Any, task_type: Any, paths: Iterable[tuple[str, Any]]) -> 
         skip.add(id(getattr(getattr(head, "base", None), "leaf", head)))
     elif task_type == TaskType.SEQ_CLS:
         skip |= {id(getattr(model, name)) for name in HEADS if getattr(model, name, None) is not None}
-    return {path for path, base in paths if isinstance(base, Linear) and not base.opaque and id(base.leaf) not in skip}
+    plain = ((path, base) for path, base in paths if isinstance(base, Linear) and not base.needs_weights)
+    return {path for path, base in plain if id(base.leaf) not in skip}
 
 
 def check_saved(names: set[str], paths: list[str], found: Collection[str], others: Others, loading: bool) -> None:

@@ -132,10 +132,10 @@ class Ties:
         for path in self.targets:
             self._pair(new[path], new[self.embedding])
         for adapter, source in self.pairs:  # a head may have set the initial values of all
-            adapter.follow(source)
+            adapter.tie_to(source)
 
     def _pair(self, adapter: Any, source: Any) -> None:
-        adapter.follow(source, fresh=not adapter.layer.blank)
+        adapter.tie_to(source, fresh=not adapter.layer.blank)
         self.pairs.append((adapter, source))
 
     def copy(self, plan: Any) -> None:
@@ -220,8 +220,8 @@ class Ties:
                     stacklevel=2,
                 )
                 continue
-            vars(adapter)["follows"] = source
-            adapter.follow(source)
+            vars(adapter)["tied_to"] = source
+            adapter.tie_to(source)
             adapter.layer.register_forward_pre_hook(Tie(adapter, source))
 
 
@@ -234,9 +234,9 @@ class Tie:
     def __call__(self, *args: Any) -> None:
         if self.adapter.layer.adapters.get(self.adapter.name) is self.adapter:
             if not hooked(self.adapter.layer):
-                return self.adapter.follow(self.source)
+                return self.adapter.tie_to(self.source)
             with self.source.layer.onloaded(), self.adapter.layer.onloaded(keep=True):
-                self.adapter.follow(self.source)
+                self.adapter.tie_to(self.source)
 
 
 # ----------------------------------------------------------------------------------------------------------- merging
@@ -262,7 +262,7 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
     for layer in layers:
         groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
     for layer in layers:
-        if offloading(layer.base.leaf) and any("follows" in vars(adapter) for adapter in layer.adapters.values()):
+        if offloading(layer.base.leaf) and any("tied_to" in vars(adapter) for adapter in layer.adapters.values()):
             layer.base.home.apart = True  # offloading gave it a weight of its own
     for weight, group in groups.items():
         if len(users.get(weight, ())) < 2:
@@ -272,7 +272,7 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
             new = layer.active_adapters if names is None else names
             for name in {*layer.merged_adapters, *new} & layer.adapters.keys():
                 adapter = layer.adapters[name]
-                held[layer.base.leaf].add(vars(adapter).get("follows", adapter))
+                held[layer.base.leaf].add(vars(adapter).get("tied_to", adapter))
         apart = any(adapters != next(iter(held.values())) for adapters in held.values())
         for layer in group:
             if apart and layer.base.changed and not layer.base.home.apart:

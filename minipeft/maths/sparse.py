@@ -17,10 +17,11 @@ def random_positions(base: Base, n: int, seed: int) -> Tensor:
 
     Raises `ConfigError` unless 0 < n <= out * in.
     """
-    if not 0 < n <= base.out * base.inp:
-        raise ConfigError(f"`n_frequency` must be above 0 and at most {base.out} * {base.inp}, the size of W, not {n}.")
-    flat = torch.randperm(base.out * base.inp, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:n]
-    return torch.stack([flat // base.inp, flat % base.inp])
+    n_out, n_in = base.out_features, base.in_features
+    if not 0 < n <= n_out * n_in:
+        raise ConfigError(f"`n_frequency` must be above 0 and at most {n_out} * {n_in}, the size of W, not {n}.")
+    flat = torch.randperm(n_out * n_in, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:n]
+    return torch.stack([flat // n_in, flat % n_in])
 
 
 def dense(values: Tensor, positions: Tensor, rows: int, columns: int) -> Tensor:
@@ -35,7 +36,7 @@ def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, *
     generator = torch.Generator("cpu")
     if random_seed is not None:
         generator.manual_seed(random_seed)
-    order = torch.randperm(base.out * base.inp, generator=generator, device="cpu")
-    mask = torch.zeros(base.out * base.inp, dtype=torch.bool, device="cpu")
-    mask[order[: r * (base.inp + base.out)]] = True
-    return mask.view(base.out, base.inp)
+    order = torch.randperm(base.out_features * base.in_features, generator=generator, device="cpu")
+    mask = torch.zeros(base.out_features * base.in_features, dtype=torch.bool, device="cpu")
+    mask[order[: r * (base.in_features + base.out_features)]] = True
+    return mask.view(base.out_features, base.in_features)

@@ -29,7 +29,7 @@ class BEFT(Activation, config=BeftConfig):
     bases = ("Linear", "Conv1D", "Conv")
 
     def build(self) -> None:
-        d = torch.randn(1, self.base.out)
+        d = torch.randn(1, self.base.out_features)
         self.beft_bias = nn.Parameter(torch.zeros_like(d) if self.config.init_weights else d)
 
     def post(self, y: Tensor) -> Tensor:

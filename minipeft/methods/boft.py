@@ -69,7 +69,7 @@ class BOFT(Transform, config=BOFTConfig):
         d = self.boft_block_num = n // b
         self.boft_dropout = FactorDropout(c.boft_dropout) if c.boft_dropout else nn.Identity()
         A = torch.zeros(c.boft_n_butterfly_factor, d, b, b)
-        s = torch.ones(self.base.gain_shape(self.base.out, False)[:2])  # (out, 1), on convolutions (1, out)
+        s = torch.ones(self.base.gain_shape(self.base.out_features, False)[:2])  # (out, 1), on convolutions (1, out)
         if not c.init_weights:
             A, s = A.normal_(0.0, 0.1), s.normal_(1.0, 0.1)
         self.boft_R, self.boft_s = nn.Parameter(A), nn.Parameter(s)

@@ -46,7 +46,7 @@ class C3A(Delta, config=C3AConfig):
     def build(self) -> None:
         c = self.config
         b = self.block_size = pattern_value(c.block_size_pattern, self.path, c.block_size)
-        n, m = self.base.inp, self.base.out
+        n, m = self.base.in_features, self.base.out_features
         k = torch.zeros(m // b, n // b, b, dtype=torch.float32)
         if c.init_weights == "gaussian":
             k.normal_()
@@ -58,10 +58,10 @@ class C3A(Delta, config=C3AConfig):
     def delta(self) -> Tensor:
         k, b = self.c3a_kernel, torch.arange(self.block_size, device=self.c3a_kernel.device)
         C = k[:, :, (b - b[:, None]) % self.block_size]  # (out / b, in / b, b, b)
-        return C.transpose(1, 2).reshape(self.base.out, self.base.inp) / self.base.inp
+        return C.transpose(1, 2).reshape(self.base.out_features, self.base.in_features) / self.base.in_features
 
     def branch(self, x: Tensor) -> Tensor:
         k = self.c3a_kernel.to(torch.promote_types(self.c3a_kernel.dtype, torch.float32))
         X = torch.fft.rfft(x.to(k.dtype).unflatten(-1, (-1, self.block_size)))  # (..., in / b, b / 2 + 1)
         y = torch.einsum("...nf,mnf->...mf", X, torch.fft.rfft(k).conj())
-        return torch.fft.irfft(y, self.block_size).flatten(-2) / self.base.inp  # (..., out)
+        return torch.fft.irfft(y, self.block_size).flatten(-2) / self.base.in_features  # (..., out)

@@ -46,12 +46,12 @@ class DEFT(Delta, config=DeftConfig):
 
     def build(self) -> None:
         c, base = self.config, self.base
-        self.deft_r = min(c.r, base.out)
+        self.deft_r = min(c.r, base.out_features)
         self.deft_scaling = c.alpha / self.deft_r if c.alpha else 1.0
         self.deft_dropout = dropout(c.deft_dropout)
-        self.deft_P = nn.Parameter(nn.init.normal_(torch.empty(base.out, self.deft_r), std=0.02))
+        self.deft_P = nn.Parameter(nn.init.normal_(torch.empty(base.out_features, self.deft_r), std=0.02))
         if not c.para:
-            R = torch.empty(self.deft_r, base.inp)
+            R = torch.empty(self.deft_r, base.in_features)
             self.deft_R = nn.Parameter(R if c.init_weights else nn.init.normal_(R, std=0.02 * c.init_scale))
             if c.init_weights:
                 P = self.deft_P.data.to(self.device)

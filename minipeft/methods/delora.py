@@ -48,8 +48,8 @@ class DeLoRA(Factored, config=DeloraConfig):
         self.r = pattern_value(c.rank_pattern, self.path, c.r)
         start = pattern_value(c.lambda_pattern, self.path, c.delora_lambda)
         self.delora_dropout = dropout(c.module_dropout)
-        self.delora_A = uniform(self.r, self.base.inp)
-        self.delora_B = uniform(self.base.out, self.r, zero=c.init_weights)
+        self.delora_A = uniform(self.r, self.base.in_features)
+        self.delora_B = uniform(self.base.out_features, self.r, zero=c.init_weights)
         self.delora_lambda = nn.Parameter(torch.full((1,), float(start)))
         self.delora_w_norm = self.base.read()[0].detach().norm(dim=0)
 

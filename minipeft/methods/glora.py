@@ -63,7 +63,7 @@ class GLoRA(Delta, config=GloraConfig):
     prefix = "glora_"
 
     def build(self) -> None:
-        c, out, inp = self.config, self.base.out, self.base.inp
+        c, out, inp = self.config, self.base.out_features, self.base.in_features
         self.r = c.r
         C, D_E = (c.config_C, c.config_D_E) if self.base.stored()[1] is not None else ("none", "none")
         kinds = {"A": c.config_A_B, "B": c.config_A_B, "C": C, "D": D_E, "E": D_E}

@@ -56,7 +56,7 @@ class GraLoRA(Delta, config=GraloraConfig):
         base.require_divisible(config.gralora_k, "gralora_k", path)
 
     def build(self) -> None:
-        c, inp, out, k = self.config, self.base.inp, self.base.out, self.config.gralora_k
+        c, inp, out, k = self.config, self.base.in_features, self.base.out_features, self.config.gralora_k
         self.r, self.hybrid_r, self.alpha, self.gralora_k = c.r, c.hybrid_r, c.alpha, k
         self.scaling = self.initial_scaling()
         self.gralora_dropout = dropout(c.gralora_dropout)
@@ -83,7 +83,7 @@ class GraLoRA(Delta, config=GraloraConfig):
         A, B = self.blocks
         dW = torch.einsum("ipjr,jirq->jqip", A, B).reshape(self.base.shape)  # (out, in)
         if self.hybrid_r:
-            dW = dW + self.base.product(self.gralora_A_general, self.gralora_B_general)
+            dW = dW + self.base.low_rank_delta(self.gralora_A_general, self.gralora_B_general)
         return self.scaling * dW
 
     def branch(self, x: Tensor) -> Tensor:
@@ -92,5 +92,5 @@ class GraLoRA(Delta, config=GraloraConfig):
         h = torch.einsum("...ip,ipjr->...jir", self.gralora_dropout(x).unflatten(-1, (len(A), -1)), A)
         y = torch.einsum("...jir,jirq->...jq", h, B).flatten(-2)  # (..., out)
         if self.hybrid_r:
-            y = y + self.base.through(self.gralora_dropout(x), self.gralora_A_general, self.gralora_B_general)
+            y = y + self.base.low_rank_forward(self.gralora_dropout(x), self.gralora_A_general, self.gralora_B_general)
         return self.scaling * y

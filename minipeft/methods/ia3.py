@@ -43,7 +43,7 @@ class IA3(Activation, config=IA3Config):
 
     def build(self) -> None:
         self.is_feedforward = named(self.path, self.config.feedforward_modules)
-        n = self.base.inp if self.is_feedforward else self.base.out
+        n = self.base.in_features if self.is_feedforward else self.base.out_features
         l = torch.randn(self.base.gain_shape(n, self.is_feedforward))
         self.ia3_l = nn.Parameter(torch.ones_like(l) if self.config.init_ia3_weights else l)
 

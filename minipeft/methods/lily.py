@@ -43,8 +43,8 @@ class Lily(Routed, config=LilyConfig):
     def build(self) -> None:
         c = self.config
         self.r, self.scaling, self.stride_A, self.num_B = c.r, c.scaling, c.stride_A, c.num_B
-        self.lily_A = nn.Linear(self.base.inp, c.r, bias=False)
-        self.lily_B = nn.Linear(self.base.out, c.num_B * c.r, bias=False)  # the B_e^T below each other
+        self.lily_A = nn.Linear(self.base.in_features, c.r, bias=False)
+        self.lily_B = nn.Linear(self.base.out_features, c.num_B * c.r, bias=False)  # the B_e^T below each other
         self.lily_router = nn.Linear(c.r, c.num_B, bias=False)
         redraw(self.lily_A, self.lily_router, self.lily_B, zero=c.init_weights)
 

@@ -49,8 +49,9 @@ class Shards(Adapter):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
-        if config.r > base.inp:
-            raise ConfigError(f"`r` ({config.r}) must be less than or equal to in_features ({base.inp}) of '{path}'.")
+        if config.r > base.in_features:
+            most = f"in_features ({base.in_features}) of '{path}'"
+            raise ConfigError(f"`r` ({config.r}) must be less than or equal to {most}.")
         cls.block(config, path, base)
 
     def build(self) -> None:
@@ -68,7 +69,7 @@ class MiSS(Shards, Delta, config=MissConfig):
     @classmethod
     def block(cls, config: MissConfig, path: str, base: Base) -> tuple[int, ...]:
         if config.init_weights != "mini":
-            return config.r, base.out
+            return config.r, base.out_features
         base.require_divisible(config.mini_r, "mini_r", path, sides="out_features")
         return config.r, config.mini_r
 
@@ -76,11 +77,11 @@ class MiSS(Shards, Delta, config=MissConfig):
     def shard(self) -> Tensor:
         """D^T (r, out)."""
         D = self.miss_block
-        return D.repeat(1, self.base.out // D.shape[1])
+        return D.repeat(1, self.base.out_features // D.shape[1])
 
     def delta(self) -> Tensor:
         D = self.shard.t()
-        return D.repeat(1, -(-self.base.inp // D.shape[1]))[:, : self.base.inp]  # (out, in)
+        return D.repeat(1, -(-self.base.in_features // D.shape[1]))[:, : self.base.in_features]  # (out, in)
 
     def branch(self, x: Tensor) -> Tensor:
         D = self.shard
@@ -96,7 +97,7 @@ class Bat(Shards, Transform, config=MissConfig):
     @classmethod
     def block(cls, config: MissConfig, path: str, base: Base) -> tuple[int, ...]:
         base.require_divisible(config.r, "r", path)
-        return base.out // config.r, config.r, config.r
+        return base.out_features // config.r, config.r, config.r
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         D = self.miss_block  # (out / r, r, r)

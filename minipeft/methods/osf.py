@@ -68,7 +68,7 @@ class OSF(Factored, config=OSFConfig):
     @classmethod
     def rank(cls, config: OSFConfig, path: str, base: Base) -> int:
         """k on one layer."""
-        side = min(base.inp, base.out)
+        side = min(base.in_features, base.out_features)
         found = (k for pattern, k in (config.rank_pattern or {}).items() if matches(f".*({pattern}).*", path))
         k = next(found, config.effective_rank)
         if k is None:
@@ -87,16 +87,16 @@ class OSF(Factored, config=OSFConfig):
         U, S, V = U.to(W), S.to(W), V.to(W)
         low = U[:, k:].contiguous(), S[k:].contiguous(), V[k:].contiguous()
         self._osf_U_low_init, self._osf_S_low_init, self._osf_V_low_init = low
-        if self.base.out > self.base.inp:  # otherwise the rest of a square U is U_0
+        if self.base.out_features > self.base.in_features:  # otherwise the rest of a square U is U_0
             self._osf_U_high = U[:, :k].contiguous()
-        if self.base.inp > self.base.out:
+        if self.base.in_features > self.base.out_features:
             self._osf_V_high = V[:k].contiguous()
         start = (torch.randn_like(t) if self.config.init_weights is False else t.clone() for t in low)
         self.osf_svd_params = nn.ParameterDict(dict(zip(("U_low", "S_low", "V_low"), start)))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         p, U0, V0 = self.osf_svd_params, self._osf_U_low_init, self._osf_V_low_init
-        tall, wide = self.base.out > self.base.inp, self.base.inp > self.base.out
+        tall, wide = self.base.out_features > self.base.in_features, self.base.in_features > self.base.out_features
         U = Project.apply(p["U_low"], self._osf_U_high if tall else U0, tall)
         V = Project.apply(p["V_low"].t(), (self._osf_V_high if wide else V0).t(), wide).t()
         return torch.cat([U * p["S_low"], -U0 * self._osf_S_low_init], 1), torch.cat([V, V0])

@@ -50,7 +50,7 @@ class PEANuT(Delta, config=PeanutConfig):
     bases = ("Linear", "Conv1D", "Conv", "Embedding")
 
     def build(self) -> None:
-        c, r, out = self.config, self.config.r, self.base.out
+        c, r, out = self.config, self.config.r, self.base.out_features
         self.r, self.scaling = r, c.scaling
         self.peanut_A = nn.Linear(out, r, bias=False)
         if c.depth:

@@ -36,7 +36,7 @@ class Projected(Delta):
 
     shares = True
     pair: ClassVar[tuple[str, str]]
-    alike: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")
+    must_agree: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")
 
     @classmethod
     def shapes(cls, config: Any, inp: int, out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -56,7 +56,8 @@ class Projected(Delta):
 
     @classmethod
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
-        shapes = cls.shapes(config, max(base.inp for _, base in found), max(base.out for _, base in found))
+        most_in, most_out = max(b.in_features for _, b in found), max(b.out_features for _, b in found)
+        shapes = cls.shapes(config, most_in, most_out)
         if not existing(cls.pair[0]):
             generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
             return dict(zip(cls.pair, cls.draw(config, *shapes, generator)))

@@ -103,8 +103,8 @@ class PSOFT(Factored, config=PsoftConfig):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
-        if config.r > min(base.inp, base.out):
-            most = min(base.inp, base.out)
+        if config.r > min(base.in_features, base.out_features):
+            most = min(base.in_features, base.out_features)
             raise ConfigError(f"`r` ({config.r}) must be at most {most}, the smaller side of '{path}'.")
 
     def build(self) -> None:

@@ -44,7 +44,7 @@ class PveraConfig(ProjectedConfig, method="PVERA"):
 class PVeRA(Projected, config=PveraConfig):
     prefix = "pvera_lambda_"
     pair = ("pvera_A", "pvera_B")
-    alike = ("r", "projection_prng_key", "save_projection")  # PEFT: fails with another r when it runs
+    must_agree = ("r", "projection_prng_key", "save_projection")  # PEFT: fails with another r when it runs
 
     @classmethod
     def shapes(cls, config: Any, inp: int, out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -57,19 +57,19 @@ class PVeRA(Projected, config=PveraConfig):
         self.pvera_generator = torch.Generator("cpu").manual_seed(c.generator_seed) if seeded else None
         self.pvera_dropout = dropout(c.pvera_dropout)
         free = torch.randn(2 * c.r)
-        self.pvera_lambda_b = nn.Parameter(torch.full((self.base.out,), 0.0 if c.init_weights else 1.0))
+        self.pvera_lambda_b = nn.Parameter(torch.full((self.base.out_features,), 0.0 if c.init_weights else 1.0))
         self.pvera_lambda_d = nn.Parameter(torch.full_like(free, c.d_initial) if c.init_weights else free)
 
     def delta(self) -> Tensor:
         if self.sample_at_inference:  # PEFT: merges the mean, which is not what runs
             raise MergeError("sample_at_inference=True makes PVeRA random: no weight does the same. Set it to False.")
         l_b, l_d, r = self.pvera_lambda_b, self.pvera_lambda_d, self.r
-        A, B = self.pvera_A[:r, : self.base.inp].to(l_d), self.pvera_B[: self.base.out].to(l_d)
+        A, B = self.pvera_A[:r, : self.base.in_features].to(l_d), self.pvera_B[: self.base.out_features].to(l_d)
         return l_b[:, None] * (B @ (l_d[:r, None] * A))  # (out, in)
 
     def branch(self, x: Tensor) -> Tensor:
         l_b, l_d = self.pvera_lambda_b, self.pvera_lambda_d
-        A, B = self.pvera_A[:, : self.base.inp].to(l_d), self.pvera_B[: self.base.out].to(l_d)
+        A, B = self.pvera_A[:, : self.base.in_features].to(l_d), self.pvera_B[: self.base.out_features].to(l_d)
         mu, v = (l_d * F.linear(self.pvera_dropout(self.cast(x, l_d)), A)).chunk(2, -1)  # (..., r)
         return l_b * F.linear(self.sample(mu, v), B)  # (..., out)
 

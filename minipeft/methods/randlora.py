@@ -45,7 +45,7 @@ class RandLoRA(Projected, Factored, config=RandLoraConfig):
     prefix = "randlora_"
     pair = ("randlora_A", "randlora_B")
     held = pair  # PEFT: whereas VeRA's are saved once
-    alike = ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse")
+    must_agree = ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse")
 
     @classmethod
     def shapes(cls, config: Any, inp: int, out: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -68,7 +68,7 @@ class RandLoRA(Projected, Factored, config=RandLoraConfig):
 
     def build(self) -> None:
         c = self.config
-        small, large = sorted((self.base.inp, self.base.out))
+        small, large = sorted((self.base.in_features, self.base.out_features))
         n = math.ceil(small / c.r)
         self.r, self.scaling = c.r, self.initial_scaling()
         self.randlora_dropout = dropout(c.randlora_dropout)
@@ -82,7 +82,7 @@ class RandLoRA(Projected, Factored, config=RandLoraConfig):
     def factors(self) -> tuple[Tensor, Tensor]:
         l, g = self.randlora_lambda, self.scaling * self.randlora_gamma
         n, small = g.shape
-        B = self.randlora_B[: max(self.base.inp, self.base.out), :n].to(l).flatten(1)  # (max, n r)
+        B = self.randlora_B[: max(self.base.in_features, self.base.out_features), :n].to(l).flatten(1)  # (max, n r)
         # PEFT: these are counted along n first, and B's columns along r first, so the pairs are not those of the paper
         A = (self.randlora_A[..., :small].to(l) * l[..., None] * g).flatten(0, 1)  # (r n, min)
-        return (B, A) if self.base.inp == small else (A.t(), B.t())
+        return (B, A) if self.base.in_features == small else (A.t(), B.t())

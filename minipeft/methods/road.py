@@ -46,7 +46,8 @@ class RoAd(Activation, config=RoadConfig):
     def build(self) -> None:
         c = self.config
         self.variant, self.group_size = c.variant, c.group_size
-        size = {"road_1": self.base.out // 2, "road_2": self.base.out, "road_4": 2 * self.base.out}[c.variant]
+        n = self.base.out_features
+        size = {"road_1": n // 2, "road_2": n, "road_4": 2 * n}[c.variant]
         std = 0.0 if c.init_weights else 0.5
         t, a = torch.zeros(size), torch.ones(size)
         if std:

@@ -48,19 +48,19 @@ class SHiRA(Delta, config=ShiraConfig):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
-        n, size = config.r * (base.inp + base.out), base.inp * base.out
+        n, size = config.r * (base.in_features + base.out_features), base.in_features * base.out_features
         if n > size:
             raise UnsupportedLayerError(f"r={config.r} trains {n} entries, more than the {size} of '{path}'; lower it.")
 
     def build(self) -> None:
-        c, n = self.config, self.config.r * (self.base.inp + self.base.out)
+        c, n = self.config, self.config.r * (self.base.in_features + self.base.out_features)
         self.r, self.scaling = c.r, 1.0
         self.shira_weight = nn.Parameter(torch.zeros(n) if c.init_weights else torch.randn(n))
         indices = torch.zeros(2, n, dtype=torch.int) if self.base.on_meta else self.positions(n)
         self.layer.put("shira_indices", self.name, indices)  # PEFT: in the checkpoint, but not in the state dict
 
     def below(self, slot: str) -> Any:
-        return (self.base.out, self.base.inp) if slot == "shira_indices" else None
+        return (self.base.out_features, self.base.in_features) if slot == "shira_indices" else None
 
     def positions(self, n: int) -> Tensor:
         """Rows and columns (2, n) of the mask's entries."""
@@ -68,7 +68,7 @@ class SHiRA(Delta, config=ShiraConfig):
         if c.mask_fn is None:
             raise ConfigError(f"mask_type is {c.mask_type!r}: set `config.mask_fn` to f(layer, r, **kwargs).")
         kwargs = {"random_seed": c.random_seed} if c.mask_type == "random" else {}
-        mask, shape = c.mask_fn(self.base.leaf, c.r, **kwargs), (self.base.out, self.base.inp)
+        mask, shape = c.mask_fn(self.base.leaf, c.r, **kwargs), (self.base.out_features, self.base.in_features)
         ones = int((mask == 1).sum())
         if mask.shape != shape or ones != n:
             raise ConfigError(
@@ -78,4 +78,5 @@ class SHiRA(Delta, config=ShiraConfig):
         return torch.stack(torch.where(mask == 1)).to(torch.int)
 
     def delta(self) -> Tensor:
-        return dense(self.shira_weight * self.scaling, self.shira_indices, self.base.out, self.base.inp)  # (out, in)
+        rows, columns = self.base.out_features, self.base.in_features
+        return dense(self.shira_weight * self.scaling, self.shira_indices, rows, columns)  # (out, in)

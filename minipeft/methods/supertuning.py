@@ -49,7 +49,7 @@ class SupertuningConfig(PeftConfig, method="SUPERTUNING"):
 
 class SuperTuning(Delta, config=SupertuningConfig):
     prefix = "supertuning_"
-    alike = ("save_precomputed_indices",)
+    must_agree = ("save_precomputed_indices",)
 
     @classmethod
     def keeps(cls, slot: str, config: Any) -> bool:
@@ -59,7 +59,8 @@ class SuperTuning(Delta, config=SupertuningConfig):
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         if not entries(config, base):
             raise UnsupportedLayerError(
-                f"sparsity={config.sparsity} trains none of the {base.inp * base.out} entries of '{path}'; lower it."
+                f"sparsity={config.sparsity} trains none of the {base.in_features * base.out_features} entries of "
+                f"'{path}'; lower it."
             )
 
     def build(self) -> None:
@@ -75,17 +76,18 @@ class SuperTuning(Delta, config=SupertuningConfig):
         self.supertuning_lora_dropout = dropout(c.lora_dropout)
 
     def below(self, slot: str) -> Any:
-        return self.base.out * self.base.inp if slot == "supertuning_indices" else None
+        return self.base.out_features * self.base.in_features if slot == "supertuning_indices" else None
 
     def sparse(self) -> Tensor:
-        flat, n = self.supertuning_indices, self.base.inp
-        return dense(self.supertuning_values, torch.stack([flat // n, flat % n]), self.base.out, n)  # (out, in)
+        flat, n = self.supertuning_indices, self.base.in_features
+        positions = torch.stack([flat // n, flat % n])
+        return dense(self.supertuning_values, positions, self.base.out_features, n)  # (out, in)
 
     def delta(self) -> Tensor:
         if not self.supertuning_rank:
             return self.sparse()
         scale = self.supertuning_lora_alpha / self.supertuning_rank
-        return self.sparse() + self.base.product(self.supertuning_lora_A, self.supertuning_lora_B, scale)
+        return self.sparse() + self.base.low_rank_delta(self.supertuning_lora_A, self.supertuning_lora_B, scale)
 
     def branch(self, x: Tensor) -> Tensor:
         y = self.base.apply(x, self.sparse())  # (..., out)
@@ -93,9 +95,9 @@ class SuperTuning(Delta, config=SupertuningConfig):
             return y
         A, B = self.supertuning_lora_A, self.supertuning_lora_B
         x = self.cast(self.supertuning_lora_dropout(x), A.weight)
-        return self.base.add_through(y, x, A, B, self.supertuning_lora_alpha / self.supertuning_rank)
+        return self.base.add_low_rank(y, x, A, B, self.supertuning_lora_alpha / self.supertuning_rank)
 
 
 def entries(config: SupertuningConfig, base: Base) -> int:
     """How many entries of a layer's weight are trained."""
-    return int(base.inp * base.out * (1 - config.sparsity))
+    return int(base.in_features * base.out_features * (1 - config.sparsity))

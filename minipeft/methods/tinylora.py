@@ -57,7 +57,7 @@ class TinyLoRA(Factored, config=TinyLoraConfig):
     prefix = "tinylora_"
     bases = ("Linear", "Conv1D", "Embedding")
     shares = True
-    alike = ("save_projection",)
+    must_agree = ("save_projection",)
 
     def slot(self, name: str) -> str:
         return name  # PEFT: no names of their own on an embedding

@@ -84,7 +84,7 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
         self.trainable_tokens_delta = nn.Parameter(start)
         self.trainable_tokens_original = original
 
-    def follow(self, source: Any, fresh: bool = False) -> None:
+    def tie_to(self, source: Any, fresh: bool = False) -> None:
         if self.trainable_tokens_delta is not source.trainable_tokens_delta:
             self.trainable_tokens_delta = source.trainable_tokens_delta
             self.trainable_tokens_original = source.trainable_tokens_original

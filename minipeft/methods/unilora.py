@@ -63,7 +63,7 @@ class UniLoRA(Factored, config=UniLoraConfig):
 
     @classmethod
     def complete(cls, config: Any, adapters: list[Adapter]) -> None:
-        shapes = [shape for a in adapters for shape in ((config.r, a.base.inp), (a.base.out, config.r))]
+        shapes = [s for a in adapters for s in ((config.r, a.base.in_features), (a.base.out_features, config.r))]
         sizes = [math.prod(shape) for shape in shapes]
         indices = balanced_indices(sum(sizes), config.theta_d_length, config.proj_seed)
         scales = torch.bincount(indices, minlength=config.theta_d_length).float().rsqrt()

@@ -76,7 +76,7 @@ class VBLoRA(Factored, config=VBLoRAConfig):
         if not self.base.on_meta:  # PEFT: the bank is drawn anew for each layer, and the last one counts
             bound = c.init_vector_bank_bound
             self.vblora_vector_bank.data = torch.empty(c.num_vectors, b).uniform_(-bound, bound)
-        for slot, shape in (("A", (c.r, self.base.inp // b)), ("B", (self.base.out // b, c.r))):
+        for slot, shape in (("A", (c.r, self.base.in_features // b)), ("B", (self.base.out_features // b, c.r))):
             logits = torch.empty(*shape, c.num_vectors).normal_(0, c.init_logits_std)
             setattr(self, LOGITS + slot, nn.Parameter(logits))
 

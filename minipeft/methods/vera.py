@@ -47,7 +47,7 @@ class VeRA(Projected, config=VeraConfig):
         c = self.config
         self.r = c.r
         self.vera_dropout = dropout(c.vera_dropout)
-        l_b, l_d = torch.ones(self.base.out), torch.randn(c.r)
+        l_b, l_d = torch.ones(self.base.out_features), torch.randn(c.r)
         self.vera_lambda_b = nn.Parameter(torch.zeros_like(l_b) if c.init_weights else l_b)
         self.vera_lambda_d = nn.Parameter(torch.full_like(l_d, c.d_initial) if c.init_weights else l_d)
 
@@ -55,7 +55,7 @@ class VeRA(Projected, config=VeraConfig):
     def projections(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r) of this layer."""
         l = self.vera_lambda_b
-        return self.vera_A[:, : self.base.inp].to(l), self.vera_B[: self.base.out].to(l)
+        return self.vera_A[:, : self.base.in_features].to(l), self.vera_B[: self.base.out_features].to(l)
 
     def delta(self) -> Tensor:
         A, B = self.projections

@@ -58,14 +58,15 @@ class WaveFT(Delta, config=WaveFTConfig):
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
         if not config.proportional_parameters:
             return {}
-        return {"adapted_weights": torch.tensor([sum(base.inp * base.out for _, base in found), len(found)])}
+        entries = sum(base.in_features * base.out_features for _, base in found)
+        return {"adapted_weights": torch.tensor([entries, len(found)])}
 
     def build(self) -> None:
         c = self.config
         n = pattern_value(c.n_frequency_pattern, self.path, c.n_frequency)
         if c.proportional_parameters:
             entries, layers = self.adapted_weights.tolist()
-            n = max(1, round(self.base.inp * self.base.out / entries * (c.n_frequency * layers)))
+            n = max(1, round(self.base.in_features * self.base.out_features / entries * (c.n_frequency * layers)))
         self.waveft_n_frequency, self.waveft_scaling, self.waveft_random_loc_seed = n, c.scaling, c.random_loc_seed
         self.waveft_wavelet_family, self.waveft_use_idwt = c.wavelet_family, c.use_idwt
         self.waveft_indices = random_positions(self.base, n, c.random_loc_seed)
@@ -80,7 +81,7 @@ class WaveFT(Delta, config=WaveFTConfig):
 
     def spatial(self) -> Tensor:
         """D(S), or S itself."""
-        c, m, n = self.waveft_spectrum, self.base.out, self.base.inp
+        c, m, n = self.waveft_spectrum, self.base.out_features, self.base.in_features
         if not self.waveft_use_idwt:
             return dense(c, self.waveft_indices, m, n)
         margin = taps(self.waveft_wavelet_family) - 2

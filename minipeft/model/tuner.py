@@ -137,7 +137,7 @@ class BaseTuner(Slots):
             into[:] = dict.fromkeys([*into, *paths])
         if plan.undo is not None:
             self.on_unload.append(plan.undo)
-        if plan.cls.notice is not None and self.growth is None:
+        if plan.cls.per_sample is not None and self.growth is None:
             self.growth = self.model.register_forward_pre_hook(Growth(self.context), with_kwargs=True)
         if first:
             self._freeze_base(plan.seen)
@@ -328,9 +328,9 @@ class BaseTuner(Slots):
         found = {}
         for name in names:
             kind = self.kinds.get(name)
-            if kind is not None and kind.notice is not None and name not in found:
+            if kind is not None and kind.per_sample is not None and name not in found:
                 inputs = {"input_ids": args[0], **kwargs} if args else kwargs
-                found[name] = kind.notice(self.peft_config[name], inputs)
+                found[name] = kind.per_sample(self.peft_config[name], inputs)
         return found
 
     # ----------------------------------------------------------------------------------------------- which adapter

@@ -114,12 +114,12 @@ class AdaMSS(Delta, config=AdamssConfig):
         return torch.zeros_like(rows).index_copy(0, self.scatter_index, rows)
 
     def delta(self) -> Tensor:
-        return self.up() @ self.adamss_newB[:, : self.base.inp]  # (out, in)
+        return self.up() @ self.adamss_newB[:, : self.base.in_features]  # (out, in)
 
     def branch(self, x: Tensor) -> Tensor:
         V = self.adamss_newB
-        v = V[:, -1] if V.shape[1] > self.base.inp else None  # what stands beside b
-        return F.linear(F.linear(self.cast(x, V), V[:, : self.base.inp], v), self.up())  # (..., out)
+        v = V[:, -1] if V.shape[1] > self.base.in_features else None  # what stands beside b
+        return F.linear(F.linear(self.cast(x, V), V[:, : self.base.in_features], v), self.up())  # (..., out)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta(), None if b is None else b + self.up() @ self.adamss_newB[:, -1]

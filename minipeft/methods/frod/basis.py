@@ -83,8 +83,8 @@ def shared_by_group(config: Any, found: list[tuple[str, Base]], existing: Any) -
         # PEFT: of several layers of a group in one block only the last counts
         groups.setdefault(role(path), {})[block(path, count)] = base.read()[0].detach()
         earlier = existing(f"frod_V.{role(path)}") or groups[role(path)]
-        if any(V.shape[1] != base.inp for V in earlier.values()):
-            raise ConfigError(f"'{path}' has {base.inp} inputs, unlike other layers that share V with it.")
+        if any(V.shape[1] != base.in_features for V in earlier.values()):
+            raise ConfigError(f"'{path}' has {base.in_features} inputs, unlike other layers that share V with it.")
     generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
     shared: dict[str, Tensor] = {}
     for name in progress_bar(sorted(groups), "FRoD: decomposing weights", config.progressbar):

@@ -55,7 +55,7 @@ class FrodConfig(PeftConfig, method="FROD"):
 class FRoD(Delta, config=FrodConfig):
     prefix = "frod_lambda_"
     shares = True
-    alike = ("projection_prng_key", "save_projection", "runtime_offload_base_weight")
+    must_agree = ("projection_prng_key", "save_projection", "runtime_offload_base_weight")
 
     @classmethod
     def keeps(cls, slot: str, config: Any) -> bool:
@@ -84,9 +84,9 @@ class FRoD(Delta, config=FrodConfig):
 
     def build(self) -> None:
         c = self.config
-        self.r, self.runtime_offload_base_weight = self.base.out, c.runtime_offload_base_weight
+        self.r, self.runtime_offload_base_weight = self.base.out_features, c.runtime_offload_base_weight
         self.frod_dropout = dropout(c.frod_dropout)
-        l = torch.empty(self.base.inp)
+        l = torch.empty(self.base.in_features)
         if not self.base.on_meta:
             U, l = split(self.base.read()[0].detach(), self.frod_V)
             vars(self)["fresh"] = self.frod_V, U

@@ -44,7 +44,7 @@ class ALoRA(Factors, Routed, config=LoraConfig, variant="alora_invocation_tokens
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
-        if base.opaque:
+        if base.needs_weights:
             raise unsupported(cls, base.leaf, path)
 
     @classmethod
@@ -52,7 +52,7 @@ class ALoRA(Factors, Routed, config=LoraConfig, variant="alora_invocation_tokens
         return changes_base(config.init_lora_weights)
 
     @classmethod
-    def notice(cls, config: Any, inputs: dict[str, Any]) -> Tensor | None:
+    def per_sample(cls, config: Any, inputs: dict[str, Any]) -> Tensor | None:
         """Where it begins in each sample, counted from the end of the input: (batch,), below 0 or NEVER."""
         offsets, ids = inputs.get("alora_offsets"), inputs.get("input_ids", inputs.get("inputs"))
         if offsets is not None:
@@ -75,7 +75,7 @@ class ALoRA(Factors, Routed, config=LoraConfig, variant="alora_invocation_tokens
         y = inner(x, *args, **kwargs)  # (batch, length, out) or (batch, out)
         on = self.invoked(y)  # (batch, length) or (batch,)
         # also where nothing is on, for then the gradients of A and B are zero and not lacking
-        d = self.scaling * self.base.through(self.dropped(x[on]), self.lora_A, self.lora_B)  # (tokens, out)
+        d = self.scaling * self.base.low_rank_forward(self.dropped(x[on]), self.lora_A, self.lora_B)  # (tokens, out)
         return y.index_put((on,), (y[on] + d).to(y.dtype))
 
     def invoked(self, y: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Arrow(Factors, Routed, config=LoraConfig, variant="arrow_config"):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
-        if base.opaque:
+        if base.needs_weights:
             raise unsupported(cls, base.leaf, path)
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:

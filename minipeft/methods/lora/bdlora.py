@@ -55,7 +55,7 @@ class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
-        if base.opaque:
+        if base.needs_weights:
             raise UnsupportedLayerError(f"BD-LoRA cannot adapt '{path}', a {base.label}.")
         n, sides = config.use_bdlora.nblocks, blocks_of(config.use_bdlora, path)
         if len(sides) == 2:
@@ -64,7 +64,8 @@ class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
             lists = "target_modules_bd_a nor target_modules_bd_b"
             raise ConfigError(f"'{path}' matches neither {lists}. match_strict=False makes it a plain LoRA.")
         r = pattern_value(config.rank_pattern, path, config.r)
-        for name, size in [("r", r), ("in_features", base.inp) if "A" in sides else ("out_features", base.out)]:
+        side = ("in_features", base.in_features) if "A" in sides else ("out_features", base.out_features)
+        for name, size in [("r", r), side]:
             if sides and size % n:
                 raise ConfigError(f"nblocks={n} must divide {name} of '{path}', which is {size}.")
 
@@ -74,10 +75,11 @@ class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
         n, sides = self.config.use_bdlora.nblocks, blocks_of(self.config.use_bdlora, self.path)
         if "A" in sides:
             self.settle()
-            self.lora_A = BlockDiagonalLinear(self.base.inp, self.r, n, **options)
+            self.lora_A = BlockDiagonalLinear(self.base.in_features, self.r, n, **options)
             nn.init.kaiming_uniform_(self.lora_A.weight)  # PEFT: also if init_lora_weights is not True
         if "B" in sides:
-            self.lora_B = BlockDiagonalLinear(self.r, self.base.out, n, **options)  # PEFT: no bias, zero also if False
+            # PEFT: no bias, zero also if False
+            self.lora_B = BlockDiagonalLinear(self.r, self.base.out_features, n, **options)
 
     def branch(self, x: Tensor) -> Tensor:
         return self.scaling * self.lora_B(self.lora_A(self.dropped(x)))  # (..., out)

@@ -33,7 +33,7 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
-        if base.opaque:
+        if base.needs_weights:
             raise UnsupportedLayerError(f"DoRA cannot adapt '{path}': attention has no row norms.")
 
     def build(self) -> None:
@@ -66,7 +66,7 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
             start = y + (gain - 1) * self.base.apply(dropped, W)
         else:
             start = y * gain if b is None else torch.addcmul(self.base.outward(b) * (1 - gain), y, gain)
-        return self.base.add_through(start, dropped, self.lora_A, self.lora_B, self.scaling, gain).to(y.dtype)
+        return self.base.add_low_rank(start, dropped, self.lora_A, self.lora_B, self.scaling, gain).to(y.dtype)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         gain, b0 = self.gain(), self.base.read()[1]

@@ -174,7 +174,8 @@ def _set(model: Any, config: Any, name: str, given: Mapping[str, Tensor]) -> Non
     matrices = {path: given.get(PREFIX + live, given.get(path)) for path, live, _ in found}
     for path, _, layer in found:
         W = matrices[path]
-        if W is not None and (not isinstance(layer.base, Linear) or W.dim() != 2 or W.shape[1] != layer.base.inp):
+        fits = isinstance(layer.base, Linear) and W is not None and W.shape[1:] == (layer.base.in_features,)
+        if W is not None and not fits:
             raise ConfigError(f"The matrix for '{path}', {tuple(W.shape)}, does not fit {layer.base}.")
     if len(given) != sum(W is not None for W in matrices.values()):
         unknown = set(given) - {key for path, live, _ in found for key in (path, PREFIX + live)}

@@ -26,7 +26,7 @@ def linear_layers(model: Any, config: Any, adapter_name: str) -> dict[str, Any]:
     """The linear layers that the adapter is on, or would be, by name."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Layer)}
     here = {name: m for name, m in layers.items() if adapter_name in m.adapters}
-    found = {name: m for name, m in here.items() if isinstance(m.base, Linear) and not m.base.opaque}
+    found = {name: m for name, m in here.items() if isinstance(m.base, Linear) and not m.base.needs_weights}
     if not layers:
         found = {path: base.leaf for path, base in linear_targets(model, config).items()}
     if not found:
@@ -86,7 +86,7 @@ def search(watched: dict[str, Watched], dataloader: Any, run: Callable, config: 
         layer.stop()
         if layer.digest is None:
             raise ConfigError(f"'{name}' was not used when the model ran; leave it out of the target modules.")
-        k = min(round(ranks[name] * config.eva_config.rho), base_of(layer.module).inp)  # type: ignore[union-attr]
+        k = min(round(ranks[name] * config.eva_config.rho), base_of(layer.module).in_features)  # type: ignore[union-attr]
         most[leader[name]] = max(most[leader[name]], k)
     leading = {name: watched[name] for name in most}
     for name, layer in leading.items():

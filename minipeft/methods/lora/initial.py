@@ -45,7 +45,7 @@ def initialise(adapter: Any, how: bool | str) -> None:
     if how is False:
         return
     if how is True or (not base.reads_vectors and how != "mica"):  # PEFT: any other name means True on an embedding
-        base.restart(A, B)
+        base.reset_factors(A, B)
     elif how == "gaussian":
         nn.init.normal_(A.weight, std=1 / adapter.r)
         for zero in B.parameters():
@@ -53,7 +53,7 @@ def initialise(adapter: Any, how: bool | str) -> None:
     elif how == "eva":
         nn.init.zeros_(B.weight)
     elif how == "orthogonal":
-        a, b = orthogonal(base.inp, base.out, A.weight.shape[0])
+        a, b = orthogonal(base.in_features, base.out_features, A.weight.shape[0])
         A.weight.data, B.weight.data = a, b
     elif isinstance(how, str):
         if not base.pointwise:

@@ -36,7 +36,7 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
             kind = type(base.leaf).__name__
             raise UnsupportedLayerError(f"KaSA truncates the weights of plain nn.Linear layers; '{path}' is a {kind}.")
         r = pattern_value(config.rank_pattern, path, config.r)
-        if r >= (k := min(base.inp, base.out)):
+        if r >= (k := min(base.in_features, base.out_features)):
             raise ConfigError(f"KaSA takes r singular values out of the weight of '{path}', which has {k}; got r={r}.")
 
     @classmethod
@@ -77,7 +77,7 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
         return self.scaling * self.lora_B(self.lora_A(self.dropped(x)) * self.lora_diag)  # (..., out)
 
     def delta(self) -> Tensor:
-        return self.base.product(self.lora_A, self.lora_B, self.scaling * self.lora_diag[:, None])  # (out, in)
+        return self.base.low_rank_delta(self.lora_A, self.lora_B, self.scaling * self.lora_diag[:, None])  # (out, in)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if "late" in vars(self):

@@ -77,7 +77,7 @@ class Factors(Adapter):
     def initial_scaling(self) -> float:
         return scale(self.r, self.lora_alpha, self.config.use_rslora)
 
-    def trains(self, slot: str) -> bool:
+    def is_trainable(self, slot: str) -> bool:
         return not (self.config.init_lora_weights == "mica" and slot.endswith("_B"))
 
     def dropped(self, x: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Factors(Adapter):
         return self.lora_dropout(self.cast(x, self.lora_A.weight)) if self.base.reads_vectors else x
 
     def delta(self) -> Tensor:
-        return self.base.product(self.lora_A, self.lora_B, self.scaling)  # (out, in)
+        return self.base.low_rank_delta(self.lora_A, self.lora_B, self.scaling)  # (out, in)
 
     def shifted(self, b: Tensor | None) -> Tensor | None:
         """b plus the bias of B, if that has one."""
@@ -121,7 +121,7 @@ class Summed(LowRank):
 
 
 class LoRA(Summed, config=LoraConfig):
-    def follow(self, source: Any, fresh: bool = False) -> None:
+    def tie_to(self, source: Any, fresh: bool = False) -> None:
         A, B = source.lora_A, source.lora_B  # (r, tokens), (dim, r)
         if not self.base.reads_vectors:
             self.lora_A.data, self.lora_B.data = A.data, B.data
@@ -146,5 +146,5 @@ class LoRA(Summed, config=LoraConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
-        added = self.base.add_through(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling)
+        added = self.base.add_low_rank(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling)
         return added if added.dtype == y.dtype else added.to(y.dtype)

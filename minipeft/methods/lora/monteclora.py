@@ -29,7 +29,7 @@ class MonteCLoRA(Summed, config=LoraConfig, variant="monteclora_config"):
     def build(self) -> None:
         super().build()
         base, c = self.base, self.config.monteclora_config
-        sampler = MontecloraSampler(c, base.inp, self.r, base.dtype, self.device)
+        sampler = MontecloraSampler(c, base.in_features, self.r, base.dtype, self.device)
         self.lora_monteclora_sampler = sampler
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -44,7 +44,7 @@ class QALoRA(LowRank, config=LoraConfig, variant="use_qalora"):
         super().build()
         self.qalora_group_size = self.config.qalora_group_size
         self.settle()
-        k, there = self.base.inp // self.qalora_group_size, {"device": self.device, "dtype": self.base.dtype}
+        k, there = self.base.in_features // self.qalora_group_size, {"device": self.device, "dtype": self.base.dtype}
         self.lora_A = nn.Linear(k, self.r, bias=False, **there)  # PEFT: whatever init_lora_weights is
 
     def branch(self, x: Tensor) -> Tensor:

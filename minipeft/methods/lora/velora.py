@@ -30,7 +30,7 @@ class VeLoRA(Summed, config=LoraConfig, variant="velora_config"):
     def build(self) -> None:
         super().build()
         c, base = self.config.velora_config, self.base
-        d = -(-base.inp // c.num_groups)
+        d = -(-base.in_features // c.num_groups)
         drawn = c.init_type == "random"
         options: dict[str, Any] = {"dtype": base.dtype, "device": self.device}
         self.lora_velora_embed = unit(torch.randn(d, **options)) if drawn else torch.zeros(d, **options)  # (d,)

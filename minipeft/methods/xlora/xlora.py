@@ -88,7 +88,7 @@ class XLoRA(Routed, Factors, config=XLoraConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (batch, length, ..., out)
-        branch = self.scaling * self.base.through(self.dropped(x), self.lora_A, self.lora_B)
+        branch = self.scaling * self.base.low_rank_forward(self.dropped(x), self.lora_A, self.lora_B)
         return (y + self.weight_for(branch) * branch).to(y.dtype)  # PEFT: a bias of B has no weight
 
     def weight_for(self, branch: Tensor) -> Tensor:
