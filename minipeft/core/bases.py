@@ -47,6 +47,7 @@ class Base:
     kept: Kept | None = None  # what `write` replaced, by name; there while something is written that can be undone
     written: dict[str, Any] | None = None  # fingerprints of what `write` has stored; None when that was edited
     apart = False  # True: other modules use the weight too, so `write` must leave that tensor to them
+    shares_bias = False  # True: other modules use the bias too, so nothing else can be written to it
     lent: Tensor | None = None  # that tensor, while the layer has one of its own
     on_meta = False  # True: it reads as if it were on the meta device, see `shapes_only`
     source: Base | None = None  # a layer with the same weight, while what is written is written there
@@ -105,6 +106,11 @@ class Base:
         self.check_bias(b)
         values = {"weight": self.canonical(W)}
         if b is not None and self.replaces_bias(b):
+            if self.home.shares_bias:
+                raise MergeError(
+                    f"The adapter changes the bias of the {type(self.leaf).__name__}, which other modules use too. "
+                    "Give each layer a bias of its own, or keep the adapter unmerged."
+                )
             values["bias"] = b
         self.lend()
         stored: dict[str, Any] = dict(zip(("weight", "bias"), self.stored()))

@@ -50,6 +50,7 @@ from .state import (
     unwrapped,
     without_module,
 )
+from .stored import memory
 from .targets import ALL_LINEAR, Targets, all_linear, check_saved, saves, suffixes, unmatched, warn_unmatched
 from .tying import Ties
 
@@ -392,6 +393,7 @@ class Plan:
             tuner.put(slot, name, value, persistent=self.cls.keeps(slot, self.config))
         for slot, module in self.beside.items():
             tuner.put(slot, name, module.train(tuner.training))
+        self.untie()
         for live, scratch, joins in self.new:
             adapter = scratch.adapters[name]
             for slot in self.shared:
@@ -424,6 +426,17 @@ class Plan:
             module.modules_to_save[name] = copied
             self.placed.append(module)
         self.ties.commit()
+
+    def untie(self) -> None:
+        """Let layers whose frozen weight will change have it for themselves, where modules without the adapter use it."""
+        new = [scratch for _, scratch, _ in self.new if scratch.adapters[self.name].changes_base(self.config)]
+        mine = {scratch.base.leaf for scratch in new}
+        used = {memory(p) for m in self.seen if new and m not in mine for p in m._parameters.values() if p is not None}
+        for scratch in new:
+            if memory(scratch.base.home.stored()[0]) in used:
+                path = scratch.adapters[self.name].path
+                scratch.base.home.apart = True
+                warnings.warn(f"The start changes the weight of '{path}', so it is untied from others.", PeftWarning)
 
     def finish(self) -> None:
         """Write what a checkpoint holds for the model's own tensors: biases, and whole embedding layers."""

@@ -493,11 +493,23 @@ def get_peft_model_state_dict(
     prefix = "" if root is model else PREFIX
     whole = embeddings_to_save(model, adapter_name, save_embedding_layers, root, prefix)
     with onloaded(model, whole if state_dict is None else ()):
+        before = before_merging(root)
         for entry in whole:
             if state_dict is not None and entry.live not in state_dict:
                 raise CheckpointError(f"`state_dict` lacks '{entry.live}'; save_embedding_layers=False leaves it out.")
-            saved.setdefault(entry.saved, entry.tensor.detach() if state_dict is None else state_dict[entry.live])
+            held = before.get(id(entry.tensor), entry.tensor).detach() if state_dict is None else state_dict[entry.live]
+            saved.setdefault(entry.saved, held)
     return saved
+
+
+def before_merging(model: nn.Module) -> dict[int, Tensor]:
+    """What the tensors of frozen layers that adapters are merged into were before, by the `id` of the tensor."""
+    found: dict[int, Tensor] = {}
+    for _, _, layer in adapted(model):
+        if isinstance(layer, Layer) and layer.base.changed:
+            pairs = zip(layer.base.stored(), layer.base.originals())
+            found |= {id(now): original for now, original in pairs if now is not None}
+    return found
 
 
 def onloaded(model: nn.Module, entries: Iterable[Entry], keep: bool = False) -> AbstractContextManager[None]:

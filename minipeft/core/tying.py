@@ -12,7 +12,7 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ConfigError, MergeError, PeftWarning
 from .kinds import base_of
@@ -260,6 +260,8 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
                 users.setdefault(memory(parameter), set()).add(module)
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
+        bias = layer.base.home.stored()[1]
+        layer.base.home.shares_bias = isinstance(bias, Tensor) and len(users.get(memory(bias), ())) > 1
         groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
     for layer in layers:
         if offloading(layer.base.leaf) and any("tied_to" in vars(adapter) for adapter in layer.adapters.values()):
@@ -280,14 +282,14 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
             layer.base.home.apart = apart
 
 
-def note_untied(model: nn.Module) -> None:
-    """After unloading: tell the model's configuration when merging has untied its embeddings."""
+def note_untied(model: nn.Module, when: str = "after merging") -> None:
+    """Tell the model's configuration when its embeddings are no longer tied."""
     layers = [embedding(model, output) for output in (False, True)]
     weights = [getattr(layer, "weight", None) for layer in layers]
     if _ties(model) and None not in weights and weights[0] is not weights[1] and not same(*layers):
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
         warnings.warn(
-            "Input and output embeddings are no longer tied after merging. "
+            f"Input and output embeddings are no longer tied {when}. "
             "Setting `tie_word_embeddings=False` in the model config.",
             PeftWarning,
             stacklevel=2,

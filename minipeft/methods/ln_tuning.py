@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import attrgetter
 
+import torch
 from torch import nn
 
 from ..core.adapter import Replacement
@@ -28,7 +30,12 @@ class LNTuning(Replacement, config=LNTuningConfig):
     prefix = "ln_tuning_"
 
     def build(self) -> None:
-        self.ln_tuning_layers = real_copy(self.base.leaf)
+        layer = real_copy(self.base.leaf)
+        if self.base.changed:  # another adapter is merged into it
+            with torch.no_grad():
+                for name, tensor in self.base.read()[0].items():
+                    attrgetter(name)(layer).copy_(tensor)
+        self.ln_tuning_layers = layer
 
     @property
     def replacement(self) -> nn.Module:

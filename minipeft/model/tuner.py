@@ -144,6 +144,8 @@ class BaseTuner(Slots):
             self.active_adapter = name
         self._own_biases(name, config)
         plan.finish()
+        if plan.cls.changes_base(config):
+            tying.note_untied(self.model, f"by adapter {name!r}")
         names = self.active_adapters
         training = name in names and not config.inference_mode and not self._disabled
         held = [p for module in plan.seen for p in module._parameters.values() if p is not None] if first else []
