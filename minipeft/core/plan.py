@@ -428,7 +428,7 @@ class Plan:
         self.ties.commit()
 
     def untie(self) -> None:
-        """Let layers whose frozen weight will change have it for themselves, where modules without the adapter use it."""
+        """Let layers whose frozen weight changes have it for themselves, where modules without the adapter use it."""
         new = [scratch for _, scratch, _ in self.new if scratch.adapters[self.name].changes_base(self.config)]
         mine = {scratch.base.leaf for scratch in new}
         used = {memory(p) for m in self.seen if new and m not in mine for p in m._parameters.values() if p is not None}
