@@ -133,6 +133,10 @@ class Adapter(nn.Module):
                 return getattr(box, name)
         raise AttributeError(f"{self} has no {slot!r}")
 
+    def has(self, slot: str) -> bool:
+        """Whether it has a tensor or module of that name, computed ones (`parametrize`) included."""
+        return slot in self._parameters or slot in self._modules or slot in self._buffers
+
     def note(self, **values: Any) -> None:
         """Store several plain values at once: what setting them one by one does, in less time."""
         self.layer.note(self.name, values)

@@ -322,7 +322,7 @@ def check_config(config: Any) -> None:
     """Raise `ConfigError` unless `config` is a configuration of this package, not of peft or of another copy of it."""
     if isinstance(config, PeftConfig):
         return
-    own, cls = __name__.rpartition(".")[0], config if isinstance(config, type) else type(config)
+    own, cls = __name__.removesuffix(".core.config"), config if isinstance(config, type) else type(config)
     got = f"peft_config must be a PeftConfig of {own}, got "
     if cls is config and issubclass(cls, PeftConfig):
         raise ConfigError(f"{got}the class {cls.__name__} itself; call it: {cls.__name__}(...).")

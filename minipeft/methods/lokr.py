@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -71,13 +71,10 @@ class LoKr(Lycoris, config=LoKrConfig):
             setattr(self, slot, uniform(*shape, zero=slot in ZERO[c.init_weights]))
 
     def product(self) -> Tensor:
-        own: Any = self._parameters
-        w1, w2, t = own.get("lokr_w1"), own.get("lokr_w2"), own.get("lokr_t2")
-        if w1 is None:
-            w1 = self.lokr_w1_a @ self.lokr_w1_b  # (a, c)
-        if t is not None:
-            w2 = tucker(t, self.lokr_w2_a, self.lokr_w2_b)  # (b, d, *kernel)
-        elif w2 is None:
-            w2 = self.lokr_w2_a @ self.lokr_w2_b  # (b, d * taps)
+        w1 = self.lokr_w1 if self.has("lokr_w1") else self.lokr_w1_a @ self.lokr_w1_b  # (a, c)
+        if self.has("lokr_t2"):
+            w2 = tucker(self.lokr_t2, self.lokr_w2_a, self.lokr_w2_b)  # (b, d, *kernel)
+        else:
+            w2 = self.lokr_w2 if self.has("lokr_w2") else self.lokr_w2_a @ self.lokr_w2_b  # (b, d * taps)
         # PEFT: on a Conv1d, a full W2 keeps its three axes, so that W1's meet those of d and of the kernel
         return torch.kron(w1, w2 if w2.dim() == 3 else w2.flatten(1))
