@@ -210,7 +210,10 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within the context the model computes what the base model does, bit for bit."""
+        """Within the context the model computes what the base model does, bit for bit.
+
+        That is the base model as the adapters found it, or left it: PiSSA and the like change its weights for good.
+        """
         before = self._adapters_disabled
         if self._is_prompt_learning:
             self._adapters_disabled = True

@@ -531,7 +531,10 @@ class BaseTuner(Slots):
         return model
 
     def unload(self) -> nn.Module:
-        """The base model without any adapter, its weights as they were."""
+        """The base model without any adapter, its weights as they were before adapters were merged into them.
+
+        What a start has taken out of them for good (PiSSA, OLoRA, ...) stays out.
+        """
         self._unmerge([layer for layer in layers(self.model) if layer.merged])
         self._restore_biases()
         model = self._unload([])
