@@ -179,6 +179,14 @@ class Combine:
                     f"{adapter.config.init_lora_weights!r}), so it cannot be combined. Convert it first: "
                     "save_pretrained(..., path_initial_model_for_weight_conversion=...)."
                 )
+        if self.kind in ("linear", "cat") or self.on_factors:
+            for _, adapter in own:
+                if adapter.padded:
+                    raise UnsupportedFeatureError(
+                        f"The factors of adapter {adapter.name!r} are padded with zeros, since another rank was hot "
+                        f"swapped in; combination_type {self.kind!r} works on factors. Use 'svd', or load the adapter "
+                        "under a name of its own."
+                    )
         if self.on_factors and len({adapter.r for _, adapter in own}) > 1:
             ranks = ", ".join(f"{adapter.name}: {adapter.r}" for _, adapter in own)
             raise ConfigError(
