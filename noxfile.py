@@ -65,7 +65,7 @@ def install(session, torch, *requirements):
 def tests(session, torch=TORCHS[0]):
     """The whole test suite, examples and interop with peft included."""
     install(session, torch, "-e", ".[test,pretrained]")
-    session.run("pytest", "-n", "2", *session.posargs, env=ONE_THREAD)
+    session.run("pytest", "-n", "2", "--dist", "worksteal", *session.posargs, env=ONE_THREAD)
 
 
 @matrix
