@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -141,7 +141,8 @@ class XLoraModel(BaseTuner, method="XLORA"):
         """A new classifier for the adapters that are there, in the dtype of the model's first parameter."""
         adapted, first = layers(self.model), next(self.model.parameters())
         device = "meta" if empty else adapted[0].base.device
-        return XLoraClassifier(config, len(config.adapters), len(adapted), first.dtype, device)
+        with torch.device("meta") if empty else nullcontext():
+            return XLoraClassifier(config, len(config.adapters), len(adapted), first.dtype, device)
 
     def further_entries(self, name: str, prefix: str) -> Iterable[Entry]:
         if self.peft_config[name] is not self.xlora_config:
