@@ -26,7 +26,7 @@ def check(driver, sample):
 
 
 def one_layer(d, driver, without, target):
-    dropping = without.on(without.base_name, **{d.rate: 0.5 if d.drops == "blocks" else 0.25})
+    dropping = without.on(without.base_name, **{d.rate: 0.75 if d.drops == "blocks" else 0.25})
     without.start(driver)
     plain = driver.forward(without.inputs)
     tensors = dropping.start(driver)
