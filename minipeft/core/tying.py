@@ -261,7 +261,9 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
         bias = layer.base.home.stored()[1]
-        layer.base.home.shares_bias = isinstance(bias, Tensor) and len(users.get(memory(bias), ())) > 1
+        users_of_bias = users.get(memory(bias), set()) if isinstance(bias, Tensor) else set()
+        layers_with_it = [m for m in users_of_bias if m._parameters.get("weight") is not None]  # not BERT's head
+        layer.base.home.shares_bias = len(layers_with_it) > 1
         groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
     for layer in layers:
         if offloading(layer.base.leaf) and any("tied_to" in vars(adapter) for adapter in layer.adapters.values()):
