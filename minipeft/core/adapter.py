@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import registry
-from .boxes import BOXES, Column, contents
+from .boxes import BOXES, Column
 from .config import PeftConfig, PeftType
 from .errors import ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from .stored import fingerprint
@@ -125,11 +125,10 @@ class Adapter(nn.Module):
         own = self.__dict__
         if not slot.startswith("__") and "_modules" in own:  # not half built, by copy or pickle
             slot, layer, name = self.slot(slot), own["place"](), own["name"]
-            box = layer._modules.get(slot, layer.__dict__.get(slot))
-            held = contents(box) if isinstance(box, nn.Module) else box
+            held = layer.contents(slot)
             if isinstance(held, dict) and name in held:
                 return held[name]
-            if name in getattr(box, "parametrizations", ()):
+            if name in getattr(box := layer._modules.get(slot), "parametrizations", ()):
                 return getattr(box, name)
         raise AttributeError(f"{self} has no {slot!r}")
 

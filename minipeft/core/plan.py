@@ -52,7 +52,7 @@ from .state import (
 )
 from .stored import memory
 from .targets import ALL_LINEAR, Targets, all_linear, check_saved, saves, suffixes, unmatched, warn_unmatched
-from .tying import Ties
+from .tying import Ties, users_of
 
 if TYPE_CHECKING:
     from ..model.tuner import BaseTuner
@@ -431,9 +431,9 @@ class Plan:
         """Let layers whose frozen weight changes have it for themselves, where modules without the adapter use it."""
         new = [scratch for _, scratch, _ in self.new if scratch.adapters[self.name].changes_base(self.config)]
         mine = {scratch.base.leaf for scratch in new}
-        used = {memory(p) for m in self.seen if new and m not in mine for p in m._parameters.values() if p is not None}
+        users = users_of(self.seen) if new else {}
         for scratch in new:
-            if memory(scratch.base.home.stored()[0]) in used:
+            if users.get(memory(scratch.base.home.stored()[0]), set()) - mine:
                 path = scratch.adapters[self.name].path
                 scratch.base.home.apart = True
                 warnings.warn(f"The start changes the weight of '{path}', so it is untied from others.", PeftWarning)

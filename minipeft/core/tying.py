@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -253,11 +254,7 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
             PeftWarning,
             stacklevel=2,
         )
-    users: dict[int, set[nn.Module]] = {}
-    for _, _, module in walk(tuner.model):
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(memory(parameter), set()).add(module)
+    users = users_of(module for _, _, module in walk(tuner.model))
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
         bias = layer.base.home.stored()[1]
@@ -282,6 +279,16 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
             if apart and layer.base.changed and not layer.base.home.apart:
                 raise MergeError("Tied layers are merged already, and these adapters are not tied; unmerge first.")
             layer.base.home.apart = apart
+
+
+def users_of(modules: Iterable[nn.Module]) -> dict[int, set[nn.Module]]:
+    """Which of the modules have each parameter as their own, by the parameter's memory."""
+    users: dict[int, set[nn.Module]] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(memory(parameter), set()).add(module)
+    return users
 
 
 def note_untied(model: nn.Module, when: str = "after merging") -> None:
