@@ -16,7 +16,8 @@ NAMES = {  # module: what it gives to this package, beside the methods. A name i
         "AutoPeftModelForQuestionAnswering AutoPeftModelForSeq2SeqLM AutoPeftModelForSequenceClassification "
         "AutoPeftModelForTokenClassification"
     ),
-    "core.state": "get_peft_model_state_dict load_peft_weights set_peft_model_state_dict",
+    "core.state": "load_peft_weights",
+    "model.checkpoint": "get_peft_model_state_dict set_peft_model_state_dict",
     "core.config": "PeftConfig PeftType PromptLearningConfig TaskType get_peft_config",
     "compat.conversion": "convert_to_lora save_as_lora",
     "core.errors": (

@@ -42,9 +42,7 @@ from .core.errors import (
     UnsupportedLayerError as UnsupportedLayerError,
 )
 from .core.state import (
-    get_peft_model_state_dict as get_peft_model_state_dict,
     load_peft_weights as load_peft_weights,
-    set_peft_model_state_dict as set_peft_model_state_dict,
 )
 from .methods.adalora.adalora import (
     AdaLoraConfig as AdaLoraConfig,
@@ -219,6 +217,10 @@ from .methods.waveft import (
 )
 from .methods.xlora.xlora import (
     XLoraConfig as XLoraConfig,
+)
+from .model.checkpoint import (
+    get_peft_model_state_dict as get_peft_model_state_dict,
+    set_peft_model_state_dict as set_peft_model_state_dict,
 )
 from .model.factory import (
     get_peft_model as get_peft_model,

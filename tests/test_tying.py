@@ -10,7 +10,7 @@ from torch import nn
 
 import minipeft
 from minipeft.core.errors import PeftError
-from minipeft.core.tying import input_embedding, tied_names
+from minipeft.model.tying import input_embedding, tied_names
 
 transformers = pytest.importorskip("transformers")
 X = torch.tensor([[1, 2, 3, 9]])

@@ -19,11 +19,14 @@ from torch import Tensor, nn
 from ..core.bases import Linear, exact
 from ..core.errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from ..core.files import write_checkpoint
-from ..core.layer import Layer, ModulesToSaveWrapper, adapted, walk, widened
-from ..core.state import PREFIX, serialise, tuner_of
+from ..core.layer import Layer, adapted, widened
+from ..core.state import PREFIX, serialise
 from ..core.targets import exactly
+from ..core.walk import walk
 from ..methods.lora.lora import LoraConfig
+from ..model.checkpoint import tuner_of
 from ..model.tuner import progress_bar
+from ..model.wrappers import ModulesToSaveWrapper
 
 
 @torch.no_grad()

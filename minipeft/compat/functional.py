@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 
 from ..core.errors import MergeError
-from ..core.layer import Layer, ModulesToSaveWrapper
-from ..core.state import get_peft_model_state_dict, set_peft_model_state_dict
+from ..core.layer import Layer
+from ..model.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
 from ..model.factory import inject_adapter_in_model
+from ..model.wrappers import ModulesToSaveWrapper
 
 __all__ = [
     "cast_adapter_dtype",

@@ -24,19 +24,10 @@ from ..core.errors import (
 )
 from ..core.files import of_one_version
 from ..core.layer import Layer
-from ..core.plan import Plan
-from ..core.state import (
-    Entry,
-    base_entries,
-    entries_of_model,
-    incoming,
-    infer_device,
-    load_peft_weights,
-    onloaded,
-    strip,
-    tuner_of,
-)
+from ..core.state import Entry, incoming, infer_device, load_peft_weights, strip
 from ..methods.lora.padding import RANK_OF, groups_of, layer_of, pad, slot_of
+from ..model.checkpoint import base_entries, entries_of_model, onloaded, tuner_of
+from ..model.plan import ModelPlan
 from ..model.tuner import tuner_class
 
 MUST_AGREE = ("use_rslora", "lora_dropout", "alpha_pattern", "use_dora", "layer_replication")
@@ -156,7 +147,7 @@ def _planned(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> 
     tuner = tuner_class(config.peft_type).around(getattr(tuner_of(model), "model", model))
     replicated, config.layer_replication = config.layer_replication, None  # the model has those layers already
     told = config.target_modules or config.target_parameters
-    plan = Plan(tuner, name, config, loading=True, empty=True, keys=None if told else weights)
+    plan = ModelPlan(tuner, name, config, loading=True, empty=True, keys=None if told else weights)
     try:
         plan.load(incoming(weights))
     finally:

@@ -14,14 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core import defaults, files
-from ..core import state as checkpoint
+from ..core import defaults, files, state
 from ..core.adapter import ADAPTERS
 from ..core.bases import Attention, Base, Conv, Conv1D, Embedding, Linear, Param
 from ..core.boxes import BufferDict
 from ..core.config import CONFIGS, PeftType
 from ..core.errors import PeftWarning, UnsupportedFeatureError
-from ..core.layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper
+from ..core.layer import Layer
 from ..core.state import LoadReport, infer_device
 from ..methods import lokr
 from ..methods.adalora import budget as adalora_budget
@@ -31,9 +30,10 @@ from ..methods.lora import corda as lora_corda
 from ..methods.lora import eva as lora_eva
 from ..methods.lora import gradient as lora_ga
 from ..methods.lycoris import LycorisConfig
-from ..model import mixed, status, utils
+from ..model import checkpoint, mixed, status, utils
 from ..model.prompt import PROMPTS
 from ..model.tuner import BaseTuner, tuner_class
+from ..model.wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 from . import conversion, functional, helpers, hotswap, optimizers
 
 VERSION = "0.21.2"  # of the reference
@@ -142,8 +142,8 @@ def set_peft_model_state_dict(
         )
     prompt = model.peft_config[adapter_name].is_prompt_learning
     entries = () if prompt else checkpoint.entries_of_model(model, adapter_name)
-    live = {checkpoint.strip(entry.saved): entry.live for entry in entries}
-    given = {checkpoint.strip(checkpoint.unwrapped(key)): key for key in peft_model_state_dict}
+    live = {state.strip(entry.saved): entry.live for entry in entries}
+    given = {state.strip(state.unwrapped(key)): key for key in peft_model_state_dict}
     missing, unexpected = report
     return LoadReport([live.get(key, key) for key in missing], [given.get(key, key) for key in unexpected])
 

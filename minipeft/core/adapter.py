@@ -38,6 +38,7 @@ from .stored import fingerprint
 if TYPE_CHECKING:
     from .bases import Base, Whole
     from .layer import Layer
+    from .state import Entry
 
 ADAPTERS: dict[PeftType, list[type[Adapter]]] = {}  # more than one class where a field of the configuration chooses
 
@@ -240,8 +241,8 @@ class Adapter(nn.Module):
         raise UnsupportedFeatureError(f"path_initial_model_for_weight_conversion is not for {cls.method.value}.")
 
     @classmethod
-    def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A checkpoint's tensors, for methods that save something else than they hold."""
+    def convert_for_save(cls, config: Any, name: str, tensors: dict[str, Tensor], entries: list[Entry]) -> Any:
+        """A checkpoint's tensors, for methods that save something else than they hold: that is in the entries."""
         return tensors
 
     @classmethod
@@ -250,9 +251,10 @@ class Adapter(nn.Module):
         return tensors
 
     @classmethod
-    def resize(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> Any:
+    def resize(cls, model: nn.Module, name: str, tensors: dict[str, Tensor], entries: list[Entry]) -> Any:
         """Before a checkpoint is loaded into an adapter that is there: take its sizes, where a method lets them vary.
 
+        `entries`: the tensors that it goes into.
         Returns a function that undoes that, or None.
         """
 

@@ -1,4 +1,4 @@
-"""What stands in the model where an adapted module stood: a `Layer`, or a wrapper for modules trained in full."""
+"""What stands in the model where an adapted layer stood: a `Layer`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from .adapter import Adapted, Adapter
 from .bases import Base, Param, Whole, exact
 from .boxes import LOW_PRECISION, BufferDict, Slots, contents
-from .errors import BatchError, MergeError, PeftWarning, UnsupportedLayerError
+from .errors import BatchError, MergeError, PeftWarning
 from .kinds import base_of
 from .offload import HOOKS, hooked, onload
 from .passes import Context as Context
 from .stored import reshard, sharded, whole
+from .walk import Wrapper, walk
 
 BASE = "__base__"  # in a mixed batch: a sample for the bare model
 
@@ -51,9 +52,10 @@ def named_input(module: nn.Module, kwargs: dict[str, Any]) -> str:
     return first
 
 
-class Switch:
-    """What other code reads off a layer about which of its adapters are on."""
+class HoldsAdapters:
+    """What holds adapters: a layer, or a module trained in full. Other code reads off it which of them are on."""
 
+    adapters: Any  # by name
     _active_adapter: list[str]
     _disable_adapters: bool
 
@@ -73,13 +75,14 @@ class Switch:
         return self._disable_adapters
 
 
-class Layer(Switch, Slots):
+class Layer(HoldsAdapters, Slots, Wrapper):
     """A frozen layer with adapters around it.
 
     Every adapter ever added stands in `adapters`; those in `active_adapters` take part in `forward`, in the order in
     which they are listed there. Live parameter names are PEFT's: `base_layer.weight`, `lora_A.default.weight`.
     """
 
+    wraps = "base_layer"
     base_layer: nn.Module
     base: Base
     method: str
@@ -623,231 +626,11 @@ class Unmerged:
         return self.base.read()
 
 
-class ModulesToSaveWrapper(Switch, nn.Module):
-    """A module trained in full: the frozen original, and a copy of it for each adapter (`modules_to_save`)."""
-
-    adapter_layer_names = ("modules_to_save",)
-    other_param_names: tuple[str, ...] = ()
-    merged_adapters: list[str] = []
-
-    def __init__(self, module: nn.Module, context: Context | None = None):
-        super().__init__()
-        self.check(module)
-        self.original_module = module
-        self.modules_to_save = nn.ModuleDict()
-        self.context = context or Context()
-        self.trained: set[str] = set()  # names of the copies that are trainable
-        self.paused: set[str] = set()  # names of those that will be when they are switched on again
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
-
-    @staticmethod
-    def check(module: nn.Module) -> None:
-        """Raise `UnsupportedLayerError` for modules that are never called, or adapted already."""
-        if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, Layer)):
-            kind = type(module).__name__
-            raise UnsupportedLayerError(f"modules_to_save cannot be applied to modules of type {kind}.")
-
-    @property
-    def adapters(self) -> Any:
-        return self.modules_to_save
-
-    @property
-    def running(self) -> list[str]:
-        if self._disable_adapters:
-            return []
-        return [n for n in self._active_adapter if n in self.modules_to_save]
-
-    def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """The active adapter's copy applied to the input; the original when there is none."""
-        if self._disable_adapters or (adapter_names is None and self.context.now.adapter_names is None):
-            return self.current(*(args if x is None else (x, *args)), **kwargs)
-        if x is None:
-            x = kwargs.pop(named_input(self.original_module, kwargs))
-        if not isinstance(x, Tensor):
-            raise BatchError(f"Mixed batches need modules whose first argument is a tensor, got a {type(x).__name__}.")
-        groups = self.context.now.groups(len(x), adapter_names)
-        assert groups is not None
-        pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module
-        return run_groups(x, groups, lambda name, part: pick(name)(part, *args, **kwargs))
-
-    @property
-    def current(self) -> nn.Module:
-        """The module that is in use."""
-        running = self.running
-        return self.modules_to_save[running[0]] if running else self.original_module
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in HOOKS or "original_module" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.current, name)
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Use the copy of the one adapter of `adapter_names` that has one here."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        here = [n for n in names if n in self.modules_to_save]
-        if len(here) > 1:
-            raise ValueError(f"Only one adapter can be set at a time for modules_to_save, got {here}.")
-        self.paused = set(() if inference_mode else here)
-        self._train_only(self.paused)
-        self._active_adapter = here
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Use the original, with all copies frozen, or again the active copy, trainable if it was before."""
-        off, self._disable_adapters = self._disable_adapters, not enabled
-        if not (enabled or off):
-            self.paused = self.trained
-        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
-
-    def _train_only(self, names: Collection[str]) -> None:
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in names)
-        self.trained = set(names)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make copies trainable, or freeze them."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.modules_to_save:
-                self.modules_to_save[name].requires_grad_(requires_grad)
-                for names in (self.trained, self.paused):
-                    (names.add if requires_grad else names.discard)(name)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter's copy."""
-        if adapter_name in self.modules_to_save:
-            del self.modules_to_save[adapter_name]
-            self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
-
-    def _get_available_adapters(self) -> set[str]:
-        return set(self.modules_to_save)
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Saved key -> live key, below this module, of an adapter's tensors."""
-        if adapter_name not in self.modules_to_save:
-            return {}
-        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
-
-
-class TrainableTokensWrapper(nn.Module):
-    """An embedding, some rows trained beside another method (`trainable_token_indices`): a Layer, one level down."""
-
-    merged_adapters: list[str] = []
-
-    def __init__(self, layer: Layer):
-        super().__init__()
-        self.token_adapter = layer
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.token_adapter(*args, **kwargs)
-
-    @property
-    def original_module(self) -> nn.Module:
-        """The frozen embedding."""
-        return self.token_adapter.base_layer
-
-    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        """Saved key -> live key, below this module, of an adapter's tensors."""
-        saved = "token_adapter.trainable_tokens_delta"
-        return {} if self.token_adapter.tied else {saved: f"{saved}.{adapter_name}"}
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight that is in use; a head tied to the embedding reads it."""
-        layer = self.token_adapter
-        return layer.base.canonical(layer.operator().read()[0]) if layer.running else layer.base.leaf.weight
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in HOOKS or "token_adapter" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.token_adapter.base_layer, name)
-
-
 # ----------------------------------------------------------------------------------------------------------- walking
-def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """(path, live path, module) of a model, with each module once and nothing that adapters brought.
-
-    `path` is what the module was called before any adapter came; `live` is what it is called now. A wrapper around a
-    module (see `WRAPPERS`) is no module of its own: it is not in `path`, and it is passed over.
-    """
-    seen: set[int] = set()
-    ahead: list[tuple[str, str, Any]] = [("", "", model)]  # the next one last
-    while ahead:
-        path, live, module = ahead.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        head, live_head = path and f"{path}.", live and f"{live}."
-        if (wrapped := wrapped_in(module)) is not None:
-            ahead.append((path, live_head + wrapped, module._modules[wrapped]))
-            continue
-        yield path, live, module
-        if (inside := INSIDE.get(type(module))) is not None:
-            ahead.append((path, live_head + inside, getattr(module, inside)))
-        elif module._modules:
-            children = [(head + n, live_head + n, child) for n, child in module._modules.items() if child is not None]
-            ahead += reversed(children)
-
-
-def other_names(model: nn.Module) -> dict[str, str]:
-    """Further paths of modules that a model has in several places, each with the path that `walk` gives it."""
-    found: dict[str, str] = {}
-    paths: dict[int, str] = {}
-    for path, _, module in walk(model):
-        paths.setdefault(id(module), path)
-    for path, _, module in walk(model):
-        for name, child in module._modules.items() if type(module) not in INSIDE else ():
-            other = f"{path}.{name}" if path else name
-            if child is not None and paths[id(child)] != other:
-                found[other] = paths[id(child)]
-    return found
-
-
-def wrapped_in(module: nn.Module) -> str | None:
-    """The name of the one child that a wrapper stands around; None for what is no wrapper."""
-    children = module._modules
-    if len(children) != 1:
-        return None
-    (name,) = children
-    return name if name in WRAPPERS or (name == "module" and isinstance(module, PARALLEL)) else None
-
-
-def place_of(live: str) -> str:
-    """Where another module has to be put to stand in the place of the one at `live`.
-
-    That is outside a wrapper of torch.compile, which would go on with what it has compiled.
-    """
-    while live.endswith("._orig_mod"):
-        live = live.removesuffix("._orig_mod")
-    return live
-
-
-class PlainNames:
-    """Live names of a model's modules and tensors without what wrappers add to them: `names(live)`."""
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.wrapped: set[str] | None = None  # the live names of what stands in a wrapper, once they are needed
-
-    def __call__(self, live: str) -> str:
-        parts = live.split(".")
-        if not any(part in WRAPPERS or part == "module" for part in parts):
-            return live
-        if self.wrapped is None:
-            inside = ((name, wrapped_in(module)) for name, module in self.model.named_modules())
-            self.wrapped = {f"{name}.{child}".lstrip(".") for name, child in inside if child is not None}
-        return ".".join(part for i, part in enumerate(parts, 1) if ".".join(parts[:i]) not in self.wrapped)
-
-
 def adapted(model: nn.Module) -> Iterator[tuple[str, str, Any]]:
-    """(path, live path, module) of every Layer and ModulesToSaveWrapper of a model."""
+    """(path, live path, module) of everything in a model that holds adapters."""
     for path, live, module in walk(model):
-        if isinstance(module, (Layer, ModulesToSaveWrapper)):
+        if isinstance(module, HoldsAdapters):
             yield path, live, module
 
 
@@ -856,21 +639,10 @@ def layers(model: nn.Module) -> list[Layer]:
     return [module for _, _, module in walk(model) if isinstance(module, Layer)]
 
 
-def put_at(model: nn.Module, live: str, module: nn.Module) -> None:
-    """Put `module` where a model has another, by live path (torch has `set_submodule` since 2.5)."""
-    parent, _, last = place_of(live).rpartition(".")
-    model.get_submodule(parent)._modules[last] = module
-
-
 def adapter_parts(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules inside every Layer and ModulesToSaveWrapper that hold the tensors of adapters."""
+    """The modules inside of what holds adapters that have their tensors."""
     for _, _, module in adapted(model):
-        yield from (part for slot, part in module._modules.items() if slot != INSIDE[type(module)])
-
-
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # of torch.compile, FSDP, checkpointing
-PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)  # their child is called `module`
-INSIDE = {Layer: "base_layer", ModulesToSaveWrapper: "original_module", TrainableTokensWrapper: "token_adapter"}
+        yield from (part for slot, part in module._modules.items() if slot != module.wraps)
 
 
 # ----------------------------------------------------------------------------------------------------------- helpers

@@ -14,35 +14,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import registry
-from .adapter import ADAPTERS, unsupported
+from .adapter import unsupported
 from .bases import Attention, Block, Conv1D, Linear, Whole
-from .config import PeftType, check_config
-from .defaults import default_targets
-from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedLayerError
+from .config import check_config
+from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedFeatureError
 from .kinds import base_of
-from .layer import (
-    BASE,
-    BufferDict,
-    Layer,
-    ModulesToSaveWrapper,
-    PlainNames,
-    TrainableTokensWrapper,
-    other_names,
-    place_of,
-    walk,
-)
-from .offload import check_biases, loaded, onload, real_copy
+from .layer import BASE, BufferDict, Layer
+from .offload import loaded, onload
 from .patterns import in_layer_path, matches
 from .state import (
     PREFIX,
     Entry,
     LoadReport,
-    base_entries,
     check,
-    entries_of_biases,
     entries_of_layer,
-    entries_of_module,
     entries_of_shared,
     fill,
     fitted,
@@ -50,15 +35,16 @@ from .state import (
     unwrapped,
     without_module,
 )
-from .stored import memory
-from .targets import ALL_LINEAR, Targets, all_linear, check_saved, saves, suffixes, unmatched, warn_unmatched
-from .tying import Ties, users_of
+from .stored import memory, users_of
+from .targets import ALL_LINEAR, Targets, all_linear, suffixes, unmatched, warn_unmatched
+from .walk import PlainNames, other_names, place_of, walk
 
 if TYPE_CHECKING:
     from ..model.tuner import BaseTuner
 
 NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
 LONGEST = 255  # bytes of a folder's name, on the file systems in use
+WHOLE_MODEL = ("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying")  # fields for model/plan.py
 RESERVED = frozenset(name for box in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(box))
 
 
@@ -118,19 +104,13 @@ class Plan:
         self.empty = empty
         self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it joins
         self.latest: dict[str, Layer] = {}  # of `new`, the last scratch layer at each live path
-        self.copies: list[tuple[str, nn.Module, nn.Module]] = []  # live path, module there now, its trained copy
-        self.tokens: list[tuple[str, Layer, Layer | None]] = []  # the same as `new`, to be put into a wrapper
         self.after: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
         self.seen: list[nn.Module] = []  # every module of the model, without those of adapters
         self.live_paths: dict[int, str] = {}
-        self.placed: list[Layer | ModulesToSaveWrapper] = []  # once it is in place: everything that holds the adapter
+        self.placed: list[Any] = []  # once it is in place: everything that holds the adapter
         self.parents: dict[str, nn.Module] = {}  # live path, module: those met so far while putting things in place
         others = {n: c for n, c in tuner.peft_config.items() if c is not config}
-        if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
-            raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
-        self.cls.check_beside(config, others)
-        if getattr(config, "bias", "none") != "none":
-            check_biases(self.model)
+        self.check_beside(others)
         self.undo = self.cls.prepare(config, self.model)
         try:
             found = self.find(keys)
@@ -140,9 +120,7 @@ class Plan:
             for path, live, module, base in found:
                 self.build(path, live, module, base)
             self.cls.complete(config, [scratch.adapters[name] for _, scratch, _ in self.new])
-            self.ties.follow(self)
-            self.copy_modules()
-            self.add_beside()
+            self.build_further()
         except BaseException:
             self.give_up()
             raise
@@ -152,6 +130,31 @@ class Plan:
         if self.undo is not None:
             self.undo()
             self.undo = None
+
+    # ------------------------------------------------------------------------------------- what whole models add to it
+    def check_beside(self, others: dict[str, Any]) -> None:
+        """Refuse the configuration beside those of other adapters, by name."""
+        asked = {field: getattr(self.config, field, None) for field in WHOLE_MODEL}
+        if further := [field for field, value in asked.items() if value not in (None, False, "none", [], ())]:
+            what = f"{', '.join(further)} change more of a model than its layers: use get_peft_model"
+            raise UnsupportedFeatureError(f"{what}, or leave them out.")
+        self.cls.check_beside(self.config, others)
+
+    def set_default_targets(self) -> None:
+        """Complete a configuration that says nothing of what to adapt."""
+        names = ("target_modules", "target_parameters")
+        if hasattr(self.config, names[0]) and not any(getattr(self.config, name, None) for name in names):
+            raise ConfigError("`target_modules` must say which layers to adapt, for example ['q_proj', 'v_proj'].")
+
+    def tie(self) -> None:
+        """Complete the configuration for layers that share a weight with the input embedding."""
+
+    def ordered(self, paths: list[str]) -> list[str]:
+        """The paths of layers to adapt, in the order in which they are built."""
+        return paths
+
+    def build_further(self) -> None:
+        """Build what the configuration asks for beside layers."""
 
     # ------------------------------------------------------------------------------------------------------- finding
     def others(self) -> dict[str, str]:
@@ -167,16 +170,16 @@ class Plan:
             self.seen.append(module)
             outer.setdefault(path, (live, module))
             self.live_paths[id(module)] = live
-        default_targets(config, self.model, model_config(self.model).get("model_type"))
+        self.set_default_targets()
         if isinstance(getattr(config, "target_modules", None), str) and config.target_modules.lower() == ALL_LINEAR:
             bases = [(path, base_of(module)) for path, (_, module) in outer.items() if path]
             config.target_modules = all_linear(self.model, config.task_type, bases)
-        self.ties = Ties(config, self.model, cls.ties)
+        self.tie()
         targets = Targets(config)
         self.modules = [path for path in outer if path in targets]
         if keys is not None:
             self.modules = _paths_in(keys, cls.prefix, outer)
-        self.modules = self.ties.order(self.modules)
+        self.modules = self.ordered(self.modules)
         whole = next((kind for kind in (Whole, Block) if kind.__name__ in cls.bases), None)
         fits: dict[type, bool] = {}  # kinds of base met so far
         found: list[tuple[str, str, nn.Module, Any]] = []
@@ -286,35 +289,6 @@ class Plan:
         scratch.settle_all(self.name)
         return scratch
 
-    def copy_modules(self) -> None:
-        """Copy every module in `modules_to_save`."""
-        names = getattr(self.config, "modules_to_save", None)
-        names = {names} if isinstance(names, str) else set(names or ())
-        taken: list[str] = []
-        paths: list[str] = []
-        for path, live, module in walk(self.model) if names else ():
-            paths.append(path)
-            if path and saves(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
-                taken.append(path)
-                if adapted := next((a for a in self.latest if a == live or a.startswith(f"{live}.")), None):
-                    raise UnsupportedLayerError(
-                        f"'{adapted}' would be adapted, and saved whole as part of '{path}', which ends as one of "
-                        f"modules_to_save does: {sorted(names)}. Leave it out by exclude_modules."
-                    )
-                original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-                ModulesToSaveWrapper.check(original)
-                copied = real_copy(original)
-                self.copies.append((live, module, copied))
-        check_saved(names, paths, taken, self.others, self.loading)
-        self.ties.copy(self)
-
-    def add_beside(self) -> None:
-        """Build what a field of the configuration adds of another method: `trainable_token_indices`."""
-        for field, peft_type in registry.BESIDE.items():
-            if getattr(self.config, field, None) is not None:
-                registry.load(peft_type)
-                ADAPTERS[PeftType(peft_type)][0].add_beside(self)
-
     # ------------------------------------------------------------------------------------------------------- loading
     def entries(self) -> Iterator[Entry]:
         """The tensors that a checkpoint of this adapter holds, where they are now, under the keys they will have."""
@@ -334,24 +308,6 @@ class Plan:
                     yield entry
         for slot, module in self.beside.items():
             yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot, self.shared)
-        for live, _, copied in self.copies:
-            yield from entries_of_module(copied, PREFIX + names(live), f"{PREFIX}{live}.modules_to_save.{self.name}")
-        for live, scratch, joins in self.tokens:
-            if not scratch.tied:
-                where = self.live_paths[id(joins)] if joins is not None else f"{live}.token_adapter"
-                yield from entries_of_layer(scratch, self.name, PREFIX + names(where))
-
-    def bias_entries(self) -> Iterator[Entry]:
-        """The biases that the adapter trains, under the keys they will have; they are the model's own tensors."""
-        yield from entries_of_biases(
-            self.model,
-            self.name,
-            getattr(self.config, "bias", "none"),
-            PREFIX,
-            around=Counter(live for live, _, joins in self.new if joins is None),
-            joined=[joins for _, _, joins in self.new if joins is not None],
-            copied=[live for live, *_ in self.copies],
-        )
 
     def load(self, weights: Mapping[str, Tensor], strict: bool = True, ignore: bool = False) -> LoadReport:
         """Fill the adapter with a checkpoint's tensors, as `incoming` gives them. Raises `CheckpointError`.
@@ -359,11 +315,8 @@ class Plan:
         `strict` and `ignore` as for `checkpoint.check`.
         """
         entries = list(self.entries())
-        stored, weights = weights, fitted(entries, self.cls.convert_for_load(self.config, dict(weights)))
-        have = {strip(entry.saved) for entry in entries}
-        later = [entry for entry in self.bias_entries() if strip(entry.saved) not in have]
-        base, again = base_entries(self.model, weights, entries + later)
-        later += base
+        stored, weights = weights, self.fitted(entries, self.cls.convert_for_load(self.config, dict(weights)))
+        later, again = self.entries_of_base(entries, weights)
         report = check(entries + later, weights, again, strict, stored, ignore)
         fill(entries, weights)
         given = {strip(key): tensor for key, tensor in weights.items()} if later else {}
@@ -373,9 +326,22 @@ class Plan:
                 self.after.append((entry, value))
         return report
 
+    def fitted(self, entries: list[Entry], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A checkpoint's tensors under the keys of the entries, where only wrappers' names differ."""
+        return fitted(entries, weights)
+
+    def entries_of_base(self, entries: list[Entry], weights: dict[str, Tensor]) -> tuple[list[Entry], list[str]]:
+        """Entries for the model's own tensors that a checkpoint holds beside the adapter's; keys that it says twice."""
+        return [], []
+
+    @property
+    def built(self) -> list[tuple[str, Layer, Layer | None]]:
+        """(live path, scratch layer, the layer it joins) of everything that was built."""
+        return self.new
+
     def incomplete(self, report: LoadReport) -> bool:
         """Whether some tensor has no values after `load`: the checkpoint lacked it, or such tensors are never saved."""
-        built = [(scratch, scratch.adapters[self.name]) for _, scratch, _ in self.new + self.tokens]
+        built = [(scratch, scratch.adapters[self.name]) for _, scratch, _ in self.built]
         slots = {(type(adapter), slot) for scratch, adapter in built for slot in scratch._modules}
         if not report.missing_keys and all(s == "base_layer" or cls.keeps(s, self.config) for cls, s in slots):
             return False
@@ -413,19 +379,6 @@ class Plan:
             else:
                 self._set(live, scratch)
             self.placed.append(joins or scratch)
-        for live, scratch, joins in self.tokens:
-            if joins is not None:
-                joins.adopt(scratch, name)
-            else:
-                self._set(live, TrainableTokensWrapper(scratch))
-            self.placed.append(joins or scratch)
-        for live, module, copied in self.copies:
-            if not isinstance(module, ModulesToSaveWrapper):
-                module = ModulesToSaveWrapper(module, tuner.context)
-                self._set(live, module)
-            module.modules_to_save[name] = copied
-            self.placed.append(module)
-        self.ties.commit()
 
     def untie(self) -> None:
         """Let layers whose frozen weight changes have it for themselves, where modules without the adapter use it."""

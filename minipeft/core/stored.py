@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -125,3 +126,13 @@ def _odd(n: Tensor) -> Tensor:
     n = (n + 1) * -7046029254386353131
     n = (n ^ (n >> 29)) * -4658895280553007687
     return (n ^ (n >> 32)) | 1
+
+
+def users_of(modules: Iterable[nn.Module]) -> dict[int, set[nn.Module]]:
+    """Which of the modules have each parameter as their own, by the parameter's memory."""
+    users: dict[int, set[nn.Module]] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(memory(parameter), set()).add(module)
+    return users

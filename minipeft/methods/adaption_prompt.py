@@ -38,11 +38,11 @@ from ..core.errors import (
     UnsupportedLayerError,
     sized,
 )
-from ..core.layer import INSIDE, put_at, walk
 from ..core.offload import device_of
 from ..core.plan import check_adapter_name, model_config
 from ..core.state import PREFIX, Entry, check, fill, fitted, incoming
 from ..core.targets import named
+from ..core.walk import Wrapper, put_at, walk
 from ..model.tuner import BaseTuner
 
 MIXING = threading.Lock()
@@ -60,8 +60,10 @@ class AdaptionPromptConfig(PeftConfig, method="ADAPTION_PROMPT"):
     is_adaption_prompt: ClassVar[bool] = True
 
 
-class AdaptedAttention(nn.Module):
+class AdaptedAttention(Wrapper):
     """The attention module `model` with the prompt of one adapter."""
+
+    wraps = "model"
 
     def __init__(self, model: Any, tokens: int, path: str, device: Any = None):
         super().__init__()
@@ -107,12 +109,13 @@ class AdaptedAttention(nn.Module):
         return y if self.fused else a.o_proj(y)  # PEFT: without GPT-2's c_proj
 
 
-class MixedAttention(nn.Module):
+class MixedAttention(Wrapper):
     """The same for a mixed batch: each sample has the prompt of its adapter, if that has one here.
 
     Passes of other threads, whose batches are not mixed, run `plain`.
     """
 
+    wraps = "model"
     plain: Any
 
     def __init__(self, model: nn.Module, plain: nn.Module, prompts: dict[str, AdaptedAttention], context: Any):
@@ -144,9 +147,6 @@ def _added(output: Any, add: Any) -> Any:
     if isinstance(output, Tensor):
         return add(output).to(output.dtype)
     return (add(output[0]).to(output[0].dtype), *output[1:])
-
-
-INSIDE.update({AdaptedAttention: "model", MixedAttention: "model"})
 
 
 class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core.adapter import Delta, adapter_class
 from ..core.bases import Base
@@ -83,7 +83,7 @@ class Projected(Delta):
         return {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared if slot in cls.held}
 
     @classmethod
-    def convert_for_save(cls, model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def convert_for_save(cls, config: Any, name: str, tensors: dict[str, Tensor], entries: Any) -> dict[str, Tensor]:
         return tensors | cls.views(tensors)
 
     @classmethod

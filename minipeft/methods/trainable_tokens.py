@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from ..core.adapter import Transform
 from ..core.bases import Embedding, Linear
 from ..core.config import PeftConfig
-from ..core.defaults import embedding_path
 from ..core.errors import ConfigError, NoMatchingPeftModuleError
 from ..core.kinds import base_of
-from ..core.layer import Layer, TrainableTokensWrapper, walk
+from ..core.layer import Layer
 from ..core.targets import saves, suffixes, unmatched, warn_unmatched
+from ..core.walk import walk
+from ..model.defaults import embedding_path
+from ..model.wrappers import TrainableTokensWrapper
 
 
 @dataclass

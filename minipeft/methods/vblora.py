@@ -61,8 +61,7 @@ class VBLoRA(Factored, config=VBLoRAConfig):
         return {BANK: nn.Parameter(torch.zeros(config.num_vectors, config.vector_length))}
 
     @classmethod
-    def convert_for_save(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        config = model.peft_config[name]
+    def convert_for_save(cls, config: Any, name: str, tensors: dict[str, Tensor], entries: Any) -> dict[str, Tensor]:
         return compressed(config, tensors) if config.save_only_topk_weights else tensors
 
     @classmethod

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core import state as checkpoint
+from ..core import state
 from ..core.config import PeftConfig, PeftType, check_config
 from ..core.errors import AdapterNameError, ConfigError, UnsupportedFeatureError
 from ..core.files import of_one_version
@@ -170,7 +170,7 @@ class PeftMixedModel(nn.Module):
         def read() -> tuple[Any, Any]:
             own = configuration(model_id, config, offload, **kwargs)
             _check_compatible(own)
-            return own, checkpoint.load_peft_weights(model_id, device, **kwargs)
+            return own, state.load_peft_weights(model_id, device, **kwargs)
 
         config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
         config.inference_mode = not is_trainable

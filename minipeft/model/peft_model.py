@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core import state as checkpoint
+from ..core import state
 from ..core.adapter import adapter_class
 from ..core.config import PeftConfig, PeftType, check_config
 from ..core.errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from ..core.files import make_folder, of_one_version, write_checkpoint, write_text
 from ..core.layer import Layer
 from ..core.targets import embedding
-from . import card, prompt, status
+from . import card, checkpoint, prompt, status
 from .hub import push_to_hub
 from .tuner import FORWARD_ONLY, tuner_class
 from .utils import require_grad
@@ -383,7 +383,7 @@ class PeftModel(nn.Module):
             if config.task_type is None:
                 mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
             folder = Path(save_directory) if name == "default" else Path(save_directory, name)
-            data = checkpoint.serialise(tensors, safe_serialization)
+            data = state.serialise(tensors, safe_serialization)
             write_checkpoint(folder, config.to_json(mapping), data, safe_serialization)
         self.create_or_update_model_card(save_directory)
 
@@ -428,7 +428,7 @@ class PeftModel(nn.Module):
             _check_trainable(own, is_trainable)
             if mapping is None and not own.is_prompt_learning:
                 mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-            return own, checkpoint.load_peft_weights(model_id, device, mapping, **kwargs)
+            return own, state.load_peft_weights(model_id, device, mapping, **kwargs)
 
         device = kwargs.pop("torch_device", None) or "cpu"
         config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
@@ -466,7 +466,7 @@ class PeftModel(nn.Module):
         fit; the model is then as it was.
         """
         if adapter_name in self.peft_config:
-            weights = checkpoint.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
+            weights = state.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
             options = _leniency(kwargs)
             report = checkpoint.set_peft_model_state_dict(
                 self, weights, adapter_name, options["ignore"], strict=options["strict"]
@@ -476,7 +476,7 @@ class PeftModel(nn.Module):
             def read() -> tuple[Any, dict[str, Tensor]]:
                 own = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
                 _check_trainable(own, is_trainable)
-                return own, checkpoint.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
+                return own, state.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
 
             config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
             config.inference_mode = not is_trainable

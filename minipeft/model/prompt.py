@@ -41,7 +41,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core import state as checkpoint
+from ..core import state
 from ..core.bases import lasting
 from ..core.config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from ..core.errors import (
@@ -53,10 +53,13 @@ from ..core.errors import (
     UnsupportedFeatureError,
     sized,
 )
-from ..core.layer import BASE, Context, ModulesToSaveWrapper, PlainNames, adapted, other_names, put_at, walk
+from ..core.layer import BASE, Context, adapted
 from ..core.offload import device_of, loaded, onload, real_copy
 from ..core.plan import check_adapter_name, model_config
 from ..core.targets import check_saved, embedding, saves
+from ..core.walk import PlainNames, other_names, put_at, walk
+from . import checkpoint
+from .wrappers import ModulesToSaveWrapper
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
 EMBEDDINGS = "prompt_embeddings"  # the key of a saved prompt
@@ -160,7 +163,7 @@ def add_prompt(
         raise ConfigError("The model has no word embedding; give it a method `get_input_embeddings`.")
     given = (config_now, words) if cls.reads_words else (config_now,)
     if weights is not None:
-        weights = checkpoint.incoming(weights, config_now)
+        weights = state.incoming(weights, config_now)
         _check_sizes(cls, given, weights)
     prompt = cls(*given).to(_device(base))
     tokens = torch.arange(config_now.num_virtual_tokens * config_now.num_transformer_submodules)
@@ -393,11 +396,11 @@ def prompt_state(peft_model: Any, name: str) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu() for key, tensor in saved.items()}
 
 
-def _copies(model: Any, name: str, prefix: str) -> Iterator[checkpoint.Entry]:
+def _copies(model: Any, name: str, prefix: str) -> Iterator[state.Entry]:
     names = PlainNames(model.base_model)
     for _, live, module in adapted(model.base_model):
         if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            yield from checkpoint.entries_of_module(
+            yield from state.entries_of_module(
                 module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
             )
 
@@ -431,7 +434,7 @@ def load_prompt_state_dict(
         if name in wrapper.modules_to_save
     ]
     rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-    tensors = checkpoint.incoming(tensors)
+    tensors = state.incoming(tensors)
     with onload(prompt, *(module for _, module in boxes), keep=True):
         return _load(peft_model.base_model, prompt, rows, name, boxes, tensors, strict, ignore)
 
@@ -448,20 +451,20 @@ def _load(
 ) -> Any:
     with torch.no_grad():
         held = prompt.saved(rows)
-    entries = [checkpoint.Entry(key, f"prompt_encoder.{name}", held, key) for key in held]
-    beside: list[checkpoint.Entry] = []
+    entries = [state.Entry(key, f"prompt_encoder.{name}", held, key) for key in held]
+    beside: list[state.Entry] = []
     for live, module in copies:
         live = f"base_model.{live}"
-        beside += checkpoint.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
-    tensors = checkpoint.fitted(entries + beside, tensors)
+        beside += state.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
+    tensors = state.fitted(entries + beside, tensors)
     frozen, again = checkpoint.base_entries(base, tensors, entries + beside, "base_model.")
     beside += frozen
-    report = checkpoint.check(entries + beside, tensors, again, strict, ignore=ignore)
-    given = {checkpoint.strip(key): tensor for key, tensor in tensors.items()}
+    report = state.check(entries + beside, tensors, again, strict, ignore=ignore)
+    given = {state.strip(key): tensor for key, tensor in tensors.items()}
     fitting = {key: given[key] for key in held.keys() - set(report.missing_keys)}
     if fitting:
         prompt.load({**held, **fitting})
-    checkpoint.fill(beside, tensors)
+    state.fill(beside, tensors)
     return report
 
 

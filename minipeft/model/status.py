@@ -9,9 +9,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from ..core.layer import Layer, ModulesToSaveWrapper
+from ..core.layer import Layer
 from ..core.quantised import backend_name
-from ..core.state import tuner_of
+from .checkpoint import tuner_of
+from .wrappers import ModulesToSaveWrapper
 
 Irregular = Literal["irregular"]  # the layers differ, which is hardly what anyone wants
 

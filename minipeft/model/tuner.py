@@ -11,26 +11,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core import registry, tying
+from ..core import registry
 from ..core.adapter import ADAPTERS, Adapter, adapter_class, method_class
 from ..core.bases import exact, lasting
 from ..core.boxes import BufferDict, Slots
 from ..core.config import CONFIGS, PeftConfig, PeftType
 from ..core.errors import AdapterNameError, BatchError, MergeError, PeftWarning, UnsupportedFeatureError, sized
-from ..core.layer import (
-    BASE,
-    Context,
-    Layer,
-    ModulesToSaveWrapper,
-    TrainableTokensWrapper,
-    adapted,
-    layers,
-    walk,
-)
+from ..core.layer import BASE, Context, Layer, adapted, layers
 from ..core.offload import HOOKS, check_biases
-from ..core.plan import Plan, check_adapter_name, model_config
-from ..core.state import Entry, entries_of_biases, incoming
+from ..core.plan import check_adapter_name, model_config
+from ..core.state import Entry, incoming
+from ..core.walk import walk
+from . import tying
+from .checkpoint import entries_of_biases
+from .plan import ModelPlan
 from .prompt import cached_tokens
+from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 
 TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
 FORWARD_ONLY = {"adapter_names", "alora_offsets"}  # arguments of PeftModel.forward that the model never sees
@@ -119,13 +115,13 @@ class BaseTuner(Slots):
         """Build adapter `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
 
         The first adapter of a model becomes active. On any error the model is left as it was. Returns what loading
-        reports, or None. `strict` and `ignore` are for loading, as in `checkpoint.check`.
+        reports, or None. `strict` and `ignore` are for loading, as in `state.check`.
         """
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
         report = None
         if weights is None:
-            plan = Plan(self, name, config, empty=low_cpu_mem_usage, autocast=autocast, keys=keys)
+            plan = ModelPlan(self, name, config, empty=low_cpu_mem_usage, autocast=autocast, keys=keys)
         else:
             plan, report = self._plan_loaded(name, config, autocast, weights, strict, ignore)
         first = not self.peft_config
@@ -167,18 +163,18 @@ class BaseTuner(Slots):
 
     def _plan_loaded(
         self, name: str, config: Any, autocast: bool, weights: Any, strict: bool, ignore: bool
-    ) -> tuple[Plan, Any]:
+    ) -> tuple[ModelPlan, Any]:
         """A plan filled with a checkpoint. What is to be loaded is not initialised, unless it is lacking."""
         weights = incoming(weights, config)
         empty = not adapter_class(config).changes_base(config)
-        plan = Plan(self, name, config, loading=True, empty=empty, autocast=autocast)
+        plan = ModelPlan(self, name, config, loading=True, empty=empty, autocast=autocast)
         try:
             report = plan.load(weights, strict, ignore)
             if plan.incomplete(report):
                 plan.give_up()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # they were given a moment ago
-                    plan = Plan(self, name, config, loading=True, autocast=autocast)
+                    plan = ModelPlan(self, name, config, loading=True, autocast=autocast)
                     plan.load(weights, strict, ignore)
         except BaseException:
             plan.give_up()

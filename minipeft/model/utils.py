@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ..core.bases import lasting
 from ..core.errors import PeftWarning, UnsupportedFeatureError
-from ..core.layer import INSIDE
 from ..core.state import LoadReport
 from ..core.targets import embedding
+from ..core.walk import Wrapper
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
@@ -125,10 +125,9 @@ def _original(module: Any, live: str) -> str | None:
     """What a tensor was called before adapters came; None for a tensor of an adapter."""
     path = []
     for part in live.split("."):
-        inside = INSIDE.get(type(module))
-        if inside is None:
+        if not isinstance(module, Wrapper):
             path.append(part)
-        elif part != inside:
+        elif part != module.wraps:
             return None
         module = module._modules.get(part)
     return ".".join(path)

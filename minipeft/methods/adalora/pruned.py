@@ -7,12 +7,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ...core.state import PREFIX, Entry, entries_of_model, strip, tuner_of
+from ...core.state import PREFIX, Entry, strip
+from ...model.checkpoint import tuner_of
 
 
-def pruned(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def pruned(config: Any, name: str, tensors: dict[str, Tensor], entries: list[Entry]) -> dict[str, Tensor]:
     """A checkpoint's tensors: of A, E and B what `rank_pattern` leaves."""
-    config = cast(Any, model).peft_config[name]
     if config.rank_pattern is None:
         return tensors
     config.rank_pattern = {key.removesuffix(f".{name}"): left for key, left in config.rank_pattern.items()}
@@ -26,7 +26,7 @@ def pruned(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> dict[str,
     return tensors
 
 
-def take_ranks(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> Any:
+def take_ranks(model: nn.Module, name: str, tensors: dict[str, Tensor], entries: list[Entry]) -> Any:
     """Take the ranks of a checkpoint, which holds what pruning has left. Which entries those are is then past.
 
     Returns a function that undoes that.
@@ -34,7 +34,7 @@ def take_ranks(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> Any:
     given = {strip(key): tensor for key, tensor in tensors.items()}
     tuner, config = cast(Any, tuner_of(model) or model), cast(Any, model).peft_config[name]
     before: list[Any] = [(config, "rank_pattern", config.rank_pattern)]
-    for stem, own in _factors(model, name).items():
+    for stem, own in _factors(entries).items():
         adapter = cast(Any, own["E"].layer).adapters[name]
         found = {slot: given.get(strip(f"{stem}{slot}")) for slot in own}
         ranks = {None if t is None or t.dim() != 2 else t.shape[slot == "B"] for slot, t in found.items()}
@@ -64,10 +64,10 @@ def take_ranks(model: nn.Module, name: str, tensors: dict[str, Tensor]) -> Any:
     return undo
 
 
-def _factors(model: nn.Module, name: str) -> dict[str, dict[str, Entry]]:
+def _factors(entries: list[Entry]) -> dict[str, dict[str, Entry]]:
     """Entries of E, A and B of each layer, by what their saved keys begin with."""
     found: dict[str, dict[str, Entry]] = {}
-    for entry in entries_of_model(model, name):
+    for entry in entries:
         stem, slot = entry.saved[:-1], entry.saved[-1]
         if stem.endswith(".lora_") and slot in "EAB":
             found.setdefault(stem, {})[slot] = entry

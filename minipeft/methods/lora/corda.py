@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...core.defaults import default_targets
 from ...core.errors import CheckpointError, ConfigError
 from ...core.offload import device_of
 from ...core.plan import model_config
 from ...core.targets import linear_targets, pattern_value
+from ...model.defaults import default_targets
 from ...model.tuner import progress_bar
 
 

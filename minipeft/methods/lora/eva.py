@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ...core.bases import Linear, lasting
 from ...core.errors import ConfigError, PeftWarning
-from ...core.layer import Layer, adapted, walk
-from ...core.state import PREFIX, tuner_of
+from ...core.layer import Layer, adapted
+from ...core.state import PREFIX
 from ...core.targets import exactly
+from ...core.walk import walk
+from ...model.checkpoint import tuner_of
 from .eva_search import Watched, linear_layers, search
 from .initial import initialise
 

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.defaults import default_targets
 from ...core.errors import CheckpointError, ConfigError, PeftWarning
 from ...core.offload import device_of
 from ...core.plan import model_config
 from ...core.targets import linear_targets
+from ...model.defaults import default_targets
 
 GRADIENT = "_peft_loraga_grad"  # where a layer keeps it until the adapter is built; also the name in cache files
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...core.adapter import Adapter, Delta, variants
 from ...core.bases import dropout
 from ...core.errors import ConfigError, UnsupportedFeatureError
-from ...core.state import entries_of_model, read_weights
+from ...core.state import read_weights
 from ...core.targets import pattern_value
 from .configs import LoraConfig as LoraConfig
 from .initial import changes_base, initialise, to_plain
@@ -56,13 +56,13 @@ class Factors(Adapter):
                 raise ConfigError(f"All adapters must target the same parameters, but {has}.")
 
     @classmethod
-    def convert_for_save(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        refit(entries_of_model(model, name), name, tensors, zeros=False)
+    def convert_for_save(cls, config: Any, name: str, tensors: dict[str, Tensor], entries: Any) -> dict[str, Tensor]:
+        refit(entries, name, tensors, zeros=False)
         return tensors
 
     @classmethod
-    def resize(cls, model: Any, name: str, tensors: dict[str, Tensor]) -> None:
-        refit(entries_of_model(model, name), name, tensors, zeros=True)
+    def resize(cls, model: Any, name: str, tensors: dict[str, Tensor], entries: Any) -> None:
+        refit(entries, name, tensors, zeros=True)
 
     def build(self) -> None:
         c = self.config

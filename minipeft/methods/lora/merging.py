@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ...core.errors import AdapterNameError, ConfigError, MergeError, PeftWarning, UnsupportedFeatureError
 from ...core.layer import Layer, layers
-from ...core.plan import Plan
+from ...model.plan import ModelPlan
 
 
 # ------------------------------------------------------------------------------------------------------ task tensors
@@ -158,7 +158,7 @@ def parts_of(tuner: Any, adapters: Any, weights: Any) -> Parts:
 
 def plan_union(
     tuner: Any, name: str, adapters: Sequence[str], parts: Parts, fits: Any, fields: Any, **changes: Any
-) -> Plan:
+) -> ModelPlan:
     """A new adapter on exactly the layers of `parts`, configured as the first of `adapters` but for `changes`.
 
     Each of `fields` (targets) becomes the union of the adapters' own. Where that would mean other layers, or new
@@ -167,8 +167,8 @@ def plan_union(
     """
     configs = [tuner.peft_config[n] for n in adapters]
 
-    def plan(**targets: Any) -> tuple[Plan, bool]:
-        planned = Plan(tuner, name, replace(configs[0], **targets, **changes), autocast=True)
+    def plan(**targets: Any) -> tuple[ModelPlan, bool]:
+        planned = ModelPlan(tuner, name, replace(configs[0], **targets, **changes), autocast=True)
         found: dict[Any, Any] = {joins: scratch.adapters[name] for _, scratch, joins in planned.new}
         same = found.keys() == parts.keys()
         return planned, same and all(fits(found[layer], parts[layer]) for layer in parts)
@@ -199,7 +199,7 @@ def _union(targets: list[Any]) -> Any:
     return None if any(isinstance(t, str) for t in targets) else set().union(*targets)
 
 
-def accept(plan: Plan) -> None:
+def accept(plan: ModelPlan) -> None:
     """Put the planned adapter into the model, frozen and not active. Raises `MergeError` if a number is not finite."""
     tensors = {entry.saved: entry.tensor for entry in plan.entries()}
     if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:

@@ -27,10 +27,11 @@ from ...core.adapter import Routed
 from ...core.bases import lasting
 from ...core.config import Count, PeftConfig, Positive, Probability, Size, TaskType
 from ...core.errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
-from ...core.layer import BASE, walk
+from ...core.layer import BASE
 from ...core.offload import device_of, real_copy
 from ...core.passes import NOTHING, Context, Pass
 from ...core.targets import Targets, embedding
+from ...core.walk import walk
 from ...model.tuner import BaseTuner
 from . import backbone as network
 

@@ -36,17 +36,8 @@ from ...core.errors import (
 from ...core.files import of_one_version
 from ...core.layer import layers
 from ...core.plan import check_adapter_name, model_config
-from ...core.state import (
-    Entry,
-    base_entries,
-    check,
-    entries_of_module,
-    fill,
-    fitted,
-    incoming,
-    load_peft_weights,
-    strip,
-)
+from ...core.state import Entry, check, entries_of_module, fill, fitted, incoming, load_peft_weights, strip
+from ...model.checkpoint import base_entries
 from ...model.tuner import BaseTuner
 from .classifier import XLoraClassifier
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ConfigError, MergeError, PeftWarning
-from .kinds import base_of
-from .layer import Layer, ModulesToSaveWrapper, TrainableTokensWrapper, walk
-from .offload import hooked, offloading, onload, real_copy
-from .stored import memory
-from .targets import EMBEDDINGS, embedding, named, suffixes
+from ..core.errors import ConfigError, MergeError, PeftWarning
+from ..core.kinds import base_of
+from ..core.layer import Layer
+from ..core.offload import hooked, offloading, onload, real_copy
+from ..core.stored import memory, users_of
+from ..core.targets import EMBEDDINGS, embedding, named, suffixes
+from ..core.walk import walk
+from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 
 
 def input_embedding(model: nn.Module) -> tuple[str | None, nn.Module | None]:
@@ -279,16 +280,6 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
             if apart and layer.base.changed and not layer.base.home.apart:
                 raise MergeError("Tied layers are merged already, and these adapters are not tied; unmerge first.")
             layer.base.home.apart = apart
-
-
-def users_of(modules: Iterable[nn.Module]) -> dict[int, set[nn.Module]]:
-    """Which of the modules have each parameter as their own, by the parameter's memory."""
-    users: dict[int, set[nn.Module]] = {}
-    for module in modules:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(memory(parameter), set()).add(module)
-    return users
 
 
 def note_untied(model: nn.Module, when: str = "after merging") -> None:

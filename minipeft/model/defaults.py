@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import ConfigError
+from ..core.errors import ConfigError
 from .tying import input_embedding
 
 Table = dict[str, list[str] | str]  # model type -> modules
@@ -189,7 +189,7 @@ def default_targets(config: Any, model: nn.Module, model_type: str | None) -> No
 
 def __getattr__(name: str) -> Table:
     """PEFT's tables under PEFT's names: TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING and its like."""
-    from .config import PeftType
+    from ..core.config import PeftType
 
     method = name.removeprefix("TRANSFORMERS_MODELS_TO_")
     if name == "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING":

@@ -1,0 +1,138 @@
+"""Building one adapter beside a whole model: copies of modules, rows of embeddings, biases and tied weights too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core import registry
+from ..core.adapter import ADAPTERS
+from ..core.config import PeftType
+from ..core.errors import ConfigError, UnsupportedLayerError
+from ..core.layer import Layer
+from ..core.offload import check_biases, real_copy
+from ..core.plan import Plan, model_config
+from ..core.state import PREFIX, Entry, entries_of_layer, entries_of_module, strip
+from ..core.targets import check_saved, saves
+from ..core.walk import PlainNames, walk
+from .checkpoint import base_entries, entries_of_biases, single
+from .defaults import default_targets
+from .tying import Ties
+from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
+
+
+class ModelPlan(Plan):
+    """One adapter, built beside a model and ready to be put into it."""
+
+    def __init__(self, tuner: Any, name: str, config: Any, **options: Any):
+        self.copies: list[tuple[str, nn.Module, nn.Module]] = []  # live path, module there now, its trained copy
+        self.tokens: list[tuple[str, Layer, Layer | None]] = []  # as `new`, to be put into a wrapper
+        super().__init__(tuner, name, config, **options)
+
+    def check_beside(self, others: dict[str, Any]) -> None:
+        config = self.config
+        if sum(getattr(c, "bias", "none") != "none" for c in (config, *others.values())) > 1:
+            raise ConfigError("Only one adapter of a model can train biases; set bias='none' for the others.")
+        self.cls.check_beside(config, others)
+        if getattr(config, "bias", "none") != "none":
+            check_biases(self.model)
+
+    def set_default_targets(self) -> None:
+        default_targets(self.config, self.model, model_config(self.model).get("model_type"))
+
+    def tie(self) -> None:
+        self.ties = Ties(self.config, self.model, self.cls.ties)
+
+    def ordered(self, paths: list[str]) -> list[str]:
+        return self.ties.order(paths)
+
+    # ------------------------------------------------------------------------------------------------------ building
+    def build_further(self) -> None:
+        self.ties.follow(self)
+        self.copy_modules()
+        self.add_beside()
+
+    def copy_modules(self) -> None:
+        """Copy every module in `modules_to_save`."""
+        names = getattr(self.config, "modules_to_save", None)
+        names = {names} if isinstance(names, str) else set(names or ())
+        taken: list[str] = []
+        paths: list[str] = []
+        for path, live, module in walk(self.model) if names else ():
+            paths.append(path)
+            if path and saves(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
+                taken.append(path)
+                if adapted := next((a for a in self.latest if a == live or a.startswith(f"{live}.")), None):
+                    raise UnsupportedLayerError(
+                        f"'{adapted}' would be adapted, and saved whole as part of '{path}', which ends as one of "
+                        f"modules_to_save does: {sorted(names)}. Leave it out by exclude_modules."
+                    )
+                original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+                ModulesToSaveWrapper.check(original)
+                copied = real_copy(original)
+                self.copies.append((live, module, copied))
+        check_saved(names, paths, taken, self.others, self.loading)
+        self.ties.copy(self)
+
+    def add_beside(self) -> None:
+        """Build what a field of the configuration adds of another method: `trainable_token_indices`."""
+        for field, peft_type in registry.BESIDE.items():
+            if getattr(self.config, field, None) is not None:
+                registry.load(peft_type)
+                ADAPTERS[PeftType(peft_type)][0].add_beside(self)
+
+    # ------------------------------------------------------------------------------------------------------- loading
+    def entries(self) -> Iterator[Entry]:
+        yield from super().entries()
+        names = PlainNames(self.model)
+        for live, _, copied in self.copies:
+            yield from entries_of_module(copied, PREFIX + names(live), f"{PREFIX}{live}.modules_to_save.{self.name}")
+        for live, scratch, joins in self.tokens:
+            if not scratch.tied:
+                where = self.live_paths[id(joins)] if joins is not None else f"{live}.token_adapter"
+                yield from entries_of_layer(scratch, self.name, PREFIX + names(where))
+
+    def bias_entries(self) -> Iterator[Entry]:
+        """The biases that the adapter trains, under the keys they will have; they are the model's own tensors."""
+        yield from entries_of_biases(
+            self.model,
+            self.name,
+            getattr(self.config, "bias", "none"),
+            PREFIX,
+            around=Counter(live for live, _, joins in self.new if joins is None),
+            joined=[joins for _, _, joins in self.new if joins is not None],
+            copied=[live for live, *_ in self.copies],
+        )
+
+    def fitted(self, entries: list[Entry], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return super().fitted(entries, single(entries, weights))
+
+    def entries_of_base(self, entries: list[Entry], weights: dict[str, Tensor]) -> tuple[list[Entry], list[str]]:
+        have = {strip(entry.saved) for entry in entries}
+        biases = [entry for entry in self.bias_entries() if strip(entry.saved) not in have]
+        whole, again = base_entries(self.model, weights, entries + biases)
+        return biases + whole, again
+
+    @property
+    def built(self) -> list[tuple[str, Layer, Layer | None]]:
+        return self.new + self.tokens
+
+    # ----------------------------------------------------------------------------------------------- putting in place
+    def commit(self) -> None:
+        super().commit()
+        for live, scratch, joins in self.tokens:
+            if joins is not None:
+                joins.adopt(scratch, self.name)
+            else:
+                self._set(live, TrainableTokensWrapper(scratch))
+            self.placed.append(joins or scratch)
+        for live, module, copied in self.copies:
+            if not isinstance(module, ModulesToSaveWrapper):
+                module = ModulesToSaveWrapper(module, self.tuner.context)
+                self._set(live, module)
+            module.modules_to_save[self.name] = copied
+            self.placed.append(module)
+        self.ties.commit()

@@ -1,0 +1,160 @@
+"""What stands in a model where a module is trained in full, or where rows of an embedding are beside other adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..core.errors import BatchError, UnsupportedLayerError
+from ..core.layer import Context, HoldsAdapters, Layer, named_input, run_groups
+from ..core.offload import HOOKS
+from ..core.walk import Wrapper
+
+
+class ModulesToSaveWrapper(HoldsAdapters, Wrapper):
+    """A module trained in full: the frozen original, and a copy of it for each adapter (`modules_to_save`)."""
+
+    wraps = "original_module"
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+    merged_adapters: list[str] = []
+
+    def __init__(self, module: nn.Module, context: Context | None = None):
+        super().__init__()
+        self.check(module)
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.context = context or Context()
+        self.trained: set[str] = set()  # names of the copies that are trainable
+        self.paused: set[str] = set()  # names of those that will be when they are switched on again
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+
+    @staticmethod
+    def check(module: nn.Module) -> None:
+        """Raise `UnsupportedLayerError` for modules that are never called, or adapted already."""
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList, Layer)):
+            kind = type(module).__name__
+            raise UnsupportedLayerError(f"modules_to_save cannot be applied to modules of type {kind}.")
+
+    @property
+    def adapters(self) -> Any:
+        return self.modules_to_save
+
+    @property
+    def running(self) -> list[str]:
+        if self._disable_adapters:
+            return []
+        return [n for n in self._active_adapter if n in self.modules_to_save]
+
+    def forward(self, x: Any = None, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The active adapter's copy applied to the input; the original when there is none."""
+        if self._disable_adapters or (adapter_names is None and self.context.now.adapter_names is None):
+            return self.current(*(args if x is None else (x, *args)), **kwargs)
+        if x is None:
+            x = kwargs.pop(named_input(self.original_module, kwargs))
+        if not isinstance(x, Tensor):
+            raise BatchError(f"Mixed batches need modules whose first argument is a tensor, got a {type(x).__name__}.")
+        groups = self.context.now.groups(len(x), adapter_names)
+        assert groups is not None
+        pick = lambda name: self.modules_to_save[name] if name in self.modules_to_save else self.original_module
+        return run_groups(x, groups, lambda name, part: pick(name)(part, *args, **kwargs))
+
+    @property
+    def current(self) -> nn.Module:
+        """The module that is in use."""
+        running = self.running
+        return self.modules_to_save[running[0]] if running else self.original_module
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in HOOKS or "original_module" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.current, name)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Use the copy of the one adapter of `adapter_names` that has one here."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        here = [n for n in names if n in self.modules_to_save]
+        if len(here) > 1:
+            raise ValueError(f"Only one adapter can be set at a time for modules_to_save, got {here}.")
+        self.paused = set(() if inference_mode else here)
+        self._train_only(self.paused)
+        self._active_adapter = here
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Use the original, with all copies frozen, or again the active copy, trainable if it was before."""
+        off, self._disable_adapters = self._disable_adapters, not enabled
+        if not (enabled or off):
+            self.paused = self.trained
+        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
+
+    def _train_only(self, names: Collection[str]) -> None:
+        for name, module in self.modules_to_save.items():
+            module.requires_grad_(name in names)
+        self.trained = set(names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make copies trainable, or freeze them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.modules_to_save:
+                self.modules_to_save[name].requires_grad_(requires_grad)
+                for names in (self.trained, self.paused):
+                    (names.add if requires_grad else names.discard)(name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter's copy."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+            self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.modules_to_save)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Saved key -> live key, below this module, of an adapter's tensors."""
+        if adapter_name not in self.modules_to_save:
+            return {}
+        return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
+
+class TrainableTokensWrapper(Wrapper):
+    """An embedding, some rows trained beside another method (`trainable_token_indices`): a Layer, one level down."""
+
+    wraps = "token_adapter"
+    merged_adapters: list[str] = []
+
+    def __init__(self, layer: Layer):
+        super().__init__()
+        self.token_adapter = layer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.token_adapter(*args, **kwargs)
+
+    @property
+    def original_module(self) -> nn.Module:
+        """The frozen embedding."""
+        return self.token_adapter.base_layer
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """Saved key -> live key, below this module, of an adapter's tensors."""
+        saved = "token_adapter.trainable_tokens_delta"
+        return {} if self.token_adapter.tied else {saved: f"{saved}.{adapter_name}"}
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is in use; a head tied to the embedding reads it."""
+        layer = self.token_adapter
+        return layer.base.canonical(layer.operator().read()[0]) if layer.running else layer.base.leaf.weight
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in HOOKS or "token_adapter" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.token_adapter.base_layer, name)
