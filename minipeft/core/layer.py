@@ -55,6 +55,7 @@ def named_input(module: nn.Module, kwargs: dict[str, Any]) -> str:
 class HoldsAdapters:
     """What holds adapters: a layer, or a module trained in full. Other code reads off it which of them are on."""
 
+    one_at_a_time = False  # True: only one of its adapters can be active
     adapters: Any  # by name
     _active_adapter: list[str]
     _disable_adapters: bool
@@ -529,6 +530,10 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         if adapter_name in self._active_adapter:
             rest = [n for n in self._active_adapter if n != adapter_name]
             self.set_adapter(rest or sorted(self.adapters)[:1])
+
+    def unwrapped(self, names: list[str]) -> nn.Module:
+        self.base.forget()
+        return self.base_layer
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)

@@ -40,7 +40,7 @@ from .targets import ALL_LINEAR, Targets, all_linear, suffixes, unmatched, warn_
 from .walk import PlainNames, other_names, place_of, walk
 
 if TYPE_CHECKING:
-    from ..model.tuner import BaseTuner
+    from .tuner import Tuner
 
 NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
 LONGEST = 255  # bytes of a folder's name, on the file systems in use
@@ -87,7 +87,7 @@ class Plan:
 
     def __init__(
         self,
-        tuner: BaseTuner,
+        tuner: Tuner,
         name: str,
         config: Any,
         loading: bool = False,

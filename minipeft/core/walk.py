@@ -16,6 +16,10 @@ class Wrapper(nn.Module):
 
     wraps: ClassVar[str]  # the name of the child that is the module
 
+    def unwrapped(self, names: list[str]) -> nn.Module:
+        """What is to stand here when it goes, and the effect of adapters `names` is to stay."""
+        return getattr(self, self.wraps)
+
 
 def walk(model: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
     """(path, live path, module) of a model, with each module once and nothing that adapters brought.

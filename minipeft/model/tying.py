@@ -12,13 +12,12 @@ import warnings
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..core.errors import ConfigError, MergeError, PeftWarning
+from ..core.errors import ConfigError, PeftWarning
 from ..core.kinds import base_of
 from ..core.layer import Layer
-from ..core.offload import hooked, offloading, onload, real_copy
-from ..core.stored import memory, users_of
+from ..core.offload import hooked, onload, real_copy
 from ..core.targets import EMBEDDINGS, embedding, named, suffixes
 from ..core.walk import walk
 from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -242,11 +241,8 @@ class Tie:
 
 
 # ----------------------------------------------------------------------------------------------------------- merging
-def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
-    """Before merging: mark layers whose weight is used elsewhere too, and there with other adapters or none.
-
-    Merging gives those a weight of their own, so that it changes nothing else. Warns when tied layers are adapted.
-    """
+def warn_of_tied(tuner: Any) -> None:
+    """Before merging: warn when tied layers are adapted, which it unties."""
     targeted = [n for n in tuner.targeted_module_names if n.rpartition(".")[2] in EMBEDDINGS]
     if targeted and _ties(tuner.model):
         warnings.warn(
@@ -255,31 +251,6 @@ def part(tuner: Any, layers: list[Layer], names: list[str] | None) -> None:
             PeftWarning,
             stacklevel=2,
         )
-    users = users_of(module for _, _, module in walk(tuner.model))
-    groups: dict[int, list[Layer]] = {}
-    for layer in layers:
-        bias = layer.base.home.stored()[1]
-        users_of_bias = users.get(memory(bias), set()) if isinstance(bias, Tensor) else set()
-        layers_with_it = [m for m in users_of_bias if m._parameters.get("weight") is not None]  # not BERT's head
-        layer.base.home.shares_bias = len(layers_with_it) > 1
-        groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
-    for layer in layers:
-        if offloading(layer.base.leaf) and any("tied_to" in vars(adapter) for adapter in layer.adapters.values()):
-            layer.base.home.apart = True  # offloading gave it a weight of its own
-    for weight, group in groups.items():
-        if len(users.get(weight, ())) < 2:
-            continue
-        held: dict[nn.Module, set[Any]] = {module: set() for module in users[weight]}
-        for layer in group:
-            new = layer.active_adapters if names is None else names
-            for name in {*layer.merged_adapters, *new} & layer.adapters.keys():
-                adapter = layer.adapters[name]
-                held[layer.base.leaf].add(vars(adapter).get("tied_to", adapter))
-        apart = any(adapters != next(iter(held.values())) for adapters in held.values())
-        for layer in group:
-            if apart and layer.base.changed and not layer.base.home.apart:
-                raise MergeError("Tied layers are merged already, and these adapters are not tied; unmerge first.")
-            layer.base.home.apart = apart
 
 
 def note_untied(model: nn.Module, when: str = "after merging") -> None:

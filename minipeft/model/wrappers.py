@@ -17,6 +17,7 @@ class ModulesToSaveWrapper(HoldsAdapters, Wrapper):
     """A module trained in full: the frozen original, and a copy of it for each adapter (`modules_to_save`)."""
 
     wraps = "original_module"
+    one_at_a_time = True
     adapter_layer_names = ("modules_to_save",)
     other_param_names: tuple[str, ...] = ()
     merged_adapters: list[str] = []
@@ -111,6 +112,10 @@ class ModulesToSaveWrapper(HoldsAdapters, Wrapper):
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
             self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
+
+    def unwrapped(self, names: list[str]) -> nn.Module:
+        mine = [name for name in names if name in self.modules_to_save]
+        return self.modules_to_save[mine[0]] if mine else self.original_module
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.modules_to_save)
