@@ -22,10 +22,9 @@ from ..core.files import write_checkpoint
 from ..core.layer import Layer, adapted, widened
 from ..core.state import PREFIX, serialise
 from ..core.targets import exactly
+from ..core.tuner import progress_bar, tuner_of
 from ..core.walk import walk
 from ..methods.lora.lora import LoraConfig
-from ..model.checkpoint import tuner_of
-from ..model.tuner import progress_bar
 from ..model.wrappers import ModulesToSaveWrapper
 
 

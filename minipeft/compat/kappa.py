@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.errors import ConfigError
 from ..core.kinds import base_of
-from ..model.tuner import progress_bar
+from ..core.tuner import progress_bar
 
 MOE_SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 

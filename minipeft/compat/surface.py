@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..core import defaults, files, state
+from ..core import files, state
 from ..core.adapter import ADAPTERS
 from ..core.bases import Attention, Base, Conv, Conv1D, Embedding, Linear, Param
 from ..core.boxes import BufferDict
@@ -30,7 +30,7 @@ from ..methods.lora import corda as lora_corda
 from ..methods.lora import eva as lora_eva
 from ..methods.lora import gradient as lora_ga
 from ..methods.lycoris import LycorisConfig
-from ..model import checkpoint, mixed, status, utils
+from ..model import checkpoint, defaults, mixed, status, utils
 from ..model.prompt import PROMPTS
 from ..model.tuner import BaseTuner, tuner_class
 from ..model.wrappers import ModulesToSaveWrapper, TrainableTokensWrapper

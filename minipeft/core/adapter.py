@@ -192,10 +192,6 @@ class Adapter(nn.Module):
         return {}
 
     @classmethod
-    def add_beside(cls, plan: Any) -> None:
-        """Build, for the plan of another method, what a field of its configuration asks for: see `registry.BESIDE`."""
-
-    @classmethod
     def complete(cls, config: Any, adapters: list[Adapter]) -> None:
         """Give the adapters of all layers, just built, what depends on how many there are and in which order."""
 

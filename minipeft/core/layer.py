@@ -95,6 +95,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     folded: list[Adapter]
     marks: list[Any]
     read_through: bool
+    shared_boxes: dict[str, Any]
     blank: bool
     autocast: bool
     at_commit: list[Callable[[], None]]
@@ -116,6 +117,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             cast_input_dtype_enabled=True,
             read_through=False,  # True: the parent takes `.weight` instead of calling the layer
             tied=False,  # True: its adapters are those of another layer, which also saves them
+            shared_boxes={},  # boxes that other layers look at as well, by slot of the tuner
             blank=False,  # while being built: True when values are going to be loaded, and only shapes matter
             autocast=False,  # while being built: True when low-precision adapter tensors become float32
             at_commit=[],
@@ -513,6 +515,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
                 self.register(slot, box, slot in scratch.adapter_layer_names)
             elif name in theirs and mine is not theirs:
                 self.put(slot, name, theirs[name])
+        self.shared_boxes.update(scratch.shared_boxes)
         adapter.move_to(self)
         self.adapters[name] = adapter
 

@@ -363,10 +363,9 @@ class Plan:
         for live, scratch, joins in self.new:
             adapter = scratch.adapters[name]
             for slot in self.shared:
-                if (mine := _own_slot(self.cls, slot, adapter.path)) == slot:
-                    scratch._modules[slot] = tuner._modules[slot]
-                elif mine:
-                    vars(scratch)[mine] = tuner.grouped[slot]
+                if (mine := _own_slot(self.cls, slot, adapter.path)) is not None:
+                    box = scratch.shared_boxes[slot] = tuner.shared(slot)
+                    (scratch._modules if mine == slot else vars(scratch))[mine] = box
             if self.shared:
                 adapter.move_to(scratch)
             if scratch.at_commit:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import importlib
 
-FILES: dict[str, tuple[str, ...]] = {}  # peft_type -> the modules of the method
+FILES: dict[str, str] = {}  # peft_type -> the module with the configuration and the adapter
+MODELS: dict[str, str] = {}  # peft_type -> the module with a class of its own for models with such adapters
 VARIANTS: dict[str, dict[str, str]] = {}  # peft_type -> field of its configuration -> the module for it
 TUNERS: dict[str, str] = {}  # name of a tuner class -> peft_type
 BESIDE: dict[str, str] = {}  # a field of any configuration -> the peft_type of the method that it adds to another
@@ -17,8 +18,16 @@ BESIDE: dict[str, str] = {}  # a field of any configuration -> the peft_type of 
 
 @functools.cache
 def load(peft_type: str) -> None:
-    """Import what a method consists of."""
-    for module in FILES.get(peft_type, ()):
+    """Import a method's configuration and adapter."""
+    if module := FILES.get(peft_type):
+        importlib.import_module(module)
+
+
+@functools.cache
+def load_model(peft_type: str) -> None:
+    """The same, with the class that models with such adapters have."""
+    load(peft_type)
+    if module := MODELS.get(peft_type):
         importlib.import_module(module)
 
 
@@ -32,6 +41,6 @@ def load_variant(peft_type: str, field: str) -> None:
 def load_all() -> None:
     """Import every method and variant."""
     for peft_type in FILES:
-        load(peft_type)
+        load_model(peft_type)
         for field in VARIANTS.get(peft_type, ()):
             load_variant(peft_type, field)

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapter import adapter_class
 from .config import sizes
 from .errors import CheckpointError, PeftWarning, cut, nearest, shown
 from .files import PICKLE, find_weights, look, of_one_version
-from .layer import Layer
-from .walk import WRAPPERS
+from .layer import Layer, adapted
+from .walk import WRAPPERS, PlainNames
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
 SAFE_PICKLES = (2, 6)  # the first torch whose `weights_only` lets no pickle run code
@@ -120,6 +121,27 @@ def entries_of_shared(
         yield Entry(saved, live, box, key, below=cls.below_shared(slot, shared))
     else:
         yield from entries_of_module(value, saved, live)
+
+
+def entries_of_layers(
+    model: nn.Module, name: str, config: Any, shared: Mapping[str, Any], saved: str, live: str, idle: bool = False
+) -> Iterator[Entry]:
+    """An entry for each saved tensor of adapter `name` on the layers of a model, or in the boxes that these share.
+
+    `saved` and `live` stand before the names of modules, in the two kinds of keys. `idle`: also on layers that the
+    adapter left when another was swapped into its place.
+    """
+    cls = adapter_class(config)
+    for slot, box in shared.items():
+        if name in box and cls.keeps(slot, config):
+            inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
+            values = {s: b[name] for s, b in shared.items() if name in b}
+            yield from entries_of_shared(cls, slot, name, box[name], inner, name, values)
+    names = PlainNames(model)
+    for _, at, layer in adapted(model):
+        if isinstance(layer, Layer) and name in layer.adapters and not layer.tied:
+            if idle or not layer.adapters[name].idle:
+                yield from entries_of_layer(layer, name, saved + names(at), shared, live + at)
 
 
 # ---------------------------------------------------------------------------------------------------------- checking

@@ -57,6 +57,30 @@ class Tuner(Slots):
         tuner.training = model.training
         return tuner
 
+    @classmethod
+    def of(cls, model: nn.Module) -> Any:
+        """A tuner around a model whose layers have adapters already: they hold all that it needs."""
+        tuner = cls.around(model)
+        found = layers(model)
+        tuner.peft_config = vars(model).get("peft_config") or {}
+        tuner.kinds = {name: adapter_class(config) for name, config in tuner.peft_config.items()}
+        if found:
+            tuner.context, tuner.active_adapter = found[0].context, found[0].active_adapters
+            tuner._off = found[0].disable_adapters
+        for layer in found:
+            for slot, box in layer.shared_boxes.items():
+                tuner.take_over(slot, box)
+        return tuner
+
+    def take_over(self, slot: str, box: Any) -> None:
+        """Have a box that layers share already, as one of its own."""
+        head, _, group = slot.rpartition(".")
+        if head:
+            groups: Any = self._modules.setdefault(head, nn.ModuleDict())
+            groups._modules[group] = self.grouped[slot] = box
+        elif slot not in self._modules:
+            self.register(slot, box, trained=isinstance(box, nn.ParameterDict))
+
     def place(self, model: Any) -> None:
         """Put the base model where all live names begin."""
         self.model = model
@@ -455,6 +479,12 @@ class Tuner(Slots):
             if name in ("model", child, *HOOKS) or child not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.model, name)
+
+
+def tuner_of(model: nn.Module) -> Any:
+    """The tuner of a PeftModel, or the tuner itself, or None for a model with injected adapters."""
+    inner = vars(model).get("_modules", {}).get("base_model")
+    return next((m for m in (model, inner) if isinstance(m, Tuner)), None)
 
 
 def mark_shared(model: nn.Module, layers: list[Layer], names: list[str] | None) -> None:

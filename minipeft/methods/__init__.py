@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..core import registry
 from ..core.registry import load as load
 
-# peft_type, files in this folder, public names; a tuner class (`...Model`) that is in none of the files is a plain one
+# peft_type, file in this folder with configuration and adapter and, where models with it have a class of their own and
+# elsewhere, that file; public names
 METHODS = """
 PROMPT_TUNING           | prompts.prompt_tuning           | PromptTuningConfig PromptEmbedding PromptTuningInit
 MULTITASK_PROMPT_TUNING | prompts.multitask_prompt_tuning | MultitaskPromptTuningConfig MultitaskPromptTuningInit
@@ -85,7 +86,9 @@ BESIDE = {"trainable_token_indices": "TRAINABLE_TOKENS"}  # fields of any method
 NAMES: dict[str, str] = {}  # public name -> its module, below the package
 for _row in METHODS.strip().splitlines():
     (_method,), _files, _public = (_column.split() for _column in _row.split("|"))
-    registry.FILES[_method] = tuple(f"{__name__}.{_file}" for _file in _files)
+    registry.FILES[_method] = f"{__name__}.{_files[0]}"
+    if len(_files) > 1:
+        registry.MODELS[_method] = f"{__name__}.{_files[1]}"
     NAMES |= dict.fromkeys(_public, f"methods.{_files[0]}")
     for _name in _public:
         if _name.endswith("Model"):

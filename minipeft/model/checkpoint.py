@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..core.adapter import adapter_class
 from ..core.bases import lasting
-from ..core.boxes import Slots
 from ..core.errors import AdapterNameError, CheckpointError, PeftWarning
 from ..core.layer import HoldsAdapters, Layer, adapted
 from ..core.offload import onload
@@ -22,8 +21,8 @@ from ..core.state import (
     LoadReport,
     check,
     entries_of_layer,
+    entries_of_layers,
     entries_of_module,
-    entries_of_shared,
     fill,
     fitted,
     incoming,
@@ -31,6 +30,7 @@ from ..core.state import (
     unwrapped,
 )
 from ..core.targets import EMBEDDINGS, embedding, named
+from ..core.tuner import tuner_of
 from ..core.walk import PlainNames, Wrapper, walk
 from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -48,31 +48,16 @@ def entries_of_model(model: Any, name: str, idle: bool = False) -> Iterator[Entr
     if tuner is model:  # a bare tuner: its keys lack the first segment only
         prefix = "model."
     begin = prefix.removesuffix("model.") + f"{tuner.root}." if prefix and tuner is not None else prefix
-    config = model.peft_config[name]
-    cls = adapter_class(config)
     shared = {} if tuner is None else tuner.shared_slots()
-    for slot, box in shared.items():
-        if name in box and cls.keeps(slot, config):
-            inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
-            values = {s: b[name] for s, b in shared.items() if name in b}
-            yield from entries_of_shared(cls, slot, name, box[name], inner, name, values)
+    yield from entries_of_layers(root, name, model.peft_config[name], shared, prefix, begin, idle)
     names = PlainNames(root)
     for _, live, module in adapted(root):
-        if isinstance(module, Layer) and name in module.adapters:
-            if not module.tied and (idle or not module.adapters[name].idle):
-                yield from entries_of_layer(module, name, prefix + names(live), shared, begin + live)
-        elif isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
+        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
             yield from entries_of_module(
                 module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
             )
     if tuner is not None:
         yield from tuner.further_entries(name, prefix)
-
-
-def tuner_of(model: nn.Module) -> Any:
-    """The tuner of a PeftModel, or the tuner itself, or None for a model with injected adapters."""
-    inner = vars(model).get("_modules", {}).get("base_model")
-    return next((m for m in (model, inner) if isinstance(m, Slots) and not isinstance(m, Layer)), None)
 
 
 def get_peft_model_state_dict(

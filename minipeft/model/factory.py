@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..core.adapter import adapter_class
 from ..core.config import PeftConfig, check_config
 from ..core.errors import PeftWarning, UnsupportedFeatureError
-from ..core.layer import Layer, layers
+from ..core.layer import Layer
 from .mixed import PeftMixedModel
 from .peft_model import PeftModel
 from .tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
@@ -114,16 +114,8 @@ def inject_adapter_in_model(
         raise UnsupportedFeatureError(
             f"{peft_config.method.value} keeps tensors that all layers share beside the model; use get_peft_model."
         )
-    tuner = kind.around(model)
-    existing = vars(model).get("peft_config")
-    if existing:  # a further adapter beside injected ones
-        found = layers(model)
-        tuner.peft_config = existing
-        tuner.active_adapter = next((layer.active_adapters for layer in found), [])
-        tuner.context = next((layer.context for layer in found), tuner.context)
-        for slot in cls.held:
-            if (box := next((layer._modules[slot] for layer in found if slot in layer._modules), None)) is not None:
-                tuner.register(slot, box, trained=False)
+    tuner = kind.of(model)
+    existing = bool(tuner.peft_config)  # adapters that were injected before
     tuner.add(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, keys=state_dict)
     if existing:
         tuner.set_adapter(adapter_name, peft_config.inference_mode)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..core import registry
 from ..core.adapter import ADAPTERS
-from ..core.config import PeftType
-from ..core.errors import ConfigError, UnsupportedLayerError
+from ..core.config import CONFIGS, PeftType
+from ..core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError
+from ..core.kinds import base_of
 from ..core.layer import Layer
 from ..core.offload import check_biases, real_copy
 from ..core.plan import Plan, model_config
 from ..core.state import PREFIX, Entry, entries_of_layer, entries_of_module, strip
-from ..core.targets import check_saved, saves
+from ..core.targets import check_saved, saves, suffixes, unmatched, warn_unmatched
 from ..core.walk import PlainNames, walk
 from .checkpoint import base_entries, entries_of_biases, single
-from .defaults import default_targets
+from .defaults import default_targets, embedding_path
 from .tying import Ties
 from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -80,9 +81,35 @@ class ModelPlan(Plan):
     def add_beside(self) -> None:
         """Build what a field of the configuration adds of another method: `trainable_token_indices`."""
         for field, peft_type in registry.BESIDE.items():
-            if getattr(self.config, field, None) is not None:
+            if (indices := getattr(self.config, field, None)) is not None:
                 registry.load(peft_type)
-                ADAPTERS[PeftType(peft_type)][0].add_beside(self)
+                self.add_rows(indices, PeftType(peft_type))
+
+    def add_rows(self, indices: Any, method: PeftType) -> None:
+        """Build adapters of a method that trains rows of embeddings."""
+        cls, kind = ADAPTERS[method][0], cast(Any, CONFIGS[method])
+        config_of = lambda rows: kind(token_indices=list(rows))
+        paths = {path: (live, module) for path, live, module in reversed(list(walk(self.model)))}
+        wanted = self.ties.tokens(indices if isinstance(indices, dict) else {embedding_path(self.model): indices})
+        named_here = {target: [path for path in paths if path and target in suffixes(path)] for target in wanted}
+        hint = unmatched({target for target, found in named_here.items() if not found}, paths, [], self.others)
+        if hint and not any(named_here.values()):
+            raise NoMatchingPeftModuleError(f"trainable_token_indices names nothing that is in the model: {hint}")
+        warn_unmatched("trainable_token_indices", hint)
+        for target, rows in wanted.items():
+            for path in named_here[target]:
+                if saves(path, self.config.modules_to_save or ()):
+                    raise ConfigError(f"'{path}' is trained in full (modules_to_save): no trainable_token_indices.")
+                live, module = paths[path]
+                joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
+                inside = joins.base_layer if joins is not None else module
+                base = joins.base if joins is not None else base_of(module)
+                taken = isinstance(module, Layer) or live in {at for at, *_ in self.new}
+                if taken or base is None or not cls.fits(base):
+                    needs = "an embedding that has no other adapter"
+                    raise ConfigError(f"trainable_token_indices needs {needs}, but '{path}' is not one.")
+                self.tokens.append((live, self.scratch(inside, base, path, cls, config_of(rows)), joins))
+        self.ties.follow_tokens(self, cls, config_of)
 
     # ------------------------------------------------------------------------------------------------------- loading
     def entries(self) -> Iterator[Entry]:

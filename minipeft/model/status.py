@@ -11,7 +11,7 @@ from torch import nn
 
 from ..core.layer import Layer
 from ..core.quantised import backend_name
-from .checkpoint import tuner_of
+from ..core.tuner import tuner_of
 from .wrappers import ModulesToSaveWrapper
 
 Irregular = Literal["irregular"]  # the layers differ, which is hardly what anyone wants

@@ -223,7 +223,7 @@ def tuner_class(peft_type: Any) -> type[BaseTuner]:
     Raises `UnsupportedFeatureError` for what is no such method.
     """
     if peft_type in PeftType.__members__:
-        registry.load(method := PeftType(peft_type))
+        registry.load_model((method := PeftType(peft_type)).value)
         if method not in TUNERS and method in ADAPTERS:
             name, own = f"{CONFIGS[method].__name__.removesuffix('Config')}Model", {"__doc__": BaseTuner.__doc__}
             globals()[name] = type(name, (BaseTuner,), {**own, "__module__": __name__}, method=method)

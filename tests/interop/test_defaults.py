@@ -41,7 +41,7 @@ def transformers_model(model_type):
 
 
 def test_tables_are_those_of_peft(ref):
-    from minipeft.core import defaults
+    from minipeft.model import defaults
 
     constants = pytest.importorskip("peft.utils.constants")
     names = [name for name in vars(constants) if re.fullmatch(r"TRANSFORMERS_MODELS_TO_\w+_MODULES_MAPPING", name)]
@@ -56,7 +56,7 @@ def test_prefixes_are_those_of_peft(ref, lib):
 
 
 def test_a_table_is_a_copy_and_unknown_names_are_no_attributes():
-    from minipeft.core import defaults
+    from minipeft.model import defaults
 
     defaults.TRANSFORMERS_MODELS_TO_BOFT_TARGET_MODULES_MAPPING.clear()
     assert "llama" in defaults.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.state import PREFIX, Entry, strip
-from ...model.checkpoint import tuner_of
+from ...core.tuner import tuner_of
 
 
 def pruned(config: Any, name: str, tensors: dict[str, Tensor], entries: list[Entry]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...core.bases import Base
 from ...core.errors import ConfigError
-from ...model.tuner import progress_bar
+from ...core.tuner import progress_bar
 
 SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
 

@@ -19,8 +19,8 @@ from ...core.errors import CheckpointError, ConfigError
 from ...core.offload import device_of
 from ...core.plan import model_config
 from ...core.targets import linear_targets, pattern_value
+from ...core.tuner import progress_bar
 from ...model.defaults import default_targets
-from ...model.tuner import progress_bar
 
 
 class Eigens(NamedTuple):

@@ -24,8 +24,8 @@ from ...core.errors import ConfigError, PeftWarning
 from ...core.layer import Layer, adapted
 from ...core.state import PREFIX
 from ...core.targets import exactly
+from ...core.tuner import tuner_of
 from ...core.walk import walk
-from ...model.checkpoint import tuner_of
 from .eva_search import Watched, linear_layers, search
 from .initial import initialise
 
