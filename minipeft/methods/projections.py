@@ -77,7 +77,7 @@ class Projected(Delta):
     @classmethod
     def views(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A and B again, by the keys that each layer's view of them has in a checkpoint."""
-        ends = (key.rpartition(".") for key in tensors if key.startswith("base_model.model."))
+        ends = (key.rpartition(".") for key in tensors)
         layers = dict.fromkeys(path for path, _, slot in ends if slot.startswith(cls.prefix) and slot not in cls.pair)
         shared = {slot: tensors[f"base_model.{slot}"] for slot in cls.pair if f"base_model.{slot}" in tensors}
         return {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared if slot in cls.held}
