@@ -186,9 +186,9 @@ class PeftMixedModel(nn.Module):
         """Add a saved adapter, or load it into the adapter of that name; arguments as PeftModel.load_adapter."""
         return PeftModel.load_adapter(self, model_id, adapter_name, *args, **kwargs)  # type: ignore[arg-type]
 
-    def _add(self, name: str, config: Any, low_cpu: bool, autocast: bool, weights: Any, **options: Any) -> Any:
+    def _add(self, name: str, config: Any, **options: Any) -> Any:
         _check_compatible(config)
-        return self.base_model.add(name, config, low_cpu, autocast, weights=weights, **options)
+        return self.base_model.add(name, config, **options)
 
     _check_new_adapter_config = PeftModel._check_new_adapter_config
 

@@ -6,7 +6,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from ..core import state
 from ..core.adapter import adapter_class
-from ..core.config import PeftConfig, PeftType, check_config
+from ..core.config import PeftConfig, check_config
 from ..core.errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from ..core.files import make_folder, of_one_version, write_checkpoint, write_text
-from ..core.layer import Layer
 from ..core.targets import embedding
-from . import card, checkpoint, prompt, status
+from . import card, checkpoint, on_layers, prompt, status
 from .hub import push_to_hub
-from .tuner import FORWARD_ONLY, tuner_class
+from .tuner import FORWARD_ONLY
 from .utils import require_grad
 
 TASKS: dict[str, type[PeftModel]] = {}  # task_type -> class; tasks.py fills it
@@ -51,18 +50,15 @@ class PeftModel(nn.Module):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
-        self._setup(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        options = {"autocast": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+        self._setup(model, peft_config, adapter_name, **options)
 
     def _setup(
         self,
         model: Any,
         config: PeftConfig,
         name: str,
-        autocast: bool = True,
-        low_cpu_mem_usage: bool = False,
-        weights: Mapping[str, Tensor] | None = None,
-        strict: bool = True,
-        ignore: bool = False,
+        **options: Any,
     ) -> None:
         check_config(config)
         self._is_prompt_learning = config.is_prompt_learning
@@ -70,16 +66,7 @@ class PeftModel(nn.Module):
         self.special_peft_forward_args = set(FORWARD_ONLY)
         self._adapters_disabled = False
         self._complete(config)
-        if self._is_prompt_learning:
-            self._peft_config: dict[str, PeftConfig] = {}
-            self.base_model = model
-            self.active_adapter = name
-            prompt.add_prompt(self, name, config, weights, strict, ignore)
-        else:
-            tuner = tuner_class(config.peft_type).around(model)
-            tuner.add(name, config, low_cpu_mem_usage, autocast, weights=weights, strict=strict, ignore=ignore)
-            self.base_model = tuner
-            self.active_adapter = name
+        self._adapters.setup(self, model, name, config, **options)
         self.training = model.training
         if getattr(model, "is_gradient_checkpointing", True):
             self._prepare_model_for_gradient_checkpointing(model)
@@ -89,24 +76,25 @@ class PeftModel(nn.Module):
     def _complete(self, config: Any) -> None:
         """Add to a configuration what the class of the model implies, before it is used."""
 
+    @property
+    def _adapters(self) -> Any:
+        """The functions that say what a PeftModel does with its kind of adapter: a module, on_layers or prompt."""
+        return prompt if self._is_prompt_learning else on_layers
+
     # -------------------------------------------------------------------------------------------------- configuration
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """Configurations by adapter name."""
-        return self._peft_config if self._is_prompt_learning else self.base_model.peft_config
+        return self._adapters.configs(self)
 
     @peft_config.setter
     def peft_config(self, value: dict[str, PeftConfig]) -> None:
-        if self._is_prompt_learning:
-            self._peft_config = value
-        else:
-            self.base_model.peft_config = value
+        self._adapters.set_configs(self, value)
 
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters that take part in `forward`."""
-        names = self.active_adapter if self._is_prompt_learning else self.base_model.active_adapters
-        return [names] if isinstance(names, str) else list(names)
+        return self._adapters.active(self)
 
     @property
     def active_peft_config(self) -> PeftConfig:
@@ -137,7 +125,7 @@ class PeftModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         """The base model, with the adapters in it."""
-        return self.base_model if self._is_prompt_learning else self.base_model.model
+        return self._adapters.base_of(self)
 
     # -------------------------------------------------------------------------------------------------------- adapters
     def add_adapter(
@@ -152,18 +140,9 @@ class PeftModel(nn.Module):
         `low_cpu_mem_usage` creates it on the meta device, to be loaded. Raises `PeftError` and changes nothing when the
         name is taken or the configuration does not fit.
         """
-        self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        self._add(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, autocast=autocast_adapter_dtype)
 
-    def _add(
-        self,
-        name: str,
-        config: Any,
-        low_cpu_mem_usage: bool = False,
-        autocast: bool = True,
-        weights: Mapping[str, Tensor] | None = None,
-        strict: bool = True,
-        ignore: bool = False,
-    ) -> Any:
+    def _add(self, name: str, config: Any, **options: Any) -> Any:
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
         check_config(config)
@@ -173,40 +152,24 @@ class PeftModel(nn.Module):
                 "Use get_peft_model(..., mixed=True) for that."
             )
         self._complete(config)
-        if self._is_prompt_learning:
-            return prompt.add_prompt(self, name, config, weights, strict, ignore)
-        options = {"weights": weights, "strict": strict, "ignore": ignore}
-        return self.base_model.add(name, config, low_cpu_mem_usage, autocast, **options)
+        return self._adapters.add(self, name, config, **options)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter active, and trainable unless `inference_mode`; all others are frozen."""
         if adapter_name not in self.peft_config:
             raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(self.peft_config)}.")
-        if self._is_prompt_learning:
-            prompt.activate(self, adapter_name, inference_mode)
-        else:
-            self.base_model.set_adapter(adapter_name, inference_mode)
+        self._adapters.activate(self, adapter_name, inference_mode)
         self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them, without activating them."""
-        if self._is_prompt_learning:
-            method = PeftType(self.peft_type).value
-            raise TypeError(f"Setting `requires_grad` is not supported for prompt learning ({method}).")
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
+        self._adapters.set_requires_grad(self, adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. When it was active, the first that is left becomes active."""
         if adapter_name not in self.peft_config:
             raise AdapterNameError(f"Adapter {adapter_name} does not exist; this model has {sorted(self.peft_config)}.")
-        if self._is_prompt_learning:
-            prompt.remove(self, adapter_name)
-            return
-        self.base_model.delete_adapter(adapter_name)
-        if len(self.base_model.active_adapters) == 1:
-            self.active_adapter = self.base_model.active_adapters[0]
-        elif adapter_name == self.active_adapter:
-            self.active_adapter = self.base_model.active_adapters
+        self._adapters.delete(self, adapter_name)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -214,56 +177,32 @@ class PeftModel(nn.Module):
 
         That is the base model as the adapters found it, or left it: PiSSA and the like change its weights for good.
         """
-        before = self._adapters_disabled
-        if self._is_prompt_learning:
-            self._adapters_disabled = True
-            prompt.enable(self, False)
-            try:
-                yield
-            finally:
-                self._adapters_disabled = before
-                prompt.enable(self, not before)
-            return
-        if self.base_model.enabled == "irregular":
-            warnings.warn("Some adapter layers are enabled and others not; after the context all will be.", PeftWarning)
-        self._adapters_disabled = True
+        before, self._adapters_disabled = self._adapters_disabled, True
         try:
-            with self.base_model.without_adapters():
+            with self._adapters.disabled(self):
                 yield
         finally:
             self._adapters_disabled = before
 
     # --------------------------------------------------------------------------------------------------------- running
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        if self._is_prompt_learning or not self.has_active_enabled_adapter:
-            return nullcontext()
-        return self.base_model._tell(args, kwargs, anew=True)
+        return self._adapters.telling(self, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with the active adapters; `adapter_names=[...]` gives each sample its own.
 
         In a mixed batch, "__base__" stands for the bare model. Raises `BatchError` for names that do not fit.
         """
-        if self._is_prompt_learning and self.has_active_enabled_adapter:
-            return prompt.forward(self, *args, **kwargs)
-        with self._enable_peft_forward_hooks(*args, **kwargs):
-            own = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-            output = self._inner(*args, **own)
-            return output if self._is_prompt_learning else self.base_model.context.kept(output)
+        return self._adapters.forward(self, *args, **kwargs)
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
-        inner = self.base_model
-        if not self._is_prompt_learning and not inner.takes_task_ids:
-            inner = inner.model
+        """What runs below the PeftModel: the base model, or the tuner where that has more to tell."""
+        inner = self.base_model if self._adapters.takes_task_ids(self) else self.get_base_model()
         return inner(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with the active adapters; takes `adapter_names` as `forward` does."""
-        if self._is_prompt_learning and self.has_active_enabled_adapter:
-            raise UnsupportedFeatureError("To generate with a prompt, set task_type to 'CAUSAL_LM' or 'SEQ_2_SEQ_LM'.")
-        with self._enable_peft_forward_hooks(*args, **kwargs):
-            kwargs = {k: v for k, v in kwargs.items() if k not in self.special_peft_forward_args}
-            return self.base_model.generate(*args, **kwargs)
+        return self._adapters.generate(self, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -306,12 +245,7 @@ class PeftModel(nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer's change of W is additive, and W still there, so that a LoRA could stand for it."""
-        from ..core.adapter import Delta
-
-        if self._is_prompt_learning:
-            return False
-        found = [a for m in self.modules() if isinstance(m, Layer) for a in m.adapters.values()]
-        return bool(found) and all(isinstance(adapter, Delta) and not adapter.rewrites for adapter in found)
+        return self._adapters.supports_lora_conversion(self)
 
     # --------------------------------------------------------------------------------------------------------- prompts
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
@@ -434,17 +368,23 @@ class PeftModel(nn.Module):
         config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
         config.inference_mode = not is_trainable
         peft_model = TASKS.get(config.task_type or "", cls)._loaded(
-            model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, weights, **_leniency(kwargs)
+            model,
+            config,
+            adapter_name,
+            autocast=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            weights=weights,
+            **_leniency(kwargs),
         )
         if not is_trainable:
             peft_model.eval()
         return peft_model
 
     @classmethod
-    def _loaded(cls, model: nn.Module, config: PeftConfig, name: str, *args: Any, **options: Any) -> PeftModel:
+    def _loaded(cls, model: nn.Module, config: PeftConfig, name: str, **options: Any) -> PeftModel:
         peft_model = cls.__new__(cls)
         nn.Module.__init__(peft_model)
-        peft_model._setup(model, config, name, *args, **options)
+        peft_model._setup(model, config, name, **options)
         return peft_model
 
     def load_adapter(
@@ -481,9 +421,8 @@ class PeftModel(nn.Module):
             config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
             config.inference_mode = not is_trainable
             self._check_new_adapter_config(config)
-            report = self._add(
-                adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype, weights, **_leniency(kwargs)
-            )
+            options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast": autocast_adapter_dtype}
+            report = self._add(adapter_name, config, weights=weights, **options, **_leniency(kwargs))
             if is_trainable:
                 self.set_requires_grad(adapter_name)
         if not is_trainable:

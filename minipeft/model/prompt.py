@@ -34,7 +34,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -129,13 +129,47 @@ class Joins:
     head: bool = False  # a backbone with a head, which may have to be run one after the other
 
 
-# ---------------------------------------------------------------------------------------------------------- adapters
+# ------------------------------------------------------------------------- what a PeftModel does: see on_layers.py
+def setup(peft_model: Any, model: nn.Module, name: str, config: Any, **options: Any) -> None:
+    """Put the first prompt in front of `model`; `options` as for `add`."""
+    peft_model._prompt_configs, peft_model.base_model, peft_model.active_adapter = {}, model, name
+    add(peft_model, name, config, **options)
+
+
+def configs(peft_model: Any) -> dict[str, Any]:
+    """Configurations by adapter name."""
+    return peft_model._prompt_configs
+
+
+def set_configs(peft_model: Any, value: dict[str, Any]) -> None:
+    """Have other configurations."""
+    peft_model._prompt_configs = value
+
+
+def active(peft_model: Any) -> list[str]:
+    """Names of the active prompts: one, or none."""
+    names = peft_model.active_adapter
+    return [names] if isinstance(names, str) else list(names)
+
+
+def base_of(peft_model: Any) -> Any:
+    """The base model."""
+    return peft_model.base_model
+
+
+def takes_task_ids(peft_model: Any) -> bool:
+    """Whether `forward` takes `task_ids`."""
+    return peft_model.has_active_enabled_adapter
+
+
 @lasting()
 @sized()
-def add_prompt(
+def add(
     peft_model: Any,
     name: str,
     config: Any,
+    low_cpu_mem_usage: bool = False,
+    autocast: bool = True,
     weights: Mapping[str, Tensor] | None = None,
     strict: bool = True,
     ignore: bool = False,
@@ -143,7 +177,8 @@ def add_prompt(
     """Build the prompt `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
 
     What the configuration leaves open is filled in from the model. On any error nothing is changed. Returns what
-    loading reports, or None.
+    loading reports, or None. A prompt is always made where it runs, in its own dtype: `low_cpu_mem_usage` and
+    `autocast` mean nothing to it.
     """
     base = peft_model.base_model
     check_adapter_name(name, base)
@@ -212,13 +247,27 @@ def activate(peft_model: Any, name: str, inference_mode: bool) -> None:
         wrapper.set_adapter(name, inference_mode)
 
 
-def enable(peft_model: Any, enabled: bool) -> None:
-    """Use the modules that are trained beside the prompts, or those of the base model."""
-    for _, _, wrapper in adapted(peft_model.base_model):
-        wrapper.enable_adapters(enabled)
+def set_requires_grad(peft_model: Any, names: str | Sequence[str], requires_grad: bool) -> None:
+    """Not possible, as in PEFT."""
+    method = PeftType(peft_model.peft_type).value
+    raise TypeError(f"Setting `requires_grad` is not supported for prompt learning ({method}).")
 
 
-def remove(peft_model: Any, name: str) -> None:
+@contextmanager
+def disabled(peft_model: Any) -> Iterator[None]:
+    """Within the context the modules that are trained beside the prompts are those of the base model."""
+    wrappers = [wrapper for _, _, wrapper in adapted(peft_model.base_model)]
+    before = [wrapper.disable_adapters for wrapper in wrappers]
+    for wrapper in wrappers:
+        wrapper.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for wrapper, off in zip(wrappers, before):
+            wrapper.enable_adapters(not off)
+
+
+def delete(peft_model: Any, name: str) -> None:
     """Delete a prompt. When it was active, the first that is left becomes active."""
     for _, _, wrapper in adapted(peft_model.base_model):
         wrapper.delete_adapter(name)
@@ -569,7 +618,33 @@ def mixed(peft_model: Any, adapter_names: Sequence[str] | None) -> Iterator[None
         yield
 
 
-def forward(
+def telling(peft_model: Any, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Nothing: a prompt's own forward tells what its call says of each sample."""
+    return nullcontext()
+
+
+def forward(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's forward with the active prompt, or without any when prompts are off."""
+    if peft_model.has_active_enabled_adapter:
+        return joined(peft_model, *args, **kwargs)
+    own = {k: v for k, v in kwargs.items() if k not in peft_model.special_peft_forward_args}
+    return peft_model.base_model(*args, **own)
+
+
+def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
+    """The model's `generate` when prompts are off; the task classes generate with a prompt."""
+    if peft_model.has_active_enabled_adapter:
+        raise UnsupportedFeatureError("To generate with a prompt, set task_type to 'CAUSAL_LM' or 'SEQ_2_SEQ_LM'.")
+    own = {k: v for k, v in kwargs.items() if k not in peft_model.special_peft_forward_args}
+    return peft_model.base_model.generate(*args, **own)
+
+
+def supports_lora_conversion(peft_model: Any) -> bool:
+    """Never."""
+    return False
+
+
+def joined(
     peft_model: Any,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,

@@ -42,8 +42,7 @@ class _Task(PeftModel):
         """Run with a forward's own `locals()`, less what is None; `task_ids` are for methods that tell tasks apart."""
         given = {name: value for name, value in arguments.items() if value is not None and name != "self"}
         kwargs = given.pop("kwargs")
-        by_task = self.has_active_enabled_adapter if self._is_prompt_learning else self.base_model.takes_task_ids
-        if not by_task:
+        if not self._adapters.takes_task_ids(self):
             given.pop("task_ids", None)
         return PeftModel.forward(self, **given, **kwargs)
 
