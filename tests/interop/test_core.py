@@ -1,6 +1,8 @@
 """minipeft.core as a library: what it makes of a plain module is what PeftModel makes of it, and what peft reads."""
 
+import inspect
 import json
+import re
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from minipeft.core.plan import WHOLE_MODEL
 
 from . import harness as H
 from .cases import CASES
-from .processes import run
+from .processes import ROOT, run
 
 WHOLE = {"XLoraConfig", "AdaptionPromptConfig", "ShadowConfig"}  # they adapt a model as a whole
 of_layers = [c for c in CASES if not c.prompt and c.config not in WHOLE and not any(map(c.kwargs.get, WHOLE_MODEL))]
@@ -147,3 +149,14 @@ def test_methods_of_layers_need_the_core_alone():
         "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT", "CARTRIDGE",
         "ADAPTION_PROMPT", "SHADOW",
     }
+
+
+def test_the_page_runs_and_names_every_function(tmp_path, monkeypatch):
+    text = (ROOT / "docs" / "core.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(re.search(r"```python\n(.*?)```", text, re.S)[1], "core.md", "exec"), {})
+    own = [name for name, value in vars(api).items() if inspect.isfunction(value) and value.__module__ == api.__name__]
+    public = {name for name in own if not name.startswith("_")} | {"disable_adapter", "mixed_batch"}
+    assert public == set(re.findall(r"`(\w+)\(", text)) - {"PeftModel"}
+    for link in re.findall(r"\]\((.*?)\)", text):
+        assert (ROOT / "docs" / link).exists(), link
