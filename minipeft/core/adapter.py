@@ -277,6 +277,10 @@ class Adapter(nn.Module):
         """Output of the adapted operator for input `x`; `inner` is the operator inside."""
         raise NotImplementedError
 
+    def low_rank(self) -> tuple[Tensor, Tensor, Any] | None:
+        """A (r, in), B (out, r) and s, when `forward` is inner(x) + s B (A x) and no more than that: see batch.py."""
+        return None
+
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weights of the adapted operator, from those of the operator inside. Raises `MergeError` if there are none."""
         raise NotImplementedError

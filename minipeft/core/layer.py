@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .adapter import Adapted, Adapter
 from .bases import Base, Param, Whole, exact
+from .batch import run_layer
 from .boxes import LOW_PRECISION, BufferDict, Slots, contents
 from .errors import BatchError, MergeError, PeftWarning
 from .kinds import base_of
@@ -20,22 +21,6 @@ from .offload import HOOKS, hooked, onload
 from .passes import Context as Context
 from .stored import reshard, sharded, whole
 from .walk import Wrapper, walk
-
-BASE = "__base__"  # in a mixed batch: a sample for the bare model
-
-
-def run_groups(x: Tensor, groups: dict[str, list[int]], run: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """Rows of the batch x through `run(name, rows)`, put back in their order."""
-    y = None
-    for name, rows in groups.items():
-        index = torch.tensor(rows, device=x.device)
-        part = run(name, x.index_select(0, index))
-        if not isinstance(part, Tensor):
-            raise BatchError(f"Mixed batches need layers that return a tensor, got a {type(part).__name__}.")
-        y = part.new_empty(x.shape[0], *part.shape[1:]) if y is None else y
-        y = y.index_copy(0, index, part.to(y.dtype))
-    assert y is not None
-    return y
 
 
 def named_input(module: nn.Module, kwargs: dict[str, Any]) -> str:
@@ -176,11 +161,14 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         """The operator of the base layer with the adapters `names` around it (default: those that are on)."""
         here = self.running if names is None else names
         op: Any = self.base
-        if here and any(layer.merged_adapters for layer in self.chain):
-            op = self.unmerged_inside()
-        elif here and self.base.inside is not None:
-            op = Inside(self.base, self.base_layer, names)
+        if here:
+            merged = any(layer.merged_adapters for layer in self.chain)
+            op = self.unmerged_inside() if merged else self.inside(names)
         return self._around(op, here)
+
+    def inside(self, names: Sequence[str] | None = None) -> Any:
+        """What the adapters of this layer are put around; `names`: those of a layer of another method inside."""
+        return self.base if self.base.inside is None else Inside(self.base, self.base_layer, names)
 
     def _around(self, op: Any, names: Sequence[str]) -> Any:
         for name in names:
@@ -268,12 +256,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             kind = type(self.base.leaf).__name__
             raise BatchError(f"Mixed batches are not possible on a {kind}: it does not map one tensor to one.")
 
-        def run(name: str, part: Tensor) -> Any:
-            nested = {"adapter_names": [name] * len(part)} if isinstance(self.base_layer, Layer) else {}
-            with self.context.telling(**now.of_rows(groups[name], len(x))):
-                return self._run([] if name == BASE else [name], part, *args, **nested, **kwargs)
-
-        return run_groups(x, groups, run)
+        return run_layer(self, x, groups, *args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------- merging
     @property

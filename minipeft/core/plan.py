@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from .adapter import unsupported
 from .bases import Attention, Block, Conv1D, Linear, Whole
+from .batch import BASE
 from .config import check_config
 from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedFeatureError
 from .kinds import base_of
-from .layer import BASE, BufferDict, Layer
+from .layer import BufferDict, Layer
 from .offload import loaded, onload
 from .patterns import in_layer_path, matches
 from .state import (

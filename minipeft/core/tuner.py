@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from .adapter import ADAPTERS, Adapter, adapter_class, method_class
 from .bases import exact, lasting
+from .batch import BASE
 from .boxes import BufferDict, Slots
 from .config import PeftConfig, PeftType
 from .errors import AdapterNameError, BatchError, MergeError, PeftWarning, sized
-from .layer import BASE, Context, HoldsAdapters, Layer, adapted, layers
+from .layer import Context, HoldsAdapters, Layer, adapted, layers
 from .offload import HOOKS, offloading
 from .plan import Plan, check_adapter_name
 from .state import incoming

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from ..core import state
 from ..core.bases import lasting
+from ..core.batch import BASE
 from ..core.config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from ..core.errors import (
     AdapterNameError,
@@ -53,7 +54,7 @@ from ..core.errors import (
     UnsupportedFeatureError,
     sized,
 )
-from ..core.layer import BASE, Context, adapted
+from ..core.layer import Context, adapted
 from ..core.offload import device_of, loaded, onload, real_copy
 from ..core.plan import check_adapter_name, model_config
 from ..core.targets import check_saved, embedding, saves

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..core.batch import run_groups
 from ..core.errors import BatchError, UnsupportedLayerError
-from ..core.layer import Context, HoldsAdapters, Layer, named_input, run_groups
+from ..core.layer import Context, HoldsAdapters, Layer, named_input
 from ..core.offload import HOOKS
 from ..core.walk import Wrapper
 

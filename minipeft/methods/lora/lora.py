@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Delta, variants
-from ...core.bases import dropout
+from ...core.bases import dropout, has_hooks, weight_of
 from ...core.errors import ConfigError, UnsupportedFeatureError
 from ...core.state import read_weights
 from ...core.targets import pattern_value
@@ -148,3 +148,11 @@ class LoRA(Summed, config=LoraConfig):
         y = inner(x, *args, **kwargs)  # (..., out)
         added = self.base.add_low_rank(y, self.dropped(x), self.lora_A, self.lora_B, self.scaling)
         return added if added.dtype == y.dtype else added.to(y.dtype)
+
+    def low_rank(self) -> tuple[Tensor, Tensor, Any] | None:
+        A, B = self.lora_A, self.lora_B
+        if not (type(A) is type(B) is nn.Linear) or has_hooks(A) or has_hooks(B) or B._parameters["bias"] is not None:
+            return None
+        if self.layer.training and isinstance(self.lora_dropout, nn.Dropout):
+            return None
+        return weight_of(A), weight_of(B), self.scaling

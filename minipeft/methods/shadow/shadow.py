@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from ...core.adapter import Routed
 from ...core.bases import lasting
+from ...core.batch import BASE
 from ...core.config import Count, PeftConfig, Positive, Probability, Size, TaskType
 from ...core.errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
-from ...core.layer import BASE
 from ...core.offload import device_of, real_copy
 from ...core.passes import NOTHING, Context, Pass
 from ...core.targets import Targets, embedding
