@@ -44,6 +44,22 @@ class Driver:
         """All that `adapter_config.json` would hold for a config, defaults filled in; there is no model."""
         raise Unsupported("configs without a model")
 
+    def read_config(self, path: str, given: dict) -> dict:
+        """As `full_config`, of the config in a folder; `given`: what is said beside it, which the file overrules."""
+        raise Unsupported("configs of a folder without a model")
+
+    def config_of(self, name: str | None = None) -> dict:
+        """All that the model holds now as an adapter's config; None: that of the active one."""
+        raise Unsupported("tell the config of an adapter")
+
+    def build_from_data(self, base: dict, weights: dict, config: dict, dtype: str, data: dict, case: str = "",
+                        seed: int = 0) -> None:
+        """As `build`, for a config whose adapter begins by what layers see: the model is run on `data`, its inputs.
+
+        With a cotangent among `data`, the gradients of sum(cotangent * output) are what it begins by.
+        """
+        raise Unsupported("adapters that begin by data")
+
     def add(self, name: str, config: dict) -> None:
         """Add a second adapter; the active one stays."""
         raise Unsupported("more than one adapter")
@@ -114,6 +130,14 @@ class Driver:
         again, whatever is added, switched or deleted."""
         raise Unsupported("training mode")
 
+    def in_training(self) -> bool:
+        """Is the model in training mode?"""
+        raise Unsupported("tell the mode")
+
+    def require_grad(self, names: list, on: bool) -> None:
+        """Train these adapters, active or not, or train them no longer: PEFT's `set_requires_grad`."""
+        raise Unsupported("choose what is trained by name")
+
     def step(self, inputs: dict, cotangent, rate: float) -> None:
         """One step of plain gradient descent on sum(cotangent * output), over all that is trained."""
         raise Unsupported("a step of training")
@@ -134,6 +158,13 @@ class Driver:
         """Write `adapter_config.json` and `adapter_model.safetensors` into the folder `path`."""
         raise Unsupported("save")
 
+    def save_converted(self, path: str, begun: str) -> None:
+        """Save the adapter, which changed the base weights when it was made, as one for the weights as they were.
+
+        That is a plain LoRA adapter of twice the rank. `begun`: the folder where it was saved as it began.
+        """
+        raise Unsupported("save an adapter as one for the unchanged base model")
+
     def save_adapters(self, path: str, names: list | None = None) -> None:
         """Save these adapters, or all: "default" into the folder `path`, any other into the folder `path`/<name>."""
         raise Unsupported("save several adapters")
@@ -141,6 +172,10 @@ class Driver:
     def load_adapter(self, path: str, name: str) -> None:
         """Put the adapter saved in `path` on the model as `name`, for use; the active one stays."""
         raise Unsupported("load a saved adapter beside others")
+
+    def load_adapter_with(self, path: str, name: str, options: dict) -> None:
+        """As `load_adapter`, with PEFT's own options of loading; the model is in whatever mode PEFT leaves it in."""
+        raise Unsupported("options of loading an adapter beside others")
 
     def restore(self, path: str, base: dict, weights: dict, dtype: str) -> None:
         """Build the base model anew and put the saved adapter on it."""

@@ -57,7 +57,7 @@ class LayerDriver(Driver):
                  and (v not in (None, False, [], {}, "none") or (v is False and k.startswith("init_")))}
         if extra - {"peft_type", "target_modules", "fan_in_fan_out"}:
             raise Unsupported(f"no counterpart of {', '.join(sorted(extra))}")
-        if not isinstance(config["target_modules"], list):
+        if not isinstance(config.get("target_modules"), list):
             raise Unsupported("targets by list only")
         if "r" in config and (not isinstance(config["r"], int) or config["r"] < 1):
             raise Unsupported("ranks are not checked")

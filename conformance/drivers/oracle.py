@@ -21,7 +21,7 @@ from ..reference.method import KEY, slots
 from ..reference.methods import lora, methods
 from ..reference.numpy_model import sites
 
-OWN = ("drop", "keep")  # what faults change besides operations
+OWN = ("drop", "keep", "thinned", "by_type", "take_from_base")  # what faults change besides operations
 
 
 class Oracle(Driver):
@@ -52,6 +52,7 @@ class Oracle(Driver):
         self.allocator: Any = None
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
         self.training, self.rng = False, np.random.default_rng(seed)
+        self.asked: dict[str, bool] = {}  # by adapter, where it was said by name whether it is trained
         self.begun = "/beginnings/" in case
         if self.begun:
             method, _, id = case.split("/")
@@ -59,6 +60,17 @@ class Oracle(Driver):
         elif config is not None:
             self.add("default", config)
             self.chosen = ["default"]
+            if "/converted/" in case:
+                tensors = {k: self.rng.normal(size=np.shape(v)) for k, v in self.adapters["default"][1].items()}
+                self.adapters["default"] = (config, tensors)
+                self.take_from_base()
+
+    def take_from_base(self):
+        """What a new adapter adds, the base weights lose."""
+        self.base_weights = {k: 2 * v - self.folded(["default"])[k] for k, v in self.base_weights.items()}
+
+    def build_from_data(self, base, weights, config, dtype, data, case="", seed=0):
+        self.build(base, weights, config, dtype, case, seed)
 
     def begin(self, row, config):
         """A new adapter as the row describes it: how it is drawn is convention, and no formula."""
@@ -70,8 +82,10 @@ class Oracle(Driver):
                 rng = np.random.default_rng([config.get(row["key"], 0), own])
                 want = {k: v for k, v in want.items() if k != "at"}
             tensors[name] = beginnings.drawn(want, rng)
-        self.adapters = {"default": (config, tensors)}
+        self.adapters, self.chosen = {"default": (config, tensors)}, ["default"]
         self.base_weights |= {k: beginnings.drawn(want, None) for k, want in row["weights"].items()}
+        if row.get("data"):
+            self.take_from_base()
 
     def recorded(self, config) -> bool:
         """Is this the config of the recorded case, but for what it is made for?"""
@@ -81,15 +95,26 @@ class Oracle(Driver):
     def full_config(self, config):
         known = store.defaults(config["peft_type"])
         rows = [r for r in store.configs().values() if r["defaults"]["peft_type"] == config["peft_type"]]
+        for row in rows:
+            known = next((held for _, held in row.get("fewer", ()) if row["required"].keys() - config.keys()), known)
         more = [changes for r in rows for id, changes in r["changes"].items()
                 if config.items() >= store.find(id).config.items()]
         more += [changes for r in rows for field, value, changes in r["others"] if config.get(field) == value]
         own = {"peft_version": "0.0", "auto_mapping": None, "base_model_name_or_path": None}
         return {**known, **{k: v for k, v in own.items() if k in known}, **config, **(more[0] if more else {})}
 
+    def read_config(self, path, given):
+        return {**given, **json.loads(Path(path, "adapter_config.json").read_text())}
+
+    def config_of(self, name=None):
+        return {"inference_mode": False, **self.adapters[name or self.chosen[0]][0]}
+
     def targets(self, config):
         if self.recorded(config):
             return self.case.targets
+        if "model_type" in self.base and not config.get("target_modules"):
+            keys = self.by_type(self.base["model_type"])
+            return [p for p, _, _ in self.base["layers"] if any(k.startswith(f"{KEY}{p}.") for k in keys)]
         if "layers" in self.base:
             found = rules.adapted(self.base, config, self.rules)
         else:
@@ -99,6 +124,11 @@ class Oracle(Driver):
             raise Rejected(f"target_modules {config.get('target_modules')} match nothing")
         return found
 
+    def by_type(self, model_type) -> dict:
+        """The tensors that a method has on such a model where nothing is said: a convention, and no rule."""
+        row = next(r for r in store.rows("targets") if (r["method"], r["id"]) == (self.method.name, "by-type"))
+        return row["types"][model_type]
+
     def add(self, name, config):
         method = self.method_of(config)
         validate(config, method)
@@ -106,6 +136,8 @@ class Oracle(Driver):
         shapes = formulas.expected_shapes(method, self.base, self.base_weights, config, self.targets(config))
         if self.recorded(config):
             shapes = self.case.keys
+        elif "model_type" in self.base and not config.get("target_modules"):
+            shapes |= {k: v for k, v in self.by_type(self.base["model_type"]).items() if v is not None}
         elif "layers" in self.base:
             for path in rules.saved(self.base, config, self.rules):
                 shapes |= {KEY + k: v.shape for k, v in self.base_weights.items() if k.rpartition(".")[0] == path}
@@ -125,6 +157,8 @@ class Oracle(Driver):
                     new = method.tensors.fresh(site, {**own, **made}, config)
                     tensors.update({f"{KEY}{path}.{k}": np.asarray(v, np.float64) for k, v in new.items()})
         self.adapters[name] = (copy.deepcopy(config), self.pruned(config, tensors))
+        if config.get("inference_mode") and not method.prompt:
+            self.asked[name] = False
 
     def delete(self, name):
         del self.adapters[name]
@@ -227,6 +261,11 @@ class Oracle(Driver):
     def train(self, on):
         self.training = on
 
+    def in_training(self):
+        return self.training
+
+    def require_grad(self, names, on):
+        self.asked |= dict.fromkeys(names, on)
 
     def rounded(self, y):
         return np.asarray(y, np.float64 if self.dtype == "float64" else np.float32)
@@ -281,6 +320,7 @@ class Oracle(Driver):
                 continue
             for adapter in self.adapters:
                 on = bool(self.method.prompt) or (adapter in self.chosen and not self.off)
+                on = self.asked.get(adapter, on)
                 found[".".join(adapter if p == "default" else p for p in parts)] = trained and on and self.for_training
         return found
 
@@ -312,9 +352,10 @@ class Oracle(Driver):
         self.adapters, self.chosen, self.merged = {}, [], []
 
     def switch(self, names):
-        self.chosen, self.merged = list(names), []
+        self.chosen, self.merged, self.asked = list(names), [], {}
 
     def disable(self, off):
+        self.asked = {}
         self.off = max(self.off + (1 if off else -1), 0)
 
     def scale(self, factor):
@@ -336,13 +377,17 @@ class Oracle(Driver):
             self.factors = {name: factor * self.factors.get(name, 1.0) for name in self.adapters}
 
     def safe_merge(self, names=None):
-        bad = [k for k, v in self.folded(names or self.chosen).items() if not np.isfinite(v).all()]
+        bad = [k for k, v in self.folded(names or self.chosen).items() if not np.isfinite(self.rounded(v)).all()]
         if bad:
             raise Rejected(f"merged, {', '.join(bad)} would not be finite")
         self.merge(names)
 
     def combine(self, names, weights, new, options):
-        configs, tensors = zip(*(self.adapters[name] for name in names))
+        configs = [self.adapters[name][0] for name in names]
+        tensors = [self.adapters[name][1] for name in names]
+        if options.get("combination_type", "").startswith("dare") and options["density"] < 1:
+            tensors = [{k: self.thinned(v, options["density"]) for k, v in t.items()} for t in tensors]
+            options = {**options, "density": 1.0}
         if self.method.name == "ia3":
             self.adapters[new] = (configs[0], {k: sum(w * t[k] for w, t in zip(weights, tensors)) for k in tensors[0]})
             return
@@ -356,6 +401,10 @@ class Oracle(Driver):
             found[a], found[b] = combined(parts, weights, **options)
             rank = len(found[a])
         self.adapters[new] = ({**configs[0], "r": rank, "lora_alpha": rank}, found)
+
+    def thinned(self, a, density):
+        """A share of the entries, drawn, and as much larger; the others are 0."""
+        return np.asarray(a, np.float64) * (self.rng.random(np.shape(a)) < density) / density
 
     def generate(self, inputs, count):
         inputs = dict(inputs)
@@ -411,6 +460,8 @@ class Oracle(Driver):
                   Path(path, "adapter_model.safetensors"))
 
     def save_adapters(self, path, names=None):
+        if unknown := [name for name in names or () if name not in self.adapters]:
+            raise Rejected(f"no adapter {unknown}")
         for name in names or list(self.adapters):
             self.write(Path(path) if name == "default" else Path(path, name), name)
 
@@ -435,6 +486,26 @@ class Oracle(Driver):
         config, tensors = self.read(path)
         self.add(name, config)
         self.load(tensors, name)
+
+    def load_adapter_with(self, path, name, options):
+        asked = bool(options.get("is_trainable"))
+        self.load_adapter(path, name)
+        config, tensors = self.adapters[name]
+        self.adapters[name] = ({**config, "inference_mode": not asked}, tensors)
+        self.asked[name] = asked
+        self.training = self.training and asked
+
+    def save_converted(self, path, begun):
+        """What was trained less what it began as: both side by side, of twice the rank."""
+        config, now = self.adapters["default"]
+        then = self.read(begun)[1]
+        both = {k: np.concatenate([v, np.asarray(then[k]) * (-1 if "lora_B" in k else 1)], int("lora_B" in k))
+                for k, v in now.items()}
+        more = np.sqrt(2) if config.get("use_rslora") else 2
+        self.adapters["default"] = ({**config, "r": 2 * config["r"], "lora_alpha": more * config["lora_alpha"],
+                                     "init_lora_weights": True}, both)
+        self.write(path, "default")
+        self.adapters["default"] = (config, now)
 
     def restore(self, path, base, weights, dtype):
         config, tensors = self.read(path)

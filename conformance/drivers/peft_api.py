@@ -139,9 +139,58 @@ class PeftApi(Driver):
         self.model.to(self.dtype).eval()
 
     def full_config(self, config):
-        with rejecting(), tempfile.TemporaryDirectory() as folder:
-            self.config(config).save_pretrained(folder)
+        with rejecting():
+            return self.written(self.config(config))
+
+    def found(self, function):
+        """A function of LoRA's beginnings, wherever a release or a library keeps it."""
+        for place in ("", ".tuners.lora", ".tuners.lora.corda", ".methods.lora.corda"):
+            with contextlib.suppress(ModuleNotFoundError, AttributeError):
+                return getattr(importlib.import_module(self.peft.__name__ + place), function)
+        raise Unsupported(f"no {function}")
+
+    def build_from_data(self, base, weights, config, dtype, data, case="", seed=0):
+        self.begin()
+        net = self.model = self.base(base, weights, dtype)
+        first, more = self.kwargs({k: v for k, v in data.items() if k != "cotangent"})
+
+        def step():
+            net.zero_grad()
+            (self.run(first, more) * to_torch(data["cotangent"], self.dtype)).sum().backward()
+
+        def look():
+            with torch.no_grad():
+                self.run(first, more)
+
+        begins = config["init_lora_weights"]
+        with rejecting():
+            made = self.config(config)
+            if begins == "corda":
+                self.found("preprocess_corda")(net, made, run_model=look)
+            elif begins == "lora_ga":
+                self.found("preprocess_loraga")(net, made, step)
+            elif begins != "eva":
+                raise Unsupported(f"begin by data as {begins}")
+            torch.manual_seed(seed)
+            self.model = self.peft.get_peft_model(net, made)
+            if begins == "eva":
+                self.found("initialize_lora_eva_weights")(
+                    self.model, [first], forward_fn=lambda model, x: model(x, **more), prepare_model_inputs_fn=None,
+                    prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
+                    show_progress_bar=False)
+        self.model.to(self.dtype).eval()
+
+    def written(self, config):
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
             return json.loads(Path(folder, "adapter_config.json").read_text())
+
+    def read_config(self, path, given):
+        with rejecting():
+            return self.written(self.peft.PeftConfig.from_pretrained(path, **given))
+
+    def config_of(self, name=None):
+        return self.written(self.model.active_peft_config if name is None else self.model.peft_config[name])
 
     def add(self, name, config):
         with rejecting():
@@ -150,7 +199,8 @@ class PeftApi(Driver):
 
     def delete(self, name):
         try:
-            self.model.delete_adapter(name)
+            with rejecting():
+                self.model.delete_adapter(name)
         except AttributeError as e:  # where the method has no such thing, PEFT asks the base model for it
             if str(e) != f"'{type(self.model.get_base_model()).__name__}' object has no attribute 'delete_adapter'":
                 raise
@@ -287,6 +337,15 @@ class PeftApi(Driver):
         self.training = on
         self.model.train(on)
 
+    def in_training(self):
+        return self.model.training
+
+    def require_grad(self, names, on):
+        owner = self.model if hasattr(type(self.model), "set_requires_grad") else self.model.base_model
+        if not hasattr(owner, "set_requires_grad"):
+            raise Unsupported("no set_requires_grad")
+        owner.set_requires_grad(names, requires_grad=on)
+
     def step(self, inputs, cotangent, rate):
         self.backward(inputs, cotangent)
         torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=rate).step()
@@ -316,6 +375,16 @@ class PeftApi(Driver):
         with rejecting():
             self.model.load_adapter(path, name)
         self.model.to(self.dtype).train(self.training)
+
+    def load_adapter_with(self, path, name, options):
+        with rejecting():
+            self.model.load_adapter(path, name, **options)
+
+    def save_converted(self, path, begun):
+        if "path_initial_model_for_weight_conversion" not in inspect.getsource(self.peft.PeftModel.save_pretrained):
+            raise Unsupported("save_pretrained takes no path_initial_model_for_weight_conversion")
+        with rejecting():
+            self.model.save_pretrained(path, path_initial_model_for_weight_conversion=begun)
 
     def restore(self, path, base, weights, dtype):
         self.begin()

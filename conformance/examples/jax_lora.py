@@ -97,7 +97,7 @@ class Model:
         if config is not None:
             extra = sorted(k for k, v in config.items() if k not in FIELDS and (v is not True if k in ON else v)
                            and v != "none")
-            if config["peft_type"] != "LORA" or extra or not isinstance(config["target_modules"], list):
+            if config["peft_type"] != "LORA" or extra or not isinstance(config.get("target_modules"), list):
                 raise Unsupported(f"LoRA and DoRA only, targets by list, no {', '.join(extra) or config['peft_type']}")
         dtype_, draw = DTYPES[dtype], np.random.default_rng(seed)
         W = {k: jnp.asarray(v, dtype_) for k, v in weights.items()}

@@ -37,7 +37,7 @@ class Model:
         if config is None:
             return
         extra = {k for k, v in config.items() if k not in SUPPORTED and (v or k == "init_lora_weights")}
-        if config["peft_type"] != "LORA" or extra or not isinstance(config["target_modules"], list):
+        if config["peft_type"] != "LORA" or extra or not isinstance(config.get("target_modules"), list):
             raise Unsupported(f"plain LoRA only, not {sorted(extra) or config['peft_type']}")
         r = config["r"]
         if not isinstance(r, int) or r < 1:

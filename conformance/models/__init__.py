@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -94,4 +96,7 @@ def make(base):
         return skeletons.make(base["name"])
     if "output" in base:
         return pretrained(base)
-    return (States if base.get("states") else Net)(base["layers"])
+    net: Any = (States if base.get("states") else Net)(base["layers"])
+    if "model_type" in base:
+        net.config = {"model_type": base["model_type"]}
+    return net

@@ -11,13 +11,24 @@ from ..reference.bases import BASES
 from ..reference.beginnings import described
 from ..reference.draw import draw_base, rng_of
 from ..reference.methods import methods
-from ..run.checks.beginnings import begun
+from ..run.checks.beginnings import begun, strengths
 
 STARTS = 8
 KEYS = {"adamss": "random_seed", "frod": "projection_prng_key", "psoft": "random_seed", "shira": "random_seed",
         "pvera": "projection_prng_key", "randlora": "projection_prng_key", "tinylora": "projection_seed",
         "unilora": "proj_seed", "vera": "projection_prng_key"}
 TWO = ["up", "mid"]
+GPT = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
+
+
+def corda(kind, **more):
+    return {"init_lora_weights": "corda", "corda_config": {"corda_method": kind}, **more}
+
+
+def lora_ga(direction, scale):
+    return {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": direction, "scale": scale}}
+
+
 # method -> id -> (base, changes of the method's first config); "wide" is the default's base, too
 MORE: dict[str, dict[str, tuple[str, dict]]] = {
     "lora": {
@@ -28,6 +39,16 @@ MORE: dict[str, dict[str, tuple[str, dict]]] = {
         "olora-scaled": ("wide", {"init_lora_weights": "olora", "lora_alpha": 48}),
         "mica": ("wide", {"init_lora_weights": "mica"}),
         "eva": ("wide", {"init_lora_weights": "eva", "eva_config": {}}),
+        "pissa-conv1d": ("conv1d-hf-wide", {"init_lora_weights": "pissa", **GPT}),
+        "orthogonal-conv1d": ("conv1d-hf-wide", {"init_lora_weights": "orthogonal", **GPT}),
+        "eva-data": ("wide", {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "tau": 0.999}}),
+        "eva-data-redistributed": ("wide", {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.999},
+                                            "lora_alpha": 24}),
+        "corda-ipm": ("wide", corda("ipm")), "corda-kpm": ("wide", corda("kpm")),
+        "corda-scaled": ("wide", corda("ipm", lora_alpha=48)),
+        "lora-ga-arb2r-stable": ("wide", lora_ga("ArB2r", "stable")),
+        "lora-ga-a2rbr-gd-scale": ("wide", lora_ga("A2rBr", "gd_scale")),
+        "lora-ga-arbr-unit": ("wide", lora_ga("ArBr", "unit")),
         "embedding": ("embedding", {"target_modules": ["emb"]}),
         "embedding-gaussian": ("embedding", {"target_modules": ["emb"], "init_lora_weights": "gaussian"}),
         "conv2d": ("conv2d", {"target_modules": ["c1", "c2"]}), "bias": ("wide", {"lora_bias": True}),
@@ -54,7 +75,8 @@ MORE: dict[str, dict[str, tuple[str, dict]]] = {
 RANDOM = ("boft", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "lily", "loha", "lokr",
           "miss", "oft", "peanut", "psoft", "pvera", "randlora", "road", "shira", "supertuning", "vera", "waveft",
           "ia3", "poly", "beft", "c3a")  # init_weights, or init_<name>_weights, False: drawn
-SIGNS = {"pissa", "pissa-rslora", "olora", "olora-scaled", "mica"}
+FROM_DATA = ("eva-data", "corda", "lora-ga")
+SIGNS = ("pissa", "olora", "mica", *FROM_DATA)
 
 
 def row_of(driver, method, id, base, changes) -> dict:
@@ -64,7 +86,9 @@ def row_of(driver, method, id, base, changes) -> dict:
     profile = "core" if method.name == "lora" or id == "default" else "full"
     row: dict[str, Any] = {"method": method.name, "id": id, "profile": profile, "base": base,
                            "config": {**config, **changes}, "weights": {"all": {}}}
-    signs = id in SIGNS or method.name in ("psoft", "osf", "tinylora")
+    if id.startswith(FROM_DATA):
+        row |= {"data": True, "strengths": {}}
+    signs = id.startswith(SIGNS) or method.name in ("psoft", "osf", "tinylora")
     if signs:
         row["signs"] = True
     starts = [begun(driver, row, seed) for seed in range(STARTS)]
@@ -78,7 +102,10 @@ def row_of(driver, method, id, base, changes) -> dict:
     row["tensors"] = {k: described([s[0][k] for s in starts], k in by_key, signs) for k in sorted(starts[0][0])}
     given = draw_base(BASES[base], rng_of(base))
     row["weights"] = {k: described([s[1][k] for s in starts], False, False) for k, v in starts[0][1].items()
-                      if not np.array_equal(v, given[k].astype(np.float32))}
+                      if not np.array_equal(v, given[k].astype(np.float32)) and not row.get("data")}
+    if "strengths" in row:
+        begun(driver, row)
+        row["strengths"] = {k: float(f"{v:.6g}") for k, v in strengths(driver).items()}
     drawn = [v for k, v in starts[0][0].items() if "at" not in row["tensors"][k] and v.size > 8]
     if any(np.array_equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i]):
         row["twins"] = True
@@ -91,6 +118,8 @@ def record(driver) -> list[dict]:
         first = method.rows[0]
         base = "wide" if first.base.startswith("mlp") else first.base
         rows = {"default": (base, {}), **MORE.get(method.name, {})}
+        if method.name in KEYS:
+            rows["key-zero"] = (base, {KEYS[method.name]: 0})  # a seed like any other
         if method.name in RANDOM:
             names = [f for f in store.configs()[method.name]["defaults"] if f.startswith("init_") and "weights" in f]
             rows["random"] = (base, dict.fromkeys(names, False))

@@ -45,6 +45,18 @@ def row_of(driver, method) -> dict:
     defaults |= {k: None for k in OWN if k in defaults}
     row: dict[str, Any] = {"method": method.name, "profile": "core" if method.name in CORE else "full",
                            "required": minimal, "defaults": defaults, "others": [], "changes": {}, "case": case.id}
+    fewer = dict(minimal)
+    for field in minimal:
+        less = {k: v for k, v in fewer.items() if k != field}
+        try:
+            driver.full_config(store.resolved(less))
+        except (Rejected, Unsupported, KeyError, TypeError):
+            continue
+        if field not in (*NOT_ASKED, *MORE.get(method.name, {})):
+            fewer = less
+    if fewer != minimal:
+        held = driver.full_config(store.resolved(fewer))
+        row["fewer"] = [[fewer, held | {k: None for k in OWN if k in held}]]
     main = method.name == method.peft_type.lower()  # variants have the same fields
     for field, value in defaults.items() if main else ():
         if field in NOT_ASKED or field in minimal or (other := another(value)) is None:

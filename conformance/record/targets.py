@@ -31,6 +31,7 @@ LORA: dict[str, dict] = {
     "all-linear-but-some": {"target_modules": "all-linear", "exclude_modules": ["up", "model.head"]},
     "all-linear-and-saved": {"target_modules": "all-linear", "modules_to_save": ["overhead"]},
     "exclude-by-regex": {"target_modules": ["up"], "exclude_modules": r"model.*\d\.up"},
+    "exclude-by-part-of-a-regex": {"target_modules": ["up"], "exclude_modules": r"layers\.1"},
     "exclude-by-path": {"target_modules": ["up", "mid"], "exclude_modules": ["model.layers.1.up", "up.mid"]},
     "saved-beats-targeted": {"target_modules": ["up", "head"], "modules_to_save": ["model.head"]},
     "saved-parent": {"target_modules": ["up"], "modules_to_save": ["experts"]},
@@ -53,10 +54,19 @@ OTHER: dict[str, tuple[str, str, dict]] = {  # row: method, base, changes
                                                     "layer_replication": [[0, 2], [1, 3]]}),
     "feedforward": ("ia3", "decoys", {"target_modules": ["up", "head"], "feedforward_modules": ["up"]}),
     "feedforward-regex": ("ia3", "decoys", {"target_modules": ".*(up|mid)", "feedforward_modules": r".*\.up"}),
+    "all-linear-conv1d": ("lora", "gpt", {"target_modules": "all-linear"}),
+    "many-names": ("lora", "decoys-many", {"target_modules": [
+        f"model.layers.{i}.{name}" for i in range(7) for name in ("q", "k")] + [f"encoder.layers.{i}.q"
+                                                                                 for i in (0, 2, 3, 4, 5, 6)]}),
     "all-linear-spares-the-output": ("lora", "decoys-output", {"target_modules": "all-linear"}),
     "all-linear-spares-the-classifier": ("lora", "decoys-classifier", {"target_modules": "all-linear",
                                                                        "task_type": "SEQ_CLS"}),
 }
+TYPES = ("RefinedWeb", "RefinedWebModel", "bart", "bert", "blip-2", "bloom", "btlm", "chatglm", "codegen", "deberta",
+         "deberta-v2", "electra", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo",
+         "gpt_neox", "gptj", "layoutlm", "llama", "llama4", "mistral", "mixtral", "mpt", "mt5", "nemotron_h", "opt",
+         "phi", "qwen2", "qwen3", "roberta", "rwkv7", "stablelm", "t5", "xlm-roberta")
+FEW = ("bert", "falcon", "gpt2", "llama", "opt", "t5")  # for other methods than LoRA
 BY_RULE = {"hira/ranks"}  # the reference does not do what its documentation says
 
 
@@ -64,6 +74,23 @@ def answer(driver, row) -> dict:
     build(driver, row)
     found: dict[str, Any] = {"keys": {k: list(v.shape) for k, v in sorted(driver.state_dict().items())}}
     return {**found, "strengths": strengths(driver)} if "strengths" in row else found
+
+
+def by_type(driver, method) -> dict | None:
+    """What is adapted of models of known types, where the config says nothing of it."""
+    config = {k: v for k, v in method.rows[0].config.items() if k not in ("target_modules", "feedforward_modules")}
+    row: dict[str, Any] = {"method": method.name, "id": "by-type", "base": "architectures", "config": config,
+                           "profile": "core" if method.name == "lora" else "full", "types": {}}
+    for model_type in TYPES if method.name == "lora" else FEW:
+        try:
+            build(driver, row, model_type)
+            found: dict[str, Any] = {k: list(v.shape) for k, v in sorted(driver.state_dict().items())}
+            if method.name == "adamss":  # whose shapes depend on values
+                found = dict.fromkeys(found)
+            row["types"][model_type] = found
+        except Exception as e:
+            print(f"left out, {method.name}/targets/by-type, {model_type}: {type(e).__name__}: {e}"[:300])
+    return row if row["types"] else None
 
 
 def record(driver) -> list[dict]:
@@ -98,4 +125,5 @@ def record(driver) -> list[dict]:
                 print(f"left out, {method}/targets/{id}: {type(e).__name__}: {e}"[:300])
             continue
         found.append(row)
-    return found
+    chosen = [m for m in methods().values() if m.name == m.peft_type.lower() and "target_modules" in fields[m.name]]
+    return found + [typed for m in chosen if (typed := by_type(driver, m))]

@@ -51,6 +51,11 @@ def decoys(*names, **more):
     return {**net(*[lin(name, 8, 8) for name in names], shape=[8]), **more}
 
 
+def of_type(base, model_type):
+    """The same model, whose config says that it is of this `model_type`, as those of transformers do."""
+    return {**base, "model_type": model_type}
+
+
 def language_model(model, **more):
     return {"model": model, "vocab": 13, "hidden": 8, "heads": 2, "depth": 2,
             "input": {"shape": [2, 5], "below": 13}, **more}
@@ -121,6 +126,14 @@ BASES = {
         "model.layers.10.up", "model.blocks.1.up", "h.1.up", "head", "model.head", "overhead"),
     "decoys-output": decoys("up", "model.lm_head", "lm_head", "score", "head", output="lm_head"),
     "decoys-classifier": decoys("up", "model.score", "score", "classifier", "lm_head", output=None),
+    "decoys-many": decoys(*(f"{part}.layers.{i}.{name}" for part in ("model", "encoder") for i in range(7)
+                            for name in ("q", "k"))),
+    "architectures": decoys(*(f"block.0.{name}" for name in (
+        "Wqkv", "c_attn", "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc1", "fc2", "fc_in", "fc_out", "gate_proj",
+        "in_proj", "k", "k_proj", "key", "key_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "o", "o_proj", "out_proj",
+        "output", "q", "q_proj", "qkv_proj", "query", "query_key_value", "query_proj", "r_proj", "receptance",
+        "up_proj", "v", "v_proj", "value", "value_proj", "w2", "wi", "wi_0", "wi_1", "wo")), "block.1.output.dense"),
+    "conv1d-hf-wide": net(["c_attn", "Conv1D", {"nf": 60, "nx": 36}], tanh("act1"), lin("head", 60, 4), shape=[36]),
     "causal-lm": language_model("causal_lm"),
     "encoder": language_model("encoder", task="FEATURE_EXTRACTION", positions=17),
     "encoder-sequence": language_model("encoder", task="SEQ_CLS", positions=17),

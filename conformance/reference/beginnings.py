@@ -41,7 +41,7 @@ def described(starts: list, drawn_by_key: bool, signs: bool) -> dict:
     found: dict = {"shape": list(first.shape)}
     size = np.abs(first).max() or 1.0
     view = np.abs if signs else np.asarray
-    same = all(np.abs(view(o) - view(first)).max() <= 1e-6 * size for o in others)
+    same = all(np.abs(view(o) - view(first)).max() <= (1e-3 if signs else 1e-6) * size for o in others)
     if same:
         flat = view(np.asarray(first, np.float64)).ravel()
         found |= {"at": [float(f"{v:.7g}") for v in flat[places(flat.size)]],

@@ -72,6 +72,15 @@ TARGETS = (
     f("excludes-any-end", "exclude_modules means whatever ends so, without a dot before it",
       rule(excluded=lambda path, config: path.endswith(tuple(config.get("exclude_modules") or ["-"]))), "targets",
       (ROW + "all-linear-but-some",)),
+    f("excludes-by-part-of-a-regex", "a regular expression of exclude_modules may match any part of a path",
+      rule(excluded=lambda path, config: isinstance(config.get("exclude_modules"), str)
+           and re.search(config["exclude_modules"], path)), "targets", (ROW + "exclude-by-part-of-a-regex",)),
+    f("many-names-cut-short", "of many names, their last parts count", rule(
+        named=lambda name, path: rules.named(name.rpartition(".")[2] if name.count(".") > 2 else name, path)),
+      "targets", (ROW + "many-names",)),
+    f("all-linear-without-conv1d", "all-linear leaves out Conv1D", rule(
+        spared=lambda base: {n for n, kind, _ in base["layers"] if kind == "Conv1D"}), "targets",
+      (ROW + "all-linear-conv1d",)),
     f("excludes-whole-paths", "exclude_modules means whole paths alone",
       rule(excluded=lambda path, config: path in (config.get("exclude_modules") or ())), "targets", (ROW + "names",)),
     f("saved-needs-a-dot", "modules_to_save means whole parts of a path",
@@ -255,6 +264,10 @@ BEGINNINGS = (
            "default", method="vblora"),
     begins("not-orthogonal", "B is drawn, and not orthogonal",
            changed("adamss_newB", lambda o, v: normal(o, v)), "default", method="adamss"),
+    begins("key-zero-is-none", "a key of 0 counts as none", changed("vera_A", lambda o, v: np.random.default_rng(
+        o.seed).uniform(-0.25, 0.25, v.shape)), "key-zero", method="vera"),
+    begins("conv1d-turned", "PiSSA takes the weight of Conv1D as that of a linear layer",
+           changed("lora_A", lambda o, v: v[:, ::-1]), "pissa-conv1d"),
     begins("singular-values-in-a", "PiSSA: A holds the singular values, not their roots",
            changed("lora_A", lambda o, v: v * 2), "pissa", "pissa-rslora"),
     begins("residual-not-taken", "PiSSA and OLoRA leave the base weight as it is", {"weights": weights_stay},

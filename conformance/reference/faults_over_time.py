@@ -266,7 +266,7 @@ def plain_loss(o, right, inputs, adapter_names=None):
 
 
 def f(id, what, change, check, cases=("linear/plain",)):
-    return Fault(id, what, change, (check,), cases)
+    return Fault(id, what, change, tuple(check.split()), cases)
 
 
 def on(law):

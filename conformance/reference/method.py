@@ -121,6 +121,7 @@ class Laws:
     # one adapter name per sample in a batch; several active adapters; a strength that scales the delta linearly
     mixed_batch: bool = False
     stacks: bool = True
+    together: bool = True  # several can be active at once, whether or not they add up
     scales: bool = False
     whole_batch: bool = False  # a sample's output depends on the other samples
     single: bool = False  # a model has one adapter of this method at most

@@ -65,9 +65,9 @@ class Sample:
         driver.load(tensors)
         return tensors
 
-    def second(self, driver):
-        """Add and fill another adapter, "other"; the active one stays."""
-        driver.add("other", {**self.config, **self.method.laws.second})
+    def second(self, driver, **more):
+        """Add and fill another adapter, "other", with more in its config; the active one stays."""
+        driver.add("other", {**self.config, **self.method.laws.second, **more})
         driver.load(self.tensors(driver, "other", seed=1), "other")
 
     def base_output(self, driver):

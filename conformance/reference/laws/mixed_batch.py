@@ -1,8 +1,12 @@
-"""A batch in which each sample names its own adapter gives what one run per sample gives."""
+"""A batch in which each sample names its own adapter gives what one run per sample gives.
+
+The adapters are of different strength, where there is such a thing.
+"""
 
 import numpy as np
 
 TITLE = "mixed batch == one by one"
+STRENGTHS = ("lora_alpha", "alpha")
 
 
 def applies(method):
@@ -11,7 +15,7 @@ def applies(method):
 
 def check(driver, sample):
     sample.start(driver)
-    sample.second(driver)
+    sample.second(driver, **{k: 2 * sample.config[k] + 1 for k in STRENGTHS if k in sample.config})
     names = ["default", "other", None]
     mixed = driver.forward(sample.inputs, adapter_names=names)
     alone = []

@@ -38,15 +38,18 @@ def check(driver, sample):
     with tempfile.TemporaryDirectory() as path:
         driver.save(path)
         driver.restore(path, sample.base, sample.weights, sample.dtype)
+        driver.load_adapter(path, "again")
     compare(driver, sample, "saved and loaded", tensors, allocator.kept)
     for key, value in driver.state_dict().items():
         if not np.array_equal(value, held[key]):
             raise Failure(f"{key} is not what was saved, config {sample.config}")
+    driver.switch(["again"])
+    compare(driver, sample, "loaded under another name", tensors, allocator.kept, "again")
     further_term(driver, sample)
 
 
-def compare(driver, sample, when, tensors, kept):
-    got, want = driver.state_dict(), sample.method.budget.pruned(tensors, kept)
+def compare(driver, sample, when, tensors, kept, name="default"):
+    got, want = driver.state_dict(name), sample.method.budget.pruned(tensors, kept)
     for key, value in want.items():
         if got[key].shape != value.shape:
             raise Failure(f"{when}: the shape of {key}, config {sample.config}", expected=str(value.shape),

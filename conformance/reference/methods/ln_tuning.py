@@ -34,5 +34,5 @@ METHOD = Method(
     equation="y = g' norm(x) + b'", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
     tensors=Tensors(fresh=lambda site, t, c: {W: site.W, **({B: site.b} if site.b is not None else {})}),
     laws=Laws(draw={"target_modules": [["norm"], ["norm", "norm2"]]}, mixed_batch=True, bases=("norm",), stacks=False,
-              fresh_identity=True),
+              together=False, fresh_identity=True),
 )

@@ -26,6 +26,7 @@ ROWS = [
     Row("embedding/plain", "tokens-mlp", tokens(1, 4, 7), "core", second={}),
     Row("embedding/unsorted", "tokens-mlp", tokens(9, 0, 5), "core"),
     Row("embedding/one", "tokens-mlp", tokens(3)),
+    Row("embedding/drawn", "tokens-mlp", tokens(2, 6, init_weights=False)),
     Row("embedding/scaled", "embedding-scaled", tokens(2, 5, target_modules=["emb"])),
 ]
 
@@ -43,5 +44,5 @@ METHOD = Method(
     rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
     tensors=Tensors(fresh=lambda site, t, c: {SLOT: site.W[:, c["token_indices"]].T}),
     laws=Laws(draw={"token_indices": [[0], [3, 1], [5, 2, 7]], "target_modules": [["embed_tokens"]]},
-              fresh_identity=True, stacks=False, bases=("tokens-mlp",), mixed_batch=True),
+              fresh_identity=True, stacks=False, together=False, bases=("tokens-mlp",), mixed_batch=True),
 )

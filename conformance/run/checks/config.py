@@ -1,8 +1,9 @@
 """What a config holds: its defaults, what is given, what its file holds, and files of other releases.
 
 `fixtures/config.json` has for each method `required`, the fields that a config must give; `defaults`, all that is held
-then; `others`, for each field another value, and what changes with it; `changes`, what the configs of recorded cases
-hold otherwise than given; `file`, the `adapter_config.json` of one case.
+then; `fewer`, further [config, what it holds], where `required` gives more than it must; `others`, for each field
+another value, and what changes with it; `changes`, what the configs of recorded cases hold otherwise than given;
+`file`, the `adapter_config.json` of one case.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from .goldens import close, start
 
 OWN = ("peft_version", "auto_mapping", "base_model_name_or_path")  # each library's and model's own
 VERSION = re.compile(r"\d+(\.\d+)+.*")
+
+
+NESTED = {"lora": {"eva_config": {
+    "rho": 3.0, "tau": 0.5, "use_label_mask": False, "label_mask_value": -1, "whiten": True,
+    "adjust_scaling_factors": False}}}
 
 
 def plain(value):
@@ -47,6 +53,8 @@ def all_known(missing: set[str]) -> None:
 def defaults(driver, row):
     """A config that gives what it must and no more."""
     all_known(compare("defaults", driver.full_config(row["required"]), row["defaults"]))
+    for given, held in row.get("fewer", ()):
+        all_known(compare(f"defaults with {given}", driver.full_config(given), held))
 
 
 def given(driver, row):
@@ -111,6 +119,18 @@ def sparse_file(driver, row):
     read(driver, row, lambda held: {k: v for k, v in held.items() if k in given}, "a file without any default")
 
 
+def beside(driver, row):
+    """A file is read with every field that it holds, those of fields that hold fields included; it overrules what is
+    given beside it."""
+    full = driver.full_config(row["required"])
+    nested = {k: v for k, v in NESTED.get(row["method"], {}).items() if k in full}
+    with tempfile.TemporaryDirectory() as path:
+        Path(path, "adapter_config.json").write_text(json.dumps({**full, **nested, "revision": "the-files"}))
+        for given in ({}, {"revision": "given"}):
+            got = driver.read_config(path, given)
+            compare(f"read with {given} given", got, {**full, **nested, "revision": "the-files"})
+
+
 def inference(driver, row):
     """The file says that the adapter is for inference. The model that wrote it can be trained on; one that reads it is
     not trainable, prompts excepted.
@@ -131,4 +151,4 @@ def inference(driver, row):
 
 
 CHECKS = {"defaults": defaults, "given": given, "file": file, "unknown-field": unknown_field,
-          "sparse-file": sparse_file, "inference": inference}
+          "sparse-file": sparse_file, "inference": inference, "beside": beside}

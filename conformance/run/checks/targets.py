@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...driver import Rejected
-from ...reference.bases import BASES
+from ...reference.bases import BASES, of_type
 from ...reference.compare import Failure
 from ...reference.draw import draw_base, rng_of
 from ...reference.methods import methods
@@ -20,9 +20,9 @@ def config_of(row: dict) -> dict:
     return {**row["config"], "peft_type": methods()[row["method"]].peft_type}
 
 
-def build(driver, row):
-    base = BASES[row["base"]]
-    weights = draw_base(base, rng_of("targets"))
+def build(driver, row, model_type=None):
+    base = of_type(BASES[row["base"]], model_type) if model_type else BASES[row["base"]]
+    weights = draw_base(BASES[row["base"]], rng_of("targets"))
     if "strengths" in row:  # what is merged is the adapter alone
         weights = {name: np.zeros_like(value) for name, value in weights.items()}
     driver.build(base, weights, config_of(row), "float32", case=f"{row['method']}/targets/{row['id']}")
@@ -35,6 +35,13 @@ def strengths(driver) -> dict[str, float]:
     return {k: float(v.max()) for k, v in driver.weights().items() if v.any()}
 
 
+def same_keys(got, keys, where=""):
+    same_set(f"saved keys{where}", got, keys)
+    for key, shape in keys.items():
+        if shape is not None and list(got[key].shape) != shape:
+            raise Failure(f"shape of {key}{where}", expected=str(shape), got=str(list(got[key].shape)))
+
+
 def check(driver, row):
     if row.get("refused"):
         try:
@@ -42,12 +49,13 @@ def check(driver, row):
         except Rejected:
             return
         raise Failure("a config that means nothing was accepted", expected="a clear error", got="no error")
+    for model_type, keys in row.get("types", {}).items():
+        build(driver, row, model_type)
+        same_keys(driver.state_dict(), keys, f" on a model of type {model_type}")
+    if "types" in row:
+        return
     build(driver, row)
-    got = driver.state_dict()
-    same_set("saved keys", got, row["keys"])
-    for key, shape in row["keys"].items():
-        if shape is not None and list(got[key].shape) != shape:
-            raise Failure(f"shape of {key}", expected=str(shape), got=str(list(got[key].shape)))
+    same_keys(driver.state_dict(), row["keys"])
     if "strengths" in row:
         found = strengths(driver)
         same_set("merged weights that the adapter changes", found, row["strengths"])

@@ -1,32 +1,27 @@
-"""What else is done with adapters: options of loading and merging, their scale, several made one, generating text,
-several methods in one model, quantised layers. Most of it follows from goldens and formulas that are there already.
+"""What else is done with adapters: options of loading and merging, their scale, generating text, several methods in
+one model, quantised layers; and what `bookkeeping` and `combining` hold. Most of it follows from goldens and formulas
+that are there already.
 """
 
 from __future__ import annotations
 
 import tempfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from ...reference import formulas, store
 from ...reference.bases import BASES
-from ...reference.combine import combined
 from ...reference.compare import Failure, close
-from ...reference.draw import draw_adapter, draw_base, rng_of
-from ...reference.method import KEY
-from ...reference.methods import lora, methods
-from ...reference.numpy_model import run, sites, stored
+from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
+from ...reference.methods import methods
+from ...reference.numpy_model import run
+from . import bookkeeping
+from .bookkeeping import for_use, same_output, trained
+from .combining import COMBINED, COMBINED_TOO, combine, combine_ia3, dare
 from .goldens import same_set, start
 from .reject import refuse
-
-
-def same_output(driver, case, what):
-    close(what, driver.forward(case.tensors("input")), case.tensors("out")["y"], "float32")
-
-
-def trained(names: dict) -> list:
-    return sorted(k for k, on in names.items() if on)
 
 
 def is_trainable(driver, case, method):
@@ -89,10 +84,21 @@ def safe_merge(driver, case, method):
     if not live:
         return
     driver.assign(live)
-    refuse("an adapter that is not a number, merged safely", driver.safe_merge)
+    refused_unchanged(driver, before, "an adapter that is not a number")
+    if method.name in OVERFLOWING:
+        driver.assign({k: np.full_like(v, HUGE) for k, v in live.items()})
+        refused_unchanged(driver, before, "an adapter whose product is infinite")
+
+
+def refused_unchanged(driver, before, what):
+    refuse(f"{what}, merged safely,", driver.safe_merge)
     changed = [k for k, v in driver.weights().items() if not np.array_equal(v, before[k])]
     if changed:
-        raise Failure(f"an adapter that is not a number was refused, but {changed} changed")
+        raise Failure(f"{what} was refused, but {changed} changed")
+
+
+HUGE = 1e30  # whose square is infinite in float32, and no difference of infinite numbers is taken
+OVERFLOWING = ("lora", "loha", "lokr", "adalora", "vera", "randlora")
 
 
 def live_shapes(case, state) -> dict:
@@ -140,61 +146,6 @@ def rescale(driver, case, method):
     adds("when it is rescaled no longer", 2)
 
 
-COMBINED: dict[str, tuple[list, dict]] = {
-    "linear": ([0.75, 0.5], {"combination_type": "linear"}),
-    "linear-negative": ([0.75, -0.5], {"combination_type": "linear"}),
-    "cat": ([0.75, -0.5], {"combination_type": "cat"}),
-    "svd": ([0.75, -0.5], {"combination_type": "svd"}),
-    "svd-rank": ([1.0, 0.5], {"combination_type": "svd", "svd_rank": 2}),
-    "ties": ([0.75, 0.5], {"combination_type": "ties", "density": 0.6}),
-    "ties-frequency": ([0.75, 0.5], {"combination_type": "ties", "density": 0.8, "majority_sign_method": "frequency"}),
-    "ties-svd": ([0.75, 0.5], {"combination_type": "ties_svd", "density": 0.6, "svd_rank": 6}),
-    "magnitude-prune": ([0.75, -0.5], {"combination_type": "magnitude_prune", "density": 0.4}),
-    "magnitude-prune-svd": ([0.75, 0.5], {"combination_type": "magnitude_prune_svd", "density": 0.4, "svd_rank": 6}),
-    "dare-linear-all": ([0.75, 0.5], {"combination_type": "dare_linear", "density": 1.0}),
-}
-
-COMBINED_TOO = [(kind, how) for kind in ("embedding", "conv2d") for how in ("linear-negative", "cat", "svd")]
-
-
-def combine(driver, case, method, how):
-    """Of two LoRA adapters of the same rank and other scales, one."""
-    weights, options = COMBINED[how]
-    rng, adapter, base = rng_of(f"{case.id} second"), case.tensors("adapter"), case.tensors("base")
-    second = {**case.config, "lora_alpha": 3 * case.config["lora_alpha"]}
-    other = draw_adapter(method, adapter, set(), rng)
-    start(driver, case, "float32")
-    driver.add("other", second)
-    driver.load(other, "other")
-    driver.combine(["default", "other"], weights, "both", options)
-    same_output(driver, case, "output after making another adapter, not yet active")
-    folded = dict(base)
-    for path, site in sites(case.base, base).items():
-        if path in case.targets:
-            a, b = slots = lora.names(site)
-            factors = [(t[f"{KEY}{path}.{a}"], t[f"{KEY}{path}.{b}"], lora.scaling(site, c))
-                       for t, c in ((adapter, case.config), (other, second))]
-            made = combined(factors, weights, **options)
-            folded[site.weight] = stored(site, site.W + lora.delta(site, dict(zip(slots, made))))
-    driver.switch(["both"])
-    close("output of the adapter made of two", driver.forward(case.tensors("input")),
-          run(case.base, folded, case.tensors("input")), "float32")
-
-
-def combine_ia3(driver, case, method):
-    """The weighted sum of the vectors."""
-    adapter = case.tensors("adapter")
-    other = draw_adapter(method, adapter, set(), rng_of(f"{case.id} second"))
-    start(driver, case, "float32")
-    driver.add("other", case.config)
-    driver.load(other, "other")
-    driver.combine(["default", "other"], [0.75, -0.5], "both", {})
-    driver.switch(["both"])
-    sums = {k: 0.75 * v - 0.5 * other[k] for k, v in adapter.items()}
-    close("output of the adapter made of two", driver.forward(case.tensors("input")), formulas.output(
-        method, case.base, case.tensors("base"), sums, case.config, case.tensors("input")), "float32")
-
-
 NEW_TOKENS = 4
 
 
@@ -213,12 +164,21 @@ def likeliest(case, method, adapter) -> tuple[np.ndarray, float]:
 
 
 def generate(driver, case, method):
-    """Word by word, the prompt being there from the first to the last."""
-    start(driver, case, "float32")
-    got = np.asarray(driver.generate(case.tensors("input"), NEW_TOKENS))
+    """Word by word, the prompt being there from the first to the last; without the adapter, what the base model says,
+    whatever was generated before."""
+    def same(what, want):
+        got = np.asarray(driver.generate(case.tensors("input"), NEW_TOKENS))
+        if not np.array_equal(got, want):
+            raise Failure(what, expected=str(want.tolist()), got=str(got.tolist()))
+
     want, _ = likeliest(case, method, case.tensors("adapter"))
-    if not np.array_equal(got, want):
-        raise Failure("generated ids", expected=str(want.tolist()), got=str(got.tolist()))
+    plain, _ = likeliest(case, methods()["lora"], {})
+    start(driver, case, "float32")
+    same("generated ids", want)
+    driver.disable(True)
+    same("ids generated while the adapter is off", plain)
+    driver.disable(False)
+    same("ids generated when it is on again", want)
 
 
 def mixed(driver, first, second):
@@ -254,6 +214,23 @@ def mixed(driver, first, second):
     now("both adapters, merged", one, two)
 
 
+def converted(driver, base, method, config, what):
+    """An adapter that changed the base weights when it was made, trained and saved as one for the unchanged ones."""
+    rng = rng_of(f"converted {what}")
+    weights, inputs = draw_base(base, rng), draw_inputs(base, {}, rng)
+    build = lambda: driver.build(base, weights, config, "float32", case=f"{method.name}/converted/{what}")
+    build()
+    close("output of a new adapter", driver.forward(inputs), run(base, weights, inputs), "float32")
+    with tempfile.TemporaryDirectory() as path:
+        begun, saved = str(Path(path, "begun")), str(Path(path, "saved"))
+        driver.save(begun)
+        driver.load(draw_adapter(method, driver.state_dict(), set(), rng))
+        out = driver.forward(inputs)
+        driver.save_converted(saved, begun)
+        driver.restore(saved, base, weights, "float32")
+    close("output of the converted adapter on the unchanged base", driver.forward(inputs), out, "float32")
+
+
 def quantised(driver, case, method, kind):
     """What an adapter does to the layer as it is stored in 4 bits, which the output for a unit matrix tells."""
     rng = rng_of(f"{case.id} {kind}")
@@ -282,6 +259,9 @@ GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_
              "cpt/causal-lm/plain", "multitask_prompt_tuning/causal-lm/from-the-mean")
 
 
+CONVERTED: dict[str, dict] = {
+    "pissa": {"init_lora_weights": "pissa"}, "olora": {"init_lora_weights": "olora"},
+    "pissa-rslora": {"init_lora_weights": "pissa", "use_rslora": True}}
 SCALED = ("loha", "lokr", "adalora")  # what they add is too small beside the weight for the law of linearity
 
 
@@ -294,11 +274,11 @@ def first_case(method):
 def of_every_method():
     """(method, what, function(driver)) of what is asked of every method that it can concern."""
     for m in methods().values():
-        case = first_case(m)
-        applies = {is_trainable: True, low_cpu_mem_usage: True,
-                   autocast: bool(m.formula or m.run) and m.name != "ln_tuning",  # its tensors are the base's own
+        case, layers = first_case(m), bool(m.formula or m.run)
+        applies: dict = {is_trainable: True, low_cpu_mem_usage: True,
+                   autocast: layers and m.name != "ln_tuning",  # its tensors are the base's own
                    safe_merge: m.merges, set_scale: m.merges and (m.laws.scales or m.name in SCALED),
-                   rescale: m.merges and m.laws.scales}
+                   rescale: m.merges and m.laws.scales, **bookkeeping.of(m)}
         for function, does in applies.items():
             if does:
                 yield m, function.__name__.replace("_", "-"), partial(function, case=case, method=m)
@@ -317,6 +297,16 @@ def everything():
         case = store.find(f"lora/{kind}/plain")
         yield known["lora"], f"combine-{how}-{kind}", partial(combine, case=case, method=known["lora"], how=how)
     yield known["ia3"], "combine", partial(combine_ia3, case=first_case(known["ia3"]), method=known["ia3"])
+    for how in ("dare_linear", "dare_ties"):
+        name = f"combine-{how.replace('_', '-')}"
+        yield known["lora"], name, partial(dare, case=plain, method=known["lora"], how=how)
+    for what, config in CONVERTED.items():
+        yield known["lora"], f"converted-{what}", partial(
+            converted, base=BASES["mlp"], method=known["lora"], what=what,
+            config={"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": ["up", "mid"], **config})
+    for id, both in (("lora/linear/modules-to-save", False), ("lora/linear/plain", True)):
+        name = "for-use-mixed" if both else f"for-use-{id.rpartition('/')[2]}"
+        yield known["lora"], name, partial(for_use, case=store.find(id), method=known["lora"], mixed=both)
     for case in map(store.find, GENERATED):
         method = known[case.pack.data["method"]]
         yield method, f"generate-{case.id.rpartition('/')[2]}", partial(generate, case=case, method=method)

@@ -1,0 +1,173 @@
+"""Seeded faults of what is kept about several adapters, and of adapters made of others or of data.
+
+As in `faults.py`, each is the oracle, wrong in one way.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .faults_over_time import f, on
+
+PLAIN = ("linear/plain",)
+
+
+def keep_going(o, right, *a):
+    return None
+
+
+def mixed_strength(o, right, inputs, adapter_names=None):
+    held = o.adapters
+    if adapter_names is not None:
+        alpha = held["default"][0]["lora_alpha"]
+        o.adapters = {name: ({**config, "lora_alpha": alpha}, tensors) for name, (config, tensors) in held.items()}
+    try:
+        return right(inputs, adapter_names)
+    finally:
+        o.adapters = held
+
+
+def merges_what_is_infinite(o, right, names=None):
+    if any(np.isnan(v).any() for v in o.folded(names or o.chosen).values()):
+        right(names)
+    o.merge(names)
+
+
+def generates_adapted(o, right, inputs, count):
+    off, o.off = o.off, 0
+    try:
+        return right(inputs, count)
+    finally:
+        o.off = off
+
+
+def thinned(scale):
+    return {"thinned": lambda o, right, a, density: right(a, density) * scale(density)}
+
+
+def converted_otherwise(change):
+    """What a checkpoint that was converted holds instead."""
+    def save(o, right, path, begun):
+        config, now = o.adapters["default"]
+        right(path, begun)
+        o.adapters["default"] = change(*o.read(path))
+        o.write(path, "default")
+        o.adapters["default"] = (config, now)
+
+    return {"save_converted": save}
+
+
+def writes_then_refuses(o, right, path, names=None):
+    right(path, [name for name in names or list(o.adapters) if name in o.adapters])
+    right(path, names)
+
+
+def delete_to_the_last(o, right, name):
+    was = name in o.chosen
+    right(name)
+    o.chosen = list(o.adapters)[-1:] if was else o.chosen
+
+
+def delete_into_base(o, right, name):
+    """What was merged stays, though no adapter of that name is left."""
+    if name in o.merged:
+        o.base_weights, o.merged = o.folded(o.merged), []
+    right(name)
+
+
+def first_config(o, right, name=None):
+    return right(name or "default")
+
+
+def saved_for_use(o, right, path):
+    right(path)
+    o.adapters = {name: ({**c, "inference_mode": True}, t) for name, (c, t) in o.adapters.items()}
+
+
+def loaded_for_use(o, right, path, name, options):
+    right(path, name, options)
+    o.adapters[name] = ({**o.adapters[name][0], "inference_mode": True}, o.adapters[name][1])
+
+
+def loading_ends_training(o, right, path, name, options):
+    right(path, name, options)
+    o.training = False
+
+
+def loaded_untrained(o, right, path, name, options):
+    right(path, name, options)
+    o.asked[name] = False
+
+
+def used_is_trained(o, right):
+    o.asked = {k: v for k, v in o.asked.items() if v}
+    return right()
+
+
+def strong_by_rank(o, right):
+    """An adapter that got another rank keeps its alpha / r."""
+    return {k: o.base_weights[k] + (v - o.base_weights[k]) * 1.1 for k, v in right().items()}
+
+
+FAULTS = {"lora": (
+    f("merges-what-is-infinite", "safe_merge looks for what is no number alone",
+      {"safe_merge": merges_what_is_infinite}, "usage", ("usage/safe-merge",)),
+    f("pruned-at-random-not-rescaled", "what DARE keeps is not divided by the density",
+      thinned(lambda density: density), "usage", ("usage/combine-dare-linear", "usage/combine-dare-ties")),
+    f("pruned-at-random-multiplied", "what DARE keeps is multiplied by the density", thinned(lambda d: d * d), "usage",
+      ("usage/combine-dare-linear", "usage/combine-dare-ties")),
+    f("density-is-what-is-dropped", "DARE drops the share that it is to keep",
+      {"thinned": lambda o, right, a, density: right(a, 1 - density) * (1 - density) / density}, "usage",
+      ("usage/combine-dare-linear", "usage/combine-dare-ties")),
+    f("conversion-adds", "a converted adapter adds what it began as", converted_otherwise(
+        lambda c, t: (c, {k: np.where(np.arange(v.shape[1]) < v.shape[1] // 2, v, -v) if "lora_B" in k else v
+                          for k, v in t.items()})), "usage", ("usage/converted-pissa", "usage/converted-olora")),
+    f("conversion-keeps-alpha", "a converted adapter has the alpha that it had before, at twice the rank",
+      converted_otherwise(lambda c, t: ({**c, "lora_alpha": c["lora_alpha"] / 2}, t)), "usage",
+      ("usage/converted-pissa", "usage/converted-pissa-rslora")),
+    f("conversion-without-rslora", "a converted adapter of rsLoRA has twice its alpha", converted_otherwise(
+        lambda c, t: ({**c, "lora_alpha": c["lora_alpha"] * (np.sqrt(2) if c.get("use_rslora") else 1)}, t)), "usage",
+      ("usage/converted-pissa-rslora",)),
+    f("generates-when-off", "text is generated with the adapter while it is off", {"generate": generates_adapted},
+      "usage", ("usage/generate-masked",)),
+    f("writes-then-refuses", "of several names to save those that are there are saved, then the others are refused",
+      {"save_adapters": writes_then_refuses}, "usage", ("usage/unknown-name",)),
+    f("delete-to-the-last", "deleting the active adapter makes the last one active", {"delete": delete_to_the_last},
+      "usage", ("usage/deletion",)),
+    f("deleted-stays-merged", "deleting a merged adapter leaves it in the base weights", {"delete": delete_into_base},
+      "usage", ("usage/deletion",)),
+    f("config-of-the-first", "the first adapter's config counts as the active one's", {"config_of": first_config},
+      "usage", ("usage/held-configs",)),
+    f("saved-is-for-use", "saving leaves inference_mode in the config", {"save": saved_for_use}, "usage",
+      ("usage/held-configs",)),
+    f("loaded-is-for-use", "an adapter loaded for training has a config that says otherwise",
+      {"load_adapter_with": loaded_for_use}, "usage", ("usage/held-configs",)),
+    f("loading-ends-training", "loading an adapter ends training mode, also if it is to be trained",
+      {"load_adapter_with": loading_ends_training}, "usage", ("usage/loading-modes",)),
+    f("loaded-untrained", "loading an adapter beside others does not read is_trainable",
+      {"load_adapter_with": loaded_untrained}, "usage", ("usage/loading-modes",)),
+    f("require-grad-of-the-active", "what is trained by name is the active adapter, whichever is named",
+      {"require_grad": lambda o, right, names, on: right(o.chosen, on)}, "usage", ("usage/require-grad",)),
+    f("used-is-trained", "inference_mode is not read", {"names": used_is_trained}, "usage",
+      ("usage/for-use", "usage/for-use-mixed", "usage/for-use-modules-to-save")),
+    f("given-overrules-the-file", "what is given beside a file counts more than the file",
+      {"read_config": lambda o, right, path, given: {**right(path, {}), **given}}, "config", ("config/beside",)),
+    f("fields-in-fields-lost", "a config within a config is read as its defaults", {
+        "read_config": lambda o, right, path, given: {k: {} if isinstance(v, dict) else v
+                                                      for k, v in right(path, given).items()}}, "config",
+      ("config/beside",)),
+    f("types-are-llamas", "every type of model has Llama's layers",
+      {"by_type": lambda o, right, model_type: right("llama")}, "targets", ("targets/by-type",)),
+    f("begun-without-data", "an adapter that is to begin by data is drawn",
+      {"state_dict": lambda o, right, *a: {k: o.rng.normal(size=v.shape) * v.std() if o.begun else v
+                                           for k, v in right(*a).items()}}, "beginnings",
+      ("beginnings/eva-data", "beginnings/corda-ipm", "beginnings/lora-ga-arb2r-stable")),
+    f("stronger-by-rank", "an adapter that got another rank is scaled for the old one", {"weights": strong_by_rank},
+      "beginnings", ("beginnings/eva-data-redistributed",)),
+    f("begun-beside-the-base", "what an adapter begins as is not taken from the base weights",
+      {"take_from_base": keep_going}, "beginnings", ("beginnings/corda-ipm", "beginnings/lora-ga-arb2r-stable")),
+    f("merges-the-first-of-several", "of several active adapters the first is merged",
+      {"merge": lambda o, right, names=None: right(names or o.chosen[:1])}, on("order-of-adapters"), PLAIN),
+    f("mixed-strength-of-the-first", "in a mixed batch every sample has the first adapter's strength",
+      {"forward": mixed_strength}, on("mixed-batch"), PLAIN),
+)}
