@@ -45,7 +45,8 @@ class Oracle(Driver):
         self.case: Any = next((c for c in store.all_cases() if c.id == case), None)
         self.base, self.dtype, self.seed = base, dtype, seed
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
-        self.adapters, self.chosen, self.merged, self.off = {}, [], [], 0
+        self.adapters: dict = {}
+        self.chosen, self.merged, self.off = [], [], 0
         self.factors: dict[str, float] = {}  # by adapter, where its strength was changed
         self.kept, self.mixed = dtype, False  # the dtype of adapters; are they of several methods?
         self.for_training, self.before = True, self.factors
