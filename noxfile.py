@@ -132,6 +132,19 @@ def interop(session, torch=TORCHS[0]):
 
 
 @matrix
+def peer(session, torch=TORCHS[0]):
+    """peft's own tests, on minipeft in its place; options after `--` go to tests/peer/run.py, such as `--sample 500`.
+
+    Of its test functions the open half; docs/peer.md explains each failure, or else this fails.
+    """
+    install(session, torch, "-e", ".[test]", "pip", "datasets", "scipy", "parameterized")
+    Path("report").mkdir(exist_ok=True)
+    options = ["--impl", "minipeft", "--minipeft-path", ".", "--half", "open", "--out", "report/peer.json"]
+    session.run("python", "tests/peer/run.py", *options, *session.posargs)
+    session.run("python", "tests/peer/table.py", "report/peer.json")
+
+
+@matrix
 def bnb(session, torch=TORCHS[0]):
     """Base layers quantised by bitsandbytes."""
     install(session, torch, "-e", ".[test]")
