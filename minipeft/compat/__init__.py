@@ -15,17 +15,19 @@ What peft's own dotted paths offer then is what transformers, diffusers, acceler
     peft.config, peft.peft_model, peft.auto, peft.mixed_model, peft.mapping, peft.mapping_func, peft.import_utils
     peft.functional, peft.helpers, peft.optimizers
     peft.tuners.<method>                     configuration, model and layer class, also under .config, .model, .layer
-    peft.tuners.lora.<conversion, corda, eva, loraga>    what prepares, initialises and converts LoRA
-    peft.tuners.tuners_utils                 BaseTuner, BaseTunerLayer, and what peft.functional has
+    peft.tuners.lora.<conversion, corda, eva, intruders, loraga>    what prepares, initialises and converts LoRA
+    peft.tuners.adamss.asa_callback, peft.tuners.cartridge.utils
+    peft.tuners.tuners_utils                 BaseTuner, BaseTunerLayer, peft.functional, which modules are meant
     peft.utils, peft.utils.<other, peft_types, save_and_load, merge_utils, constants, error, warning>
+    peft.utils.<integrations, loftq_utils>
     peft.utils.hotswap
     peft.utils.transformers_weight_conversion    for `model.load_adapter` of transformers
 
 Classes of which minipeft has none of its own, such as `LoraLayer` or `peft.tuners.lora.Linear`, say by `isinstance`
 what a layer is; they cannot be instantiated or derived from. Not offered, so that importing it fails: the layer classes
-of quantisation backends but for bitsandbytes, `DoraCaching`, `KappaTuneSelector`, what peft keeps for itself
-(`update_layer`, `_create_and_replace`, `register_peft_method`, ...), and the conversion of checkpoints that were saved
-for the separate experts of transformers 4.
+of quantisation backends but for bitsandbytes, what peft keeps for itself (`update_layer`, `_create_and_replace`,
+`register_peft_method`, ...; docs/peer.md has a list), and the conversion of checkpoints that were saved for the
+separate experts of transformers 4.
 """
 
 from __future__ import annotations

@@ -24,17 +24,18 @@ from ..core.layer import Layer
 from ..core.state import LoadReport, infer_device
 from ..methods import lokr
 from ..methods.adalora import budget as adalora_budget
-from ..methods.lora import arrow, merging
+from ..methods.lora import arrow, loftq, merging
 from ..methods.lora import configs as lora_configs
 from ..methods.lora import corda as lora_corda
 from ..methods.lora import eva as lora_eva
 from ..methods.lora import gradient as lora_ga
 from ..methods.lycoris import LycorisConfig
+from ..methods.prompts import prefixes
 from ..model import checkpoint, defaults, mixed, status, utils
 from ..model.prompt import PROMPTS
 from ..model.tuner import BaseTuner, tuner_class
 from ..model.wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
-from . import conversion, functional, helpers, hotswap, optimizers
+from . import conversion, functional, helpers, hotswap, inside, intruders, kappa, optimizers
 
 VERSION = "0.21.2"  # of the reference
 HOME: Any = importlib.import_module("..", __package__)  # minipeft, by whatever name it is there
@@ -45,7 +46,15 @@ IN_PEFT_AT = {  # public functions of minipeft, where peft defines them
     "peft.tuners.lora": """convert_to_lora save_as_lora create_arrow_model preprocess_loraga
         get_eva_state_dict initialize_lora_eva_weights""",
 }
-INSIDE_LORA = {  # what users import from inside peft's LoRA, and where it is here
+CONSTANTS = """DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES"""
+INSIDE = {  # what users import from inside peft, and where it is here
+    "peft.tuners.adamss.asa_callback": (inside, "AdamssAsaCallback"),
+    "peft.tuners.cartridge.utils": (
+        prefixes,
+        """compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
+        prompt_embeddings_from_past_key_values""",
+    ),
     "peft.tuners.lora.arrow": (arrow, "create_arrow_model"),
     "peft.tuners.lora.conversion": (conversion, "convert_to_lora save_as_lora"),
     "peft.tuners.lora.corda": (lora_corda, "preprocess_corda"),
@@ -54,7 +63,23 @@ INSIDE_LORA = {  # what users import from inside peft's LoRA, and where it is he
         """get_eva_state_dict initialize_lora_eva_weights forward_fn_dict
         prepare_model_inputs_fn_language_modeling prepare_layer_inputs_fn_language_modeling""",
     ),
+    "peft.tuners.lora.intruders": (intruders, "reduce_intruder_dimension"),
     "peft.tuners.lora.loraga": (lora_ga, "preprocess_loraga"),
+    "peft.tuners.tuners_utils": (
+        inside,
+        """check_target_module_exists inspect_matched_modules _find_minimal_target_modules
+        _maybe_include_all_linear_layers""",
+    ),
+    "peft.utils": (inside, CONSTANTS),
+    "peft.utils.constants": (inside, CONSTANTS),
+    "peft.utils.integrations": (inside, "init_empty_weights skip_init_on_device"),
+    "peft.utils.loftq_utils": (loftq, "replace_lora_weights_loftq"),
+    "peft.utils.other": (inside, "_get_module_names_tied_with_embedding _get_no_split_modules"),
+    "peft.helpers": (kappa, "KappaTuneSelector"),
+}
+LIBRARIES = {  # what `peft.import_utils` asks for, by the name in `is_..._available`
+    **{name: name for name in ("aqlm", "diffusers", "eetq", "gptqmodel", "hqq", "optimum", "torchao")},
+    **{"bnb": "bitsandbytes", "bnb_4bit": "bitsandbytes", "inc": "neural_compressor", "te": "transformer_engine"},
 }
 LOOKS_ONCE = ("transformers", "accelerate", "diffusers")  # what looks for peft when it is imported, and remembers
 
@@ -132,8 +157,9 @@ def set_peft_model_state_dict(
 ) -> LoadReport:
     """What peft's function of that name does: missing and unexpected keys are returned, for the caller to judge.
 
-    Those that are missing are live keys of the adapter, the others stand as they were given. All else is refused as by
-    minipeft's own function.
+    Those that are missing are live keys of the adapter, the others stand as they were given. Tensors of the model's own
+    that the checkpoint names, as the biases of an adapter that trained them, are written into the model. All else is
+    refused as by minipeft's own function.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The checkpoint does not fit", PeftWarning)
@@ -144,8 +170,11 @@ def set_peft_model_state_dict(
     entries = () if prompt else checkpoint.entries_of_model(model, adapter_name)
     live = {state.strip(entry.saved): entry.live for entry in entries}
     given = {state.strip(state.unwrapped(key)): key for key in peft_model_state_dict}
-    missing, unexpected = report
-    return LoadReport([live.get(key, key) for key in missing], [given.get(key, key) for key in unexpected])
+    missing, unexpected = [live.get(key, key) for key in report[0]], [given.get(key, key) for key in report[1]]
+    held = model.state_dict(keep_vars=True) if unexpected else {}
+    if own := {key: peft_model_state_dict[key] for key in unexpected if key in held}:
+        model.load_state_dict(own, strict=False)
+    return LoadReport(missing, [key for key in unexpected if key not in own])
 
 
 def _available(*names: str) -> Callable[[], bool]:
@@ -195,17 +224,18 @@ def offered() -> dict[str, dict[str, Any]]:
     errors = {name: everything[name] for name in ("PeftError", "NoMatchingPeftModuleError")}
     saving = {name: value for name, value in everything.items() if name.endswith(("state_dict", "peft_weights"))}
     mapping = {name: value for name, value in everything.items() if name.startswith("PEFT_TYPE_TO_")}
-    bnb = {"is_bnb_available": _available("bitsandbytes"), "is_bnb_4bit_available": _available("bitsandbytes")}
+    backends = {f"is_{name}_available": _available(library) for name, library in LIBRARIES.items()}
     paths: dict[str, dict[str, Any]] = {
         "peft": {**everything, "__version__": VERSION},
         "peft.auto": {name: value for name, value in everything.items() if name.startswith("AutoPeftModel")},
-        "peft.config": {name: everything[name] for name in ("PeftConfig", "PromptLearningConfig")},
+        "peft.config": {name: everything[name] for name in ("PeftConfig", "PromptLearningConfig")}
+        | {"PeftConfigMixin": everything["PeftConfig"]},
         "peft.peft_model": {name: value for name, value in everything.items() if name.startswith("Peft")}
         | _public(status),
         "peft.mixed_model": {"PeftMixedModel": everything["PeftMixedModel"]},
         "peft.mapping": {**mapping, **{n: everything[n] for n in ("get_peft_config", "inject_adapter_in_model")}},
         "peft.mapping_func": {"get_peft_model": everything["get_peft_model"]},
-        "peft.import_utils": bnb,
+        "peft.import_utils": backends,
         "peft.functional": _public(functional),
         "peft.helpers": _public(helpers),
         "peft.optimizers": _public(optimizers),
@@ -228,8 +258,8 @@ def offered() -> dict[str, dict[str, Any]]:
     for name, offers in _methods():
         paths[f"peft.tuners.{name}"] = offers
     paths["peft.tuners.lora"].update(_public(lora_configs))
-    for path, (home, names) in INSIDE_LORA.items():
-        paths[path] = {name: getattr(home, name) for name in names.split()}
+    for path, (home, names) in INSIDE.items():
+        paths.setdefault(path, {}).update({name: getattr(home, name) for name in names.split()})
     for path, names in IN_PEFT_AT.items():
         paths[path].update({name: everything[name] for name in names.split()})
     for offers in paths.values():
@@ -244,7 +274,8 @@ def same_as() -> dict[str, str]:
     """Further dotted paths, and the one that offers the same."""
     found = {f"peft.tuners.{name}.{part}": f"peft.tuners.{name}" for name, _ in _methods() for part in PARTS}
     found |= {f"peft.optimizers.{name}": "peft.optimizers" for name in ("loraplus", "lorafa", "riemannian")}
-    return found | {"peft.tuners.lora.bnb": "peft.tuners.lora", "peft.tuners.mixed.model": "peft.tuners.mixed"}
+    same = {"lora.bnb": "lora", "mixed.model": "mixed", "shadow.layers": "shadow"}
+    return found | {f"peft.tuners.{path}": f"peft.tuners.{home}" for path, home in same.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- installing

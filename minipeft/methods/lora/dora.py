@@ -22,9 +22,32 @@ from .lora import LoraConfig, LowRank
 class Magnitude(nn.Module):
     """One trainable magnitude for each output feature."""
 
+    caching: ClassVar[bool] = False  # True: outside of training the norms are kept from one pass to the next
+
     def __init__(self, weight: Tensor):
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self._dora_cache: dict[Any, Tensor] = {}  # what the norms were made of -> the norms
+
+    def train(self, mode: bool = True) -> Magnitude:
+        self._dora_cache.clear()
+        return super().train(mode)
+
+    def norm(self, W: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        """|W + s B A|, (out,); kept, with `caching`, until one of the tensors is another or was written to.
+
+        What is written by way of `.data` torch does not tell; `train()` and `eval()` let go of all that is kept.
+        """
+        cache, tensors = self._dora_cache, (W, A, B)
+        if not self.caching or self.training or any(t.is_inference() for t in tensors):
+            if cache:
+                cache.clear()
+            return norm(W, A, B, s)
+        made_of = (s, *((t.data_ptr(), t._version) for t in tensors))
+        if made_of not in cache:
+            cache.clear()
+            cache[made_of] = norm(W, A, B, s)
+        return cache[made_of]
 
 
 class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
@@ -56,7 +79,8 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
     def gain(self) -> Tensor:
         """m / |W + s B A|, (out,)."""
         W, (A, B) = self.base.read()[0].detach(), (t.detach() for t in self.factors())
-        return self.lora_magnitude_vector.weight.flatten() / norm(W, A, B, self.scaling)
+        m = self.lora_magnitude_vector
+        return m.weight.flatten() / m.norm(W, A, B, self.scaling)
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
