@@ -331,3 +331,27 @@ def test_tokens_beside_a_head_that_is_trained_in_full():
     again = adapted(minipeft, base=llama(), **fields)
     minipeft.set_peft_model_state_dict(again, minipeft.get_peft_model_state_dict(model, adapter_name="other"))
     torch.testing.assert_close(run(again), want)
+
+
+def test_rows_by_a_name_that_means_the_embedding_and_layers_tied_to_it():
+    """All of them are trained, as one: "embed_tokens" of an encoder and of a decoder."""
+    small = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+
+    class Composite(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = transformers.BartConfig(vocab_size=20, d_model=8, **small, **heads)
+            self.m1 = transformers.BartModel(self.config)
+
+        def get_input_embeddings(self):
+            return self.m1.encoder.embed_tokens
+
+    for name in ("embed_tokens", "encoder.embed_tokens"):
+        fields = {"target_modules": ["q_proj"], "trainable_token_indices": {name: [1, 3]}}
+        model = adapted(minipeft, "Lora", Composite(), **fields, ensure_weight_tying=True)
+        parts = model.base_model.model.m1
+        wrapped = [parts.shared, parts.encoder.embed_tokens, parts.decoder.embed_tokens]
+        rows = [wrapper.token_adapter.trainable_tokens_delta["default"] for wrapper in wrapped]
+        assert all(row is rows[0] for row in rows) and rows[0].requires_grad
+        assert sum("trainable_tokens" in key for key in minipeft.get_peft_model_state_dict(model)) == 1

@@ -11,13 +11,22 @@ from __future__ import annotations
 import copy
 import os
 import re
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.bases import Linear, exact
-from ..core.errors import AdapterNameError, ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
+from ..core.config import PeftType
+from ..core.errors import (
+    AdapterNameError,
+    ConfigError,
+    MergeError,
+    PeftWarning,
+    UnsupportedFeatureError,
+    UnsupportedLayerError,
+)
 from ..core.files import write_checkpoint
 from ..core.layer import Layer, adapted, widened
 from ..core.state import PREFIX, serialise
@@ -56,6 +65,8 @@ def convert_to_lora(
         raise UnsupportedLayerError(f"Could not detect any layer of adapter {adapter_name!r} to convert to LoRA.")
     source = configs.get(adapter_name, found[0].adapters[adapter_name].config)
     _check(source, [layer.adapters[adapter_name] for layer in found])
+    if source.peft_type == PeftType.LORA:
+        warnings.warn(f"Adapter {adapter_name!r} is a LoRA already; this gives one of another rank.", PeftWarning)
     factors = truncated if compile_kwargs is None else torch.compile(truncated, **compile_kwargs)
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for layer in progress_bar(found, "Converting to LoRA", progressbar):

@@ -141,8 +141,9 @@ def create_lorafa_optimizer(
                 if B.flatten(1).shape[1] == len(A):  # not on a grouped convolution, where B is (out, r / groups)
                     pairs[B] = A, float(layer.scaling[name])
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    group = {"params": [p for _, p in named], "names": [name for name, _ in named], "weight_decay": weight_decay}
-    return LoraFAOptimizer([group], lr=lr, pairs=pairs)
+    scalings = [pairs[p][1] if p in pairs else None for _, p in named]
+    group = {"params": [p for _, p in named], "names": [name for name, _ in named], "scaling_factors": scalings}
+    return LoraFAOptimizer([{**group, "weight_decay": weight_decay}], lr=lr, pairs=pairs)
 
 
 def create_riemannian_optimizer(

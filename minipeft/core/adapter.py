@@ -85,6 +85,7 @@ class Adapter(nn.Module):
     together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
     per_sample: ClassVar[Any] = None  # per_sample(config, inputs): what a pass means to each sample, see Pass.by_sample
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
+    elsewhere: ClassVar[tuple[str, ...]] = ()  # slots on other layers, or by other settings: a layer has them empty
     fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
 
     base: Base

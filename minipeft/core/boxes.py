@@ -56,6 +56,11 @@ class BufferDict(nn.Module):
     def __iter__(self) -> Iterator[str]:
         return iter(self._buffers)
 
+    def update(self, buffers: Any) -> None:
+        """Take over tensors by name: of a dict, another BufferDict or pairs."""
+        for key, value in buffers.items() if hasattr(buffers, "items") else buffers:
+            self[key] = value
+
     def keys(self) -> Iterable[str]:
         return self._buffers.keys()
 

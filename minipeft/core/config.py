@@ -132,11 +132,12 @@ class PeftConfig:
         check_fields(self)
         if self.task_type is not None:
             self.task_type = _member(TaskType, self.task_type, "task_type")
-        given = None if self.peft_type is None else _member(PeftType, self.peft_type, "peft_type")
-        if given is not None and self._method is not None and given is not self._method:
-            of = self._method.value
-            raise ConfigError(f"{type(self).__name__} is the configuration of {of}, not of {given.value}.")
-        self.peft_type = self._method or given
+        if self._method is None:
+            self.peft_type = None if self.peft_type is None else _member(PeftType, self.peft_type, "peft_type")
+        elif self.peft_type not in (None, self._method):  # PEFT: without a word
+            of, given = self._method.value, shown(self.peft_type)
+            warnings.warn(f"{type(self).__name__} is for {of}: peft_type {given} is not used.", PeftWarning)
+        self.peft_type = self._method or self.peft_type
         if self.peft_version is None:
             self.peft_version = PEFT_VERSION
         for name in ("target_modules", "exclude_modules", "feedforward_modules"):
@@ -211,7 +212,7 @@ class PeftConfig:
         fields = {k: sorted(v) if isinstance(v, (set, frozenset)) else v for k, v in self.to_dict().items()}
         if auto_mapping is not None:
             fields["auto_mapping"] = auto_mapping
-        return json.dumps(fields, indent=2, sort_keys=True)
+        return json.dumps(fields, indent=2, sort_keys=True, default=os.fspath)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
         """Write `adapter_config.json` into `save_directory`, which is made when missing.
@@ -268,9 +269,12 @@ class PeftConfig:
             raise ConfigError("The configuration has no `peft_type`; it should name the method, for example 'LORA'.")
         known = {field.name for field in dataclasses.fields(cls) if field.init}
         unknown = sorted(set(kwargs) - known)
+        if unknown and "peft_type" not in kwargs:
+            fields = f"without `peft_type`, and with {shown(unknown)}"
+            raise ConfigTypeError(f"This is no {cls.__name__}, or it is missing required keys: {fields}.")
         if unknown:
-            other = "ignored. The file may come from another release."
-            warnings.warn(f"{cls.__name__} does not know {shown(unknown)}; {other}", PeftWarning)
+            of = f"for class {cls.__name__}; the file may come from another release"
+            warnings.warn(f"Unexpected keyword arguments {shown(unknown)} {of}. They are ignored.", PeftWarning)
         kwargs = {key: value for key, value in kwargs.items() if key in known}
         cls.check_kwargs(**kwargs)
         return cls(**kwargs)

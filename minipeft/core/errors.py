@@ -69,7 +69,7 @@ class CheckpointError(PeftError, ValueError, RuntimeError):
     """
 
 
-class MergeError(PeftError, ValueError):
+class MergeError(PeftError, NotImplementedError, ValueError):
     """The adapter cannot be written into the frozen weights, or doing so would give non-finite numbers."""
 
 
@@ -77,8 +77,8 @@ class BatchError(PeftError, ValueError):
     """A mixed batch (`adapter_names=[...]`) or a task id does not fit the input."""
 
 
-class PeftWarning(UserWarning):
-    """Any warning of minipeft."""
+class PeftWarning(UserWarning, RuntimeWarning):
+    """Any warning of minipeft; peft has both of these."""
 
     def __init__(self, *args: object):
         super().__init__(*(cut(arg) if isinstance(arg, str) else arg for arg in args))

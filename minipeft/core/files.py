@@ -123,6 +123,19 @@ def _from_hub(model_id: str | os.PathLike, filename: str, subfolder: str | None,
         raise CheckpointError(f"Can't find '{filename}' at {where}: {error}") from error
 
 
+def kept_file(model_id: str | os.PathLike, name: str, revision: str | None = None) -> Path | None:
+    """A file of a model that is on this machine, in a folder or in the hub's cache; None for others."""
+    if (path := Path(model_id, name)).is_file():
+        return path
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(os.fspath(model_id), name, revision=revision)
+    except Exception:  # no such library, no name of a model
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
 def saved_at(model_id: str | os.PathLike, subfolder: str | None, **options: Any) -> str | None:
     """The folder with the files of a saved adapter, or None when they are not there."""
     try:

@@ -6,15 +6,17 @@ import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapted, Adapter
+from .adapter import ADAPTERS, Adapted, Adapter
 from .bases import Base, Param, Whole, exact
 from .batch import run_layer
 from .boxes import LOW_PRECISION, BufferDict, Slots, contents
+from .config import PeftType
 from .errors import BatchError, MergeError, PeftWarning
 from .kinds import base_of
 from .offload import HOOKS, hooked, onload
@@ -524,6 +526,9 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     def _get_available_adapters(self) -> set[str]:
         return set(self.adapters)
 
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapters)
+
     def train(self, mode: bool = True) -> Layer:
         """As nn.Module.train; the adapters, whose modules stand in boxes, are no children."""
         super().train(mode)
@@ -549,6 +554,11 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         return self.base.leaf.bias
 
     @property
+    def parameter_name(self) -> str:
+        """Which parameter of the frozen layer is adapted."""
+        return self.base.weight_name
+
+    @property
     def in_features(self) -> int:
         return self.base.in_features
 
@@ -565,6 +575,8 @@ class Layer(HoldsAdapters, Slots, Wrapper):
                 if base.needs_weights and name == "_qkv_same_embed_dim":  # its fused path would read the raw weights
                     return not self.running
                 return getattr(self.base_layer, name)
+            if "method" in self.__dict__ and name in ADAPTERS[PeftType(self.method)][0].elsewhere:
+                return MappingProxyType({})
             raise
 
     def set_scale(self, adapter: str, scale: float) -> None:

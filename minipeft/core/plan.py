@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from .tuner import Tuner
 
 NO_CONFIG = {"model_type": "custom"}  # stands for the configuration of a model that has none
+CONFUSED = (
+    "That works here, but code that looks for adapters by parts of keys, peft among it, may confuse the two."
+)
 LONGEST = 255  # bytes of a folder's name, on the file systems in use
 WHOLE_MODEL = ("modules_to_save", "trainable_token_indices", "bias", "ensure_weight_tying")  # fields for model/plan.py
 RESERVED = frozenset(name for box in (nn.ModuleDict(), nn.ParameterDict(), BufferDict()) for name in dir(box))
@@ -76,8 +79,7 @@ def check_adapter_name(name: Any, model: nn.Module | None = None) -> None:
         for path, _, _ in walk(model):
             if name in path.split("."):
                 warnings.warn(
-                    f"The model has a module that is named {name!r} like the adapter ('{path}'). That works here, but "
-                    "code that looks for adapters by parts of keys, peft among it, may confuse the two.",
+                    f"The model has a module that is named {name!r} like the adapter ('{path}'). {CONFUSED}",
                     PeftWarning,
                 )
                 return
@@ -100,6 +102,12 @@ class Plan:
         tuner.check_name(name)
         self.tuner, self.model, self.name, self.config = tuner, tuner.model, name, config
         self.cls = tuner.adapter_class(config)
+        if name in getattr(self.cls, "prefix", ""):
+            warnings.warn(
+                f"Adapter name {name!r} is contained in {self.cls.prefix!r}, with which the keys of the method begin. "
+                f"{CONFUSED}",
+                PeftWarning,
+            )
         self.autocast = autocast and "Whole" not in self.cls.bases  # a copy of a module keeps its dtype
         self.loading = loading
         self.empty = empty

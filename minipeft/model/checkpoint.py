@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..core.adapter import adapter_class
 from ..core.bases import lasting
 from ..core.errors import AdapterNameError, CheckpointError, PeftWarning
+from ..core.files import kept_file
 from ..core.layer import HoldsAdapters, Layer, adapted
 from ..core.offload import onload
 from ..core.state import (
@@ -75,6 +76,9 @@ def get_peft_model_state_dict(
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
+    while isinstance(inside := vars(model).get("_modules", {}).get("_fsdp_wrapped_module"), nn.Module):
+        state_dict = model.state_dict() if state_dict is None else state_dict  # the wrapper gathers what is sharded
+        model = inside
     if adapter_name not in model.peft_config:
         raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(model.peft_config)}.")
     config = model.peft_config[adapter_name]
@@ -218,13 +222,13 @@ def embeddings(root: Any) -> list[nn.Module]:
 
 
 def resized(root: nn.Module, config: Any) -> bool:
-    """Whether the vocabulary differs from that of the base model's local folder."""
+    """Whether the vocabulary differs from that of the base model's local folder, or of what came from the hub."""
     import json
-    import os
 
-    path = os.path.join(config.base_model_name_or_path or "", "config.json")
     own = getattr(getattr(root, "config", None), "vocab_size", None)
-    if own is None or not config.base_model_name_or_path or not os.path.isfile(path):
+    name = config.base_model_name_or_path
+    path = kept_file(name, "config.json", config.revision) if own is not None and name else None
+    if path is None:
         return False
     with open(path, encoding="utf-8") as file:
         return json.load(file).get("vocab_size", own) != own

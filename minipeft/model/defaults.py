@@ -152,6 +152,11 @@ TARGETS: dict[str, Table] = {  # by peft_type
 FEEDFORWARD: dict[str, Table] = {"IA3": IA3_FEEDFORWARD}
 
 
+NEVER_CALLED: dict[Any, tuple[str, ...]] = dict.fromkeys(  # modules whose weights fused kernels read, by model type
+    ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"), ("conv1d", "out_proj")
+)
+
+
 def embedding_path(model: nn.Module) -> str:
     """Where a model's input embedding stands in it; "embed_tokens" for models that do not tell."""
     return input_embedding(model)[0] or "embed_tokens"

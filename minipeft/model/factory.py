@@ -8,7 +8,6 @@ from typing import Literal, overload
 
 from torch import Tensor, nn
 
-from ..core.adapter import adapter_class
 from ..core.config import PeftConfig, check_config
 from ..core.errors import PeftWarning, UnsupportedFeatureError
 from ..core.layer import Layer
@@ -109,10 +108,9 @@ def inject_adapter_in_model(
     if peft_config.is_prompt_learning or peft_config.is_adaption_prompt:
         raise UnsupportedFeatureError("`inject_adapter_in_model` does not support prompt learning and adaption prompt.")
     kind = tuner_class(peft_config.peft_type)
-    cls = adapter_class(peft_config)
-    if cls.shares and not cls.held:
+    if kind.uses_shared_state:
         raise UnsupportedFeatureError(
-            f"{peft_config.method.value} keeps tensors that all layers share beside the model; use get_peft_model."
+            f"{peft_config.method.value} keeps shared state of all layers beside the model; use get_peft_model."
         )
     tuner = kind.of(model)
     existing = bool(tuner.peft_config)  # adapters that were injected before

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..core.adapter import Delta
+from ..core.bases import Linear
 from ..core.errors import PeftWarning
 from ..core.layer import layers
 from .tuner import tuner_class
@@ -106,6 +107,7 @@ def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def supports_lora_conversion(peft_model: nn.Module) -> bool:
-    """Whether every layer's change of W is additive, and W still there."""
+    """Whether every adapted layer is linear, its change of W is additive, and W still there."""
     found = [adapter for layer in layers(peft_model) for adapter in layer.adapters.values()]
-    return bool(found) and all(isinstance(adapter, Delta) and not adapter.rewrites for adapter in found)
+    linear = all(isinstance(adapter.base, Linear) and not adapter.base.needs_weights for adapter in found)
+    return bool(found) and linear and all(isinstance(adapter, Delta) and not adapter.rewrites for adapter in found)

@@ -20,7 +20,7 @@ from ..core.state import PREFIX, Entry, entries_of_layer, entries_of_module, str
 from ..core.targets import check_saved, saves, suffixes, unmatched, warn_unmatched
 from ..core.walk import PlainNames, walk
 from .checkpoint import base_entries, entries_of_biases, single
-from .defaults import default_targets, embedding_path
+from .defaults import NEVER_CALLED, default_targets, embedding_path
 from .tying import Ties
 from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -48,6 +48,11 @@ class ModelPlan(Plan):
         self.ties = Ties(self.config, self.model, self.cls.ties)
 
     def ordered(self, paths: list[str]) -> list[str]:
+        uncalled = NEVER_CALLED.get(model_config(self.model).get("model_type"), ())
+        for path in paths:
+            if path.rpartition(".")[2] in uncalled:
+                why = "their kernels read its weight and do not call it, so an adapter would have no effect"
+                raise UnsupportedLayerError(f"'{path}' is incompatible with Mamba-based models: {why}.")
         return self.ties.order(paths)
 
     # ------------------------------------------------------------------------------------------------------ building
@@ -96,8 +101,9 @@ class ModelPlan(Plan):
         if hint and not any(named_here.values()):
             raise NoMatchingPeftModuleError(f"trainable_token_indices names nothing that is in the model: {hint}")
         warn_unmatched("trainable_token_indices", hint)
+        follow = self.ties.rows if any(self.ties.embedding in found for found in named_here.values()) else ()
         for target, rows in wanted.items():
-            for path in named_here[target]:
+            for path in (path for path in named_here[target] if path not in follow):
                 if saves(path, self.config.modules_to_save or ()):
                     raise ConfigError(f"'{path}' is trained in full (modules_to_save): no trainable_token_indices.")
                 live, module = paths[path]
@@ -107,7 +113,7 @@ class ModelPlan(Plan):
                 taken = isinstance(module, Layer) or live in {at for at, *_ in self.new}
                 if taken or base is None or not cls.fits(base):
                     needs = "an embedding that has no other adapter"
-                    raise ConfigError(f"trainable_token_indices needs {needs}, but '{path}' is not one.")
+                    raise UnsupportedLayerError(f"trainable_token_indices needs {needs}, but '{path}' is not one.")
                 self.tokens.append((live, self.scratch(inside, base, path, cls, config_of(rows)), joins))
         self.ties.follow_tokens(self, cls, config_of)
 

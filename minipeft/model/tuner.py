@@ -26,6 +26,14 @@ from .prompt import cached_tokens
 TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
 
 
+class _SharedState:
+    """Of a tuner's class: whether its method keeps tensors that all layers need beside the model."""
+
+    def __get__(self, tuner: Any, cls: type[BaseTuner]) -> bool:
+        kinds = ADAPTERS.get(cls.method, []) if cls.method is not None else []
+        return any(kind.shares and not kind.held for kind in kinds)
+
+
 class BaseTuner(Tuner):
     """A model with adapters of one method. Attributes: `model`, `peft_config` (by adapter name), `active_adapter`.
 
@@ -34,6 +42,7 @@ class BaseTuner(Tuner):
     """
 
     plan = ModelPlan
+    uses_shared_state = _SharedState()
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)

@@ -163,8 +163,9 @@ class Ties:
                 PeftWarning,
                 stacklevel=2,
             )
-        source = next((i for n, i in wanted.items() if n in suffixes(self.embedding or "")), None)
-        others = {n: i for n, i in wanted.items() if self._is_tied(n)} if self.rows else {}
+        mean_it = set(suffixes(self.embedding or "")) & wanted.keys()  # one of them may mean a tied layer, too
+        source = next((wanted[name] for name in wanted if name in mean_it), None)
+        others = {n: i for n, i in wanted.items() if n not in mean_it and self._is_tied(n)} if self.rows else {}
         if source is None or not others:
             return wanted
         if all(list(indices) == list(source) for indices in others.values()):

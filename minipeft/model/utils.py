@@ -147,7 +147,8 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
     keys = _base_keys(model)
     missing, unexpected = [k for k in keys if k not in state_dict], [k for k in state_dict if k not in keys]
     if strict and (missing or unexpected):
-        raise RuntimeError(f"The state dict does not fit the base model. Missing: {missing}. Unexpected: {unexpected}.")
+        found = f"Missing key(s): {missing}. Unexpected key(s): {unexpected}"  # torch begins so
+        raise RuntimeError(f"The state dict does not fit the base model. {found}.")
     given = {live: state_dict[key] for key, live in keys.items() if key in state_dict}
     model.get_base_model().load_state_dict(given, strict=False)
     return LoadReport(missing, unexpected)

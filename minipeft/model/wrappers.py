@@ -13,6 +13,11 @@ from ..core.layer import Context, HoldsAdapters, Layer, named_input
 from ..core.offload import HOOKS
 from ..core.walk import Wrapper
 
+SWITCHES = {  # what a wrapper around tokens has of the layer in it
+    *("active_adapter", "active_adapters", "disable_adapters"),
+    *("set_adapter", "enable_adapters", "set_requires_grad", "delete_adapter", "_get_available_adapters"),
+}
+
 
 class ModulesToSaveWrapper(HoldsAdapters, Wrapper):
     """A module trained in full: the frozen original, and a copy of it for each adapter (`modules_to_save`)."""
@@ -44,6 +49,10 @@ class ModulesToSaveWrapper(HoldsAdapters, Wrapper):
     @property
     def adapters(self) -> Any:
         return self.modules_to_save
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.modules_to_save)
 
     @property
     def running(self) -> list[str]:
@@ -163,4 +172,8 @@ class TrainableTokensWrapper(Wrapper):
         except AttributeError:
             if name in HOOKS or "token_adapter" not in self.__dict__.get("_modules", {}):
                 raise
-            return getattr(self.token_adapter.base_layer, name)
+            return getattr(self.token_adapter if name in SWITCHES else self.token_adapter.base_layer, name)
+
+    @property
+    def _adapters(self) -> set[str]:
+        return set(self.token_adapter.adapters)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...core.config import PeftConfig, Positive, Probability, check_fields
-from ...core.errors import ConfigError
-from .initial import INITS
+from ...core.errors import ConfigError, PeftWarning
+from .initial import INITS, changes_base
 
 
 class Record:
@@ -65,8 +67,8 @@ class EvaConfig(Record):
 class CordaConfig(Record):
     """CorDA, https://arxiv.org/abs/2406.05223: factors from context-oriented singular values."""
 
-    cache_file: str | None = None
-    covariance_file: str | None = None
+    cache_file: str | os.PathLike | None = None
+    covariance_file: str | os.PathLike | None = None
     corda_method: Literal["ipm", "kpm"] = "ipm"
     verbose: bool = False
     use_float16_for_covariance: bool = False
@@ -220,8 +222,13 @@ class LoraConfig(
             setattr(self, name, cls.of(value) if isinstance(value, dict) else value)
         if isinstance(self.loftq_config, dict):
             LoftQConfig.of(self.loftq_config)  # it stays a dict, of values that are right
-        if isinstance(self.init_lora_weights, str) and not INITS.fullmatch(self.init_lora_weights):
-            raise ConfigError(f"Unknown initialization init_lora_weights={self.init_lora_weights!r}.")
+        if isinstance(how := self.init_lora_weights, str):
+            if not INITS.fullmatch(how.lower()):
+                raise ConfigError(f"Unknown initialization init_lora_weights={how!r}.")
+            self.init_lora_weights = how.lower()  # PEFT takes "OLoRA" and "Gaussian", too
+        if self.use_rslora and (self.rank_pattern or self.alpha_pattern) and changes_base(self.init_lora_weights):
+            way = "`save_pretrained` cannot make a plain LoRA of it (`path_initial_model_for_weight_conversion`)"
+            warnings.warn(f"init_lora_weights={how!r} with rsLoRA and patterns: {way}.", PeftWarning)
         if self.init_lora_weights == "eva" and self.eva_config is None:
             self.eva_config = EvaConfig()
         if self.init_lora_weights == "corda" and self.corda_config is None:

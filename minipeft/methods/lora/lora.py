@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Delta, variants
 from ...core.bases import dropout, has_hooks, weight_of
-from ...core.errors import ConfigError, UnsupportedFeatureError
+from ...core.errors import ConfigError, PeftWarning, UnsupportedFeatureError
 from ...core.state import read_weights
 from ...core.targets import pattern_value
 from .configs import LoraConfig as LoraConfig
@@ -33,6 +34,7 @@ class Factors(Adapter):
     """The factors A and B."""
 
     prefix = "lora_"
+    elsewhere = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
 
     @classmethod
@@ -47,6 +49,10 @@ class Factors(Adapter):
     @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
         super().check_beside(config, others)
+        starts = [getattr(c, "init_lora_weights", True) for c in (config, *others.values())] if others else []
+        if changing := [start for start in starts if changes_base(start)]:
+            what = "changes the base weights of the model, also for the adapters beside it"
+            warnings.warn(f"init_lora_weights={changing[0]!r} {what}.", PeftWarning)
         for name, other in others.items():
             if config.layer_replication and config.layer_replication != getattr(other, "layer_replication", None):
                 raise ConfigError(f"layer_replication rebuilds the model; it cannot be used beside adapter '{name}'.")
