@@ -1,8 +1,6 @@
 """The count of trained parameters that each method file states is the real one."""
 
 import ast
-import math
-import re
 from collections import ChainMap
 from types import SimpleNamespace
 
@@ -10,13 +8,12 @@ import pytest
 from torch import nn
 
 import minipeft
+from book.method_files import count, described, evaluated, forms
 from minipeft.core.config import CONFIGS
 from minipeft.model.prompt import PROMPTS
-from tests.methods_table import count, described, forms
 
 IN, OUT = 24, 60
 TARGETS = {"Linear": "q", "Whole": "norm", "Embedding": "words"}  # by the first kind of layer that a method adapts
-FUNCTIONS = {"min": min, "max": max, "len": len, "ceil": math.ceil, "floor": math.floor}
 VALUES = {  # of the fields that the counts name, none of them a default
     "adapters": {"a": "", "b": "", "c": ""},
     "adapter_layers": 1,
@@ -76,9 +73,9 @@ CHOOSE = {  # by class
     "Shadow": {"target_modules": r"layers\.\d+"},
 }
 CASES = [
-    pytest.param(peft_type, cls, form, id=f"{peft_type.value}-{cls.__name__}-{number}")
-    for peft_type, cls, _, doc in described()
-    for number, form in enumerate(forms(count(doc) or "nothing"))
+    pytest.param(m.peft_type, m.cls, form, id=f"{m.peft_type.value}-{m.cls.__name__}-{number}")
+    for m in described()
+    for number, form in enumerate(forms(count(m.doc) or "nothing"))
 ]
 
 
@@ -133,17 +130,10 @@ def configuration(peft_type, cls, fields):
     return config(**given)
 
 
-def evaluated(expression, config):
-    """An expression's value: names standing side by side are multiplied, ^ is a power."""
-    tokens = re.findall(r"\d+\.?\d*|\w+|\S", expression)
-    code = []
-    for before, token in zip(["+", *tokens], tokens):
-        ends = re.fullmatch(r"[\w.]+|\)", before) and before not in FUNCTIONS
-        code += ["*"] * bool(ends and re.fullmatch(r"[\w.]+|\(", token))
-        code.append({"in": "IN", "^": "**"}.get(token, token))
+def values(config):
+    """The values of the names in a count."""
     records = [vars(value) for value in vars(config).values() if hasattr(value, "__dataclass_fields__")]
-    names = dict(ChainMap(vars(config), *records))
-    return eval(" ".join(code), {**names, **FUNCTIONS, "IN": IN, "out": OUT, "dim": OUT, "shadow": SHADOW})
+    return {**ChainMap(vars(config), *records), "in": IN, "out": OUT, "dim": OUT, "shadow": SHADOW}
 
 
 def save_loras(config, depth, folder):
@@ -180,5 +170,5 @@ def test_stated_count_is_real(peft_type, cls, form, tmp_path):
     config = configuration(peft_type, cls, fields)
     for depth in (1,) if peft_type in PROMPTS else (1, 2, 3):
         real = trained(peft_type, config, depth, tmp_path)
-        stated = sum(evaluated(term, config) * (1 if once else depth) for term, once in terms)
+        stated = sum(evaluated(term, values(config)) * (1 if once else depth) for term, once in terms)
         assert stated == pytest.approx(real, abs=1e-6), f"{terms} gives {stated} for {depth} layers, not {real}"

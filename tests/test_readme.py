@@ -9,7 +9,7 @@ TEXT = README.read_text(encoding="utf-8")
 
 
 def test_table_of_methods_is_up_to_date():
-    assert with_table(TEXT) == TEXT, "run `python tests/methods_table.py`"
+    assert with_table(TEXT) == TEXT, "run `python -m tests.methods_table`"
 
 
 def test_example_runs(tmp_path, monkeypatch, capsys):
