@@ -171,6 +171,13 @@ def bench(session, torch=TORCHS[0]):
 
 
 @nox.session(python=PYTHONS)
+def book(session):
+    """The book in book/site/: every method trained, every block of its pages run, every link followed."""
+    install(session, TORCHS[0], "-e", ".[book]")
+    session.run("python", "-m", "book", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session(python=PYTHONS)
 def lint(session):
     """ruff's rules."""
     install(session, TORCHS[0], "ruff")

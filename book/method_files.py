@@ -71,9 +71,23 @@ class MethodFile:
 def described() -> Iterator[MethodFile]:
     """Each method in each of its forms."""
     for peft_type in PeftType:
-        classes = adapter.ADAPTERS.get(peft_type) or [CONFIGS[peft_type]] if peft_type in CONFIGS else []
+        classes: list[Any] = adapter.ADAPTERS.get(peft_type) or [CONFIGS[peft_type]] if peft_type in CONFIGS else []
         for cls in classes:
             yield MethodFile(peft_type, cls, classes[0])
+
+
+def slug(name: str) -> str:
+    """`(IA)^3` as `ia3`."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(", "").replace(")^", "")).strip("-")
+
+
+def path_of(method: MethodFile) -> str:
+    return f"methods/{slug(method.name)}.html"
+
+
+def methods() -> list[MethodFile]:
+    """One for each method's file: a form that shares another one's file is told of on its page."""
+    return sorted((m for m in described() if not m.shares_its_file), key=lambda m: m.name.lower())
 
 
 def count(doc: str) -> str | None:
@@ -92,7 +106,7 @@ def forms(stated: str) -> list[tuple[list[tuple[str, bool]], dict[str, str]]]:
     for form in stated.split(", or "):
         form, _, fields = form.partition(" with ")
         terms = [(term.removesuffix(" in all"), term.endswith(" in all")) for term in form.split(", and ")]
-        found.append((terms, dict(field.split("=", 1) for field in fields.split(", ") if field)))  # type: ignore[misc]
+        found.append((terms, dict(field.split("=", 1) for field in fields.split(", ") if field)))
     return found
 
 

@@ -15,16 +15,18 @@ GREEK = {"alpha": "\\alpha", "beta": "\\beta", "gamma": "\\gamma", "lambda": "\\
 FUNCTIONS = {"softmax", "sigmoid", "diag", "sqrt", "sum", "exp", "min", "max", "ceil", "floor", "relu", "Re",
              "conj", "MLP", "BiLSTM", "LN", "GELU", "Wishart", "Attention", "model", "shadow", "len"}
 APPLIED = {"log", "mean", "cos", "sin"}  # functions written without parentheses
+# words that are names where an operator stands beside them
 NAMES = {"dim", "tokens", "kernel", "width", "taps", "experts", "groups", "layers", "adapters", "batch", "length",
-         "heads", "hidden", "depth", "sparsity", "nblocks", "tasks", "ranks", "skills", "scale", "dW", "dL", "dA", "dh", "loss"}  # words inside formulas
+         "heads", "hidden", "depth", "sparsity", "nblocks", "tasks", "ranks", "skills", "scale", "loss"}
 OPERATORS = {"=": "=", "+": "+", "-": "-", "/": "/", "<=": "\\le", "<-": "\\leftarrow", "->": "\\to", "~": "\\sim",
-             "<": "<", ">": ">", "...": "\\dots", "..": "\\dots", ",": ",", ";": ";", ":": ":", "(": "(", ")": ")",
+             "<": "<", ">": ">", "...": "\\dots", "..": "\\dots", ",": ",", ";": ";", ":": ":\\;", "(": "(", ")": ")",
              "[": "[", "]": "]", "|": "|", ".": "\\cdot", "*": "\\odot"}
-SCRIPT = r"(?:[_^](?:\([^()]*\)|-?\w+?(?:[-/]\w+)?(?![\w]))*)"
-TOKEN = re.compile(r"`[^`]*`|https?://\S*[\w/]|[A-Za-z]{2,}'s\b|[a-z]\w{2,}=(?:\"[^\"]*\"|\w[\w.]*)|(?<=\))_\w+|\d+e-?\d+|\d+(?:\.\d+)?|[A-Za-z][A-Za-z0-9]*(?:[~'])?(?:_\([^()]*\)\w*|_\w+(?:-\w+)?)?"
+TOKEN = re.compile(r"`[^`]*`|https?://\S*[\w/]|[A-Za-z]{2,}'s\b"
+                   r"|[a-z]\w{2,}=(?:\"[^\"]*\"|\w[\w.]*)|(?<=\))_\w+|\d+e-?\d+|\d+(?:\.\d+)?|[A-Za-z][A-Za-z0-9]*(?:[~'])?(?:_\([^()]*\)\w*|_\w+(?:-\w+)?)?"
                    r"|\^(?:\([^()]*\)|-?\w+(?:[-/]\w+)?)|'|<=|<-|->|\.\.\.|\.\.|\S|\s+")
 GROUP = re.compile(r"\((?:[^()]|\([^()]*\))*,(?:[^()]|\([^()]*\))*\)")
-FIELD = re.compile(r"(?!sum_|[A-Za-z]{1,2}\d?'?~?_|(?:alpha|theta)_.$)[A-Za-z]\w+_\w+|[a-z]_[a-z]{4,}")  # init_r, not W_up
+# a field of a configuration: init_r, not W_up
+FIELD = re.compile(r"(?!sum_|[A-Za-z]{1,2}\d?'?~?_|(?:alpha|theta)_.$)[A-Za-z]\w+_\w+|[a-z]_[a-z]{4,}")
 
 
 def pieces(text: str) -> Iterator[tuple[str, str]]:
@@ -78,15 +80,17 @@ def kind_of(number: int, tokens: list[str]) -> str:
     if token in APPLIED:
         return "math" if re.fullmatch(r"[a-z](_\w+)?|\(|softmax", after) else "text"
     if token in ("a", "I", "A"):
-        if token == "a" and re.match(r"[:=_^]|[,b-z]$", after) or re.match(r"[=+*/^]", before) or before + after == "()":
+        if re.match(r"[=+*/^]", before) or before + after == "()":
+            return "math"
+        if token == "a" and re.match(r"[:=_^]|[,b-z]$", after):
             return "math"
         if token == "a":
             return "text"
-        plain = re.match(r"[a-z]{2,}$", after) and after not in ("and", "is", "are", "or", "of", "has")
+        plain = re.match(r"[a-z]{2,}('s)?$", after) and after not in ("and", "is", "are", "or", "of", "has")
         return "text" if plain and before in ("", ".") and token == "A" else "math"
     if len(word) == 1 and len(token) <= 2:
         return "math"
-    near = re.match(r"[=+*/^_]", after) or re.match(r"[=+*/^-]", before)
+    near = before + after == "()" or re.match(r"[=+*/^_]", after) or re.match(r"[=+*/^-]", before)
     return "math" if near and (token in NAMES or token in ("in", "out")) else "text"
 
 
@@ -117,7 +121,7 @@ def settle(tokens: list[str], kinds: list[str]) -> None:
 
 def latex(formula: str) -> str:
     """A formula as LaTeX."""
-    tokens = [t for t in TOKEN.findall(re.sub(r"(?<= )\(x\)(?= )", "⊗", formula))]
+    tokens = TOKEN.findall(re.sub(r"(?<= )\(x\)(?= )", "⊗", formula))
     words = roots([t for t in tokens if not t.isspace()])
     spaced = {}  # index among `words` -> whether a space stands before it
     index = 0
@@ -146,7 +150,7 @@ def roots(words: list[str]) -> list[str]:
             for end in range(number + 1, len(words)):
                 depth += {"(": 1, ")": -1}.get(words[end], 0)
                 if not depth:
-                    words[number + 1], words[end] = "⟨", "⟩"
+                    words[number], words[number + 1], words[end] = "√", "⟨", "⟩"
                     break
     return words
 
@@ -164,8 +168,8 @@ def atom(token: str, before: str, after: str) -> str:
         return "\\otimes" if token == "⊗" else "\\cdot" if scalar else "\\odot"
     if token == "-" and re.fullmatch(r"\d+(\.\d+)?|[A-Za-z]", after) and before in ("", "(", ",", "["):
         return "{-}"
-    if token in "⟨⟩":
-        return {"⟨": "{", "⟩": "}"}[token]
+    if token in "√⟨⟩":
+        return {"√": "\\sqrt", "⟨": "{", "⟩": "}"}[token]
     if token.startswith("_"):
         return "_{" + script(token[1:]) + "}"
     if token in OPERATORS:
@@ -199,7 +203,7 @@ def name(token: str) -> str:
         shown = f"\\partial {base[1]}"
     elif base == "dW":
         shown = "\\Delta W"
-    elif base in ("sum", "sqrt", "cos", "sin", "log", "exp", "min", "max"):
+    elif base in ("sum", "cos", "sin", "log", "exp", "min", "max"):
         shown = "\\" + base
     elif len(base) == 1:
         shown = base
@@ -224,7 +228,8 @@ def bars(text: str) -> str:
     if text.count(" | ") + text.startswith("| ") + text.endswith(" |") + text.count("|") < 2 or text.count("|") % 2:
         return text
     sides = iter("lr" * text.count("|"))
-    return re.sub(r"\|", lambda m: f"\\{next(sides)}Vert", text)
+    set_ = {"l": "{\\lVert", "r": "\\rVert}"}
+    return re.sub(r"\|", lambda m: set_[next(sides)], text)
 
 
 def matrix(lines: list[str]) -> str | None:

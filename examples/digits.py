@@ -5,7 +5,8 @@
 
 The network learns 0 to 4 of scikit-learn's digits. Frozen then, it is adapted to 5 to 9, whose answers are the same
 five outputs: what it says of them before is a guess. Each adapter is trained, saved, loaded into a fresh copy of the
-network and, where the method can be merged, merged into plain weights, which must answer alike. Prompts are tokens
+network and, where the method can be merged, merged into plain weights, which must answer alike. Two processes share the
+methods, and the plot is drawn anew after each. Prompts are tokens
 before the input's own, so they are learned on a second network, a transformer that reads an image row by row; CPT's are
 examples in words, which an image has none of, so it is left out. The accuracies are on images kept apart from training.
 """
@@ -13,7 +14,11 @@ examples in words, which an image has none of, so it is left out. The accuracies
 import argparse
 import copy
 import importlib
+import multiprocessing
+import statistics
 import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,6 +166,7 @@ METHODS = [
     Method("LoHa", "LoHaConfig", {"r": 4, "target_modules": LAYERS}, lr=3e-2),
     Method("LoKr", "LoKrConfig", {"r": 4, "target_modules": LAYERS}, lr=3e-2),
     Method("MiSS", "MissConfig", {"r": 16, "target_modules": HIDDEN}),
+    Method("MiSS (bat)", "MissConfig", {"r": 16, "init_weights": "bat", "target_modules": HIDDEN}),
     Method("OSF", "OSFConfig", {"effective_rank": 32, "target_modules": HIDDEN}, lr=3e-3),
     Method("PEANuT", "PeanutConfig", {"r": 4, "target_modules": LINEAR}),
     Method("PSOFT", "PsoftConfig", {"r": 16, "target_modules": HIDDEN}, lr=0.1),
@@ -177,6 +183,9 @@ METHODS = [
     Method("Lily", "LilyConfig", {"r": 4, "num_B": 2, "target_modules": HIDDEN}, merges=False),
     Method("Poly", "PolyConfig", {"r": 4, "n_tasks": 1, "n_skills": 2, "target_modules": ["hidden1"]}, lr=3e-2,
            merges=False, inputs={"task_ids": 0}),
+    Method("aLoRA", "LoraConfig", {"r": 4, "alora_invocation_tokens": [0],
+                                   "target_modules": ["query", "value", "up", "down"]},
+           merges=False, inputs={"alora_offsets": 5}, network=RowReader),  # the lower half of the image, and the answer
     Method("X-LoRA", "XLoraConfig", {"hidden_size": 32, "layerwise_scalings": True}, lr=3e-2,
            merges=False, network=RowReader, experts=((5, 6), (7, 8), (8, 9))),
     Method("prompt tuning", "PromptTuningConfig", ROWS | {"num_virtual_tokens": 8}, lr=1.0,
@@ -221,13 +230,16 @@ def run(model, images, method=None):
 
 
 def train(model, data, lr, method=None, steps=STEPS):
+    """Train what is to be trained; the median time of a step, in seconds."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     reallocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # AdaLoRA, AdaMSS
     images, labels = data
+    times = []
     model.train()
     for step in range(steps):
+        started = time.perf_counter()
         batch = torch.randint(len(labels), (64,), generator=generator)
         F.cross_entropy(run(model, images[batch], method), labels[batch]).backward()
         optimizer.step()
@@ -235,7 +247,9 @@ def train(model, data, lr, method=None, steps=STEPS):
         if reallocate:
             reallocate(step)
         optimizer.zero_grad()
+        times.append(time.perf_counter() - started)
     model.eval()
+    return statistics.median(times)
 
 
 @torch.no_grad()
@@ -266,43 +280,66 @@ def save_experts(peft, method, network, data, folder):
     return saved
 
 
-def adapt(peft, method, network, data):
-    """Train, save, load and merge one adapter; (method, parameters, before, after, reloaded, merged)."""
-    with tempfile.TemporaryDirectory() as folder:
-        return adapt_in(folder, peft, method, network, data)
+@dataclass
+class Row:
+    """What came of one method."""
+
+    name: str
+    parameters: int  # trained
+    before: float  # accuracy of the frozen network
+    after: float
+    reloaded: bool  # the saved adapter answers alike
+    merged: bool | None  # so do merged weights; None where there are none
+    step: float  # seconds
+
+    def __str__(self):
+        yes = {True: "yes", False: "NO", None: "-"}
+        return (f"{self.name:18} {self.parameters:9,} {self.before:7.1%} {self.after:7.1%} {1e3 * self.step:6.1f} ms  "
+                f"{yes[self.reloaded]:19}  {yes[self.merged]}")
 
 
-def adapt_in(folder, peft, method, network, data):
-    """The same, with a folder for what is saved."""
+HEAD = f"{'method':18} {'trainable':>9} {'before':>7} {'after':>7} {'a step':>9}  reloaded == running  merged"
+
+
+def adapted(peft, method, network, data, folder):
+    """A copy of the network adapted by the method, and the time of a step; `folder` is for what is saved."""
     torch.manual_seed(0)
     options = dict(method.options)
     if method.experts:
         options["adapters"] = save_experts(peft, method, network, data, folder)
     config = getattr(peft, method.config)(**options)
     model = peft.get_peft_model(copy.deepcopy(network), config)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    before = accuracy(answers(network, data.test), data.test)
-    train(model, data.train, method.lr, method)
-    running = answers(model, data.test, method)
-    model.save_pretrained(folder)
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(network), folder).eval()
-    reloaded = same(running, answers(loaded, data.test, method))
-    merged = same(running, answers(loaded.merge_and_unload(), data.test)) if method.merges else None
-    return method.name, parameters, before, accuracy(running, data.test), reloaded, merged
+    return model, train(model, data.train, method.lr, method)
 
 
-def show(rows):
-    yes = {True: "yes", False: "NO", None: "-"}
-    print(f"{'method':18} {'trainable':>9} {'before':>7} {'after':>7}  reloaded == running  merged == running")
-    for name, parameters, before, after, reloaded, merged in rows:
-        print(f"{name:18} {parameters:9,} {before:7.1%} {after:7.1%}  {yes[reloaded]:19}  {yes[merged]}")
+def adapt(library, method, network, data):
+    """Train, save, load and merge one adapter."""
+    torch.set_num_threads(1)  # the networks are too small to be shared out
+    peft = importlib.import_module(library)
+    with tempfile.TemporaryDirectory() as folder:
+        model, step = adapted(peft, method, network, data, folder)
+        running = answers(model, data.test, method)
+        model.save_pretrained(folder)
+        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(network), folder).eval()
+        return Row(
+            method.name,
+            sum(p.numel() for p in model.parameters() if p.requires_grad),
+            accuracy(answers(network, data.test), data.test),
+            accuracy(running, data.test),
+            same(running, answers(loaded, data.test, method)),
+            same(running, answers(loaded.merge_and_unload(), data.test)) if method.merges else None,
+            step,
+        )
 
 
-def plot(rows, full, path):
-    """Accuracy after adaptation against trainable parameters; `full` is (parameters, accuracy) with all trained."""
+def plot(rows, full, path, complete=True):
+    """Accuracy after adaptation against trainable parameters; `full` is (parameters, accuracy) with all trained.
+
+    `complete`: no row is still to come, so that it pays to move the names apart.
+    """
     figure, axes = plt.subplots(figsize=(12, 8), layout="constrained")
-    rows = sorted(rows, key=lambda row: row[3])
-    axes.scatter([r[1] for r in rows], [r[3] for r in rows], zorder=3)
+    rows = sorted(rows, key=lambda row: row.after)
+    axes.scatter([r.parameters for r in rows], [r.after for r in rows], zorder=3)
     axes.scatter(*full, color="black", marker="s", zorder=3)
     axes.axhline(0.2, color="grey", linestyle=":")
     axes.text(full[0], 0.2, "a guess", ha="right", va="bottom", color="grey")
@@ -311,11 +348,24 @@ def plot(rows, full, path):
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
     axes.grid(alpha=0.3)
     axes.margins(0.08)
-    named = [(r[1], r[3], r[0]) for r in rows] + [(*full, "all weights")]
+    named = [(r.parameters, r.after, r.name) for r in rows] + [(*full, "all weights")]
     labels = [axes.text(x, y, name, fontsize=8) for x, y, name in named]
-    adjust_text(labels, ax=axes, arrowprops={"arrowstyle": "-", "color": "grey"}, expand=(1.3, 1.6))
+    if complete:
+        adjust_text(labels, ax=axes, arrowprops={"arrowstyle": "-", "color": "grey"}, expand=(1.3, 1.6))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def load():
+    """Both halves of the digits, and each network as it learned the first half, by class."""
+    old, new = Data.load(range(5)), Data.load(range(5, 10))
+    networks = {}
+    for network in (Reader, RowReader):
+        torch.manual_seed(0)
+        networks[network] = network()
+        train(networks[network], old.train, 1e-2)
+    return old, new, networks
 
 
 def main():
@@ -325,29 +375,27 @@ def main():
     parser.add_argument("--library", default="minipeft", help="a module with PEFT's API")
     parser.add_argument("--plot", type=Path, default=Path("report/digits.png"))
     options = parser.parse_args()
-    peft = importlib.import_module(options.library)
 
-    torch.set_num_threads(1)  # the networks are too small to be shared out
-    old, new = Data.load(range(5)), Data.load(range(5, 10))
-    networks = {}
-    for network in (Reader, RowReader):
-        torch.manual_seed(0)
-        networks[network] = network()
-        train(networks[network], old.train, 1e-2)
-        print(f"{network.__name__} reads {accuracy(answers(networks[network], old.test), old.test):.1%} of 0 to 4")
+    torch.set_num_threads(1)
+    old, new, networks = load()
+    for network in networks.values():
+        print(f"{type(network).__name__} reads {accuracy(answers(network, old.test), old.test):.1%} of 0 to 4")
     full = copy.deepcopy(networks[Reader])
-    train(full, new.train, 1e-2)
-    rows = []
-    for method in (bar := tqdm([m for m in METHODS if m.name in options.methods], unit="method")):
-        bar.set_description(method.name)
-        rows.append(adapt(peft, method, networks[method.network], new))
-    show(rows)
-    after = accuracy(answers(full, new.test), new.test)
+    step = train(full, new.train, 1e-2)
+    before, after = (accuracy(answers(model, new.test), new.test) for model in (networks[Reader], full))
     size = sum(p.numel() for p in full.parameters())
-    print(f"{'all weights':18} {size:9,} {rows[0][2]:7.1%} {after:7.1%}")
-    plot(rows, (size, after), options.plot)
+    print(HEAD)
+    rows = []
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        chosen = [m for m in METHODS if m.name in options.methods]
+        jobs = [pool.submit(adapt, options.library, m, networks[m.network], new) for m in chosen]
+        for job in tqdm(as_completed(jobs), total=len(jobs), unit="method"):
+            rows.append(job.result())
+            tqdm.write(str(rows[-1]))
+            plot(rows, (size, after), options.plot, len(rows) == len(jobs))
+    print(Row("all weights", size, before, after, True, None, step))
     print(f"plot: {options.plot}")
-    if any(r[4] is False or r[5] is False for r in rows):
+    if any(r.reloaded is False or r.merged is False for r in rows):
         raise SystemExit("a reloaded or merged model answers differently")
 
 

@@ -1,0 +1,126 @@
+"""What the book's experiments give, kept in one place: every method of examples/digits.py trained once."""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import minipeft
+from examples import digits
+from minipeft.core.adapter import adapter_class
+
+
+@dataclass
+class Trained:
+    """One method after training."""
+
+    name: str
+    module: str  # its method's file
+    config: str  # the class of its configuration
+    options: dict[str, Any]
+    parameters: int
+    before: float
+    after: float
+    merged: bool | None
+    step: float  # seconds
+    memory: int  # bytes held for the backward pass, gradients and the optimizer
+    layer: str = ""  # the layer that it changed most
+    W: np.ndarray | None = None  # its frozen weight (out, in), and the merged one
+    merged_W: np.ndarray | None = None
+    tensor: str = ""  # where there is no merged weight: the largest trained tensor
+    T: np.ndarray | None = None
+
+
+def file_of(config: Any) -> str:
+    """The module of the method that a configuration means."""
+    cls = adapter_class(config)
+    return (type(config) if cls.__module__ == "minipeft.core.adapter" else cls).__module__
+
+
+def held(loss: Any, model: nn.Module) -> int:
+    """Bytes that a training step holds beside the weights: what `loss()` keeps for its backward pass, and per trained
+    parameter a gradient and Adam's two means."""
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss()
+    del value
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return sum(seen.values()) + 3 * trained
+
+
+def matrix(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as something to look at: two dimensions, the first one kept."""
+    t = tensor.detach().float()
+    return (t.flatten(1) if t.dim() > 1 else t[None]).numpy()
+
+
+def most_changed(before: nn.Module, after: nn.Module) -> tuple[str, np.ndarray, np.ndarray]:
+    """The weight that differs most, relative to its size; a matrix before a vector."""
+    old = dict(before.named_parameters())
+    found = [(min(p.dim(), 2), ((p - old[n]).norm() / old[n].norm()).item(), n) for n, p in after.named_parameters()]
+    name = max(entry for entry in found if entry[1])[2]
+    return name, matrix(old[name]), matrix(dict(after.named_parameters())[name])
+
+
+def train(method: digits.Method, network: nn.Module, data: digits.Data) -> Trained:
+    """One method of examples/digits.py."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
+        model, step = digits.adapted(minipeft, method, network, data, folder)
+        config = model.peft_config["default"]
+        after = digits.answers(model, data.test, method)
+        images, labels = (part[:64] for part in data.train)
+        model.train()
+        memory = held(lambda: nn.functional.cross_entropy(digits.run(model, images, method), labels), model)
+        model.eval()
+        row = Trained(
+            method.name, file_of(config), method.config, method.options,
+            sum(p.numel() for p in model.parameters() if p.requires_grad),
+            digits.accuracy(digits.answers(network, data.test), data.test), digits.accuracy(after, data.test),
+            None, step, memory,
+        )
+        if method.merges:
+            merged = model.merge_and_unload()
+            row.merged = digits.same(after, digits.answers(merged, data.test))
+            row.layer, row.W, row.merged_W = most_changed(network, merged)
+        else:
+            name, tensor = max(((n, p) for n, p in model.named_parameters() if p.requires_grad),
+                               key=lambda pair: pair[1].numel())
+            row.tensor, row.T = name, matrix(tensor)
+        return row
+
+
+def everything() -> dict[str, Any]:
+    """All rows, the accuracy that training all weights gives, and the sizes of the networks."""
+    torch.set_num_threads(1)
+    _, new, networks = digits.load()
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        jobs = [pool.submit(train, m, networks[m.network], new) for m in digits.METHODS]
+        for number, job in enumerate(as_completed(jobs), 1):
+            print(f"digits {number}/{len(jobs)}: {job.result().name} {job.result().after:.1%}", flush=True)
+    full, network = networks[digits.Reader], digits.Reader()
+    network.load_state_dict(full.state_dict())
+    step = digits.train(network, new.train, 1e-2)
+    return {
+        "rows": [job.result() for job in jobs],
+        "all": {"parameters": sum(p.numel() for p in network.parameters()), "step": step,
+                "after": digits.accuracy(digits.answers(network, new.test), new.test)},
+        "images": (len(new.train[1]), len(new.test[1])),
+        "steps": inspect.signature(digits.train).parameters["steps"].default,
+    }
