@@ -8,8 +8,6 @@ import torch
 import minipeft
 from book import blocks, notation
 from book.method_files import code, count, described, forms, methods, path_of
-from book.training import file_of
-from examples import digits
 from minipeft import PeftType
 
 FROM_NOTHING = sorted(blocks.FOLDER.glob("*-from-nothing.md"))
@@ -52,6 +50,11 @@ def test_every_method_has_a_page():
 
 
 def test_every_method_of_the_digits_belongs_to_a_page():
+    for package in ("sklearn", "adjustText", "matplotlib"):
+        pytest.importorskip(package, reason="the extra `examples` is not installed")
+    from book.training import file_of
+    from examples import digits
+
     files = {method.cls.__module__ for method in methods()}
     for method in digits.METHODS:
         assert file_of(getattr(minipeft, method.config)(**method.options)) in files
