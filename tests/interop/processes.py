@@ -1,12 +1,17 @@
 """Python processes for what cannot be tested in this one, and the comparison of what they print."""
 
+import contextlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -19,6 +24,18 @@ def run(*arguments, check=True, timeout=300, **env):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=timeout)
     assert not check or done.returncode == 0, done.stderr[-4000:]
     return done
+
+
+def here(script, *arguments):
+    """What a script that leaves nothing behind prints last, read as JSON: in this process, that has the libraries."""
+    printed, before = io.StringIO(), sys.argv
+    sys.argv = [str(script), *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(printed), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.argv = before
+    return json.loads(printed.getvalue().splitlines()[-1])
 
 
 def last_line(done):

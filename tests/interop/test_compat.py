@@ -6,6 +6,7 @@ Whatever needs `import peft` to find minipeft runs in a process of its own.
 import importlib
 import json
 import os
+import sys
 import sysconfig
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minipeft import compat
 
 from . import harness as H
 from .cases import CASES
-from .processes import ROOT, SCRIPTS, close, last_line, run
+from .processes import ROOT, SCRIPTS, close, here, last_line, run
 
 OFFERED = compat.offered()
 IMPORTS = """
@@ -270,20 +271,16 @@ def test_twice_is_once():
 
 
 def test_refused_beside_peft(ref):
-    code = (
-        "import sys, peft, minipeft.compat\ntry:\n    minipeft.compat.install()\n"
-        "except ImportError as error:\n    print(error, sys.modules['peft'] is peft)"
-    )
-    out = run("-c", code).stdout
-    assert "peft itself is imported already" in out and out.strip().endswith("True")
+    with pytest.raises(ImportError, match="peft itself is imported already"):
+        compat.install()
+    assert sys.modules["peft"] is ref
 
 
 def test_what_is_not_offered_cannot_be_imported():
-    code = "import peft\ntry:\n    from peft.helpers import Rescaling\nexcept ImportError as error:\n    print(error)"
-    assert "Rescaling" in in_place(code)
-    assert "No module named" in in_place(
-        "try:\n    import peft.tuners.nothing\nexcept ImportError as error:\n    print(error)"
-    )
+    tries = ("from peft.helpers import Rescaling", "import peft.tuners.nothing")
+    code = "".join(f"try:\n    {line}\nexcept ImportError as error:\n    print(error)\n" for line in tries)
+    first, second = in_place(code).splitlines()
+    assert "Rescaling" in first and "No module named" in second
 
 
 # ---------------------------------------------------------------------------------------------------------- in the wild
@@ -300,7 +297,7 @@ def no_peft(tmp_path_factory):
 def test_adapters_of_transformers(ref, no_peft):
     """model.add_adapter, load_adapter and their like; once with peft, and once where peft is not even installed."""
     pytest.importorskip("transformers")
-    theirs = last_line(run(SCRIPTS / "injected.py"))
+    theirs = here(SCRIPTS / "injected.py")
     ours = last_line(run("-S", "-m", "minipeft.compat", SCRIPTS / "injected.py", **no_peft))
     assert (ours["library"], theirs["library"]) == ("minipeft", "peft")
     close(ours["seen"], theirs["seen"])
@@ -310,7 +307,7 @@ def test_adapters_of_transformers(ref, no_peft):
 def test_adapters_of_diffusers(ref):
     """add_adapter, set_adapters with weights, fusing, files in diffusers' own layout, and hot swapping, on a U-Net."""
     pytest.importorskip("diffusers")
-    ours, theirs = (last_line(run(*how, SCRIPTS / "unet.py")) for how in (("-m", "minipeft.compat"), ()))
+    ours, theirs = last_line(run("-m", "minipeft.compat", SCRIPTS / "unet.py")), here(SCRIPTS / "unet.py")
     assert (ours["library"], theirs["library"]) == ("minipeft", "peft")
     close(ours["seen"], theirs["seen"])
     outputs = {tuple(step["out"]) for step in ours["seen"]}

@@ -1,6 +1,6 @@
-"""Trains a LoRA on two processes and saves it: `python distributed.py LIBRARY ddp|fsdp2|accelerate FOLDER`.
+"""Trains a LoRA on two processes and saves it: `python distributed.py LIBRARY FOLDER WAY...`: ddp, fsdp2, accelerate.
 
-Writes losses.json and the adapter into the folder. With `one` in place of a way to distribute, there is one process.
+Writes losses.json and the adapter into FOLDER/WAY. With `one` as a way to distribute, there is one process.
 """
 
 import importlib
@@ -114,17 +114,20 @@ def train(rank, world, lib, way, folder):
 
 
 def process(rank, port, lib, way, folder):
+    if way == "one":
+        return train(0, 1, lib, way, folder)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     train(rank, 2, lib, way, folder)
 
 
 if __name__ == "__main__":
-    lib, way, folder = sys.argv[1:]
-    if way == "one":
-        train(0, 1, lib, way, folder)
-    else:
+    lib, folder, *ways = sys.argv[1:]
+    importlib.import_module(lib), importlib.import_module("accelerate")  # once, for all processes
+    for way in ways:
+        Path(folder, way).mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        torch.multiprocessing.spawn(process, (port, lib, way, folder), nprocs=2)
+        arguments, count = (port, lib, way, str(Path(folder, way))), 1 if way == "one" else 2
+        torch.multiprocessing.start_processes(process, arguments, nprocs=count, start_method="fork")

@@ -1,6 +1,6 @@
 """transformers' Trainer: checkpoints, resuming, and the best checkpoint at the end. Prints the losses as JSON.
 
-`python trainer.py best`; or `worst`, to have that checkpoint at the end, and nothing else.
+`python trainer.py best worst`: which of AdaLoRA's checkpoints to have at the end, the others with the best.
 """
 
 import json
@@ -76,7 +76,7 @@ def frozen(adapted):
 
 
 seen = []
-for label, config in CASES.items() if sys.argv[1] == "best" else ():
+for label, config in CASES.items():
     with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as broken:
         _, losses, end = train(model(config()), whole)
         train(model(config()), broken, [Stop()])
@@ -84,22 +84,23 @@ for label, config in CASES.items() if sys.argv[1] == "best" else ():
     left = frozen(trainer.model)
     seen.append({"label": label, "losses": [*losses, end], "resumed": [*resumed, end_resumed], "frozen": left})
 
-if sys.argv[1] == "best":  # what Trainer makes of a prompt whose network is not saved
-    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True)
-    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": STOP}
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            train(model(config), folder, **options)
-        except RuntimeError as error:
-            seen.append({"label": "a prompt's network", "said": str(error)[:60]})
-
+# what Trainer makes of a prompt whose network is not saved
+config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True)
+options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": STOP}
 with tempfile.TemporaryDirectory() as folder:
+    try:
+        train(model(config), folder, **options)
+    except RuntimeError as error:
+        seen.append({"label": "a prompt's network", "said": str(error)[:60]})
+
+for which in sys.argv[1:]:
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1}
-    best |= {"metric_for_best_model": "eval_loss", "greater_is_better": sys.argv[1] == "worst"}
-    trainer, losses, end = train(model(ada()), folder, [Allocate()], **best)
-    found = min if sys.argv[1] == "best" else max
+    best |= {"metric_for_best_model": "eval_loss", "greater_is_better": which == "worst"}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, losses, end = train(model(ada()), folder, [Allocate()], **best)
+    found = min if which == "best" else max
     evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry][:STEPS]
     at = trainer.state.best_model_checkpoint.rpartition("-")[2]
-    seen.append({"label": "adalora", "losses": losses, "kept": [end, found(evaluated)], "at": at})
+    seen.append({"label": f"adalora, {which}", "losses": losses, "kept": [end, found(evaluated)], "at": at})
 print()
 json.dump({"library": peft.PeftModel.__module__.split(".")[0], "seen": seen}, sys.stdout)
