@@ -31,6 +31,7 @@ from ..methods.lora import eva as lora_eva
 from ..methods.lora import gradient as lora_ga
 from ..methods.lycoris import LycorisConfig
 from ..methods.prompts import prefixes
+from ..methods.shadow import backbone
 from ..model import checkpoint, defaults, mixed, status, utils
 from ..model.prompt import PROMPTS
 from ..model.tuner import BaseTuner, tuner_class
@@ -65,6 +66,7 @@ INSIDE = {  # what users import from inside peft, and where it is here
     ),
     "peft.tuners.lora.intruders": (intruders, "reduce_intruder_dimension"),
     "peft.tuners.lora.loraga": (lora_ga, "preprocess_loraga"),
+    "peft.tuners.shadow": (backbone, "ShadowCache"),
     "peft.tuners.tuners_utils": (
         inside,
         """check_target_module_exists inspect_matched_modules _find_minimal_target_modules
@@ -125,6 +127,7 @@ LAYER_KINDS = {
 AuxiliaryTrainingWrapper = _kind(
     "AuxiliaryTrainingWrapper", lambda x: isinstance(x, (ModulesToSaveWrapper, TrainableTokensWrapper)), nn.Module
 )
+DetachedShadowModel = _kind("DetachedShadowModel", lambda x: isinstance(x, backbone.Detached), nn.Module)
 
 
 # ------------------------------------------------------------------------------------------------- what stands where
@@ -202,6 +205,8 @@ def _methods() -> Iterator[tuple[str, dict[str, Any]]]:
                 name = config.__name__.removesuffix("Config") + "Layer"
                 kinds = (kind, PeftType.ADALORA) if kind == PeftType.LORA else (kind,)  # peft: an AdaLoraLayer is both
                 offers[name] = _layer_kind(name, *kinds)
+                table = f"TRANSFORMERS_MODELS_TO_{kind.value.replace('_', '')}_TARGET_MODULES_MAPPING"
+                offers[table] = getattr(defaults, table)
                 offers |= {name: _layer_kind(name, kind, base=fits) for name, fits in LAYER_KINDS.items()}
             yield module.__name__.rpartition(".")[2], offers
 
@@ -266,6 +271,7 @@ def offered() -> dict[str, dict[str, Any]]:
         if "set_peft_model_state_dict" in offers:
             offers["set_peft_model_state_dict"] = set_peft_model_state_dict
     paths["peft.tuners.lokr"]["factorization"] = lokr.factorization
+    paths["peft.tuners.shadow"]["DetachedShadowModel"] = DetachedShadowModel
     paths["peft.tuners.adalora"]["RankAllocator"] = adalora_budget.RankAllocator
     return paths
 

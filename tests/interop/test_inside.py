@@ -3,12 +3,15 @@
 import importlib
 import itertools
 import json
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from minipeft import compat
 from minipeft.compat import helpers, inside, intruders, kappa
 from minipeft.compat import set_peft_model_state_dict as set_as_peft
 from minipeft.core.adapter import ADAPTERS
@@ -151,6 +154,21 @@ def test_dora_norms_are_kept_while_they_hold(lib):
     assert torch.equal(model(x), changed) and not cache
 
 
+# ------------------------------------------------------------------------------------------------------------- names
+PAGE = Path(__file__).parents[2] / "docs" / "peer.md"
+NOT_OFFERED = re.findall(r"`(peft\.[\w.]+)`", "".join(x for x in PAGE.read_text().splitlines() if x.startswith("|")))
+
+
+@pytest.mark.parametrize("path", NOT_OFFERED)
+def test_names_that_the_docs_say_are_not_offered(path, ref):
+    """They are peft's, and importing them from what takes its place fails."""
+    module, _, name = path.rpartition(".")
+    assert hasattr(importlib.import_module(module), name)
+    paths = compat.offered()
+    paths |= {other: paths[home] for other, home in compat.same_as().items()}
+    assert name not in paths.get(module, {})
+
+
 # -------------------------------------------------------------------------------------------------------- attributes
 def test_which_methods_share_state(lib, ref):
     for kind, theirs in ref.PEFT_TYPE_TO_TUNER_MAPPING.items():
@@ -222,6 +240,20 @@ def test_names_within_the_prefix(name, warns, lib):
         warnings.simplefilter("always")
         lib.get_peft_model(net(4, 4), lib.LoraConfig(target_modules=["0"]), adapter_name=name)
     assert any("Adapter name" in str(w.message) for w in seen) == warns
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_biases_that_cannot_be_merged(bias, lib):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        model = lib.get_peft_model(
+            nn.Sequential(nn.Linear(4, 4, bias=bias)), lib.LoraConfig(target_modules=["0"], lora_bias=True)
+        )
+    assert any("has no bias" in str(w.message) for w in seen) != bias
+    model.base_model.model[0].lora_B["default"].bias.data.fill_(1.0)
+    if not bias:
+        with pytest.raises(RuntimeError):
+            model.merge_adapter()
 
 
 def test_patterns_that_fit_nothing_are_a_runtime_warning(lib):

@@ -80,6 +80,13 @@ class Factors(Adapter):
         self.lora_A, self.lora_B = self.base.factors(r, c.lora_bias)  # (r, in), (out, r)
         initialise(self, c.init_lora_weights)
 
+    @classmethod
+    def complete(cls, config: Any, adapters: list[Any]) -> None:
+        bare = [adapter for adapter in adapters if config.lora_bias and adapter.base.stored()[1] is None]
+        if bare:
+            has = f"a layer that has no bias, such as '{bare[0].path}' ({bare[0].base.label}), cannot have it merged"
+            warnings.warn(f"`lora_bias=True` was passed, but {has}.", PeftWarning)
+
     def initial_scaling(self) -> float:
         return scale(self.r, self.lora_alpha, self.config.use_rslora)
 
