@@ -710,6 +710,24 @@ class Embedding(Base):
         return scale.to(like.dtype) if isinstance(scale, Tensor) else scale
 
 
+def run_with(module: nn.Module, tensors: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Any:
+    """A module's pass with other tensors in the place of its own, by path.
+
+    While FSDP runs a module it has them as plain attributes, too, before which a parameter is not seen.
+    """
+    plain: list[tuple[dict[str, Any], str, Any]] = []
+    for path in () if torch.compiler.is_compiling() else tensors:
+        head, _, name = path.rpartition(".")
+        if name in (own := vars(module.get_submodule(head))):
+            plain.append((own, name, own[name]))
+            own[name] = tensors[path]
+    try:
+        return functional_call(module, tensors, args, kwargs)
+    finally:
+        for own, name, tensor in plain:
+            own[name] = tensor
+
+
 class Attention(Linear):
     """nn.MultiheadAttention, through its in_proj_weight. Its out_proj is adapted as a layer of its own."""
 
@@ -736,7 +754,7 @@ class Attention(Linear):
         tensors = {"in_proj_weight": W.to(x.dtype)}
         if b is not None:
             tensors["in_proj_bias"] = b.to(x.dtype)
-        return functional_call(self.leaf, tensors, (x, *args), kwargs)
+        return run_with(self.leaf, tensors, (x, *args), kwargs)
 
 
 class Param(Base):
@@ -776,7 +794,7 @@ class Param(Base):
         return key == self.path
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.module, {self.path: W.to(self.dtype)}, (x, *args), kwargs)
+        return run_with(self.module, {self.path: W.to(self.dtype)}, (x, *args), kwargs)
 
     def down(self, r: int) -> Any:
         return nn.Linear(self.in_features, r * self.experts, bias=False)
@@ -849,7 +867,7 @@ class Whole(Base):
         return {name: fingerprint(p) for name, p in self.leaf.named_parameters()}  # buffers may change by running
 
     def apply(self, x: Tensor, W: Any, b: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self.module, W, (x, *args), kwargs)
+        return run_with(self.module, W, (x, *args), kwargs)
 
     def original(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.apply(x, *self.read(), *args, **kwargs)

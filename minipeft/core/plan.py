@@ -216,6 +216,10 @@ class Plan:
                 warnings.warn(f"fan_in_fan_out set to {value}, as the layers are {base.label}.", PeftWarning)
         parameters = self.find_parameters(outer)
         self.parameters = [path for path, *_ in parameters]
+        if keys is not None:  # which do not tell a layer from its parameter
+            of_parameters = {path.rpartition(".")[0] for path in self.parameters}
+            self.modules = [path for path in self.modules if path not in of_parameters]
+            found = [one for one in found if one[0] not in of_parameters]
         targets.check(self.modules + self.parameters, list(outer), self.others, lambda: stacked(outer))
         if targets.exclude and not targets.excluded:
             warnings.warn(f"exclude_modules={targets.exclude!r} did not exclude anything.", PeftWarning)

@@ -308,11 +308,26 @@ def test_tensors_of_the_models_own_are_loaded_as_in_peft(lib):
         lib.set_peft_model_state_dict(other, state)
 
 
-SHARED = [c for c in OF_EACH if c.method in ("lora", "vera", "tinylora", "vblora", "unilora")]
+def test_keys_of_a_state_dict_and_targeted_parameters(lib):
+    """The keys do not tell a layer from its parameter; the configuration does, and each is adapted once."""
+    fields = {"target_modules": ["1"], "target_parameters": ["0.weight"], "r": 2, "init_lora_weights": False}
+    one, other = net(4, 4, 3), net(4, 4, 3)
+    lib.inject_adapter_in_model(lib.LoraConfig(**fields), one)
+    state = lib.get_peft_model_state_dict(one)
+    lib.inject_adapter_in_model(lib.LoraConfig(**fields), other, state_dict=state)
+    assert [*other.state_dict()] == [*one.state_dict()]
+    assert not any(lib.set_peft_model_state_dict(other, state))
+    x = torch.randn(2, 4)
+    assert torch.equal(other(x), one(x))
 
 
-@each_case(lambda c: c in SHARED)
-def test_state_dict_of_a_model_in_fsdp(case, lib):
+IN_FSDP = [c for c in OF_EACH if c.method in ("lora", "vera", "tinylora", "vblora", "unilora", "ln_tuning")]
+IN_FSDP += [c for c in CASES if c.id in ("lora/attention/plain", "lora/parameter/of_linear")]
+
+
+@each_case(lambda c: c in IN_FSDP)
+def test_in_fsdp(case, lib):
+    """The same output, and the whole checkpoint, of methods that share tensors, and of layers run by their weights."""
     import torch.distributed as dist
     from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -320,8 +335,11 @@ def test_state_dict_of_a_model_in_fsdp(case, lib):
     want = {key: tensor.clone() for key, tensor in lib.get_peft_model_state_dict(model).items()}
     dist.init_process_group(backend="gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
+        model.eval()
+        y = H.run(model, H.inputs(case))
         wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
         got = lib.get_peft_model_state_dict(wrapped)
+        H.close(H.run(wrapped, H.inputs(case)), y, 1e-6)
     finally:
         dist.destroy_process_group()
     assert got.keys() == want.keys() and all(torch.equal(got[key], want[key]) for key in want)
