@@ -7,6 +7,10 @@ import warnings
 import pytest
 import torch
 
+from . import harness
+from .cases import CASES
+from .cases.case import Case
+
 
 @pytest.fixture(scope="session")
 def lib():
@@ -39,6 +43,29 @@ def _quiet(request):
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of each file case by case, so that they can share what is made for a case (harness.shared)."""
+    files, places = {}, {case.id: place for place, case in enumerate(CASES)}
+
+    def place(item):
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
+        return files.setdefault(item.path, len(files)), places.get(case.id, -1) if isinstance(case, Case) else -1
+
+    items.sort(key=place)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own():
+    """What one file shares, no other is given."""
+    yield
+    harness.MADE.clear()
+
+
+def pytest_exception_interact():
+    """What a test that fails leaves half done, no other is given."""
+    harness.MADE.clear()
 
 
 def pytest_configure(config):

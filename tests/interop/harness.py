@@ -70,6 +70,19 @@ def copy_values(source, target):
     return target
 
 
+MADE: dict = {}  # of one case alone
+
+
+def shared(case: Case, what, make):
+    """What `make` gives, made once for all tests of the case in a file: conftest.py runs them one after another."""
+    if MADE.get("case") is not case:
+        MADE.clear()
+        MADE["case"] = case
+    if what not in MADE:
+        MADE[what] = make()
+    return MADE[what]
+
+
 def pair(ref, lib, case: Case, dtype=torch.float32, second=False):
     """The case in `ref` and `lib`, moved, with equal values. With `second`, two adapters: "default" and "other"."""
     models = []

@@ -1,5 +1,8 @@
 """Checkpoints: what one saves the other loads, with the same tensors, config and outputs, and saves again unchanged."""
 
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,30 +12,41 @@ from .cases import each_case
 both_ways = pytest.mark.parametrize("direction", ["peft to us", "us to peft"])
 
 
-def written(case, writer, reader, path):
-    """Save the case's moved adapter with `writer`; give the writer's model."""
-    model = H.move(H.adapt(writer, case), case.scale)
-    H.saved(model, path)
-    return model
+class Written:
+    """The case's moved adapter as `writer` saves it: the folder, and what its model trained and gave."""
+
+    def __init__(self, case, writer):
+        self.kept = tempfile.TemporaryDirectory()
+        self.folder = Path(self.kept.name)
+        model = H.move(H.adapt(writer, case), case.scale)
+        self.kind, self.trained = type(model).__name__, {n for n, p in model.named_parameters() if p.requires_grad}
+        H.saved(model, self.folder)
+        self.output = H.run(model, batch(case))  # after saving: running may write (CoFT)
+
+
+def written(case, writer):
+    return H.shared(case, writer.__name__, lambda: Written(case, writer))
+
+
+def batch(case):
+    return H.without_labels(H.inputs(case)) if case.own_loss else H.inputs(case)
 
 
 @both_ways
 @each_case()
 def test_from_pretrained(case, direction, lib, ref, tmp_path):
     writer, reader = (ref, lib) if direction == "peft to us" else (lib, ref)
-    model = written(case, writer, reader, tmp_path / "a")
-    batch = H.without_labels(H.inputs(case)) if case.own_loss else H.inputs(case)
-    want = H.run(model, batch)  # after saving: running may write (CoFT)
+    saved = written(case, writer)
     H.seed(0)  # PiSSA and OLoRA are made again while loading, from the same draw
-    loaded = reader.PeftModel.from_pretrained(case.base.build(), str(tmp_path / "a")).eval()
-    assert type(loaded).__name__ == type(model).__name__
+    loaded = reader.PeftModel.from_pretrained(case.base.build(), str(saved.folder)).eval()
+    assert type(loaded).__name__ == saved.kind
     if not {"reload", "outputs"} & set(case.disputed):
-        H.close(H.run(loaded, batch), want, H.TOLERANCE[torch.float32])
-    by_peft = ref.PeftModel.from_pretrained(case.base.build(), str(tmp_path / "a"))
+        H.close(H.run(loaded, batch(case)), saved.output, H.TOLERANCE[torch.float32])
+    by_peft = loaded if reader is ref else ref.PeftModel.from_pretrained(case.base.build(), str(saved.folder))
     trains = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (loaded, by_peft)]
     assert trains[0] <= trains[1], "peft freezes what is loaded, but for trained biases and prompts"
-    written_tensors, written_config = H.stored(tmp_path / "a")
-    again, again_config = H.saved(loaded, tmp_path / "b")
+    written_tensors, written_config = H.stored(saved.folder)
+    again, again_config = H.saved(loaded, tmp_path)
     if "running writes" not in case.disputed:
         H.identical(again, written_tensors)
     assert again_config["inference_mode"] is True
@@ -41,27 +55,27 @@ def test_from_pretrained(case, direction, lib, ref, tmp_path):
 
 @both_ways
 @each_case()
-def test_from_pretrained_trainable(case, direction, lib, ref, tmp_path):
+def test_from_pretrained_trainable(case, direction, lib, ref):
     writer, reader = (ref, lib) if direction == "peft to us" else (lib, ref)
-    model = written(case, writer, reader, tmp_path)
+    saved = written(case, writer)
     if case.prompt:
         with pytest.raises(ValueError):
-            reader.PeftModel.from_pretrained(case.base.build(), str(tmp_path), is_trainable=True)
+            reader.PeftModel.from_pretrained(case.base.build(), str(saved.folder), is_trainable=True)
         return
-    loaded = reader.PeftModel.from_pretrained(case.base.build(), str(tmp_path), adapter_name="x", is_trainable=True)
-    H.same_names({n.replace(".x", ".default") for n, p in loaded.named_parameters() if p.requires_grad},
-                 {n for n, p in model.named_parameters() if p.requires_grad})
+    base = case.base.build()
+    loaded = reader.PeftModel.from_pretrained(base, str(saved.folder), adapter_name="x", is_trainable=True)
+    H.same_names({n.replace(".x", ".default") for n, p in loaded.named_parameters() if p.requires_grad}, saved.trained)
 
 
 @both_ways
 @each_case(lambda c: c.second is not None)
-def test_load_adapter(case, direction, lib, ref, tmp_path):
+def test_load_adapter(case, direction, lib, ref):
     """Into a model that has an adapter already; the two readers must agree on everything."""
-    written(case, ref if direction == "peft to us" else lib, None, tmp_path)
+    saved = written(case, ref if direction == "peft to us" else lib)
     models = []
     for reader in (ref, lib):
         model = H.adapt(reader, case)
-        model.load_adapter(str(tmp_path), "other")
+        model.load_adapter(str(saved.folder), "other")
         model.set_adapter("other")
         models.append(model.eval())
     theirs, ours = models
@@ -86,14 +100,13 @@ def test_state_dict_travels(case, direction, lib, ref):
 
 
 @each_case(lambda c: c.id.endswith("/plain"))
-def test_low_cpu_mem_usage(case, lib, ref, tmp_path):
+def test_low_cpu_mem_usage(case, lib, ref):
     if lib is ref and "low memory" in case.disputed:
         pytest.skip(f"disputed: {case.disputed['low memory']}")
-    model = written(case, lib if "outputs" in case.disputed else ref, lib, tmp_path)
-    loaded = lib.PeftModel.from_pretrained(case.base.build(), str(tmp_path), low_cpu_mem_usage=True).eval()
+    saved = written(case, lib if "outputs" in case.disputed else ref)
+    loaded = lib.PeftModel.from_pretrained(case.base.build(), str(saved.folder), low_cpu_mem_usage=True).eval()
     assert not [n for n, t in loaded.state_dict().items() if t.is_meta]
-    batch = H.without_labels(H.inputs(case)) if case.own_loss else H.inputs(case)
-    H.close(H.run(loaded, batch), H.run(model, batch), H.TOLERANCE[torch.float32])
+    H.close(H.run(loaded, batch(case)), saved.output, H.TOLERANCE[torch.float32])
 
 
 @each_case(lambda c: c.id.endswith("/plain") and not c.prompt)

@@ -98,13 +98,13 @@ def test_unmerge_changes_no_bit(case, dtype, lib, is_ref):
         pytest.skip("a promise of the module under test: peft subtracts, and rounding stays")
     model = H.move(H.adapt(lib, case, dtype=dtype), case.scale)
     before = H.snapshot(model)
-    for _ in range(100 if case.id.endswith("/plain") and not case.base.transformers else 3):
+    for _ in range(10 if case.id.endswith("/plain") and not case.base.transformers else 3):
         try:
             model.merge_adapter()
         except REFUSALS:
             assert "merge" in case.disputed
         model.unmerge_adapter()
-    H.identical(H.snapshot(model), before)
+        H.identical(model.state_dict(), before)  # after each: then more of them say no more
 
 
 @each_case()
