@@ -243,7 +243,7 @@ def _resized(entry: Entry, value: Tensor, name: str) -> Tensor:
 
 def _note_padded(adapter: Any, key: str, shape: Any, now: Any) -> None:
     """Note on an adapter which shape a factor has without the zeros behind it."""
-    padded = {slot: of for slot, of in adapter.padded.items() if slot != slot_of(key)}
+    padded = {slot: of for slot, of in getattr(adapter, "padded", {}).items() if slot != slot_of(key)}
     vars(adapter)["padded"] = padded if shape == now else {**padded, slot_of(key): shape}
 
 

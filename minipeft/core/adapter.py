@@ -83,16 +83,14 @@ class Adapter(nn.Module):
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
     must_agree: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
-    per_sample: ClassVar[Any] = None  # per_sample(config, inputs): what a pass means to each sample, see Pass.by_sample
-    pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
     elsewhere: ClassVar[tuple[str, ...]] = ()  # slots on other layers, or by other settings: a layer has them empty
     fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
+    per_sample: ClassVar[Any] = None  # per_sample(config, inputs): what a pass means to each sample, see Pass.by_sample
 
     base: Base
     name: str
     config: Any
     path: str
-    padded: Mapping[str, Any] = {}  # slots with zeros behind their factor, and its shape without those: see hotswap.py
     idle: bool = False  # True: hot swapping put an adapter in its place that leaves this layer alone
 
     def __init_subclass__(cls, config: type[PeftConfig] | None = None, variant: str | None = None, **kwargs: Any):

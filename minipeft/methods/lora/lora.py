@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -36,6 +37,9 @@ class Factors(Adapter):
     prefix = "lora_"
     elsewhere = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
+    # of hot swapping
+    pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
+    padded: Mapping[str, Any] = {}  # slots with zeros behind their factor, and its shape without those
 
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:

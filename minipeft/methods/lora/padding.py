@@ -42,8 +42,8 @@ def refit(entries: Iterable[Entry], name: str, tensors: dict[str, Tensor], zeros
     """Put `zeros` behind factors of a checkpoint where hot swapping has done so in the model, or take them away."""
     given = {strip(key): key for key in tensors}
     for entry in entries:
-        shapes = layer_of(entry).adapters[name].padded if entry.layer is not None else {}
         key, slot = given.get(strip(entry.saved)), slot_of(entry.live)
+        shapes = layer_of(entry).adapters[name].padded if slot and entry.layer is not None else {}
         if key is None or slot not in shapes:
             continue
         now, wanted = (shapes[slot], entry.tensor.shape) if zeros else (entry.tensor.shape, shapes[slot])
