@@ -152,7 +152,9 @@ class Plan:
     def set_default_targets(self) -> None:
         """Complete a configuration that says nothing of what to adapt."""
         names = ("target_modules", "target_parameters")
-        if hasattr(self.config, names[0]) and not any(getattr(self.config, name, None) for name in names):
+        if not hasattr(self.config, names[0]):
+            raise UnsupportedFeatureError(f"{self.cls.method.value} adapts whole models, not layers: use PeftModel.")
+        if not any(getattr(self.config, name, None) for name in names):
             raise ConfigError("`target_modules` must say which layers to adapt, for example ['q_proj', 'v_proj'].")
 
     def tie(self) -> None:

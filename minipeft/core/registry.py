@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import functools
 import importlib
+from typing import Any
+
+from .errors import UnsupportedFeatureError
 
 FILES: dict[str, str] = {}  # peft_type -> the module with the configuration and the adapter
 MODELS: dict[str, str] = {}  # peft_type -> the module with a class of its own for models with such adapters
 VARIANTS: dict[str, dict[str, str]] = {}  # peft_type -> field of its configuration -> the module for it
+STARTS: dict[str, dict[str, str]] = {}  # peft_type -> name of a way to set its initial values -> the module for it
 TUNERS: dict[str, str] = {}  # name of a tuner class -> peft_type
 BESIDE: dict[str, str] = {}  # a field of any configuration -> the peft_type of the method that it adds to another
 
@@ -34,8 +38,18 @@ def load_model(peft_type: str) -> None:
 @functools.cache
 def load_variant(peft_type: str, field: str) -> None:
     """Import the variant of a method that a field of its configuration asks for."""
-    if module := VARIANTS[peft_type].get(field):
-        importlib.import_module(module)
+    _imported(VARIANTS[peft_type], field)
+
+
+def load_start(peft_type: str, name: str) -> Any:
+    """The module with a way to set a method's initial values."""
+    return _imported(STARTS.get(peft_type, {}), name)
+
+
+def _imported(modules: dict[str, str], name: str) -> Any:
+    if not (module := modules.get(name)):
+        raise UnsupportedFeatureError(f"`{name}` is not in this copy of minipeft, which holds a part of its methods.")
+    return importlib.import_module(module)
 
 
 def load_all() -> None:

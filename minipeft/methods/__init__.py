@@ -81,6 +81,9 @@ VARIANTS = {  # of methods that a field of the configuration changes
         "velora_config": "lora.velora",
     },
 }
+STARTS = {  # ways to set initial values that have a file of their own
+    "LORA": {"corda": "lora.corda", "loftq": "lora.loftq", "lora_ga": "lora.gradient"},
+}
 BESIDE = {"trainable_token_indices": "TRAINABLE_TOKENS"}  # fields of any method that add another one
 
 NAMES: dict[str, str] = {}  # public name -> its module, below the package
@@ -97,4 +100,6 @@ for _file, _names in FURTHER.items():
     NAMES |= dict.fromkeys(_names.split(), f"methods.{_file}")
 for _method, _fields in VARIANTS.items():
     registry.VARIANTS[_method] = {_field: f"{__name__}.{_file}" for _field, _file in _fields.items()}
+for _method, _ways in STARTS.items():
+    registry.STARTS[_method] = {_way: f"{__name__}.{_file}" for _way, _file in _ways.items()}
 registry.BESIDE |= BESIDE

@@ -18,14 +18,8 @@ from . import status
 from .peft_model import PeftModel, configuration
 from .tuner import BaseTuner
 
-COMPATIBLE_TUNER_TYPES = (
-    PeftType.LORA,
-    PeftType.LOHA,
-    PeftType.LOKR,
-    PeftType.ADALORA,
-    PeftType.OFT,
-    PeftType.SHIRA,
-)
+COMPATIBLE = ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA")
+COMPATIBLE_TUNER_TYPES = tuple(PeftType(name) for name in COMPATIBLE if name in PeftType.__members__)
 
 
 class MixedModel(BaseTuner):

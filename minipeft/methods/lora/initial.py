@@ -21,21 +21,21 @@ from __future__ import annotations
 
 import math
 import re
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...core import registry
 from ...core.errors import ConfigError, MergeError
 
-MODULES = {"loftq": "loftq", "lora_ga": "gradient", "corda": "corda"}  # those that have a file of their own
-INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|eva|mica|{'|'.join(MODULES)}")
+OWN_FILES = ("loftq", "lora_ga", "corda")
+INITS = re.compile(rf"gaussian|orthogonal|pissa|pissa_niter_\d+|olora|eva|mica|{'|'.join(OWN_FILES)}")
 
 
 def changes_base(how: bool | str) -> bool:
     """Whether that start writes to the frozen weights."""
-    return isinstance(how, str) and how.startswith(("pissa", "olora", *MODULES))
+    return isinstance(how, str) and how.startswith(("pissa", "olora", *OWN_FILES))
 
 
 @torch.no_grad()
@@ -94,8 +94,8 @@ def check_unmerged(adapter: Any) -> None:
 
 def factors(adapter: Any, W: Tensor, how: str) -> tuple[Tensor, Tensor, Tensor] | None:
     """A (r, in), B (out, r) and what is left in the frozen layer, for its weight W (out, in); None: start as usual."""
-    if how in MODULES:
-        return import_module(f".{MODULES[how]}", __package__).start(adapter, W)
+    if how in OWN_FILES:
+        return registry.load_start("LORA", how).start(adapter, W)
     if how == "mica":
         return *minor(W, adapter), W
     a, b = olora(W, adapter.r) if how == "olora" else pissa(W, adapter.r, adapter.scaling, how)
