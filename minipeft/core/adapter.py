@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from . import registry
 from .boxes import BOXES, Column
-from .config import PeftConfig, PeftType
+from .config import CONFIGS, PeftConfig, PeftType
 from .errors import ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from .stored import fingerprint
 
@@ -96,9 +96,12 @@ class Adapter(nn.Module):
     def __init_subclass__(cls, config: type[PeftConfig] | None = None, variant: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if config is not None:
-            assert config._method is not None
+            if config._method is None or CONFIGS[config._method] is not config:
+                example = f'class {config.__name__}({config.__bases__[0].__name__}, method="A_NAME")'
+                raise TypeError(f"{config.__name__} needs a peft_type of its own, which files will name: {example}.")
             cls.method, cls.asked_by = config._method, variant
-            ADAPTERS.setdefault(cls.method, []).append(cls)
+            own = lambda other: (other.__module__, other.__qualname__) == (cls.__module__, cls.__qualname__)
+            ADAPTERS[cls.method] = [*(k for k in ADAPTERS.get(cls.method, ()) if not own(k)), cls]
 
     def __init__(self, layer: Layer, name: str, config: PeftConfig, path: str):
         super().__init__()

@@ -31,11 +31,16 @@ from .errors import ConfigError, MergeError, UnsupportedLayerError
 from .offload import device_of, loaded, running_device
 from .stored import Kept, fingerprint, like, own_copy, put, sharded, whole
 
+OWN_KINDS: dict[type[nn.Module], type[Base]] = {}  # classes of layers that have a kind of their own, see Base
+
 
 class Base:
     """A frozen layer as an operator. `module` is what is called; `leaf` is the layer that holds the weights.
 
     The two differ only where adapters of two methods are nested: then `module` is the `Layer` inside.
+
+    For a class of layers that is none of the kinds here, derive from the nearest and name the class:
+    `class Scaled(Linear, layer=ScaledLinear)`. Every method that adapts the one kind then adapts the other.
     """
 
     pointwise = True  # the layer applies W to feature vectors one by one (False: reach it through its weights)
@@ -51,6 +56,11 @@ class Base:
     lent: Tensor | None = None  # that tensor, while the layer has one of its own
     on_meta = False  # True: it reads as if it were on the meta device, see `shapes_only`
     source: Base | None = None  # a layer with the same weight, while what is written is written there
+
+    def __init_subclass__(cls, layer: type[nn.Module] | None = None, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if layer is not None:
+            OWN_KINDS[layer] = cls
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         self.module = module

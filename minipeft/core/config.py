@@ -124,6 +124,7 @@ class PeftConfig:
         cls._layers_need_list |= layers_need_list
         cls._optional += optional
         if method is not None:
+            _check_free(method, cls)
             cls._method = PeftType.add(method)
             CONFIGS[cls._method] = cls
 
@@ -133,7 +134,7 @@ class PeftConfig:
         if self.task_type is not None:
             self.task_type = _member(TaskType, self.task_type, "task_type")
         if self._method is None:
-            self.peft_type = None if self.peft_type is None else _member(PeftType, self.peft_type, "peft_type")
+            self.peft_type = None if self.peft_type is None else _method(self.peft_type)
         elif self.peft_type not in (None, self._method):  # PEFT: without a word
             of, given = self._method.value, shown(self.peft_type)
             warnings.warn(f"{type(self).__name__} is for {of}: peft_type {given} is not used.", PeftWarning)
@@ -260,7 +261,7 @@ class PeftConfig:
     def from_peft_type(cls, /, **kwargs: Any) -> PeftConfig:
         """The configuration that `kwargs["peft_type"]` names, made from `kwargs`; unknown keys: a warning."""
         if "peft_type" in kwargs:
-            method = _member(PeftType, kwargs["peft_type"], "peft_type")
+            method = _method(kwargs["peft_type"])
             registry.load(method.value)
             if method not in CONFIGS:
                 raise ConfigError(f"peft_type {kwargs['peft_type']!r} is not in this release of minipeft.")
@@ -377,13 +378,31 @@ def _unsound(value: Any, depth: int = 0) -> str | None:
     return next((fault for item in inside if (fault := _unsound(item, depth + 1))), None)
 
 
-def _member(kind: type[enum.Enum], value: Any, field: str) -> Any:
+def _member(kind: type[enum.Enum], value: Any, field: str, more: str = "") -> Any:
     try:
         return kind(value)
     except ValueError:
         names = [member.value for member in kind]
         hint = nearest(str(value)[:100], names)
-        raise ConfigError(f"Invalid {field} {shown(value)}.{hint} It must be one of {', '.join(names)}.") from None
+        raise ConfigError(f"Invalid {field} {shown(value)}.{hint} It must be one of {', '.join(names)}.{more}") from None
+
+
+def _check_free(method: str, cls: type[PeftConfig]) -> None:
+    """Raise `ConfigError` when another class has that peft_type. One that is defined again takes its own place."""
+    ours = registry.FILES.get(method, cls.__module__)
+    taken: Any = next((known for kind, known in CONFIGS.items() if kind == method), cls)
+    once_more = (taken.__module__, taken.__qualname__) == (cls.__module__, cls.__qualname__)
+    if not (once_more and cls.__module__.startswith(ours.rpartition(".")[0])):
+        owner = ours if once_more else f"{taken.__module__}.{taken.__qualname__}"
+        raise ConfigError(f"peft_type {method!r} is that of {owner}; give {cls.__name__} another.")
+
+
+def _method(value: Any) -> PeftType:
+    """The method of that name. One that another package has is imported, if its entry points say where it is."""
+    if isinstance(value, str) and value not in PeftType.__members__:
+        registry.load_plugin(value)
+    more = " If another package defines it, import that first, or have it name an entry point of `minipeft.methods`."
+    return _member(PeftType, value, "peft_type", more)
 
 
 @functools.cache

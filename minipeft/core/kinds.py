@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .bases import Attention, Base, Conv, Conv1D, Embedding, Linear, Param, Whole
+from .bases import OWN_KINDS, Attention, Base, Conv, Conv1D, Embedding, Linear, Param, Whole
 from .computed import plain_class
 from .quantised import quantised
 
@@ -26,7 +26,7 @@ def base_of(module: Any, parameter: str | None = None, whole: type[Whole] | None
         return base
     if whole is not None:
         return whole(module, inside)
-    kind = quantised(leaf)
+    kind = next((OWN_KINDS[cls] for cls in type(leaf).__mro__ if cls in OWN_KINDS), None) or quantised(leaf)
     if kind is None:
         if isinstance(leaf, nn.Linear):
             kind = Linear

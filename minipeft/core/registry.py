@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+from importlib import metadata
 from typing import Any
 
 from .errors import UnsupportedFeatureError
 
+PLUGINS = "minipeft.methods"  # the group of entry points: peft_type = module
 FILES: dict[str, str] = {}  # peft_type -> the module with the configuration and the adapter
 MODELS: dict[str, str] = {}  # peft_type -> the module with a class of its own for models with such adapters
 VARIANTS: dict[str, dict[str, str]] = {}  # peft_type -> field of its configuration -> the module for it
@@ -33,6 +35,12 @@ def load_model(peft_type: str) -> None:
     load(peft_type)
     if module := MODELS.get(peft_type):
         importlib.import_module(module)
+
+
+def load_plugin(peft_type: str) -> None:
+    """Import a method that an installed package offers: an entry point of that name in the group `minipeft.methods`."""
+    for found in metadata.entry_points(group=PLUGINS, name=peft_type):
+        found.load()
 
 
 @functools.cache

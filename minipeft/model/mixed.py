@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core import state
+from ..core import registry, state
 from ..core.config import PeftConfig, PeftType, check_config
 from ..core.errors import AdapterNameError, ConfigError, UnsupportedFeatureError
 from ..core.files import of_one_version
@@ -201,7 +201,8 @@ class PeftMixedModel(nn.Module):
 
 def _check_compatible(config: Any) -> None:
     check_config(config)
-    if config.peft_type not in COMPATIBLE_TUNER_TYPES:
+    ours = config.peft_type in registry.FILES  # what others add is theirs to judge
+    if ours and config.peft_type not in COMPATIBLE_TUNER_TYPES:
         kind = getattr(config.peft_type, "value", type(config).__name__)
         raise ConfigError(
             f"The provided `peft_type` '{kind}' is not compatible with the `PeftMixedModel`. "
