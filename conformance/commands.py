@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from .drivers import open_driver
-from .record import beginnings, config, coverage, disputed, recorder, states, targets
+from .record import beginnings, config, coverage, disputed, own, recorder, states, targets
 from .reference import store
 from .reference.methods import methods
 from .run import cli, explain, power
@@ -19,7 +19,12 @@ TABLES = {"config": config.record, "targets": targets.record, "beginnings": begi
 
 
 def do_record(args: list[str]) -> int:
-    """Record packs and tables anew, or `--new`: only cases that are not there yet; `--check` that it gives the same."""
+    """Record packs and tables anew, or `--new`: only cases that are not there yet; `--check` that it gives the same.
+
+    `--formula MODULE:NAME FOLDER`: those of a method that no reference knows, out of its formula, into another folder.
+    """
+    if args[:1] == ["--formula"]:
+        return own.do_record(args[1:])
     check, new_ones = "--check" in args, "--new" in args
     chosen = [a for a in args if not a.startswith("-")] or [*methods(), *TABLES]
     driver, bad = open_driver("peft"), []
@@ -90,7 +95,7 @@ def do_explain(args: list[str]) -> int:
 
 COMMANDS = {"record": do_record, "freeze": do_freeze, "power": lambda args: power.main(),
             "coverage": lambda args: coverage.main(), "disputed": lambda args: disputed.main(),
-            "compare": do_compare, "explain": do_explain}
+            "compare": do_compare, "explain": do_explain, "laws": own.main}
 
 
 def main(argv=None) -> int:

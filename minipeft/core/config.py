@@ -384,11 +384,12 @@ def _member(kind: type[enum.Enum], value: Any, field: str, more: str = "") -> An
     except ValueError:
         names = [member.value for member in kind]
         hint = nearest(str(value)[:100], names)
-        raise ConfigError(f"Invalid {field} {shown(value)}.{hint} It must be one of {', '.join(names)}.{more}") from None
+        rule = f"It must be one of {', '.join(names)}.{more}"
+        raise ConfigError(f"Invalid {field} {shown(value)}.{hint} {rule}") from None
 
 
 def _check_free(method: str, cls: type[PeftConfig]) -> None:
-    """Raise `ConfigError` when another class has that peft_type. One that is defined again takes its own place."""
+    """Raise `ConfigError` when another class has that peft_type. One that is defined again replaces itself."""
     ours = registry.FILES.get(method, cls.__module__)
     taken: Any = next((known for kind, known in CONFIGS.items() if kind == method), cls)
     once_more = (taken.__module__, taken.__qualname__) == (cls.__module__, cls.__qualname__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...core.config import PeftConfig, Positive, Probability, check_fields
-from ...core.errors import ConfigError, PeftWarning
+from ...core.errors import ConfigError, PeftWarning, UnsupportedFeatureError
 from .initial import INITS, changes_base
 
 
@@ -242,3 +242,10 @@ class LoraConfig(
         fields = super().to_dict()
         del fields["runtime_config"]
         return fields
+
+    def _register_custom_module(self, mapping: dict[type, type]) -> None:
+        """Not as in PEFT: a kind of layer is known to all methods. Raises `UnsupportedFeatureError`."""
+        raise UnsupportedFeatureError(
+            "A kind of layer of one's own is a Base that names the layer's class, and then every method adapts it: "
+            "`class MyBase(Linear, layer=MyLayer)`; see docs/own_method.md."
+        )
