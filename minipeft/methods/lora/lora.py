@@ -79,7 +79,8 @@ class Factors(Adapter):
         r = pattern_value(c.rank_pattern, self.path, c.r)
         alpha = pattern_value(c.alpha_pattern, self.path, c.lora_alpha)
         flags = {"use_rslora": c.use_rslora, "use_dora": c.use_dora, "lora_bias": c.lora_bias}
-        self.note(r=r, lora_alpha=alpha, scaling=scale(r, alpha, c.use_rslora), **flags)
+        self.note(r=r, lora_alpha=alpha, **flags)
+        self.scaling = self.initial_scaling()
         self.lora_dropout = dropout(c.lora_dropout)
         self.lora_A, self.lora_B = self.base.factors(r, c.lora_bias)  # (r, in), (out, r)
         initialise(self, c.init_lora_weights)

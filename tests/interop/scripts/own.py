@@ -70,10 +70,6 @@ class LoudConfig(LoraConfig, method="LOUD"):
 
 
 class Loud(LoRA, config=LoudConfig):
-    def build(self) -> None:
-        super().build()
-        self.scaling = self.initial_scaling()
-
     def initial_scaling(self) -> float:
         return super().initial_scaling() * self.config.loudness
 
@@ -121,9 +117,6 @@ class ScaledBase(Linear, layer=Scaled):
     def read(self):
         W, b = super().read()
         return W / 10, b
-
-    def canonical(self, W: Tensor) -> Tensor:
-        return W
 
     def write(self, W, b):
         super().write(10 * W, b)
