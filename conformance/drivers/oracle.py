@@ -21,7 +21,8 @@ from ..reference.method import KEY, slots
 from ..reference.methods import lora, methods
 from ..reference.numpy_model import sites
 
-OWN = ("drop", "keep", "thinned", "by_type", "take_from_base")  # what faults change besides operations
+OWN = ("drop", "keep", "thinned", "by_type", "take_from_base",
+       "words", "saved")  # what faults change besides operations
 
 
 class Oracle(Driver):
@@ -157,9 +158,16 @@ class Oracle(Driver):
                 if own := slots(tensors, path):
                     new = method.tensors.fresh(site, {**own, **made}, config)
                     tensors.update({f"{KEY}{path}.{k}": np.asarray(v, np.float64) for k, v in new.items()})
+        if config.get("prompt_tuning_init") == "SAMPLE_VOCAB":
+            tensors = {k: self.words(len(v)) for k, v in tensors.items()}
         self.adapters[name] = (copy.deepcopy(config), self.pruned(config, tensors))
         if config.get("inference_mode") and not method.prompt:
             self.asked[name] = False
+
+    def words(self, count):
+        """Rows of the embedding, drawn."""
+        emb = next(v for k, v in self.base_weights.items() if "emb" in k and len(v) == self.base["vocab"])
+        return emb[self.rng.integers(0, len(emb), count)]
 
     def delete(self, name):
         del self.adapters[name]
@@ -167,6 +175,8 @@ class Oracle(Driver):
 
     def load(self, tensors, name="default"):
         config, own = self.adapters[name]
+        if self.method.tensors.expanded:
+            tensors = self.method.tensors.expanded(tensors, config)
         problems = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors
                                                                         if k not in own]
         problems += [f"{k} has shape {v.shape}, not {own[k].shape}" for k, v in tensors.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -53,8 +54,25 @@ class States(Net):
         return language_models.Output(logits=y, hidden_states=(x,)) if output_hidden_states else y
 
 
+class TellingNet(Net):
+    """A Net that says itself what its output layer is, as models of transformers do."""
+
+    def __init__(self, base):
+        super().__init__(base["layers"])
+        self.output = base["output"]
+
+    def get_output_embeddings(self):
+        return self.get_submodule(self.output) if self.output else None
+
+    def get_input_embeddings(self):
+        return None
+
+
 def pretrained(base):
-    """A Net as a model of transformers, which says itself what its output layer is; None: it has none."""
+    """A Net that says what its output layer is (None: it has none); for an implementation that imports transformers, it
+    is one of transformers' models, since such a one may ask for that."""
+    if "transformers" not in sys.modules:
+        return TellingNet(base)
     from transformers import PretrainedConfig, PreTrainedModel
 
     class PretrainedNet(PreTrainedModel):

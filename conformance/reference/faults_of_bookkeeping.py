@@ -109,7 +109,31 @@ def strong_by_rank(o, right):
     return {k: o.base_weights[k] + (v - o.base_weights[k]) * 1.1 for k, v in right().items()}
 
 
-FAULTS = {"lora": (
+def add_then_fail(o, right, name, config):
+    """The name is taken before it shows that nothing can be adapted."""
+    if name in (taken := vars(o).setdefault("taken", set())):
+        raise ValueError(f"{name} is there")
+    if name != "default":
+        taken.add(name)
+    right(name, config)
+    taken.discard(name)
+
+
+def indices_in_bytes(o, right, name="default"):
+    return {k: v % 256 if "indices" in k else v for k, v in right(name).items()}
+
+
+FAULTS = {
+    "vblora": (f("indices-in-bytes", "which vectors are chosen is saved in a byte", {"saved": indices_in_bytes},
+                 "usage", ("usage/small-file",)),),
+    "prompt_tuning": (
+        f("words-are-drawn-numbers", "a prompt that is to begin as words is drawn",
+          {"words": lambda o, right, count: right(count) + o.rng.normal(size=(count, 1))}, "usage",
+          ("usage/vocabulary",)),
+        f("first-words-alone", "a prompt begins as some of the first words", {
+            "words": lambda o, right, count: np.resize(np.unique(right(999), axis=0)[:4], right(count).shape)}, "usage",
+          ("usage/vocabulary",))),
+    "lora": (
     f("merges-what-is-infinite", "safe_merge looks for what is no number alone",
       {"safe_merge": merges_what_is_infinite}, "usage", ("usage/safe-merge",)),
     f("pruned-at-random-not-rescaled", "what DARE keeps is not divided by the density",
@@ -136,6 +160,8 @@ FAULTS = {"lora": (
       "usage", ("usage/deletion",)),
     f("deleted-stays-merged", "deleting a merged adapter leaves it in the base weights", {"delete": delete_into_base},
       "usage", ("usage/deletion",)),
+    f("failed-add-takes-the-name", "an adapter that could not be added has taken its name", {"add": add_then_fail},
+      "usage", ("usage/failed-add",)),
     f("config-of-the-first", "the first adapter's config counts as the active one's", {"config_of": first_config},
       "usage", ("usage/held-configs",)),
     f("saved-is-for-use", "saving leaves inference_mode in the config", {"save": saved_for_use}, "usage",

@@ -74,6 +74,10 @@ class Tensors:
     made: Callable | None = None
     # slot (or key) -> the value that makes a fresh adapter do nothing; the others may be anything
     neutral: dict = field(default_factory=dict)
+    # compact(tensors, config) -> what a checkpoint holds where the config asks for a smaller one, and expanded(that,
+    # config) -> tensors that are worth the same
+    compact: Callable | None = None
+    expanded: Callable | None = None
     # the recorder's tensors: perturb(key, fresh value, rng) -> value; None: fresh + 0.3 normal
     perturb: Callable | None = None
     # gauges(config, paths) -> the choices that an implementation has, each {key: array}: multiplying the adapter's
@@ -166,6 +170,8 @@ class Method:
 
     def saved(self, tensors: dict, config: dict) -> dict:
         """What a checkpoint holds of an adapter with these parameters."""
+        if self.tensors.compact:
+            tensors = self.tensors.compact(tensors, config)
         saved = self.prompt and self.prompt.saved
         return saved(tensors, config) if saved and self.live(config) else tensors
 

@@ -85,12 +85,12 @@ def reject_tasks(cases, pattern=None) -> list[Task]:
 
 
 def usage_tasks(profile, methods, pattern=None) -> list[Task]:
-    """In the core profile, LoRA's alone."""
+    """In the core profile, LoRA's alone, and what needs a further library in none."""
     found = []
     for m, what, function in usage.everything():
         case = f"{m.name}/usage/{what}"
-        if (profile == "full" or m.name == "lora") and (not methods or m.name in methods) and (
-                not pattern or pattern in case):
+        core = m.name == "lora" and what not in usage.KINDS
+        if (core or profile == "full") and (not methods or m.name in methods) and (not pattern or pattern in case):
             found.append(Task(m.name, case, "usage", "float32", function))
     return found
 

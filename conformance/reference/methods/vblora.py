@@ -56,6 +56,33 @@ def spread(key, fresh, rng):
     return np.ascontiguousarray(rng.permuted(np.broadcast_to(np.arange(fresh.shape[-1]) / 4, fresh.shape), axis=-1))
 
 
+def compact(tensors, c):
+    """Of each piece's logits, which are the largest, and all weights but the last."""
+    if not c.get("save_only_topk_weights"):
+        return tensors
+    found, k = {}, c.get("topk", 2)
+    for key, logits in tensors.items():
+        if "logits" not in key:
+            found[key] = logits
+            continue
+        top = np.argsort(-logits, axis=-1, kind="stable")[..., :k]
+        weights = np.exp(np.take_along_axis(np.asarray(logits, np.float64), top, -1))
+        found[f"{key}_topk_indices"] = top
+        found[f"{key}_topk_weights"] = (weights / weights.sum(-1, keepdims=True))[..., :-1]
+    return found
+
+
+def expanded(tensors, c):
+    found = dict(tensors)
+    for key in [k for k in tensors if k.endswith("_topk_indices")]:
+        weights = np.asarray(found.pop(key.replace("indices", "weights")), np.float64)
+        weights = np.concatenate([weights, 1 - weights.sum(-1, keepdims=True)], -1)
+        logits = np.full((*weights.shape[:-1], c["num_vectors"]), -1e3)
+        np.put_along_axis(logits, found.pop(key).astype(int), np.log(weights), -1)
+        found[key.removesuffix("_topk_indices")] = logits
+    return found
+
+
 ROWS = [
     Row("linear/plain", "mlp-even", vblora(), "core", second={}),
     Row("linear/tokens", "mlp-even-tokens", vblora(r=2, num_vectors=5), "core"),
@@ -84,7 +111,7 @@ METHOD = Method(
     name="vblora", peft_type="VBLORA", title="VB-LoRA", paper="https://arxiv.org/abs/2405.15179",
     equation="W' = W + B A, each piece of B and A = sum over the top k of softmax(logits) * bank", rows=ROWS,
     shapes=shapes, formula=formula, faults=FAULTS,
-    tensors=Tensors(shared=shared, perturb=spread),
+    tensors=Tensors(shared=shared, perturb=spread, compact=compact, expanded=expanded),
     laws=Laws(draw={"r": [1, 3], "num_vectors": [6, 9], "vector_length": [2, 4], "topk": [2, 3],
                     "target_modules": [["up", "mid"]]}, bases=("mlp-even-tokens",)),
 )

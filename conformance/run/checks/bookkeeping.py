@@ -65,6 +65,20 @@ def unknown_name(driver, case, method):
             raise Failure("saving was refused, after files were written", expected="no file", got=str(found))
 
 
+def failed_add(driver, case, method):
+    """What could not be added leaves nothing behind: the model is as before, and the name is free."""
+    start(driver, case, "float32")
+    names = driver.names()
+    refuse("an adapter whose targets match nothing",
+           lambda: driver.add("other", {**second_of(case, method), "target_modules": ["nowhere"]}))
+    same_set("live parameter names after a failed addition", driver.names(), names)
+    same_output(driver, case, "output after a failed addition")
+    driver.add("other", second_of(case, method))
+    driver.switch(["other"])
+    driver.delete("other")
+    same_output(driver, case, "output after adding it rightly, and deleting it")
+
+
 def held_configs(driver, case, method):
     """Which config belongs to which adapter, and to the active one; what saving and loading leave in it."""
     def held(what, name, **want):
@@ -146,6 +160,7 @@ def for_use(driver, case, method, mixed=False):
 def of(method) -> dict:
     """Function -> whether it can be asked of a method."""
     layers, several = bool(method.formula or method.run), not method.laws.single
-    return {deletion: several, unknown_name: True, held_configs: True, for_use: layers,
-            require_grad: layers and several,
+    chosen = bool(method.rows[0].config.get("target_modules"))
+    return {deletion: several, failed_add: layers and several and chosen, unknown_name: True, held_configs: True,
+            for_use: layers, require_grad: layers and several,
             loading_modes: layers and several and not method.laws.second}

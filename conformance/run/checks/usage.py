@@ -231,6 +231,49 @@ def converted(driver, base, method, config, what):
     close("output of the converted adapter on the unchanged base", driver.forward(inputs), out, "float32")
 
 
+STARTS = 8
+
+
+def vocabulary(driver, case, method):
+    """A prompt that begins as words: each row is one of the embedding's, and any may be."""
+    base = case.tensors("base")
+    words = next(v for k, v in base.items() if "emb" in k and len(v) == case.base["vocab"])
+    config, seen = {**case.config, "prompt_tuning_init": "SAMPLE_VOCAB"}, set()
+    for seed in range(STARTS):
+        driver.build(case.base, base, config, "float32", case=f"{method.name}/vocabulary", seed=seed)
+        (rows,) = driver.state_dict().values()
+        off = np.abs(np.asarray(rows)[:, None] - words[None]).max(-1)
+        if off.min(1).max() > 1e-6:
+            raise Failure("a prompt that begins as words of the vocabulary has rows that are none of the embedding's")
+        seen |= set(off.argmin(1).tolist())
+    if len(seen) <= 0.7 * len(words):
+        raise Failure(f"of {len(words)} words, prompts begin as some of {len(seen)} alone, in {STARTS} starts",
+                      got=str(sorted(seen)))
+
+
+def small_file(driver, case, method):
+    """A checkpoint that holds of each choice only what is chosen, out of more than a byte can count."""
+    base, inputs = case.tensors("base"), case.tensors("input")
+    whole = {**case.config, "num_vectors": 300}
+    driver.build(case.base, base, whole, "float32", case=f"{method.name}/small")
+    rng = rng_of("small")
+    tensors = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in sorted(driver.state_dict().items())}
+    small = {**whole, "save_only_topk_weights": True}
+    held = method.tensors.compact(tensors, small)
+    out = formulas.output(method, case.base, base, tensors, whole, inputs)
+    driver.build(case.base, base, small, "float32", case=f"{method.name}/small")
+    driver.load({k: v if v.dtype.kind == "i" else v.astype(np.float32) for k, v in held.items()})
+    close("output of an adapter from such a checkpoint", driver.forward(inputs), out, "float32")
+    got = driver.state_dict()
+    same_set("keys of such a checkpoint", got, held)
+    for key, want in held.items():
+        close(f"{key} of such a checkpoint", np.asarray(got[key], np.float64), want, "float32")
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        driver.restore(path, case.base, base, "float32")
+    close("output after saving and loading it", driver.forward(inputs), out, "float32")
+
+
 def quantised(driver, case, method, kind):
     """What an adapter does to the layer as it is stored in 4 bits, which the output for a unit matrix tells."""
     rng = rng_of(f"{case.id} {kind}")
@@ -253,6 +296,7 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("lokr/linear/plain", "adalora/linear/plain"), ("adalora/linear/plain", "oft/linear/adjusted-block"),
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
          ("shira/linear/plain", "lora/linear/plain"))
+KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
              "prefix_tuning/causal-lm/projection", "p_tuning/causal-lm/lstm", "cartridge/causal-lm/none-frozen",
@@ -307,6 +351,9 @@ def everything():
     for id, both in (("lora/linear/modules-to-save", False), ("lora/linear/plain", True)):
         name = "for-use-mixed" if both else f"for-use-{id.rpartition('/')[2]}"
         yield known["lora"], name, partial(for_use, case=store.find(id), method=known["lora"], mixed=both)
+    for name, function in (("prompt_tuning", vocabulary), ("vblora", small_file)):
+        what = function.__name__.replace("_", "-")
+        yield known[name], what, partial(function, case=first_case(known[name]), method=known[name])
     for case in map(store.find, GENERATED):
         method = known[case.pack.data["method"]]
         yield method, f"generate-{case.id.rpartition('/')[2]}", partial(generate, case=case, method=method)
@@ -315,5 +362,5 @@ def everything():
         pair = partial(mixed, first=store.find(a), second=store.find(b))
         yield known[a.partition("/")[0]], f"mixed-with-{name}", pair
     for name in QUANTISED:
-        for kind in ("nf4", "fp4") if name == "lora" else ("nf4",):
+        for kind in KINDS if name == "lora" else KINDS[:1]:
             yield known[name], kind, partial(quantised, case=first_case(known[name]), method=known[name], kind=kind)
