@@ -31,6 +31,7 @@ IMPLEMENTATIONS = {  # --impl NAME: what to install for it
 OLD = ["transformers<5", "huggingface_hub<1"]  # what older releases of peft import
 REPORTS = {  # a row of docs/implementations.html: options for the suite, and what to install
     "minipeft": (["--impl", "minipeft"], ["-e", ".[conformance]"]),
+    "minipeft-core": (["--impl", "minipeft-core"], ["-e", ".[conformance]"]),
     **{f"peft-{release}": (["--impl", "peft"], ["./conformance[torch]", "scikit-learn", f"peft=={release}", *more])
        for release, more in {"0.15.2": OLD, "0.17.1": OLD, "0.18.1": OLD, "0.19.1": OLD, "0.21.2": []}.items()},
     "loralib": (["--impl", "loralib"], ["./conformance[torch]", "loralib"]),
@@ -40,8 +41,9 @@ REPORTS = {  # a row of docs/implementations.html: options for the suite, and wh
     "numpy": (["--impl", "cmd:python conformance/examples/numpy_lora.py"], ["./conformance"]),
     "node": (["--impl", "cmd:node conformance/examples/node_adapters.mjs"], ["./conformance"]),
     "jax": (["--impl", "cmd:python conformance/examples/jax_lora.py"], ["./conformance", "jax"]),
+    "mlx": (["--impl", "cmd:python conformance/examples/mlx_lora.py"], ["./conformance", "mlx[cpu]"]),
 }
-PORTS = ("loralib", "lycoris", "torchtune", "adapters", "numpy", "node", "jax")
+PORTS = ("minipeft-core", "loralib", "lycoris", "torchtune", "adapters", "numpy", "node", "jax", "mlx")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 

@@ -8,7 +8,7 @@ import shlex
 from ..driver import Driver
 
 SHIPPED = {"adapters": "adapters:AdapterHub", "loralib": "loralib:LoraLib", "lycoris": "lycoris:Lycoris",
-           "oracle": "oracle:Oracle", "torchtune": "torchtune:TorchTune"}
+           "minipeft-core": "minipeft_core:Core", "oracle": "oracle:Oracle", "torchtune": "torchtune:TorchTune"}
 
 
 def open_driver(name: str, python: str | None = None) -> Driver:

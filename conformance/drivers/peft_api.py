@@ -116,7 +116,7 @@ class PeftApi(Driver):
             raise
 
     def base(self, base, weights, dtype):
-        self.dtype, self.argument = models.DTYPES[dtype], base.get("states")
+        self.dtype, self.argument, self.description = models.DTYPES[dtype], base.get("states"), base
         if base.get("model") == "skeleton":
             with torch.device("meta"):
                 return models.make(base).eval()
@@ -206,8 +206,15 @@ class PeftApi(Driver):
                 raise
             raise Unsupported(f"this method's adapters cannot be deleted: {e}") from e
 
+    def tensors(self, tensors):
+        return {k: to_torch(v, self.dtype) for k, v in tensors.items()}
+
+    def held(self, name="default"):
+        """What a checkpoint holds, as it is now."""
+        return self.peft.get_peft_model_state_dict(self.model, adapter_name=name)
+
     def load(self, tensors, name="default"):
-        tensors = {k: to_torch(v, self.dtype) for k, v in tensors.items()}
+        tensors = self.tensors(tensors)
         with rejecting():
             self.peft.set_peft_model_state_dict(self.model, tensors, adapter_name=name)
 
@@ -273,18 +280,17 @@ class PeftApi(Driver):
         try:
             for p in params:
                 p.data = torch.full_like(p, float("nan"))
-            trained = {k: torch.isnan(v) for k, v in self.peft.get_peft_model_state_dict(self.model).items()}
+            trained = {k: torch.isnan(v) for k, v in self.held().items()}
             for p, new in zip(params, made):
                 p.data = new
-            state = self.peft.get_peft_model_state_dict(self.model)
+            state = self.held()
             return {k: to_numpy(v * trained[k]) for k, v in state.items() if trained[k].any()}
         finally:
             for p, old in zip(params, kept):
                 p.data = old
 
     def state_dict(self, name="default"):
-        return {k: to_numpy(v) for k, v in
-                self.peft.get_peft_model_state_dict(self.model, adapter_name=name).items()}
+        return {k: to_numpy(v) for k, v in self.held(name).items()}
 
     def names(self):
         return {k: p.requires_grad for k, p in self.model.named_parameters()}

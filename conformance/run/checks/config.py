@@ -19,7 +19,8 @@ from ...reference.compare import Failure
 from ...reference.methods import methods
 from .goldens import close, start
 
-OWN = ("peft_version", "auto_mapping", "base_model_name_or_path")  # each library's and model's own
+MODEL = "base_model_name_or_path"
+OWN = ("peft_version", "auto_mapping", MODEL)  # each library's and model's own
 VERSION = re.compile(r"\d+(\.\d+)+.*")
 
 
@@ -125,10 +126,12 @@ def beside(driver, row):
     full = driver.full_config(row["required"])
     nested = {k: v for k, v in NESTED.get(row["method"], {}).items() if k in full}
     with tempfile.TemporaryDirectory() as path:
-        Path(path, "adapter_config.json").write_text(json.dumps({**full, **nested, "revision": "the-files"}))
-        for given in ({}, {"revision": "given"}):
+        Path(path, "adapter_config.json").write_text(json.dumps({**full, **nested, MODEL: "the file's"}))
+        for given in ({}, {MODEL: "given"}):
             got = driver.read_config(path, given)
-            compare(f"read with {given} given", got, {**full, **nested, "revision": "the-files"})
+            compare(f"read with {given} given", got, {**full, **nested})
+            if got.get(MODEL) != "the file's":
+                raise Failure(f"read with {given} given: {MODEL}", expected="the file's", got=repr(got.get(MODEL)))
 
 
 def inference(driver, row):
