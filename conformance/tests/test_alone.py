@@ -17,6 +17,8 @@ EXAMPLES = {  # what has to be there, the command, what to run, and how many res
              ["--methods", "lora,ia3", "--profile", "core"], 80),
     "jax": (importlib.util.find_spec("jax"), f"{sys.executable} conformance/examples/jax_lora.py",
             ["--methods", "lora,dora", "--profile", "core", "--cases", "linear/plain"], 18),
+    "mlx": (importlib.util.find_spec("mlx"), f"{sys.executable} conformance/examples/mlx_lora.py",
+            ["--methods", "lora,dora", "--profile", "core", "--cases", "linear/plain"], 18),
 }
 WITHOUT = "import sys; sys.modules.update(dict.fromkeys(['torch', 'minipeft', 'peft', 'pytest', 'jsonschema']));"
 RUN = "from conformance.commands import main; sys.exit(main(sys.argv[1:]))"

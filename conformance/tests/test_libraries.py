@@ -12,6 +12,14 @@ from conformance.reference import store
 LIBRARIES = {"loralib": "lora", "lycoris": "lora,dora,ia3", "torchtune": "lora,dora", "adapters": "lora,dora,ia3"}
 
 
+def test_the_core_of_minipeft_passes():
+    command = [sys.executable, "-m", "conformance", "--impl", "minipeft-core", "--methods", "lora,vblora",
+               "--profile", "core", "--cases", "linear/plain"]
+    seen = subprocess.run(command, capture_output=True, text=True, cwd=store.folder().parent, timeout=120)
+    assert seen.returncode == 0, seen.stdout[-2000:] + seen.stderr[-2000:]
+    assert int(re.findall(r"(\d+) pass\b", seen.stdout)[0]) >= 20
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_what_it_gets_wrong_is_known(library):
     if not importlib.util.find_spec(library):
