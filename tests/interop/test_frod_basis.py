@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import minipeft
 
@@ -116,3 +117,17 @@ def test_progress_bar(capfd):
         warnings.simplefilter("ignore")
         minipeft.get_peft_model(CASE.base.build(), minipeft.FrodConfig(target_modules=["q", "up"]))
     assert "FRoD: decomposing weights: 2/2" in capfd.readouterr().err
+
+
+def test_adapters_of_one_model_share_what_is_drawn(lib):
+    """In memory, until a checkpoint gives one of them another V; the other stays as it was."""
+    config = lambda: lib.FrodConfig(target_modules=["0", "1"], init_weights=False)
+    net = lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 6))
+    model, x = lib.get_peft_model(net(), config()), torch.randn(2, 6)
+    model.add_adapter("other", config())
+    layer, y = model.base_model.model[0], model(x)
+    for slot in (layer.frod_V, layer.frod_s_indices):
+        assert slot["default"].data_ptr() == slot["other"].data_ptr()
+    state = lib.get_peft_model_state_dict(lib.get_peft_model(net(), config()))
+    lib.set_peft_model_state_dict(model, state, "other")
+    assert torch.equal(model(x), y) and not torch.equal(layer.frod_V["default"], layer.frod_V["other"])

@@ -91,8 +91,8 @@ def shared_by_group(config: Any, found: list[tuple[str, Base]], existing: Any) -
         W = next(iter(groups[name].values()))
         place = positions(W.shape[1], config.sparse_rate, generator).to(W.device)
         if box := existing(f"frod_V.{name}"):  # PEFT: adapters start with one V, whatever their `regularization_alpha`
-            V = next(iter(box.values())).clone()
-            other = next(iter(existing(f"frod_s_indices.{name}").values())).clone()
+            V = next(iter(box.values()))
+            other = next(iter(existing(f"frod_s_indices.{name}").values()))
             place = other if other.shape == place.shape else place
         else:
             V = basis([W for _, W in sorted(groups[name].items())], config.regularization_alpha).to(W)
