@@ -61,6 +61,8 @@ def rejecting():
     except NotImplementedError as e:
         if not str(e):
             raise
+        if isinstance(e, (ValueError, TypeError, KeyError)):  # what is offered, and refuses this input
+            raise Rejected(f"{type(e).__name__}: {e}") from e
         raise Unsupported(f"{type(e).__name__}: {e}") from e
     except MEANT as e:
         if NOT_OFFERED.search(str(e)):
