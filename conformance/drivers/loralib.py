@@ -27,7 +27,7 @@ class LoraLib(LayerDriver):
         more = {"r": config["r"], "lora_alpha": config.get("lora_alpha", 8)}
         if isinstance(layer, nn.Linear):
             new = loralib.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, **more)
-        elif isinstance(layer, nn.Embedding):
+        elif type(layer) is nn.Embedding:
             new = loralib.Embedding(layer.num_embeddings, layer.embedding_dim, padding_idx=layer.padding_idx, **more)
         elif type(layer).__name__ == "Conv1D":
             new = loralib.Linear(*layer.weight.shape, fan_in_fan_out=True, **more)
