@@ -361,7 +361,14 @@ class Delta(Adapter):
         dW = self.delta()
         return self.base.apply(self.cast(x, dW) if self.base.reads_vectors else x, dW)
 
+    @property
+    def by_weight(self) -> bool:
+        """Whether `branch` forms dW and is dW x, without dropout: then one product with W + dW does for both."""
+        return type(self).branch is Delta.branch
+
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self.by_weight and inner is self.base and self.base.bare(x):
+            return self.base.apply(x, *self.fold(*inner.read()))
         y = inner(x, *args, **kwargs)
         return (y + self.branch(x)).to(y.dtype)
 

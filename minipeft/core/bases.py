@@ -273,6 +273,10 @@ class Base:
         """Output of the layer for input `x`, had it the weights (W, b)."""
         raise NotImplementedError
 
+    def bare(self, x: Tensor) -> bool:
+        """Whether calling the layer is W x + b and nothing else, in a precision in which W may as well be W + dW."""
+        return False
+
     def called(self, x: Tensor, W: Any, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """The same as when the layer itself is called: hooks on it act."""
         if not has_hooks(self.leaf):
@@ -535,6 +539,14 @@ class Linear(Base):
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def bare(self, x: Tensor) -> bool:
+        leaf, weight = self.leaf, self.leaf._parameters.get(self.weight_name)
+        own = type(leaf).forward is nn.Linear.forward and "forward" not in vars(leaf) and self.module is leaf
+        if not own or has_hooks(leaf) or leaf._backward_hooks or leaf._backward_pre_hooks or type(self) is not Linear:
+            return False
+        wide = type(weight) is nn.Parameter and weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
+        return wide and not sharded(weight) and not _autocasts(x.device.type)
 
 
 class Conv1D(Linear):

@@ -26,7 +26,13 @@ def random_positions(base: Base, n: int, seed: int) -> Tensor:
 
 def dense(values: Tensor, positions: Tensor, rows: int, columns: int) -> Tensor:
     """The matrix (rows, columns) with `values` (n,) at `positions` (2, n) and 0 elsewhere."""
-    return values.new_zeros(rows, columns).index_put(tuple(positions.long()), values)
+    return values.new_zeros(rows, columns).index_put_(tuple(positions.long()), values)
+
+
+def added(W: Tensor, values: Tensor, flat: Tensor) -> Tensor:
+    """W with `values` (n,) added at positions (n,) of the flattened W."""
+    W = W.to(torch.promote_types(W.dtype, values.dtype))
+    return W.flatten().index_add(0, flat, values.to(W.dtype)).view(W.shape)
 
 
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:

@@ -63,5 +63,5 @@ class C3A(Delta, config=C3AConfig):
     def branch(self, x: Tensor) -> Tensor:
         k = self.c3a_kernel.to(torch.promote_types(self.c3a_kernel.dtype, torch.float32))
         X = torch.fft.rfft(x.to(k.dtype).unflatten(-1, (-1, self.block_size)))  # (..., in / b, b / 2 + 1)
-        y = torch.einsum("...nf,mnf->...mf", X, torch.fft.rfft(k).conj())
-        return torch.fft.irfft(y, self.block_size).flatten(-2) / self.base.in_features  # (..., out)
+        y = torch.einsum("...nf,mnf->...mf", X, torch.fft.rfft(k / self.base.in_features).conj())
+        return torch.fft.irfft(y, self.block_size).flatten(-2)  # (..., out)

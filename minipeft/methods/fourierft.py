@@ -58,5 +58,5 @@ class FourierFT(Delta, config=FourierFTConfig):
     def delta(self) -> Tensor:
         c = self.fourierft_spectrum
         wide = c.to(torch.promote_types(c.dtype, torch.float32))  # PEFT: always float32
-        S = dense(wide, self.indices, self.base.out_features, self.base.in_features)
-        return self.fourierft_scaling * torch.fft.ifft2(S).real.to(c.dtype)  # (out, in)
+        S = dense(wide * self.fourierft_scaling, self.indices, self.base.out_features, self.base.in_features)
+        return torch.fft.ifft2(S).real.to(c.dtype)  # (out, in)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,7 @@ class Path(nn.Module):
 
 class GLoRA(Delta, config=GloraConfig):
     prefix = "glora_"
+    by_weight = True
 
     def build(self) -> None:
         c, out, inp = self.config, self.base.out_features, self.base.in_features
@@ -79,10 +80,9 @@ class GLoRA(Delta, config=GloraConfig):
         W0, b0 = (None if t is None else t.to(dtype) for t in self.base.read())
         return W0 * A + B, None if b0 is None else b0 * D + E + (W0 @ C).squeeze(-1)
 
-    def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
-        y = inner(x, *args, **kwargs)
+    def branch(self, x: Tensor) -> Tensor:
         dW, db = self.change()
-        return (y + self.base.apply(self.cast(x, dW), dW, db)).to(y.dtype)
+        return self.base.apply(self.cast(x, dW), dW, db)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dW, db = self.change()

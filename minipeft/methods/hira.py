@@ -65,6 +65,10 @@ class HiRA(Delta, config=HiraConfig):
         W0, _ = self.base.read()
         return W0.to(A) * (B.flatten(1) @ A.flatten(1)).view(W0.shape)
 
+    @property
+    def by_weight(self) -> bool:
+        return not (self.layer.training and isinstance(self.hira_dropout, nn.Dropout))
+
     def branch(self, x: Tensor) -> Tensor:
         dW = self.delta()
         x = self.hira_dropout(self.cast(x, dW)) if self.base.reads_vectors else x

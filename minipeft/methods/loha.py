@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..maths.draw import uniform
@@ -45,7 +47,27 @@ class LoHa(Lycoris, config=LoHaConfig):
             setattr(self, f"hada_t{i}", uniform(*core_shape(r, kernel)))
 
     def product(self) -> Tensor:
-        a, b, c, d = self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
+        a, b, c, d = self.hada_w1_a * self.scaling, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
         if self.kernel:
             return tucker(self.hada_t1, a, b) * tucker(self.hada_t2, c, d)  # (out, in / groups, *kernel)
-        return (a @ b) * (c @ d)  # (out, width)
+        return Hadamard.apply(a, b, c, d)  # (out, width)
+
+
+class Hadamard(torch.autograd.Function):
+    """(A1 B1) * (A2 B2), of which only the factors are kept for the gradients: a product costs little to form again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        return (a @ b) * (c @ d)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        a, b, c, d = ctx.saved_tensors
+        one, two = grad * (c @ d), grad * (a @ b)
+        return one @ b.t(), a.t() @ one, two @ d.t(), c.t() @ two

@@ -78,4 +78,4 @@ class LoKr(Lycoris, config=LoKrConfig):
         else:
             w2 = self.lokr_w2 if self.has("lokr_w2") else self.lokr_w2_a @ self.lokr_w2_b  # (b, d * taps)
         # PEFT: on a Conv1d, a full W2 keeps its three axes, so that W1's meet those of d and of the kernel
-        return torch.kron(w1, w2 if w2.dim() == 3 else w2.flatten(1))
+        return torch.kron(w1 * self.scaling, w2 if w2.dim() == 3 else w2.flatten(1))

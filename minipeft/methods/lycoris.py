@@ -31,7 +31,7 @@ class LycorisConfig(PeftConfig, optional=("rank_dropout",)):
 
 
 class Lycoris(Delta):
-    """W' = W + (alpha / r) D. Gives `factors` (the parameters) and `product` (D, in any shape of W's size)."""
+    """W' = W + (alpha / r) D. Gives `factors` (the parameters) and `product` (alpha / r times D, of any shape)."""
 
     bases = ("Linear", "Conv1D", "Conv", "Embedding")
 
@@ -40,7 +40,7 @@ class Lycoris(Delta):
         raise NotImplementedError
 
     def product(self) -> Tensor:
-        """D."""
+        """(alpha / r) D."""
         raise NotImplementedError
 
     @property
@@ -66,7 +66,11 @@ class Lycoris(Delta):
         return kernel if self.config.use_effective_conv2d and math.prod(kernel) > 1 else ()
 
     def delta(self) -> Tensor:
-        return self.scaling * self.product().reshape(self.base.shape)
+        return self.product().reshape(self.base.shape)
+
+    @property
+    def by_weight(self) -> bool:
+        return not (self.layer.training and self.rank_dropout)
 
     def branch(self, x: Tensor) -> Tensor:
         dW = self.delta()

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,20 +74,17 @@ class MiSS(Shards, Delta, config=MissConfig):
         base.require_divisible(config.mini_r, "mini_r", path, sides="out_features")
         return config.r, config.mini_r
 
-    @property
-    def shard(self) -> Tensor:
-        """D^T (r, out)."""
-        D = self.miss_block
-        return D.repeat(1, self.base.out_features // D.shape[1])
-
     def delta(self) -> Tensor:
-        D = self.shard.t()
-        return D.repeat(1, -(-self.base.in_features // D.shape[1]))[:, : self.base.in_features]  # (out, in)
+        (r, height), (out, inp) = self.miss_block.shape, self.base.shape
+        return self.miss_block.t().repeat(out // height, -(-inp // r))[:, :inp]  # (out, in)
 
     def branch(self, x: Tensor) -> Tensor:
-        D = self.shard
-        x = F.pad(self.cast(x, D), (0, -x.shape[-1] % len(D)))
-        return self.miss_dropout(x).unflatten(-1, (-1, len(D))).sum(-2) @ D  # (..., out)
+        E = self.miss_block  # (r, out), or (r, mini_r)
+        x = self.cast(x, E)
+        if short := -x.shape[-1] % len(E):
+            x = F.pad(x, (0, short))
+        y, times = self.miss_dropout(x).unflatten(-1, (-1, len(E))).sum(-2) @ E, self.base.out_features // E.shape[1]
+        return y if times == 1 else torch.cat([y] * times, -1)  # (..., out)
 
 
 class Bat(Shards, Transform, config=MissConfig):

@@ -15,6 +15,7 @@ from typing import Annotated
 from torch import Tensor, nn
 
 from ..core.adapter import Delta
+from ..core.bases import Base
 from ..core.config import Bound, PeftConfig, Size
 from ..core.errors import ConfigError, nearest
 from ..maths.activations import ACTIVATIONS
@@ -73,4 +74,4 @@ class PEANuT(Delta, config=PeanutConfig):
         last = H.pop()
         for D in self.layers[depth:]:
             last = f(D(last)) + H.pop()
-        return (self.peanut_B(last) * self.scaling).t().reshape(W0.shape)
+        return (Base.matrix(self.peanut_B) @ (self.scaling * last).t()).view(W0.shape)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Factored
@@ -134,4 +135,10 @@ class PSOFT(Factored, config=PsoftConfig):
     def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self._psoft_A_cache, self._psoft_B_cache
         R = self.psoft_R.matrix().to(A)
-        return self.scaling * B @ (R - torch.eye(len(R)).to(R)), A
+        return B @ (self.scaling * (R - torch.eye(len(R)).to(R))), A
+
+    def branch(self, x: Tensor) -> Tensor:
+        A, B = self._psoft_A_cache, self._psoft_B_cache
+        R = self.psoft_R.matrix().to(A)
+        h = F.linear(self.psoft_dropout(self.cast(x, A)), A)  # (..., r)
+        return F.linear(self.scaling * (F.linear(h, R) - h), B)  # (..., out)

@@ -84,5 +84,5 @@ class RandLoRA(Projected, Factored, config=RandLoraConfig):
         n, small = g.shape
         B = self.randlora_B[: max(self.base.in_features, self.base.out_features), :n].to(l).flatten(1)  # (max, n r)
         # PEFT: these are counted along n first, and B's columns along r first, so the pairs are not those of the paper
-        A = (self.randlora_A[..., :small].to(l) * l[..., None] * g).flatten(0, 1)  # (r n, min)
+        A = (self.randlora_A[..., :small].to(l) * (l[..., None] * g)).flatten(0, 1)  # (r n, min)
         return (B, A) if self.base.in_features == small else (A.t(), B.t())

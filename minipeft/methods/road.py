@@ -64,5 +64,5 @@ class RoAd(Activation, config=RoadConfig):
     def post(self, y: Tensor) -> Tensor:
         cos, sin = self.parts()
         h = self.cast(y, cos).unflatten(-1, (-1, 2, self.group_size // 2))
-        turned = torch.stack([-h[..., 1, :], h[..., 0, :]], -2)
-        return (h * cos + turned * sin).flatten(-3)  # (..., out)
+        swapped = (h * torch.stack([sin[:, -1], -sin[:, 0]], -2)).flip(-2)  # (-h_k sin_j, h_j sin_k)
+        return (h * cos).add_(swapped).flatten(-3)  # (..., out)

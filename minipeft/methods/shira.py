@@ -20,7 +20,7 @@ from ..core.adapter import Delta
 from ..core.bases import Base
 from ..core.config import PeftConfig, Positive
 from ..core.errors import ConfigError, PeftWarning, UnsupportedLayerError
-from ..maths.sparse import dense
+from ..maths.sparse import added
 from ..maths.sparse import random_mask as random_mask
 
 
@@ -78,5 +78,8 @@ class SHiRA(Delta, config=ShiraConfig):
         return torch.stack(torch.where(mask == 1)).to(torch.int)
 
     def delta(self) -> Tensor:
-        rows, columns = self.base.out_features, self.base.in_features
-        return dense(self.shira_weight * self.scaling, self.shira_indices, rows, columns)  # (out, in)
+        return self.fold(self.shira_weight.new_zeros(self.base.shape), None)[0]  # (out, in)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        rows, columns = self.shira_indices.long()
+        return added(W, self.shira_weight * self.scaling, rows * W.shape[1] + columns), b

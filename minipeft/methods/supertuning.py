@@ -19,7 +19,7 @@ from ..core.bases import Base, dropout
 from ..core.config import PeftConfig, Positive, Probability
 from ..core.errors import ConfigError, PeftWarning, UnsupportedLayerError
 from ..maths.draw import redraw
-from ..maths.sparse import dense
+from ..maths.sparse import added
 
 
 @dataclass
@@ -78,24 +78,31 @@ class SuperTuning(Delta, config=SupertuningConfig):
     def below(self, slot: str) -> Any:
         return self.base.out_features * self.base.in_features if slot == "supertuning_indices" else None
 
-    def sparse(self) -> Tensor:
-        flat, n = self.supertuning_indices, self.base.in_features
-        positions = torch.stack([flat // n, flat % n])
-        return dense(self.supertuning_values, positions, self.base.out_features, n)  # (out, in)
-
     def delta(self) -> Tensor:
-        if not self.supertuning_rank:
-            return self.sparse()
-        scale = self.supertuning_lora_alpha / self.supertuning_rank
-        return self.sparse() + self.base.low_rank_delta(self.supertuning_lora_A, self.supertuning_lora_B, scale)
+        return self.fold(self.supertuning_values.new_zeros(self.base.shape), None)[0]  # (out, in)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        W = added(W, self.supertuning_values, self.supertuning_indices)
+        if self.supertuning_rank:
+            A, B = self.base.matrix(self.supertuning_lora_A), self.base.matrix(self.supertuning_lora_B)
+            W = torch.addmm(W, B.to(W.dtype), A.to(W.dtype), alpha=self.scale)
+        return W, b
+
+    @property
+    def scale(self) -> float:
+        return self.supertuning_lora_alpha / self.supertuning_rank
+
+    @property
+    def by_weight(self) -> bool:
+        return not (self.supertuning_rank and self.layer.training and self.config.lora_dropout)
 
     def branch(self, x: Tensor) -> Tensor:
-        y = self.base.apply(x, self.sparse())  # (..., out)
+        values = self.supertuning_values
+        y = self.base.apply(x, added(values.new_zeros(self.base.shape), values, self.supertuning_indices))  # (..., out)
         if not self.supertuning_rank:
             return y
         A, B = self.supertuning_lora_A, self.supertuning_lora_B
-        x = self.cast(self.supertuning_lora_dropout(x), A.weight)
-        return self.base.add_low_rank(y, x, A, B, self.supertuning_lora_alpha / self.supertuning_rank)
+        return self.base.add_low_rank(y, self.cast(self.supertuning_lora_dropout(x), A.weight), A, B, self.scale)
 
 
 def entries(config: SupertuningConfig, base: Base) -> int:

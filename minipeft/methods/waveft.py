@@ -77,13 +77,9 @@ class WaveFT(Delta, config=WaveFTConfig):
         return slot == "waveft_spectrum"
 
     def delta(self) -> Tensor:
-        return self.waveft_scaling * self.spatial()  # (out, in)
-
-    def spatial(self) -> Tensor:
-        """D(S), or S itself."""
-        c, m, n = self.waveft_spectrum, self.base.out_features, self.base.in_features
+        c, m, n = self.waveft_scaling * self.waveft_spectrum, self.base.out_features, self.base.in_features
         if not self.waveft_use_idwt:
-            return dense(c, self.waveft_indices, m, n)
+            return dense(c, self.waveft_indices, m, n)  # (out, in)
         margin = taps(self.waveft_wavelet_family) - 2
         rows, columns = m + margin + m % 2, n + margin + n % 2
         S = dense(c, self.waveft_indices + margin // 2, rows, columns)

@@ -108,18 +108,23 @@ class AdaMSS(Delta, config=AdamssConfig):
         for slot in ("exp_avg_ipt_A", "exp_avg_ipt_B", "exp_avg_unc_A", "exp_avg_unc_B"):
             setattr(self, slot, [None] * self.num_subspaces)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """S B (out, k), A (k, r): k is the sum of the subspaces' ranks."""
+        B = torch.block_diag(*self.adamss_B)
+        return torch.zeros_like(B).index_copy(0, self.scatter_index, B), torch.cat([*self.adamss_A])
+
     def up(self) -> Tensor:
         """S B A (out, r)."""
-        rows = torch.cat([B @ A for A, B in zip(self.adamss_A, self.adamss_B)])
-        return torch.zeros_like(rows).index_copy(0, self.scatter_index, rows)
+        B, A = self.factors()
+        return B @ A
 
     def delta(self) -> Tensor:
         return self.up() @ self.adamss_newB[:, : self.base.in_features]  # (out, in)
 
     def branch(self, x: Tensor) -> Tensor:
-        V = self.adamss_newB
+        V, (B, A) = self.adamss_newB, self.factors()
         v = V[:, -1] if V.shape[1] > self.base.in_features else None  # what stands beside b
-        return F.linear(F.linear(self.cast(x, V), V[:, : self.base.in_features], v), self.up())  # (..., out)
+        return F.linear(F.linear(F.linear(self.cast(x, V), V[:, : self.base.in_features], v), A), B)  # (..., out)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta(), None if b is None else b + self.up() @ self.adamss_newB[:, -1]

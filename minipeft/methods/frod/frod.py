@@ -115,8 +115,10 @@ class FRoD(Delta, config=FrodConfig):
 
     def rebuilt(self, x: Tensor) -> Tensor:
         """W' x."""
-        U, M, V = self.factors()
-        return F.linear(F.linear(self.cast(x, U) @ V, M), U)  # (..., out)
+        l, s = self.frod_lambda_l, self.frod_lambda_s_values
+        U, V = self.frod_U.to(l), self.frod_V.to(l)
+        h = self.cast(x, U) @ V
+        return F.linear(h * l + Sparse.apply(h, s, self.frod_s_indices) if len(s) else h * l, U)  # (..., out)
 
     def branch(self, x: Tensor) -> Tensor:
         x = self.frod_dropout(self.cast(x, self.frod_lambda_l))
@@ -129,3 +131,24 @@ class FRoD(Delta, config=FrodConfig):
             return super().forward(x, inner, *args, **kwargs)
         y, b = self.rebuilt(x), base.read()[1]  # W x would be added and taken away again
         return (y if b is None else y + b).to(x.dtype)
+
+
+class Sparse(torch.autograd.Function):
+    """S h: for the gradients S is made again of its few entries, which takes less memory than keeping it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(h: Tensor, values: Tensor, positions: Tensor) -> Tensor:
+        return F.linear(h, dense(values, positions, h.shape[-1], h.shape[-1]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        h, values, positions = ctx.saved_tensors
+        n, (rows, columns) = h.shape[-1], positions.long()
+        S = dense(values, positions, n, n)
+        return grad @ S, (grad.reshape(-1, n).t() @ h.reshape(-1, n))[rows, columns], None
