@@ -122,7 +122,7 @@ def _file(module: str) -> Path:
 def package(names: Iterable[str], with_: Iterable[str] = ()) -> dict[str, bytes]:
     """The content of each file of the package by its path, but for the record."""
     found = chosen(names, with_)
-    whole = "peft-model" in with_ or any(m.startswith("model.") for m in needed(found.values()))
+    whole = "peft-model" in with_ or "model.peft_model" in needed(found.values())
     models = {
         kind: _below(module)
         for kind, module in registry.MODELS.items()
@@ -177,6 +177,7 @@ def _root(found: dict[str, str], whole: bool) -> str:
         offers["methods.lora.configs"] = methods.FURTHER["lora.configs"].split()
     further = {name for names in (FACTORY.values() if whole else ()) for name in names.split()}
     offers["core.api"] = [name for name in _public(api) if name not in further]
+    offers["core.config"] = ["PeftConfig", "PeftType", "TaskType", "get_peft_config"]
     offers["core.errors"] = _public(errors, (PeftError, Warning))
     for module, names in (FACTORY if whole else {}).items():
         offers[module] = names.split()
@@ -185,7 +186,7 @@ def _root(found: dict[str, str], whole: bool) -> str:
     for module, given in sorted(offers.items()):
         if given:
             lines += [f"from .{module} import (", *(f"    {name}," for name in sorted(given)), ")"]
-    lines += ["", "__all__ = ["]
+    lines += ["", f'__version__ = "{__version__}"', "", "__all__ = ["]
     lines += [f'    "{name}",' for name in sorted({name for names in offers.values() for name in names})]
     return "\n".join([*lines, "]", ""])
 

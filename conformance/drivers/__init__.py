@@ -14,7 +14,7 @@ SHIPPED = {"adapters": "adapters:AdapterHub", "loralib": "loralib:LoraLib", "lyc
 def open_driver(name: str, python: str | None = None) -> Driver:
     """A driver by name: shipped, `cmd:<command line>` for a program that speaks JSON lines, `module:Class` for a driver
     of your own, else any importable module with PEFT's API. `python`: run it in that interpreter, as a process of its
-    own, whose crash or hang takes nothing else along."""
+    own, whose crash or hang takes nothing else along. A copy of a part of minipeft has the API of minipeft's core."""
     if name.startswith("cmd:"):
         from .process import Process
 
@@ -29,6 +29,9 @@ def open_driver(name: str, python: str | None = None) -> Driver:
     if name in SHIPPED:
         module, cls = SHIPPED[name].split(":")
         return getattr(importlib.import_module(f"{__name__}.{module}"), cls)()
+    from .minipeft_core import Core
     from .peft_api import PeftApi
 
-    return PeftApi(name)
+    module = importlib.import_module(name)
+    parts = hasattr(module, "inject_adapter_in_model") and not hasattr(module, "get_peft_model")
+    return Core(name) if parts else PeftApi(name)

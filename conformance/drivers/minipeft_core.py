@@ -1,4 +1,6 @@
-"""minipeft's core as a library: the functions of `minipeft.core.api`, on a plain module. No PeftModel is made.
+"""minipeft's core as a library: the functions of `core.api`, of minipeft or of a copy that `minipeft.vendor` wrote.
+
+They work on a plain module; no PeftModel is made.
 
 Live names and saved keys are those of the plain module; here they get PEFT's prefix. What the core does not offer
 (prompts, `modules_to_save`, trained biases) it says itself.
@@ -25,9 +27,9 @@ HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 class Core(PeftApi):
-    def __init__(self):
-        super().__init__("minipeft")
-        self.core = importlib.import_module("minipeft.core.api")
+    def __init__(self, module: str = "minipeft"):
+        super().__init__(module)
+        self.core = importlib.import_module(f"{module}.core.api")
 
     def config(self, config):
         if config.get("peft_type") in WHOLE or config.get("task_type") in HEADS:
@@ -37,7 +39,7 @@ class Core(PeftApi):
         return super().config(config)
 
     def info(self):
-        return {**super().info(), "name": "minipeft.core"}
+        return {**super().info(), "name": f"{self.peft.__name__}.core"}
 
     def begin(self):
         super().begin()

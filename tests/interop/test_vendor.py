@@ -1,11 +1,13 @@
 """Packages of some methods, written by minipeft.vendor: they work alone, are checked, and are brought up to date."""
 
 import hashlib
+import os
+import re
 import shutil
 
 import pytest
 
-from minipeft import vendor
+from minipeft import __version__, vendor
 from minipeft.core import registry
 
 from .processes import ROOT, SCRIPTS, last_line, run
@@ -19,6 +21,17 @@ def test_every_layer_method_works_alone(tmp_path):
         vendor.write([name], tmp_path / "copies" / f"only_{name}", [])
     (tmp_path / "copies" / "__init__.py").touch()
     assert len(last_line(run(SCRIPTS / "vendored.py", tmp_path, PYTHONPATH=""))) == len(LAYERS) + 1 > 35
+
+
+TEN = ["lora", "dora", "ia3", "vera", "oft", "boft", "hra", "c3a", "loha", "poly"]
+
+
+def test_the_suite_passes_on_a_copy(tmp_path):
+    vendor.write(TEN, tmp_path / "some" / "lite", [])
+    seen = run("-m", "conformance", "--impl", "some.lite", "--methods", ",".join(TEN), "--profile", "core", "--cases",
+               "linear/", "--checks", "names,forward,merge,save", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")  # fmt: skip
+    assert seen.stdout.startswith(f"some.lite.core {__version__}") and "PASSED" in seen.stdout
+    assert all(re.search(rf"^ {name} ", seen.stdout, re.M) for name in TEN)
 
 
 WITH_MODEL = """
