@@ -22,7 +22,7 @@ NAMES = {  # module: what it gives to this package, beside the methods. A name i
     "compat.conversion": "convert_to_lora save_as_lora",
     "core.errors": (
         "AdapterNameError BatchError CheckpointError ConfigError ConfigTypeError MergeError "
-        "NoMatchingPeftModuleError PeftError PeftWarning UnsupportedFeatureError UnsupportedLayerError"
+        "NoMatchingPeftModuleError NotIncludedError PeftError PeftWarning UnsupportedFeatureError UnsupportedLayerError"
     ),
     "model.factory": "get_peft_model inject_adapter_in_model",
     "compat.kappa": "find_kappa_target_modules",

@@ -32,6 +32,6 @@ def open_driver(name: str, python: str | None = None) -> Driver:
     from .minipeft_core import Core
     from .peft_api import PeftApi
 
-    module = importlib.import_module(name)
-    parts = hasattr(module, "inject_adapter_in_model") and not hasattr(module, "get_peft_model")
+    library = importlib.import_module(name)
+    parts = hasattr(library, "inject_adapter_in_model") and not hasattr(library, "get_peft_model")
     return Core(name) if parts else PeftApi(name)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .adapter import adapter_class
 from .bases import lasting
 from .config import PeftConfig, check_config
-from .errors import AdapterNameError, UnsupportedFeatureError
+from .errors import AdapterNameError, NotIncludedError
 from .files import of_one_version, write_checkpoint
 from .layer import layers
 from .offload import onload
@@ -60,7 +60,7 @@ def inject_adapter_in_model(peft_config: PeftConfig, model: nn.Module, adapter_n
 def _tuner_for(config: PeftConfig, model: nn.Module) -> Tuner:
     check_config(config)
     if config.is_prompt_learning or config.is_adaption_prompt:
-        raise UnsupportedFeatureError(f"{config.method.value} adapts a model as a whole, not layers: use PeftModel.")
+        raise NotIncludedError(f"{config.method.value} adapts a model as a whole, not layers: use PeftModel.")
     return Tuner.of(model)
 
 

@@ -61,6 +61,10 @@ class UnsupportedFeatureError(PeftError, NotImplementedError, ValueError):
     """A field of the configuration asks for something that minipeft does not do."""
 
 
+class NotIncludedError(PeftError, NotImplementedError):
+    """What is asked for is in minipeft, but not in this part of it: the core alone, or a vendored copy."""
+
+
 class CheckpointError(PeftError, ValueError, RuntimeError):
     """An adapter's files cannot be read, or do not fit the model; nothing was loaded.
 

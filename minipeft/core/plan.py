@@ -18,7 +18,7 @@ from .adapter import unsupported
 from .bases import Attention, Block, Conv1D, Linear, Whole
 from .batch import BASE
 from .config import check_config
-from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, PeftWarning, UnsupportedFeatureError
+from .errors import AdapterNameError, ConfigError, NoMatchingPeftModuleError, NotIncludedError, PeftWarning
 from .kinds import base_of
 from .layer import BufferDict, Layer
 from .offload import loaded, onload
@@ -146,14 +146,14 @@ class Plan:
         asked = {field: getattr(self.config, field, None) for field in WHOLE_MODEL}
         if further := [field for field, value in asked.items() if value not in (None, False, "none", [], ())]:
             what = f"{', '.join(further)} change more of a model than its layers: use get_peft_model"
-            raise UnsupportedFeatureError(f"{what}, or leave them out.")
+            raise NotIncludedError(f"{what}, or leave them out.")
         self.cls.check_beside(self.config, others)
 
     def set_default_targets(self) -> None:
         """Complete a configuration that says nothing of what to adapt."""
         names = ("target_modules", "target_parameters")
         if not hasattr(self.config, names[0]):
-            raise UnsupportedFeatureError(f"{self.cls.method.value} adapts whole models, not layers: use PeftModel.")
+            raise NotIncludedError(f"{self.cls.method.value} adapts whole models, not layers: use PeftModel.")
         if not any(getattr(self.config, name, None) for name in names):
             raise ConfigError("`target_modules` must say which layers to adapt, for example ['q_proj', 'v_proj'].")
 

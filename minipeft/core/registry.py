@@ -11,7 +11,7 @@ import importlib
 from importlib import metadata
 from typing import Any
 
-from .errors import UnsupportedFeatureError
+from .errors import NotIncludedError
 
 PLUGINS = "minipeft.methods"  # the group of entry points: peft_type = module
 FILES: dict[str, str] = {}  # peft_type -> the module with the configuration and the adapter
@@ -56,7 +56,7 @@ def load_start(peft_type: str, name: str) -> Any:
 
 def _imported(modules: dict[str, str], name: str) -> Any:
     if not (module := modules.get(name)):
-        raise UnsupportedFeatureError(f"`{name}` is not in this copy of minipeft, which holds a part of its methods.")
+        raise NotIncludedError(f"`{name}` is not in this copy of minipeft, which holds a part of its methods.")
     return importlib.import_module(module)
 
 

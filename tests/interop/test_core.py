@@ -113,12 +113,12 @@ def test_what_concerns_more_than_layers_is_refused():
     for field, value in {"bias": "all", "modules_to_save": ["wide"], "trainable_token_indices": [1]}.items():
         net = FIRST["lora"].base.build()
         before = [*net.state_dict()]
-        with pytest.raises(minipeft.UnsupportedFeatureError, match=f"{field}.*get_peft_model"):
+        with pytest.raises(minipeft.NotIncludedError, match=f"{field}.*get_peft_model"):
             api.inject_adapter_in_model(minipeft.LoraConfig(target_modules=["square"], **{field: value}), net)
         assert [*net.state_dict()] == before
     with pytest.raises(minipeft.ConfigError, match="target_modules"):
         api.inject_adapter_in_model(minipeft.LoraConfig(), FIRST["lora"].base.build())
-    with pytest.raises(minipeft.UnsupportedFeatureError, match="PeftModel"):
+    with pytest.raises(minipeft.NotIncludedError, match="PeftModel"):
         api.inject_adapter_in_model(minipeft.PromptTuningConfig(), FIRST["lora"].base.build())
     with pytest.raises(minipeft.AdapterNameError, match="nobody"):
         api.set_adapter(api.inject_adapter_in_model(minipeft.LoraConfig(target_modules=["square"]),

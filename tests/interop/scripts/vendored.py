@@ -93,13 +93,13 @@ one, other = (sys.modules[f"copies.only_{name}"] for name in ("lora", "dora"))
 assert one.LoraConfig is not other.LoraConfig
 try:
     one.inject_adapter_in_model(one.LoraConfig(target_modules=["one"], use_dora=True), Net())
-except one.UnsupportedFeatureError as error:
+except one.NotIncludedError as error:
     assert "use_dora" in str(error)
 else:
     raise AssertionError("a variant that is not there was ignored")
 try:
     one.inject_adapter_in_model(one.LoraConfig(target_modules=["one"], init_lora_weights="corda"), Net())
-except one.UnsupportedFeatureError as error:
+except one.NotIncludedError as error:
     assert "corda" in str(error)
 else:
     raise AssertionError("a start that is not there was ignored")
