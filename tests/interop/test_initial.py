@@ -7,10 +7,15 @@ from . import harness as H
 from .cases import each_case
 
 
+def drawn(library, case):
+    """All tensors of a fresh model, drawn at seed 3."""
+    return dict(H.shared(case, library.__name__, lambda: H.snapshot(H.adapt(library, case, at=3))))
+
+
 @each_case()
 def test_values_at_equal_seed(case, lib, ref):
     """All tensors, the base model's included: PiSSA and OLoRA rewrite its weights."""
-    want, got = H.snapshot(H.adapt(ref, case, at=3)), H.snapshot(H.adapt(lib, case, at=3))
+    want, got = drawn(ref, case), drawn(lib, case)
     if case.exact_init:
         H.identical(got, want)
     else:  # what is left in a frozen weight W is W less a product, exact to the rounding of W, however small it is
@@ -26,7 +31,7 @@ def test_what_the_global_seed_decides(case, lib, ref):
     """A tensor that peft draws from a key in the config, or from nothing, must not move with the global seed."""
 
     def moved(module):
-        one, two = H.snapshot(H.adapt(module, case, at=3)), H.snapshot(H.adapt(module, case, at=4))
+        one, two = drawn(module, case), H.snapshot(H.adapt(module, case, at=4))
         return {name for name in one if not torch.equal(one[name], two[name])}
 
     assert moved(lib) == moved(ref)

@@ -1,5 +1,7 @@
 """Names: live parameters and buffers, what trains, counts, saved keys, shapes, dtypes and the saved config."""
 
+import functools
+
 import pytest
 import torch
 
@@ -11,9 +13,14 @@ def described(pairs):
     return {name: (tuple(t.shape), t.dtype) for name, t in pairs}
 
 
+def fresh(case, *libraries):
+    """A fresh model of each, the same for all tests of a case that only read it."""
+    return [H.shared(case, library.__name__, functools.partial(H.adapt, library, case)) for library in libraries]
+
+
 @each_case()
 def test_live_names(case, lib, ref):
-    theirs, ours = H.adapt(ref, case), H.adapt(lib, case)
+    theirs, ours = fresh(case, ref, lib)
     for what in ("named_parameters",) if case.own_buffers else ("named_parameters", "named_buffers"):
         H.same_names(described(getattr(ours, what)()), described(getattr(theirs, what)()))
         assert described(getattr(ours, what)()) == described(getattr(theirs, what)())
@@ -23,7 +30,7 @@ def test_live_names(case, lib, ref):
 
 @each_case()
 def test_trainable_set(case, lib, ref):
-    theirs, ours = H.adapt(ref, case), H.adapt(lib, case)
+    theirs, ours = fresh(case, ref, lib)
     wanted = {n for n, p in theirs.named_parameters() if p.requires_grad}
     assert {n for n, p in ours.named_parameters() if p.requires_grad} == wanted
     assert wanted
@@ -42,8 +49,9 @@ def test_inference_mode_trains_nothing(case, lib, ref):
 
 @each_case()
 def test_saved_keys_and_config(case, lib, ref, tmp_path):
-    want, want_config = H.saved(H.adapt(ref, case), tmp_path / "want")
-    got, got_config = H.saved(H.adapt(lib, case), tmp_path / "got")
+    theirs, ours = fresh(case, ref, lib)
+    want, want_config = H.saved(theirs, tmp_path / "want")
+    got, got_config = H.saved(ours, tmp_path / "got")
     H.same_names(got, want)
     assert described(got.items()) == described(want.items())
     H.same_config(got_config, want_config)
@@ -52,8 +60,8 @@ def test_saved_keys_and_config(case, lib, ref, tmp_path):
 
 @each_case()
 def test_state_dict_of_the_adapter(case, lib, ref):
-    want = ref.get_peft_model_state_dict(H.adapt(ref, case))
-    got = lib.get_peft_model_state_dict(H.adapt(lib, case))
+    theirs, ours = fresh(case, ref, lib)
+    want, got = ref.get_peft_model_state_dict(theirs), lib.get_peft_model_state_dict(ours)
     H.same_names(got, want)
     assert described(got.items()) == described(want.items())
 

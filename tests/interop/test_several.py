@@ -9,6 +9,17 @@ from .cases import CASES, each_case
 two = each_case(lambda c: c.second is not None)
 
 
+def pair(ref, lib, case, dtype=torch.float64):
+    """Both models with two adapters, moved, the same for all tests of a case; the first adapter is active."""
+    def make():
+        return H.pair(ref, lib, case, dtype, second=True)
+
+    models = make() if "running writes" in case.disputed else H.shared(case, dtype, make)
+    for model in models:
+        model.set_adapter("default")
+    return models
+
+
 @two
 def test_names_and_trainable_set(case, lib, ref):
     models = [H.add(module, H.adapt(module, case), case, "other") for module in (ref, lib)]
@@ -27,7 +38,7 @@ def test_names_and_trainable_set(case, lib, ref):
 @two
 def test_switching(case, lib, ref):
     dtype = torch.float32 if "moved" in case.disputed else torch.float64
-    theirs, ours = H.pair(ref, lib, case, dtype, second=True)
+    theirs, ours = pair(ref, lib, case, dtype)
     batch, tolerance, outs = H.inputs(case, dtype), H.tolerance(case, dtype), {}
     for name in ("other", "default", "other"):
         theirs.set_adapter(name)
@@ -38,25 +49,11 @@ def test_switching(case, lib, ref):
     assert H.differ(outs["default"], outs["other"], 1e-6) or "outputs" in case.disputed
 
 
-@two
-def test_deleting(case, lib, ref):
-    theirs, ours = H.pair(ref, lib, case, torch.float64, second=True)
-    batch = H.inputs(case, torch.float64)
-    before = H.run(ours, batch)
-    for model in (theirs, ours):
-        model.delete_adapter("other")
-    H.same_names(ours.state_dict(), theirs.state_dict())
-    assert list(ours.peft_config) == ["default"]
-    H.close(H.run(ours, batch), before, H.tolerance(case, torch.float64))
-    with pytest.raises(ValueError):
-        ours.delete_adapter("other")
-
-
 @each_case(lambda c: c.second is not None and c.stacks and not c.prompt)
 def test_two_active(case, lib, ref, is_ref):
     if is_ref and "several" in case.disputed:
         pytest.skip(f"disputed: {case.disputed['several']}")
-    theirs, ours = H.pair(ref, lib, case, torch.float64, second=True)
+    theirs, ours = pair(ref, lib, case)
     batch, tolerance = H.inputs(case, torch.float64), H.tolerance(case, torch.float64)
     for order in (["default", "other"], ["other", "default"]):
         ours.base_model.set_adapter(order)
@@ -67,6 +64,7 @@ def test_two_active(case, lib, ref, is_ref):
     if case.merges and not {"merge", "outputs"} & set(case.disputed):
         ours.merge_adapter()
         H.close(H.weighable(case, H.run(ours, batch)), H.weighable(case, got), tolerance)
+        ours.unmerge_adapter()
 
 
 @each_case(lambda c: c.second is not None and c.mixed is not None)
@@ -74,7 +72,7 @@ def test_mixed_batch(case, lib, ref, is_ref):
     """Each sample runs as if alone with its adapter; peft can do it for LoRA and trainable tokens."""
     if is_ref and not case.mixed:
         pytest.skip("peft does not run mixed batches of this method")
-    theirs, ours = H.pair(ref, lib, case, torch.float64, second=True)
+    theirs, ours = pair(ref, lib, case)
     batch, tolerance = H.without_labels(H.inputs(case, torch.float64)), H.tolerance(case, torch.float64)
     names = ["other", "default", "default" if case.prompt else "__base__", "other"]
     got = H.run(ours, batch, adapter_names=names)
@@ -92,6 +90,21 @@ def test_mixed_batch(case, lib, ref, is_ref):
     if case.mixed:
         theirs.set_adapter("default")
         H.close(got, H.run(theirs, batch, adapter_names=names), tolerance)
+
+
+@two
+def test_deleting(case, lib, ref):
+    theirs, ours = pair(ref, lib, case)
+    H.MADE.clear()
+    batch = H.inputs(case, torch.float64)
+    before = H.run(ours, batch)
+    for model in (theirs, ours):
+        model.delete_adapter("other")
+    H.same_names(ours.state_dict(), theirs.state_dict())
+    assert list(ours.peft_config) == ["default"]
+    H.close(H.run(ours, batch), before, H.tolerance(case, torch.float64))
+    with pytest.raises(ValueError):
+        ours.delete_adapter("other")
 
 
 @each_case(lambda c: c.id in ("lora/linear/plain", "lora/linear/2d"))
