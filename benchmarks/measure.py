@@ -17,6 +17,7 @@ from pathlib import Path
 
 MEASUREMENTS = {}
 ADAPTERS = 50  # for set_adapter
+MIXED = (4, 16, 64)  # adapters in one batch
 PASSES = {"forward": 41, "forward+backward": 15}  # how often each is timed; what a forward pass adds is little
 METHODS: dict[str, tuple[str, dict]] = {  # method: (config class, its arguments), as small as each is commonly used
     "lora": ("LoraConfig", {"r": 8}),
@@ -157,6 +158,28 @@ def set_adapter(library, device):
         model.add_adapter(f"adapter{i}", config(library))
     turn = iter(range(1, ADAPTERS))
     return {"set_adapter seconds": clock(device, lambda: model.set_adapter(f"adapter{next(turn)}"), repeats=9)}
+
+
+@measurement
+def mixed(library, device):
+    """Forward of a batch whose samples all take one LoRA adapter, and of one where they take turns among several."""
+    import torch
+
+    x, model = inputs(device, MIXED[-1])[:, :4], adapted(library, sized(device))
+    for i in range(1, MIXED[-1]):
+        model.add_adapter(f"adapter{i}", config(library))
+    names = ["default", *(f"adapter{i}" for i in range(1, MIXED[-1]))]
+    model.eval()
+
+    def forward(adapter_names=None):
+        with torch.no_grad():
+            model(x, adapter_names=adapter_names)
+
+    taken = {"batch with one adapter seconds": clock(device, forward)}
+    for n in MIXED:
+        turns = [names[i % n] for i in range(len(x))]
+        taken[f"batch with {n} adapters seconds"] = clock(device, forward, setup=lambda turns=turns: (turns,))
+    return taken
 
 
 @measurement
