@@ -31,6 +31,7 @@ UNKNOWN = re.compile(r"unexpected keyword argument '(\w+)'")  # as Python words 
 NOT_OFFERED = re.compile(r"Unsupported model type for adaption prompt")  # as PEFT words it: a release knows its models
 
 
+CLASSES = {"eva_config": "EvaConfig", "corda_config": "CordaConfig", "lora_ga_config": "LoraGAConfig"}
 ALL_TYPES = {m.peft_type for m in methods().values()}
 
 
@@ -109,6 +110,10 @@ class PeftApi(Driver):
         kind = config.get("peft_type")
         if self.known and kind not in self.known:
             raise Unsupported(f"no PeftType {kind}") if kind in ALL_TYPES else Rejected(f"unknown peft_type {kind!r}")
+        for nested, name in CLASSES.items():  # which older releases do not make of a dictionary
+            if isinstance(config.get(nested), dict):
+                with contextlib.suppress(Unsupported):
+                    config[nested] = self.found(name)(**config[nested])
         try:
             return self.peft.get_peft_config(config)
         except TypeError as e:
@@ -145,8 +150,8 @@ class PeftApi(Driver):
             return self.written(self.config(config))
 
     def found(self, function):
-        """A function of LoRA's beginnings, wherever a release or a library keeps it."""
-        for place in ("", ".tuners.lora", ".tuners.lora.corda", ".methods.lora.corda"):
+        """A function or class of LoRA's beginnings, wherever a release or a library keeps it."""
+        for place in ("", ".tuners.lora", ".tuners.lora.config", ".tuners.lora.corda", ".methods.lora.corda"):
             with contextlib.suppress(ModuleNotFoundError, AttributeError):
                 return getattr(importlib.import_module(self.peft.__name__ + place), function)
         raise Unsupported(f"no {function}")
