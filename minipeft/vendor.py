@@ -208,10 +208,10 @@ def licence() -> bytes:
 
 
 def commit() -> str | None:
-    """The commit of the repository that this package stands in, if it does."""
-    command = ["git", "-C", str(SOURCE), "rev-parse", "HEAD"]
+    """The commit that last changed this package, where it is kept in a repository."""
+    command = ["git", "-C", str(SOURCE), "log", "-1", "--format=%H", "--", "."]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
         return None
 

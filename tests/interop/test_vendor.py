@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import shutil
+import subprocess
 
 import pytest
 
@@ -98,6 +99,15 @@ def test_nothing_is_overwritten(tmp_path):
     vendor.write(["ia3"], tmp_path / "copy", [])
     with pytest.raises(vendor.VendorError, match="--update"):
         vendor.write(["lora"], tmp_path / "copy", [])
+
+
+def test_the_commit_is_minipefts_own(tmp_path, monkeypatch):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "of a project that has minipeft installed"]):
+        subprocess.run([*git, *words], check=True)
+    monkeypatch.setattr(vendor, "SOURCE", tmp_path / "venv" / "minipeft")
+    vendor.SOURCE.mkdir(parents=True)
+    assert vendor.commit() is None
 
 
 def test_listing_writes_nothing(tmp_path, monkeypatch, capsys):
