@@ -389,7 +389,7 @@ class Factored(Delta):
 
     def branch(self, x: Tensor) -> Tensor:
         up, down = self.factors()
-        dropout = getattr(self, f"{self.prefix}dropout", None)
+        dropout = self._modules.get(f"{self.prefix}dropout")
         x = self.cast(x, down)
         return F.linear(F.linear(x if dropout is None else dropout(x), down), up)  # (..., out)
 

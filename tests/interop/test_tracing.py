@@ -134,3 +134,16 @@ def test_inference_mode(case, lib):
     with torch.inference_mode():
         same(model(*args).clone(), want)
     assert gradients(model, *args).keys() == trainable(model).keys()  # nothing was kept that gradients cannot use
+
+
+def test_factors_without_dropout_compile_with_two_adapters(lib):
+    """A slot that an adapter looks for and does not have must not become a guard that fails."""
+    config = lambda: lib.DeloraConfig(r=2, target_modules=["0", "2"])
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 6))
+    model = lib.get_peft_model(net, config())
+    model.add_adapter("other", config())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        compiled(torch.randn(3, 6)).sum().backward()
