@@ -35,7 +35,7 @@ def check(driver, sample):
     driver.unmerge()
     same_weights(sample, "unmerging what was merged by name", driver, before)
     sample.same("output after it", driver.forward(sample.inputs), out)
-    if sample.method.laws.stacks:
+    if sample.method.laws.together:
         driver.switch(["default", "other"])
         both = driver.forward(sample.inputs)
         driver.merge(["default"])
