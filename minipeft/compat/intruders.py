@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.bases import exact
-from ..core.errors import UnsupportedFeatureError, UnsupportedLayerError
+from ..core.errors import AdapterNameError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from ..core.layer import Layer, adapted
 from ..methods.lora.lora import LowRank
 from ..model.checkpoint import get_peft_model_state_dict, set_peft_model_state_dict
@@ -44,12 +44,21 @@ def reduce_intruder_dimension(
     """
     if peft_model.peft_type != "LORA":
         raise UnsupportedFeatureError(f"Intruder dimensions are known of LoRA, not of {peft_model.peft_type}.")
+    if old_adapter_name not in peft_model.peft_config:
+        have = sorted(peft_model.peft_config)
+        raise AdapterNameError(f"Adapter {old_adapter_name} not found; this model has {have}.")
     everywhere = [(path, m) for path, _, m in adapted(peft_model.base_model.model) if isinstance(m, Layer)]
     found = [(path, layer) for path, layer in everywhere if old_adapter_name in layer.adapters]
+    config = copy.deepcopy(peft_model.peft_config[old_adapter_name])
     for path, layer in found:
         if not isinstance(layer.adapters[old_adapter_name], LowRank) or len(layer.base.shape) != 2:
             raise UnsupportedLayerError(f"The adapter of '{path}' is no product of two matrices beside the weight.")
-    peft_model.add_adapter(new_adapter_name, copy.deepcopy(peft_model.peft_config[old_adapter_name]))
+        if layer.merged:
+            raise MergeError(f"Adapters are merged into '{path}'; call `unmerge_adapter()` first.")
+        if layer.adapters[old_adapter_name].changes_base(config):
+            how = "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            raise UnsupportedFeatureError(f"The adapter changed the weight of '{path}'. Convert it first: {how}.")
+    peft_model.add_adapter(new_adapter_name, config)
     tensors = get_peft_model_state_dict(peft_model, adapter_name=old_adapter_name, save_embedding_layers=False)
     set_peft_model_state_dict(peft_model, tensors, new_adapter_name)
     for path, layer in found:

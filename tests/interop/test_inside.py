@@ -135,6 +135,18 @@ def test_intruders_need_lora(lib):
         intruders.reduce_intruder_dimension(model)
 
 
+def test_intruders_of_what_cannot_be_told_apart(lib):
+    """Nothing is added where the frozen weight is not what it was, or there is no such adapter."""
+    for start, name, error in (("pissa", "default", lib.UnsupportedFeatureError), (False, "none", ValueError),
+                               (False, "default", lib.MergeError)):  # fmt: skip
+        model = lib.get_peft_model(net(4, 4), lib.LoraConfig(target_modules=["0"], r=2, init_lora_weights=start))
+        if error is lib.MergeError:
+            model.merge_adapter()
+        with pytest.raises(error):
+            intruders.reduce_intruder_dimension(model, name)
+        assert list(model.peft_config) == ["default"]
+
+
 def test_dora_norms_are_kept_while_they_hold(lib):
     model = lib.get_peft_model(net(6, 8), lib.LoraConfig(target_modules=["0"], use_dora=True, init_lora_weights=False))
     layer, x = model.base_model.model[0], torch.randn(3, 6)
