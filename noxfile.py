@@ -141,8 +141,8 @@ def peer(session, torch=TORCHS[0]):
     """
     install(session, torch, "-e", ".[test]", "pip", "datasets", "scipy", "parameterized")
     Path("report").mkdir(exist_ok=True)
-    options = ["--impl", "minipeft", "--minipeft-path", ".", "--half", "open", "--timeout", "180", "--out", "report/peer.json"]
-    session.run("python", "tests/peer/run.py", *options, *session.posargs)
+    options = ["--impl", "minipeft", "--minipeft-path", ".", "--half", "open", "--timeout", "180"]
+    session.run("python", "tests/peer/run.py", *options, "--out", "report/peer.json", *session.posargs)
     session.run("python", "tests/peer/table.py", "report/peer.json")
 
 
