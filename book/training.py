@@ -24,13 +24,14 @@ class Trained:
 
     name: str
     module: str  # its method's file
+    network: str
     config: str  # the class of its configuration
     options: dict[str, Any]
     parameters: int
     before: float
     after: float
     merged: bool | None
-    step: float  # seconds
+    step: float  # seconds of a processor
     memory: int  # bytes held for the backward pass, gradients and the optimizer
     layer: str = ""  # the layer that it changed most
     W: np.ndarray | None = None  # its frozen weight (out, in), and the merged one
@@ -90,7 +91,7 @@ def train(method: digits.Method, network: nn.Module, data: digits.Data) -> Train
         memory = held(lambda: nn.functional.cross_entropy(digits.run(model, images, method), labels), model)
         model.eval()
         row = Trained(
-            method.name, file_of(config), method.config, method.options,
+            method.name, file_of(config), method.network.__name__, method.config, method.options,
             sum(p.numel() for p in model.parameters() if p.requires_grad),
             digits.accuracy(digits.answers(network, data.test), data.test), digits.accuracy(after, data.test),
             None, step, memory,

@@ -166,7 +166,7 @@ METHODS = [
     Method("LoHa", "LoHaConfig", {"r": 4, "target_modules": LAYERS}, lr=3e-2),
     Method("LoKr", "LoKrConfig", {"r": 4, "target_modules": LAYERS}, lr=3e-2),
     Method("MiSS", "MissConfig", {"r": 16, "target_modules": HIDDEN}),
-    Method("MiSS (bat)", "MissConfig", {"r": 16, "init_weights": "bat", "target_modules": HIDDEN}),
+    Method("MiSS (bat)", "MissConfig", {"r": 16, "init_weights": "bat", "target_modules": HIDDEN}, lr=3e-3),
     Method("OSF", "OSFConfig", {"effective_rank": 32, "target_modules": HIDDEN}, lr=3e-3),
     Method("PEANuT", "PeanutConfig", {"r": 4, "target_modules": LINEAR}),
     Method("PSOFT", "PsoftConfig", {"r": 16, "target_modules": HIDDEN}, lr=0.1),
@@ -230,7 +230,7 @@ def run(model, images, method=None):
 
 
 def train(model, data, lr, method=None, steps=STEPS):
-    """Train what is to be trained; the median time of a step, in seconds."""
+    """Train what is to be trained; the median processor time of a step, in seconds."""
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
@@ -239,7 +239,7 @@ def train(model, data, lr, method=None, steps=STEPS):
     times = []
     model.train()
     for step in range(steps):
-        started = time.perf_counter()
+        started = time.process_time()
         batch = torch.randint(len(labels), (64,), generator=generator)
         F.cross_entropy(run(model, images[batch], method), labels[batch]).backward()
         optimizer.step()
@@ -247,7 +247,7 @@ def train(model, data, lr, method=None, steps=STEPS):
         if reallocate:
             reallocate(step)
         optimizer.zero_grad()
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     model.eval()
     return statistics.median(times)
 
@@ -290,7 +290,7 @@ class Row:
     after: float
     reloaded: bool  # the saved adapter answers alike
     merged: bool | None  # so do merged weights; None where there are none
-    step: float  # seconds
+    step: float  # seconds of a processor
 
     def __str__(self):
         yes = {True: "yes", False: "NO", None: "-"}

@@ -42,5 +42,5 @@ document.addEventListener("DOMContentLoaded", () => {
     if (event.key === "Enter" && first) first.click();
   });
   const here = sidebar.querySelector("[aria-current]");
-  if (here && matchMedia("(min-width: 60rem)").matches) here.scrollIntoView({ block: "center" });
+  if (here && matchMedia("(min-width: 60rem)").matches) sidebar.scrollTop = here.offsetTop - sidebar.clientHeight / 2;
 });
