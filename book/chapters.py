@@ -13,9 +13,11 @@ from typing import Any
 import markdown
 from markdown.extensions.toc import TocExtension
 
-from . import html, source
+from . import html, notebooks, source
 from .blocks import FOLDER, Block, Html, run
 from .page import Page
+
+SCRIPTS = {"choosing": ("choosing.js",)}
 
 
 def pages(given: dict[str, Any]) -> list[Page]:
@@ -24,11 +26,14 @@ def pages(given: dict[str, Any]) -> list[Page]:
 
 
 def chapter(file: Path, given: dict[str, Any]) -> Page:
-    title, blocks, _ = run(file, given)
     name = re.sub(r"^\d+-", "", file.stem)
+    title, blocks, _ = run(file, given)
     body = "".join(render(block) for block in blocks)
-    scripts = ("choosing.js",) if name == "choosing" else ()
-    return Page(f"{name}.html", title, body, "chapter", scripts=scripts)
+    files: dict[str, bytes] = {}
+    if name.endswith("-from-nothing"):
+        files[notebooks.name_of(file)] = notebooks.notebook(title, blocks)
+        body += f'<p class="quiet">This chapter is also <a href="{notebooks.name_of(file)}">a notebook</a>.</p>'
+    return Page(f"{name}.html", title, body, "chapter", files=files, scripts=SCRIPTS.get(name, ()))
 
 
 def render(block: Block) -> str:

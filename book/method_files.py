@@ -69,8 +69,8 @@ class MethodFile:
 
 
 def described() -> Iterator[MethodFile]:
-    """Each method in each of its forms."""
-    for peft_type in PeftType:
+    """Each of minipeft's methods in each of its forms."""
+    for peft_type in map(PeftType, registry.FILES):
         classes: list[Any] = adapter.ADAPTERS.get(peft_type) or [CONFIGS[peft_type]] if peft_type in CONFIGS else []
         for cls in classes:
             yield MethodFile(peft_type, cls, classes[0])

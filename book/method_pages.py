@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from minipeft.core import adapter, registry
+from minipeft.core import registry
 from minipeft.core.config import CONFIGS
 
 from . import html, notation, pictures, small, source
@@ -28,8 +28,14 @@ KINDS = {
     "delta": "W′ = W + ΔW", "transform": "W′ = f(W)", "activation": "around the layer", "routed": "by the input",
     "replacement": "another layer", "prompt": "virtual tokens", "whole module": "whole modules",
 }
-LETTERS = {"in": "inputs of the layer", "out": "outputs of the layer", "dim": "width of the layer",
-           "shadow": "parameters of the shadow network"}
+USUAL = {"in": 768, "out": 768, "dim": 768, "token_dim": 768, "hidden_size": 768, "num_layers": 12}  # as in BERT's base
+SYMBOLS = {  # of all methods, and what stands for them in a formula
+    r"\bW\b": "$W$: the frozen weight, (out, in)", r"\bW'": "$W'$: the weight of the adapted layer",
+    r"\bx\b": "$x$: the input, (..., in)", r"\bb\b": "$b$: the bias, (out,)", r"\by\b": "$y$: the output, (..., out)",
+    r" \* ": "$u * v$: entry by entry", r" \(x\) ": "$U (x) V$: the Kronecker product",
+    r"\bdiag\(": "$diag(v)$: v on the diagonal",
+    r"\|": "$|v|$: the norm",
+}
 
 
 def pages(trained: list[Trained]) -> list[Page]:
@@ -101,12 +107,21 @@ def formula(method: MethodFile) -> str:
             lines = without_count(lines)
             if lines:
                 made.append(formulas([line.strip() for line in lines]))
+            if len(made) == 1:
+                made.append(legend(method.formula))
         elif lines[0].startswith("- "):
             items = re.split(r"\n?^- ", paragraph.strip("\n"), flags=re.M)[1:]
             made.append("<ul>" + "".join(f"<li>{html.line(' '.join(item.split()))}</li>" for item in items) + "</ul>")
         else:
             made.append(f"<p>{html.line(' '.join(paragraph.split()))}</p>")
     return "\n".join(made)
+
+
+def legend(formula: str) -> str:
+    """The symbols of a formula that are the same for all methods."""
+    said = [meaning for pattern, meaning in SYMBOLS.items() if re.search(pattern, formula)]
+    set_ = [re.sub(r"\$(.+?)\$", lambda m: html.math(m[1]), meaning) for meaning in said]
+    return f'<p class="quiet">{"; ".join(set_)}.</p>' if set_ else ""
 
 
 def without_count(lines: list[str]) -> list[str]:
@@ -169,7 +184,7 @@ def counted(method: MethodFile) -> str:
         once = " + ".join(term for term, once in terms if once)
         names = list(dict.fromkeys(name for term, _ in terms for name in names_in(term)))
         config = small.configuration(method.peft_type, method.cls, given)
-        values = {**example_values(config), "in": 768, "out": 768, "dim": 768}
+        values = {**example_values(config), **USUAL}
         label = "with " * bool(given) + ", ".join(f"<code>{html.escape(f'{k}={v}')}</code>" for k, v in given.items())
         inputs = "".join(
             f'<label><span>{html.escape(name)}</span><input name="{name}" type="number" min="0" step="any" '
@@ -290,15 +305,10 @@ def caption(row: Trained) -> str:
 
 # ------------------------------------------------------------------------------------------------------------ code
 def files(method: MethodFile) -> list[str]:
-    """The modules that are the method's, its own first."""
+    """The modules that are the method's, its own first; those of a variant are not those of LoRA."""
     own = method.cls.__module__
-    package = own.rpartition(".")[0]
-    listed = [f for f in registry.FILES[method.peft_type.value] if f != own] if not method_variant(method) else []
-    return [own, *(f for f in listed if f.startswith(package))]
-
-
-def method_variant(method: MethodFile) -> bool:
-    return bool(getattr(method.cls, "asked_by", None))
+    model = registry.MODELS.get(method.peft_type.value)
+    return [own, model] if model and not getattr(method.cls, "asked_by", None) else [own]
 
 
 def annotated(method: MethodFile) -> str:
@@ -308,7 +318,7 @@ def annotated(method: MethodFile) -> str:
     lines = text.split("\n")
     made = []
     address = source.page_of(Path(module.__file__ or ""))
-    for ranges, note in parts(ast.parse(text)):
+    for ranges, note in parts(ast.parse(text), module):
         kept = textwrap.dedent("\n".join("\n".join(lines[first - 1:last]) for first, last in ranges)).strip("\n")
         first = ranges[0][0]
         link = f'<a class="line-link" href="{address}#L{first}" aria-label="in the file, line {first}">{first}</a>'
@@ -319,16 +329,17 @@ def annotated(method: MethodFile) -> str:
 Range = tuple[int, int]
 
 
-def parts(tree: ast.Module) -> Iterator[tuple[list[Range], str]]:
+def parts(tree: ast.Module, module: Any) -> Iterator[tuple[list[Range], str]]:
     """(lines, note) of each function and class of a file but its configurations; a docstring goes into the note."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             yield part(node, ast.get_docstring(node) or "")
         elif isinstance(node, ast.ClassDef) and not is_config(node):
-            yield part(node, ast.get_docstring(node) or of_class(node))
+            cls = getattr(module, node.name)
+            yield part(node, ast.get_docstring(node) or inherited(cls))
             for member in node.body:
                 if isinstance(member, ast.FunctionDef):
-                    yield part(member, ast.get_docstring(member) or hook(member.name))
+                    yield part(member, ast.get_docstring(member) or inherited(cls, member.name))
 
 
 def part(node: ast.FunctionDef | ast.ClassDef, said: str) -> tuple[list[Range], str]:
@@ -349,23 +360,17 @@ def is_config(node: ast.ClassDef) -> bool:
     return any(isinstance(d, ast.Name) and d.id == "dataclass" for d in node.decorator_list)
 
 
-def of_class(node: ast.ClassDef) -> str:
-    """What the class that it derives from says of itself."""
-    for base in node.bases:
-        found = getattr(adapter, getattr(base, "id", ""), None)
-        if found is not None and found.__doc__:
-            return f"{found.__name__}: {found.__doc__}"
-    return ""
+HOOKS = {"pre": "What is done to the layer's input.", "post": "What is done to its output."}  # say nothing themselves
 
 
-def hook(name: str) -> str:
-    """What `Adapter` says of one of the methods that a method gives."""
-    for cls in (adapter.Adapter, adapter.Delta, adapter.Factored, adapter.Replacement):
-        found = vars(cls).get(name)
+def inherited(cls: type, name: str = "") -> str:
+    """What the class that it derives from says of itself, or of one of its methods."""
+    for base in cls.__mro__[1:]:
+        found: Any = vars(base).get(name) if name else base
         found = getattr(found, "__func__", getattr(found, "fget", found))
-        if found is not None and getattr(found, "__doc__", None):
-            return str(inspect.cleandoc(found.__doc__))
-    return ""
+        if base.__module__.startswith("minipeft") and getattr(found, "__doc__", None):
+            return str(inspect.cleandoc(found.__doc__)) if name else f"{base.__name__}: {base.__doc__}"
+    return HOOKS.get(name, "")
 
 
 # --------------------------------------------------------------------------------------------- config, PEFT, suite

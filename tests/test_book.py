@@ -1,5 +1,6 @@
 """The book: what its chapters write by hand equals minipeft, and every method has its page. `nox -s book` builds it."""
 
+import importlib
 import re
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 
 import minipeft
 from book import blocks, notation
+from book.exercises import checks
 from book.method_files import code, count, described, forms, methods, path_of
 from minipeft import PeftType
+from minipeft.core import registry
 
 FROM_NOTHING = sorted(blocks.FOLDER.glob("*-from-nothing.md"))
 
@@ -33,6 +36,14 @@ def test_lora_from_nothing():
     assert len([line for line in written.splitlines() if line.strip()]) < 70
 
 
+@pytest.mark.parametrize("name", checks.CHECKS)
+def test_exercises(name):
+    """Each answer passes its check, and what one begins with does not."""
+    checks.CHECKS[name](importlib.import_module(f"book.exercises.answers.{name}"))
+    with pytest.raises((AssertionError, NotImplementedError)):
+        checks.CHECKS[name](importlib.import_module(f"book.exercises.{name}"))
+
+
 def test_a_stale_block_fails(tmp_path):
     file = tmp_path / "x.md"
     for wrong in ("```python\nassert 1 + 1 == 3\n```\n", "{{ unknown }}\n", "```python raises\n1\n```\n"):
@@ -44,7 +55,7 @@ def test_a_stale_block_fails(tmp_path):
 def test_every_method_has_a_page():
     paths = [path_of(method) for method in methods()]
     assert len(set(paths)) == len(paths) > 50
-    assert {method.peft_type for method in methods()} == set(PeftType)
+    assert {method.peft_type for method in methods()} == {PeftType(name) for name in registry.FILES}
     files = {method.cls.__module__ for method in methods()}
     assert {method.cls.__module__ for method in described()} == files
 
