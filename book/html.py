@@ -39,7 +39,7 @@ def line(text: str) -> str:
     for kind, piece in notation.pieces(text):
         if kind == "math":
             lead, core, trail = re.fullmatch(r"(\s*)(.*?)(\s*)", piece, re.S).groups()  # type: ignore[union-attr]
-            made.append(lead + math(core) + trail)
+            made.append(lead + "".join(part if part in (", ", "; ") else math(part) for part in apart(core)) + trail)
         elif kind == "code":
             made.append(f"<code>{escape(piece.strip('`'))}</code>")
         elif kind == "link":
@@ -47,6 +47,18 @@ def line(text: str) -> str:
         else:
             made.append(escape(piece))
     return "".join(made)
+
+
+def apart(formula: str) -> list[str]:
+    """A row of formulas, each by itself, and what stands between: a line can be broken there, and nowhere inside."""
+    parts, depth = [""], 0
+    for piece in re.split(r"([(\[\])]|[,;] )", formula):
+        depth += (piece in ("(", "[")) - (piece in (")", "]"))
+        if piece in (", ", "; ") and not depth:
+            parts += [piece, ""]
+        else:
+            parts[-1] += piece
+    return [part for part in parts if part]
 
 
 def prose(text: str) -> str:

@@ -20,7 +20,7 @@ def network(inputs: int = 16, outputs: int = 16) -> Any:
     return nn.Sequential(nn.Linear(inputs, outputs))
 
 
-def filled(model: nn.Module, values: dict[str, Tensor]) -> nn.Module:
+def filled(model: Any, values: dict[str, Tensor]) -> Any:
     """The model, with these values in the parameters whose names contain the keys."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,7 +63,6 @@ def fault(answer: Any) -> None:
         assert like(answer.weight(W, A, 0 * B, m, 2.0), W), "A new adapter changes the weight."
         config = minipeft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules=["0"])
         model = filled(minipeft.get_peft_model(copy.deepcopy(base), config), {"lora_A": A, "lora_B": B})
-        assert isinstance(model, minipeft.PeftModel)
         theirs = model.merge_and_unload()[0].weight
         assert like(answer.weight(W, A, B, m, 2.0), theirs), f"From {inputs} to {outputs} the weight is not DoRA's."
 
