@@ -72,10 +72,10 @@ def matrix(tensor: torch.Tensor) -> np.ndarray:
 
 
 def most_changed(before: nn.Module, after: nn.Module) -> tuple[str, np.ndarray, np.ndarray]:
-    """The weight that differs most, relative to its size; a matrix before a vector."""
+    """The weight that differs most, relative to its size, by more than rounding; a matrix before a vector."""
     old = dict(before.named_parameters())
     found = [(min(p.dim(), 2), ((p - old[n]).norm() / old[n].norm()).item(), n) for n, p in after.named_parameters()]
-    name = max(entry for entry in found if entry[1])[2]
+    name = max(entry for entry in found if entry[1] > 1e-5)[2]
     return name, matrix(old[name]), matrix(dict(after.named_parameters())[name])
 
 
