@@ -58,7 +58,7 @@ def ranks(rows: list[Trained]) -> Html:
         if row.W is not None and row.merged_W is not None and min(row.W.shape) > 1:
             rank, full, size = pictures.facts(row.W, row.merged_W)
             axes.plot(rank / full, size, ".", color=pictures.ACCENT)
-            if not 0.8 < size < 3 or (rank < full and size > 2) or row.name in ("LoRA", "HRA"):
+            if not 0.8 < size < 3 or row.name in ("LoRA", "HRA"):
                 axes.annotate(row.name, (rank / full, size), xytext=(4, 2), textcoords="offset points", fontsize=7)
     axes.set(xlabel="rank of the change, of the most that it could be", ylabel="|ΔW| / |W|", yscale="log")
     return Html(pictures.svg(drawn, "for each merged method: the norm of its change against the rank of it"))

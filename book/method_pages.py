@@ -299,8 +299,9 @@ def caption(row: Trained) -> str:
     assert row.W is not None and row.merged_W is not None
     rank, full, size = pictures.facts(row.W, row.merged_W)
     shape = " × ".join(map(str, row.W.shape))
-    return (f"<b>{html.escape(row.name)}.</b> The layer that it changed most, <code>{html.escape(row.layer)}</code> "
-            f"({shape}). The change has rank {rank} of {full}, and {size:.0%} of the norm of W.")
+    most = f"<b>{html.escape(row.name)}.</b> What it changed most: <code>{html.escape(row.layer)}</code> ({shape})."
+    much = f" The change has rank {rank} of {full}, and {size:.0%} of the norm of W."
+    return most + much * (min(row.W.shape) > 1)
 
 
 # ------------------------------------------------------------------------------------------------------------ code
