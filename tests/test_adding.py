@@ -61,3 +61,16 @@ def test_random_numbers(sizes, bias, dtype):
     layer = model.base_model.model[0]
     assert torch.equal(layer.lora_A["default"].weight, A.weight)
     assert all(not p.any() for p in layer.lora_B["default"].parameters())
+
+
+def test_loading_puts_everything_into_eval_mode(tmp_path):
+    network = lambda: nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)))
+    model = get_peft_model(network(), LoraConfig(target_modules=["0"], lora_dropout=0.5))
+    model.save_pretrained(tmp_path)
+    for train in (model.eval, model.train, model.base_model.model[1].train, model.base_model.model[1][0].train):
+        model.eval()
+        train()
+        model.load_adapter(tmp_path, f"other{len(model.peft_config)}")
+        assert not [name for name, module in model.named_modules() if module.training]
+    model.load_adapter(tmp_path, "trained", is_trainable=True)
+    assert not model.training

@@ -19,6 +19,7 @@ from ..core.config import PeftConfig, check_config
 from ..core.errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from ..core.files import make_folder, of_one_version, write_checkpoint, write_text
 from ..core.targets import embedding
+from ..core.walk import walk
 from . import card, checkpoint, on_layers, prompt, status
 from .hub import push_to_hub
 from .tuner import FORWARD_ONLY
@@ -425,16 +426,15 @@ class PeftModel(nn.Module):
             report = self._add(adapter_name, config, weights=weights, **options, **_leniency(kwargs))
             if is_trainable:
                 self.set_requires_grad(adapter_name)
-        if not is_trainable:
+        if not is_trainable and any(module.training for _, _, module in walk(self)):  # adapters are as their layers
             self.eval()
         return report
 
     def _check_new_adapter_config(self, config: PeftConfig, is_trainable: bool = False) -> None:
         other: Any
-        for other in [config, *self.peft_config.values()]:
-            if not len(self.peft_config) or other.is_prompt_learning or adapter_class(other).rewrites:
-                continue
-            if adapter_class(other).changes_base(other):
+        for other in [config, *self.peft_config.values()] if not config.is_prompt_learning and self.peft_config else ():
+            kind = adapter_class(other)
+            if not kind.rewrites and kind.changes_base(other):
                 warnings.warn(
                     f"init_lora_weights={other.init_lora_weights!r} changes the base weights, so it should not be used "
                     "beside other adapters. Save it with path_initial_model_for_weight_conversion to make a plain LoRA "
