@@ -64,8 +64,8 @@ def test_random_numbers(sizes, bias, dtype):
 
 
 def test_loading_puts_everything_into_eval_mode(tmp_path):
-    network = lambda: nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)))
-    model = get_peft_model(network(), LoraConfig(target_modules=["0"], lora_dropout=0.5))
+    network = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)))
+    model = get_peft_model(network, LoraConfig(target_modules=r"0", lora_dropout=0.5))
     model.save_pretrained(tmp_path)
     for train in (model.eval, model.train, model.base_model.model[1].train, model.base_model.model[1][0].train):
         model.eval()
