@@ -53,11 +53,11 @@ def adapted(lib, case, base=None):
 
 @each_method_and_layer
 def test_adapted_model_that_is_offloaded_gives_the_same_numbers(case, lib):
-    model, batch = adapted(lib, case), H.inputs(case)
+    model, batch = adapted(lib, case).double(), H.inputs(case, torch.float64)
     want = H.run(model, batch)
     away(model, case)
     for _ in range(2):
-        H.close(H.run(model, batch), want, 1e-6)
+        H.close(H.run(model, batch), want, H.tolerance(case, torch.float64))
 
 
 @each_picked

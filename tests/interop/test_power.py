@@ -233,6 +233,7 @@ FAULTS = {
 def test_fault_is_caught(fault, ref, tmp_path):
     case, change, tests = FAULTS[fault]
     for test in tests:
+        H.MADE.clear()  # what the test of another file, or with another fault, has made of the case
         with pytest.raises(AssertionError):
             test(case, Faulty(ref, change), ref, tmp_path)
 
@@ -242,4 +243,5 @@ def test_fault_is_caught(fault, ref, tmp_path):
 def test_no_fault_is_not_caught(tests, ref, tmp_path):
     """The same scaffold around a sound implementation passes: it is the fault that is caught."""
     for test in tests:
+        H.MADE.clear()
         test(LORA, Faulty(ref, lambda model: None), ref, tmp_path)
