@@ -48,6 +48,12 @@ class AlwaysWrong(Oracle):
     def save(self, path):
         pass
 
+    def save_adapters(self, path, names):
+        pass
+
+    def read_config(self, path, given):
+        return {"peft_type": "WRONG"}
+
     def restore(self, path, base, weights, dtype):
         pass
 
@@ -82,7 +88,7 @@ class Raising(Driver):
     def build(self, *args, **kwargs):
         raise IndexError("list index out of range")
 
-    full_config = build_with = build_quantised = build
+    full_config = build_with = build_quantised = build_from_data = read_config = build
 
 
 class Dying(Raising):
