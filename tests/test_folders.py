@@ -380,3 +380,15 @@ def test_two_saves_are_the_same_bytes(safe, tmp_path):
     assert names(tmp_path / "a") == names(tmp_path / "b")
     for name in names(tmp_path / "a"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "null", "\ud800"])
+def test_a_damaged_config_of_the_base_model_does_not_stop_saving(text, tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "config.json").write_bytes(text.encode(errors="surrogatepass"))
+    network = nn.Sequential(nn.Linear(3, 4))
+    network.name_or_path = str(tmp_path / "base")
+    network.config = type("Config", (), {"vocab_size": 3})()
+    model = minipeft.get_peft_model(network, minipeft.LoraConfig(target_modules=["0"]))
+    model.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "adapter_model.safetensors").exists()

@@ -48,7 +48,7 @@ class AlwaysWrong(Oracle):
     def save(self, path):
         pass
 
-    def save_adapters(self, path, names):
+    def save_adapters(self, path, names=None):
         pass
 
     def read_config(self, path, given):

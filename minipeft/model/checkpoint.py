@@ -230,8 +230,11 @@ def resized(root: nn.Module, config: Any) -> bool:
     path = kept_file(name, "config.json", config.revision) if own is not None and name else None
     if path is None:
         return False
-    with open(path, encoding="utf-8") as file:
-        return json.load(file).get("vocab_size", own) != own
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # the base model's own file, which is not ours to judge
+        return False
+    return isinstance(kept, dict) and kept.get("vocab_size", own) != own
 
 
 @lasting()
