@@ -24,10 +24,10 @@ from ..core.errors import (
 )
 from ..core.files import of_one_version
 from ..core.layer import Layer
-from ..core.state import Entry, incoming, infer_device, load_peft_weights, strip
+from ..core.state import Entry, incoming, infer_device, load_peft_weights, onloaded, strip
 from ..core.tuner import tuner_of
 from ..methods.lora.padding import RANK_OF, groups_of, layer_of, pad, slot_of
-from ..model.checkpoint import base_entries, entries_of_model, onloaded
+from ..model.checkpoint import base_entries, entries_of_model
 from ..model.plan import ModelPlan
 from ..model.tuner import tuner_class
 

@@ -28,17 +28,14 @@ from .bases import lasting
 from .config import PeftConfig, check_config
 from .errors import AdapterNameError, NotIncludedError
 from .files import of_one_version, write_checkpoint
-from .layer import layers
-from .offload import onload
 from .state import (
     PREFIX,
     Entry,
     LoadReport,
-    check,
     entries_of_layers,
-    fill,
-    fitted,
     incoming,
+    load_into,
+    onloaded,
     read_weights,
     serialise,
 )
@@ -142,17 +139,16 @@ def _entries(tuner: Tuner, name: str, prefix: str = "") -> list[Entry]:
     return list(entries_of_layers(tuner.model, name, tuner.peft_config[name], tuner.shared_slots(), prefix, ""))
 
 
-def _saved(model: nn.Module, name: str, prefix: str) -> dict[str, Tensor]:
-    tuner = _tuner_of(model, name)
+def _saved(tuner: Tuner, name: str, prefix: str = "") -> dict[str, Tensor]:
     config, entries = tuner.peft_config[name], _entries(tuner, name, prefix)
-    with onload(*layers(model)):
+    with onloaded(tuner.model, entries):
         tensors = {entry.saved: entry.tensor.detach() for entry in entries}
         return adapter_class(config).convert_for_save(config, name, tensors, entries)
 
 
 def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """The tensors of an adapter, by saved key without the prefix of a PeftModel: `encoder.fc.lora_A.weight`."""
-    return _saved(model, adapter_name, "")
+    return _saved(_tuner_of(model, adapter_name), adapter_name)
 
 
 @lasting()
@@ -164,30 +160,14 @@ def set_peft_model_state_dict(
     Keys may have the prefix of a PeftModel. Raises `CheckpointError`, with nothing written, when anything does not fit;
     `strict=False` only warns of missing and unexpected ones.
     """
-    tuner = _tuner_of(model, adapter_name)
-    config, entries = tuner.peft_config[adapter_name], _entries(tuner, adapter_name)
-    cls, stored = adapter_class(config), incoming(peft_model_state_dict)
-    weights = cls.convert_for_load(config, stored)
-    undo = cls.resize(model, adapter_name, weights, entries)
-    try:
-        weights = fitted(entries, weights)
-        report = check(entries, weights, (), strict, stored)
-    except BaseException:
-        if undo is not None:
-            undo()
-        raise
-    with onload(*layers(model), keep=True):
-        fill(entries, weights)
-    for layer in layers(model):
-        if adapter_name in layer.adapters:
-            layer.adapters[adapter_name].loaded()
-    return report
+    entries, weights = _entries(_tuner_of(model, adapter_name), adapter_name), incoming(peft_model_state_dict)
+    return load_into(model, adapter_name, entries, weights, strict)
 
 
 def save_adapter(model: nn.Module, save_directory: str | os.PathLike, adapter_name: str = "default") -> None:
     """Write PEFT's two files, which `load_adapter` and PEFT's `PeftModel.from_pretrained` read, in one step."""
-    tensors = _saved(model, adapter_name, PREFIX)
-    config = copy.deepcopy(_tuner_of(model).peft_config[adapter_name])
+    tuner = _tuner_of(model, adapter_name)
+    tensors, config = _saved(tuner, adapter_name, PREFIX), copy.deepcopy(tuner.peft_config[adapter_name])
     config.inference_mode = True
     kind = type(model)
     mapping = None if config.task_type else {"base_model_class": kind.__name__, "parent_library": kind.__module__}

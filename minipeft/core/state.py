@@ -12,7 +12,8 @@ import io
 import math
 import warnings
 from collections import namedtuple
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from .adapter import adapter_class
 from .config import sizes
 from .errors import CheckpointError, PeftWarning, cut, nearest, shown
 from .files import PICKLE, find_weights, look, of_one_version
-from .layer import Layer, adapted
+from .layer import Layer, adapted, layers
+from .offload import onload
 from .walk import WRAPPERS, PlainNames
 
 READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
@@ -308,6 +310,47 @@ def fill(entries: Iterable[Entry], weights: Mapping[str, Tensor]) -> None:
         value = given.get(strip(entry.saved))
         if value is not None and value.shape == entry.tensor.shape:
             entry.fill(value)
+
+
+def onloaded(model: nn.Module, entries: Iterable[Entry], keep: bool = False) -> AbstractContextManager[None]:
+    """While it is open, offloaded tensors of entries are where they run; see `onload`."""
+    boxes = {id(entry.box) for entry in entries}
+    holding = [m for m in model.modules() if id(m._parameters) in boxes or id(m._buffers) in boxes]
+    return onload(*holding, keep=keep, recurse=False)
+
+
+def load_into(
+    model: Any,
+    name: str,
+    entries: list[Entry],
+    weights: dict[str, Tensor],
+    strict: bool = True,
+    ignore: bool = False,
+    further: Callable[[list[Entry], dict[str, Tensor]], Any] | None = None,
+) -> LoadReport:
+    """Write a checkpoint's tensors, as `incoming` gives them, into an adapter that is there: all, or on an error none.
+
+    `further(entries, weights)` gives the weights under the keys of the entries, entries for tensors of the model's own,
+    and keys that say again what is there. `strict` and `ignore` as for `check`.
+    """
+    config = model.peft_config[name]
+    cls, stored = adapter_class(config), weights
+    weights = cls.convert_for_load(config, weights)
+    undo = cls.resize(model, name, weights, entries)
+    try:
+        weights, more, again = further(entries, weights) if further else (fitted(entries, weights), [], ())
+        entries = entries + more
+        report = check(entries, weights, again, strict, stored, ignore)
+    except BaseException:
+        if undo is not None:
+            undo()
+        raise
+    with onloaded(model, entries, keep=True):
+        fill(entries, weights)
+    for layer in layers(model):
+        if name in layer.adapters:
+            layer.adapters[name].loaded()
+    return report
 
 
 def _finite(t: Tensor) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,18 +14,17 @@ from ..core.bases import lasting
 from ..core.errors import AdapterNameError, CheckpointError, PeftWarning
 from ..core.files import kept_file
 from ..core.layer import HoldsAdapters, Layer, adapted
-from ..core.offload import onload
 from ..core.state import (
     PREFIX,
     Entry,
     LoadReport,
-    check,
     entries_of_layer,
     entries_of_layers,
     entries_of_module,
-    fill,
     fitted,
     incoming,
+    load_into,
+    onloaded,
     strip,
     unwrapped,
 )
@@ -120,13 +118,6 @@ def before_merging(model: nn.Module) -> dict[int, Tensor]:
             pairs = zip(layer.base.stored(), layer.base.originals())
             found |= {id(now): original for now, original in pairs if now is not None}
     return found
-
-
-def onloaded(model: nn.Module, entries: Iterable[Entry], keep: bool = False) -> AbstractContextManager[None]:
-    """While it is open, offloaded tensors of entries are where they run; see `onload`."""
-    boxes = {id(entry.box) for entry in entries}
-    holding = [m for m in model.modules() if id(m._parameters) in boxes or id(m._buffers) in boxes]
-    return onload(*holding, keep=keep, recurse=False)
 
 
 def entries_of_biases(
@@ -257,27 +248,16 @@ def set_peft_model_state_dict(
     config = model.peft_config[adapter_name]
     if config.is_prompt_learning:
         return model.load_prompt_state_dict(adapter_name, peft_model_state_dict, strict, ignore_mismatched_sizes)
-    peft_model_state_dict = incoming(peft_model_state_dict)
-    weights = adapter_class(config).convert_for_load(config, peft_model_state_dict)
-    entries = list(entries_of_model(model, adapter_name))
-    undo = adapter_class(config).resize(model, adapter_name, weights, entries)
-    try:
+
+    def further(entries: list[Entry], weights: dict[str, Tensor]) -> Any:
         weights = fitted(entries, single(entries, weights))
-        have = {strip(e.saved) for e in entries}
-        entries += [e for e in _bias_entries(model, adapter_name) if strip(e.saved) not in have]
-        base, again = base_entries(model, weights, entries)
-        entries += base
-        report = check(entries, weights, again, strict, peft_model_state_dict, ignore_mismatched_sizes)
-    except BaseException:
-        if undo is not None:
-            undo()
-        raise
-    with onloaded(model, entries, keep=True):
-        fill(entries, weights)
-    for _, _, module in adapted(getattr(tuner_of(model), "model", model)):
-        if isinstance(module, Layer) and adapter_name in module.adapters:
-            module.adapters[adapter_name].loaded()
-    return report
+        have = {strip(entry.saved) for entry in entries}
+        biases = [entry for entry in _bias_entries(model, adapter_name) if strip(entry.saved) not in have]
+        whole, again = base_entries(model, weights, entries + biases)
+        return weights, biases + whole, again
+
+    entries, given = list(entries_of_model(model, adapter_name)), incoming(peft_model_state_dict)
+    return load_into(model, adapter_name, entries, given, strict, ignore_mismatched_sizes, further)
 
 
 def _bias_entries(model: Any, name: str) -> list[Entry]:

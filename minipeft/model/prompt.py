@@ -460,7 +460,7 @@ def prompt_state_dict(peft_model: Any, name: str, save_embedding_layers: bool | 
     saved, copies = prompt_state(peft_model, name), list(_copies(peft_model, name, "base_model."))
     base = peft_model.base_model
     whole = checkpoint.embeddings_to_save(peft_model, name, save_embedding_layers, base, "base_model.")
-    with checkpoint.onloaded(peft_model, copies + whole):
+    with state.onloaded(peft_model, copies + whole):
         saved |= {entry.saved: entry.tensor.detach() for entry in copies}
         return {**{entry.saved: entry.tensor.detach() for entry in whole}, **saved}
 
