@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -42,13 +43,18 @@ class ModelPlan(Plan):
             check_biases(self.model)
 
     def set_default_targets(self) -> None:
-        default_targets(self.config, self.model, model_config(self.model).get("model_type"))
+        default_targets(self.config, self.model, self.model_type)
+
+    @cached_property
+    def model_type(self) -> str | None:
+        """What transformers calls the model's kind."""
+        return model_config(self.model).get("model_type")
 
     def tie(self) -> None:
         self.ties = Ties(self.config, self.model, self.cls.ties)
 
     def ordered(self, paths: list[str]) -> list[str]:
-        uncalled = NEVER_CALLED.get(model_config(self.model).get("model_type"), ())
+        uncalled = NEVER_CALLED.get(self.model_type, ())
         for path in paths:
             if path.rpartition(".")[2] in uncalled:
                 why = "their kernels read its weight and do not call it, so an adapter would have no effect"
