@@ -835,7 +835,7 @@ class Param(Base):
 class Whole(Base):
     """Any module, as the dict of its named tensors."""
 
-    pointwise = False
+    pointwise, forwards_attributes = False, True
 
     def shapes_only(self) -> Base:
         return self  # its adapters are copies of the module
@@ -897,9 +897,7 @@ class Whole(Base):
 
 
 class Block(Whole):
-    """A block of a decoder, which code around it reads attributes of. Adapters of it are in torch's default dtype."""
-
-    forwards_attributes = True
+    """A block of a decoder. Adapters of it are in torch's default dtype."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -82,6 +82,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     folded: list[Adapter]
     marks: list[Any]
     read_through: bool
+    read_fused: bool
     shared_boxes: dict[str, Any]
     blank: bool
     autocast: bool
@@ -103,6 +104,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             marks=[],  # and what each of those was when it was merged
             cast_input_dtype_enabled=True,
             read_through=False,  # True: the parent takes `.weight` instead of calling the layer
+            read_fused=False,  # True: it does so where all weights are plain tensors
             tied=False,  # True: its adapters are those of another layer, which also saves them
             shared_boxes={},  # boxes that other layers look at as well, by slot of the tuner
             blank=False,  # while being built: True when values are going to be loaded, and only shapes matter
@@ -543,15 +545,30 @@ class Layer(HoldsAdapters, Slots, Wrapper):
 
     @property
     def weight(self) -> Tensor:
-        if self.read_through and self.running:
-            return self.operator().read()[0].to(self.base.leaf.weight.dtype)
-        return self.base.leaf.weight
+        weight = self.base.leaf.weight
+        if self.read_through and self._acts:
+            return self._read_alone()[0].to(weight.dtype)
+        if self.read_fused and self._acts and not torch.overrides.has_torch_function_unary(weight):
+            return weight.as_subclass(NotFused)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        if self.read_through and self.running:
-            return self.operator().read()[1]
-        return self.base.leaf.bias
+        return self._read_alone()[1] if self.read_through and self._acts else self.base.leaf.bias
+
+    @property
+    def _acts(self) -> bool:
+        """Whether calling the layer is something else than its weights say."""
+        if self._disable_adapters or (mixed := self.context.now.adapter_names) is None:
+            return bool(self.running)
+        return not self.adapters.keys().isdisjoint(mixed)
+
+    def _read_alone(self) -> tuple[Tensor, Tensor | None]:
+        """(W, b) with adapters, for code that reads them instead of calling the layer."""
+        if self.context.now.adapter_names is not None:
+            path = next(iter(self.adapters.values())).path
+            raise BatchError(f"Mixed batches are not possible on {path!r}: its weight is read, it is not called.")
+        return self.operator().read()
 
     @property
     def parameter_name(self) -> str:
@@ -601,6 +618,10 @@ class Layer(HoldsAdapters, Slots, Wrapper):
 
     def _get_name(self) -> str:
         return f"{self.method.lower()}.{self.base.label}"
+
+
+class NotFused(Tensor):
+    """A frozen weight that is not all there is to a layer: torch's fused paths, which look for that, call the layer."""
 
 
 class Inside:

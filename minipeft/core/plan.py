@@ -416,8 +416,9 @@ class Plan:
         if parent is None:
             parent = self.parents[head] = self.model.get_submodule(head)
         parent._modules[last] = module
-        if isinstance(parent, nn.MultiheadAttention) and isinstance(module, Layer):
-            module.read_through = True
+        if isinstance(module, Layer):
+            module.read_through = isinstance(parent, nn.MultiheadAttention)
+            module.read_fused = isinstance(parent, nn.TransformerEncoderLayer)
 
 
 def stacked(outer: dict[str, tuple[str, nn.Module]]) -> list[str]:
