@@ -599,21 +599,28 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set an adapter's scale to `scale` times its own alpha / r (methods that have a scaling)."""
         if adapter in self._scaling():
-            self.scaling[adapter] = scale * self.adapters[adapter].initial_scaling()
+            self._rescale(adapter, scale * self.adapters[adapter].initial_scaling())
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the active adapters' scale (methods that have a scaling)."""
         for name in self._active_adapter:
             if name in self._scaling():
-                self.scaling[name] *= scale
+                self._rescale(name, self.scaling[name] * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the active adapters' scale by `scale`, or set it back to its own value."""
         for name in self._active_adapter:
             if name in self._scaling():
-                self.scaling[name] = self.scaling[name] / scale if scale else self.adapters[name].initial_scaling()
+                self._rescale(name, self.scaling[name] / scale if scale else self.adapters[name].initial_scaling())
 
-    def _scaling(self) -> dict[str, float]:
+    def _rescale(self, name: str, value: Any) -> None:
+        """A scaling that is a tensor, for hot swapping, stays the one that compiled code holds."""
+        if isinstance(held := self.scaling[name], Tensor):
+            held.fill_(value)
+        else:
+            self.scaling[name] = value
+
+    def _scaling(self) -> dict[str, Any]:
         return self.__dict__.get("scaling", {})
 
     def _get_name(self) -> str:

@@ -1,5 +1,6 @@
 """Models that torch traces, exports, compiles whole, transforms, or runs in inference mode give the same numbers."""
 
+import importlib
 import warnings
 
 import pytest
@@ -147,3 +148,70 @@ def test_factors_without_dropout_compile_with_two_adapters(lib):
     for name in ("default", "other"):
         model.set_adapter(name)
         compiled(torch.randn(3, 6)).sum().backward()
+
+
+LINEARS = ["0", "2"]
+SWITCHED = {
+    "lora": lambda lib: lib.LoraConfig(r=2, target_modules=LINEARS),
+    "dora": lambda lib: lib.LoraConfig(r=2, use_dora=True, target_modules=LINEARS),
+    "ia3": lambda lib: lib.IA3Config(target_modules=LINEARS, feedforward_modules=["2"]),
+    "vera": lambda lib: lib.VeraConfig(r=2, target_modules=LINEARS),
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("method", SWITCHED)
+def test_nothing_is_compiled_twice(method, training, lib, is_ref):
+    """With dynamic=True one graph serves all scales and batch sizes; each adapter has its own, compiled once."""
+    if is_ref:
+        pytest.skip("peft's DoRA breaks the graph")
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))
+    model = lib.get_peft_model(net, SWITCHED[method](lib))
+    model.add_adapter("other", SWITCHED[method](lib))
+    H.move(model, only=H.adapter_or_trainable)
+    model.train(training)
+    graphs = []
+    torch._dynamo.reset()
+    counting = lambda graph, inputs: graphs.append(graph) or graph.forward
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counting)
+
+    def run(size):
+        x = torch.randn(size, 6)
+        with torch.set_grad_enabled(training):
+            y = compiled(x)
+            same(y, model(x).detach())
+        if training:
+            y.sum().backward()
+
+    for name in ("default", "other"):  # the warm-up
+        model.set_adapter(name)
+        run(3)
+    assert len(graphs) == 2
+    for turn, name in enumerate(("default", "other", "default")):
+        model.set_adapter(name)
+        for layer in model.modules():
+            if hasattr(layer, "set_scale"):
+                layer.set_scale(name, 0.5 + turn)
+        for size in (3, 4, 7 + turn):
+            run(size)
+    assert len(graphs) == 2
+
+
+def test_a_scale_held_by_compiled_code_can_be_set(lib, is_ref):
+    """Prepared for hot swapping, the scaling is a tensor; setting it is seen, without a second graph."""
+    if is_ref:
+        pytest.skip("peft puts a float in the tensor's place")
+    model = H.move(lib.get_peft_model(nn.Sequential(nn.Linear(6, 8)), lib.LoraConfig(r=2, target_modules=["0"])))
+    hotswap = importlib.import_module(f"{lib.__name__}.compat.hotswap")
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=4)
+    layer, x = model.base_model.model[0], torch.randn(3, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    compiled(x)
+    own, held = float(layer.scaling["default"]), layer.scaling["default"]
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for change, scale in ((lambda: layer.set_scale("default", 3.0), 3.0), (lambda: layer.scale_layer(2.0), 6.0),
+                              (lambda: layer.unscale_layer(4.0), 1.5), (layer.unscale_layer, 1.0)):
+            change()
+            assert layer.scaling["default"] is held and float(held) == own * scale
+            same(compiled(x), model(x).detach())
