@@ -23,6 +23,7 @@ What peft's own dotted paths offer then is what transformers, diffusers, acceler
     peft.utils.hotswap
     peft.utils.transformers_weight_conversion    for `model.load_adapter` of transformers
 
+Layers then also have the slots of their method that are not in use, empty, as `lora_embedding_A` of a linear layer.
 Classes of which minipeft has none of its own, such as `LoraLayer` or `peft.tuners.lora.Linear`, say by `isinstance`
 what a layer is; they cannot be instantiated or derived from. Not offered, so that importing it fails: the layer classes
 of quantisation backends but for bitsandbytes, what peft keeps for itself (`update_layer`, `_create_and_replace`,

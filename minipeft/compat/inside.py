@@ -11,6 +11,7 @@ from torch import nn
 
 from ..core.errors import ConfigError
 from ..core.kinds import base_of
+from ..core.layer import Layer
 from ..core.plan import NO_CONFIG
 from ..core.targets import ALL_LINEAR, DUMMY_TARGETS, EMBEDDINGS, HEADS, Targets, all_linear, named, suffixes
 from ..core.tuner import tuner_of
@@ -22,6 +23,15 @@ DUMMY_TARGET_MODULES = DUMMY_TARGETS
 DUMMY_MODEL_CONFIG = NO_CONFIG
 EMBEDDING_LAYER_NAMES = list(EMBEDDINGS)
 SEQ_CLS_HEAD_NAMES = list(HEADS)
+Layer.unused |= {  # PEFT: slots of other kinds of layer, or of other settings
+    "ADALORA": ("lora_embedding_A", "lora_embedding_B"),
+    "GRALORA": ("gralora_A_general", "gralora_B_general"),
+    "HIRA": ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+    "LOHA": ("hada_t1", "hada_t2"),
+    "LOKR": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "LORA": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    "OFT": ("oft_R", "oft_embedding_R"),
+}
 MIN_TARGET_MODULES_FOR_OPTIMIZATION = 20  # PEFT: longer lists of targets are shortened when an adapter is loaded
 
 

@@ -7,16 +7,15 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import ADAPTERS, Adapted, Adapter
+from .adapter import Adapted, Adapter
 from .bases import Base, Param, Whole, exact
 from .batch import run_layer
 from .boxes import LOW_PRECISION, BufferDict, Slots, contents
-from .config import PeftType
 from .errors import BatchError, MergeError, PeftWarning
 from .kinds import base_of
 from .offload import HOOKS, hooked, onload
@@ -71,6 +70,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     """
 
     wraps = "base_layer"
+    unused: ClassVar[dict[str, tuple[str, ...]]] = {}  # by method: slots that a layer has to read, empty, if not in use
     base_layer: nn.Module
     base: Base
     method: str
@@ -592,7 +592,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
                 if base.needs_weights and name == "_qkv_same_embed_dim":  # its fused path would read the raw weights
                     return not self.running
                 return getattr(self.base_layer, name)
-            if "method" in self.__dict__ and name in ADAPTERS[PeftType(self.method)][0].elsewhere:
+            if name in self.unused.get(self.__dict__.get("method", ""), ()):
                 return MappingProxyType({})
             raise
 

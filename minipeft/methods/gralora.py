@@ -50,7 +50,6 @@ class GraloraConfig(PeftConfig, method="GRALORA"):
 
 class GraLoRA(Delta, config=GraloraConfig):
     prefix = "gralora_"
-    elsewhere = ("gralora_A_general", "gralora_B_general")
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:

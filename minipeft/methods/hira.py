@@ -39,7 +39,6 @@ class HiraConfig(PeftConfig, method="HIRA", layers_need_list=True):
 
 class HiRA(Delta, config=HiraConfig):
     prefix = "hira_"
-    elsewhere = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
     bases = ("Linear", "Conv1D", "Conv", "Embedding")
 
     def build(self) -> None:

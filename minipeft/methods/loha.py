@@ -34,7 +34,6 @@ class LoHaConfig(LycorisConfig, method="LOHA"):
 
 class LoHa(Lycoris, config=LoHaConfig):
     prefix = "hada_"
-    elsewhere = ("hada_t1", "hada_t2")
     rescales = True
 
     def factors(self, r: int) -> None:

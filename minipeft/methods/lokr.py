@@ -47,7 +47,6 @@ class LoKrConfig(LycorisConfig, method="LOKR"):
 
 class LoKr(Lycoris, config=LoKrConfig):
     prefix = "lokr_"
-    elsewhere = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 
     @property
     def rescales(self) -> bool:

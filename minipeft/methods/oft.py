@@ -94,7 +94,6 @@ class Rotation(nn.Module):
 
 class OFT(Activation, config=OFTConfig):
     prefix = "oft_"
-    elsewhere = ("oft_R", "oft_embedding_R")
     bases = ("Linear", "Conv1D", "Conv", "Embedding")
     mixes = True  # PEFT: with groups, its blocks run over all input channels
 

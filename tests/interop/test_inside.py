@@ -14,7 +14,6 @@ from torch import nn
 from minipeft import compat
 from minipeft.compat import helpers, inside, intruders, kappa
 from minipeft.compat import set_peft_model_state_dict as set_as_peft
-from minipeft.core.adapter import ADAPTERS
 from minipeft.core.layer import Layer
 
 from . import harness as H
@@ -188,14 +187,14 @@ def test_which_methods_share_state(lib, ref):
             assert lib.PEFT_TYPE_TO_TUNER_MAPPING[kind].uses_shared_state == theirs.uses_shared_state, kind
 
 
-@each_case(lambda c: c in OF_EACH and any(kind.elsewhere for kind in ADAPTERS.get(c.method.upper(), ())))
+@each_case(lambda c: c in OF_EACH and c.method.upper() in Layer.unused)
 def test_slots_of_other_layers_are_there_and_empty(case, lib, ref):
     theirs, ours = H.adapt(ref, case), H.adapt(lib, case)
     there = dict(theirs.base_model.model.named_modules())
     layers = [(name, m) for name, m in ours.base_model.model.named_modules() if isinstance(m, Layer)]
     assert layers
     for name, layer in layers:
-        for slot in ADAPTERS[layer.method][0].elsewhere:
+        for slot in Layer.unused[layer.method]:
             assert ("default" in getattr(layer, slot)) == ("default" in getattr(there[name], slot)), (name, slot)
 
 

@@ -61,7 +61,6 @@ class AdaLoraConfig(LoraConfig, method="ADALORA", optional=("r",)):
 
 class AdaLoRA(Delta, config=AdaLoraConfig):
     prefix = "lora_"
-    elsewhere = ("lora_embedding_A", "lora_embedding_B")
     bases = ("Linear", "Conv1D", "Conv")
     convert_for_save, resize = staticmethod(pruned), staticmethod(take_ranks)
 

@@ -35,7 +35,6 @@ class Factors(Adapter):
     """The factors A and B."""
 
     prefix = "lora_"
-    elsewhere = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
     # of hot swapping
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
