@@ -774,7 +774,8 @@ def prepare_generation(
     embeds: Any = inputs.get("inputs_embeds")
     if past and ids is not None and past >= ids.shape[1]:
         inputs["input_ids"] = ids = ids[:, -1:]
-    mask = mask if mask is not None and mask.dim() == 2 else inputs.get("attention_mask")
+    made = inputs.pop("attention_mask", None)  # for caches of fixed size a model makes its own, which lack the prompt
+    mask = made if mask is None and isinstance(made, Tensor) and made.dim() == 2 else mask
     if mask is not None:
         inputs["attention_mask"] = pad_mask(mask, tokens)
         _warn_of_window(peft_model, mask, tokens, first=past == 0)
