@@ -541,12 +541,14 @@ class Linear(Base):
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 
     def bare(self, x: Tensor) -> bool:
-        leaf, weight = self.leaf, self.leaf._parameters.get(self.weight_name)
+        leaf, name = self.leaf, self.weight_name
+        weight = leaf._parameters.get(name, vars(leaf).get(name))  # FSDP and DataParallel put plain tensors there
         own = type(leaf).forward is nn.Linear.forward and "forward" not in vars(leaf) and self.module is leaf
         if not own or has_hooks(leaf) or leaf._backward_hooks or leaf._backward_pre_hooks or type(self) is not Linear:
             return False
-        wide = type(weight) is nn.Parameter and weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
-        return wide and not sharded(weight) and not _autocasts(x.device.type)
+        if type(weight) not in (nn.Parameter, Tensor) or sharded(weight) or _autocasts(x.device.type):
+            return False
+        return weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
 
 
 class Conv1D(Linear):

@@ -83,17 +83,15 @@ def get_peft_model_state_dict(
     if config.is_prompt_learning:
         return model.prompt_state_dict(adapter_name, save_embedding_layers)
     saved = {}
-    plain = {unwrapped(key): tensor for key, tensor in (state_dict or {}).items()}
+    given = state_dict or {}
+    plain = {unwrapped(key): tensor for key, tensor in given.items()}
     entries = list(entries_of_model(model, adapter_name))
     with onloaded(model, entries if state_dict is None else ()):
         for entry in entries:
-            if state_dict is None:
-                saved[entry.saved] = entry.tensor.detach()
-            elif entry.live in state_dict or unwrapped(entry.live) in plain:
-                own = entry.live in state_dict
-                saved[entry.saved] = state_dict[entry.live] if own else plain[unwrapped(entry.live)]
-            else:
+            tensor = given.get(entry.live, plain.get(unwrapped(entry.live)))
+            if tensor is None and state_dict is not None and isinstance(entry.tensor, nn.Parameter):
                 raise CheckpointError(f"`state_dict` lacks '{entry.live}', which belongs to adapter {adapter_name!r}.")
+            saved[entry.saved] = entry.tensor.detach() if tensor is None else tensor  # not all buffers stand in one
     saved = adapter_class(config).convert_for_save(config, adapter_name, saved, entries)
     for entry in _bias_entries(model, adapter_name):
         saved.setdefault(entry.saved, entry.tensor.detach() if state_dict is None else state_dict[entry.live])

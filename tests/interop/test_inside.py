@@ -332,13 +332,13 @@ def test_keys_of_a_state_dict_and_targeted_parameters(lib):
     assert torch.equal(other(x), one(x))
 
 
-IN_FSDP = [c for c in OF_EACH if c.method in ("lora", "vera", "tinylora", "vblora", "unilora", "ln_tuning")]
+IN_FSDP = [c for c in OF_EACH if c.method in ("lora", "vera", "tinylora", "vblora", "unilora", "ln_tuning", "shira")]
 IN_FSDP += [c for c in CASES if c.id in ("lora/attention/plain", "lora/parameter/of_linear")]
 
 
 @each_case(lambda c: c in IN_FSDP)
 def test_in_fsdp(case, lib):
-    """The same output, and the whole checkpoint, of methods that share tensors, and of layers run by their weights."""
+    """The same output, and the whole checkpoint, of methods that share tensors or positions and of special layers."""
     import torch.distributed as dist
     from torch.distributed.fsdp import FullyShardedDataParallel
 

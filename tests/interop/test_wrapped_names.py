@@ -119,6 +119,13 @@ def test_injected_by_keys_of_wrapped_modules(lib, wrapper):
 
 
 @each_method
+def test_from_the_state_dict_of_the_model(lib, case: Case):
+    """As Trainer saves under FSDP and DeepSpeed; some of what a checkpoint needs, a state dict does not have."""
+    model = H.adapt(lib, case)
+    H.identical(lib.get_peft_model_state_dict(model, state_dict=model.state_dict()), state(lib, model))
+
+
+@each_method
 def test_two_keys_of_one_tensor_are_refused(lib, case: Case, tmp_path):
     model = H.adapt(lib, case)
     tensors, _ = H.saved(model, tmp_path)
