@@ -26,13 +26,13 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "return
 TOLERANCE = 2e-6  # of float64: Llama's norms and angles are float32 inside, as `Base.float32_inside` says of it
 
 
-def adapted(lib, base=None, task_type="CAUSAL_LM", targets=("q_proj", "down_proj"), **fields):
-    """A decoder with three adapters, two of them aLoRA, all moved; in float64."""
+def adapted(lib, base=None, task_type="CAUSAL_LM", targets=("q_proj", "down_proj"), all_tokens=TOKENS, **fields):
+    """A decoder with an adapter for each of `all_tokens` (three, two of them aLoRA), all moved; in float64."""
     if base is None:
         base = B.LLAMA.build()
     model = None
     H.seed(0)
-    for name, tokens in TOKENS.items():
+    for name, tokens in all_tokens.items():
         config = lib.LoraConfig(task_type=task_type, target_modules=list(targets), r=3,
                                 alora_invocation_tokens=tokens, **fields)
         if model is None:
@@ -342,5 +342,18 @@ def test_is_no_plain_lora(lib, is_ref, both):
     with pytest.raises(lib.MergeError):
         ours.merge_adapter()
     H.close({"y": logits(ours)}, {"y": logits(both[0])}, TOLERANCE)
-    with pytest.raises(lib.PeftError):
-        ours.base_model.add_weighted_adapter(["default", "plain"], [1.0, 1.0], "sum", combination_type="linear")
+    for other in ("plain", "other"):
+        with pytest.raises(lib.PeftError, match="alora_invocation_tokens"):
+            ours.base_model.add_weighted_adapter(["default", other], [1.0, 1.0], "sum", combination_type="linear")
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_those_of_one_sequence_add_up(lib, ref, kind):
+    models = [adapted(module, all_tokens={"default": [5, 6], "other": [5, 6]}) for module in (ref, lib)]
+    for model in models:
+        model.add_weighted_adapter(["default", "other"], [0.7, 0.4], "sum", combination_type=kind)
+        model.set_adapter("sum")
+    got, want = map(logits, models)
+    same(got, want, 1e-5)
+    with models[1].disable_adapter():
+        assert changed_from(got, logits(models[1])) == BEGINS["default"]

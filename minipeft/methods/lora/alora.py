@@ -71,6 +71,10 @@ class ALoRA(Factors, Routed, config=LoraConfig, variant="alora_invocation_tokens
         )
         return None
 
+    @property
+    def sums(self) -> tuple[int, ...] | None:
+        return tuple(self.config.alora_invocation_tokens)
+
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (batch, length, out) or (batch, out)
         on = self.invoked(y)  # (batch, length) or (batch,)

@@ -94,6 +94,11 @@ class Factors(Adapter):
     def initial_scaling(self) -> float:
         return scale(self.r, self.lora_alpha, self.config.use_rslora)
 
+    @property
+    def sums(self) -> tuple[int, ...] | None:
+        """What adapters have in common that add up: the tokens after which they act. None: these do not add up."""
+        return None
+
     def is_trainable(self, slot: str) -> bool:
         return not (self.config.init_lora_weights == "mica" and slot.endswith("_B"))
 
@@ -124,6 +129,10 @@ class LowRank(Factors, Delta):
 
 class Summed(LowRank):
     """What LoRA shares with variants that are merged as it is: W' = W + s B A."""
+
+    @property
+    def sums(self) -> tuple[int, ...] | None:
+        return ()
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta(), self.shifted(b)

@@ -109,6 +109,8 @@ class LoraModel(BaseTuner, method="LORA"):
         combine.svd = {"clamp": svd_clamp, "full_matrices": svd_full_matrices, "driver": svd_driver}
         for own in parts.values():
             combine.check(own)
+        if len({adapter.sums for own in parts.values() for _, adapter in own}) > 1:
+            raise UnsupportedFeatureError("aLoRA adapters add up only with ones of the same `alora_invocation_tokens`.")
         if svd_rank is not None and svd_rank <= 0:
             raise ConfigError(f"`svd_rank` should be a positive integer, got {svd_rank}.")
         configs: list[Any] = [self.peft_config[name] for name in adapters]
@@ -165,11 +167,9 @@ class Combine:
 
     def check(self, own: list[tuple[float, Any]]) -> None:
         """Raise `PeftError` for adapters of one layer that cannot be combined."""
-        from .lora import Summed
-
         path = own[0][1].path
         for _, adapter in own:
-            if not isinstance(adapter, Summed):
+            if adapter.sums is None:
                 raise UnsupportedFeatureError(
                     f"{type(adapter).__name__} adapters do not add up so they cannot be combined ({adapter.name!r})."
                 )
