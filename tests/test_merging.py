@@ -1,11 +1,17 @@
-"""merge_and_unload: in the weights' own memory where nothing can go wrong, and otherwise not before all is known."""
+"""merge_and_unload: one layer at a time, in the weights' own memory where it can be, and not before all is known."""
 
 import pytest
 import torch
 from torch import nn
 
-from minipeft import LoraConfig, get_peft_model
+import minipeft
+from minipeft import HiraConfig, LoraConfig, get_peft_model
+from minipeft.core.bases import Base
 from minipeft.core.errors import MergeError
+from minipeft.core.layer import layers
+
+from .interop import harness as H
+from .interop.cases import each_case
 
 
 def trained(model, **options):
@@ -75,3 +81,61 @@ def test_safe_merge_checks_what_is_stored(dtype):
         for key, value in model.state_dict().items():
             assert torch.equal(value.view(torch.uint8), before[key].view(torch.uint8)), key
         assert not any(layer.merged for layer in base)
+
+
+class KeptAtOnce:
+    """The most frozen layers of a model whose originals are kept at the same time, looked at whenever one is kept."""
+
+    def __init__(self, model, monkeypatch):
+        self.most, keep = 0, Base.keep
+        bases = [layer.base for layer in layers(model)]
+
+        def counting(base, tensors):
+            kept = keep(base, tensors)
+            self.most = max(self.most, sum(other.kept is not None for other in bases))
+            return kept
+
+        monkeypatch.setattr(Base, "keep", counting)
+
+
+@pytest.mark.parametrize("safe", [False, True], ids=["unsafe", "safe"])
+@each_case(lambda case: case.merges and not case.prompt and not case.base.transformers and case.id.endswith("/plain"))
+def test_one_layer_at_a_time(case, safe, monkeypatch):
+    model = H.move(H.adapt(minipeft, case), case.scale)
+    batch = H.inputs(case)
+    want = H.run(model.eval(), batch)
+    counted = KeptAtOnce(model, monkeypatch)
+    plain = model.merge_and_unload(safe_merge=safe)
+    assert counted.most <= 1
+    if not case.disputed:
+        H.close(H.run(plain, batch), want, 1e-4)
+
+
+def test_quantised_layers_one_at_a_time(monkeypatch):
+    bnb = pytest.importorskip("bitsandbytes")
+    for make in (bnb.nn.Linear4bit, lambda *sizes: bnb.nn.Linear8bitLt(*sizes, has_fp16_weights=False)):
+        model = trained(nn.Sequential(*[make(64, 64) for _ in range(3)]).to("cpu"), target_modules=["0", "1", "2"])
+        counted = KeptAtOnce(model, monkeypatch)
+        model.merge_and_unload()
+        assert counted.most == 1
+
+
+def test_a_hook_that_no_matrix_does_refuses_before_anything_is_changed():
+    base = nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 5))
+    model = trained(base, target_modules=["0", "1"])
+    base[0].lora_A["default"].register_forward_hook(lambda module, args, output: output.square())  # the last one
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(MergeError, match="hook"):
+        model.merge_and_unload()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_two_adapters_that_read_the_weight():
+    torch.manual_seed(0)
+    config = HiraConfig(r=2, target_modules=["0", "1"], init_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 9), nn.Linear(9, 5)), config)
+    model.add_adapter("other", config)
+    model.base_model.set_adapter(["default", "other"])
+    x = torch.randn(3, 6)
+    want = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), want)

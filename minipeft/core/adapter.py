@@ -288,12 +288,15 @@ class Adapter(nn.Module):
 
     @property
     def folds_in_place(self) -> bool:
-        """Whether `fold_in_place` does what `fold` does on this layer, and cannot fail."""
+        """Whether `fold_in_place` does what `fold` does on this layer."""
         return False
 
     def fold_in_place(self, W: Tensor) -> None:
         """Make W, in at least float32, that of the adapted operator. Only where `folds_in_place`."""
         raise NotImplementedError
+
+    def try_fold(self) -> None:
+        """Raise what `fold_in_place` would raise."""
 
     @classmethod
     def keeps(cls, slot: str, config: Any) -> bool:
@@ -373,6 +376,16 @@ class Delta(Adapter):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return W + self.delta(), b
+
+    @property
+    def folds_in_place(self) -> bool:
+        return type(self).fold is Delta.fold and self.base.overwrites
+
+    def fold_in_place(self, W: Tensor) -> None:
+        W.add_(self.delta())
+
+    def try_fold(self) -> None:
+        self.delta()
 
 
 class Factored(Delta):

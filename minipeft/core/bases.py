@@ -113,14 +113,8 @@ class Base:
         when there is no place for them.
         """
         self.check_writes()
-        self.check_bias(b)
         values = {"weight": self.canonical(W)}
-        if b is not None and self.replaces_bias(b):
-            if self.home.shares_bias:
-                raise MergeError(
-                    f"The adapter changes the bias of the {type(self.leaf).__name__}, which other modules use too. "
-                    "Give each layer a bias of its own, or keep the adapter unmerged."
-                )
+        if b is not None and self.takes_bias(b):
             values["bias"] = b
         self.lend()
         stored: dict[str, Any] = dict(zip(("weight", "bias"), self.stored()))
@@ -132,6 +126,18 @@ class Base:
         for name, value in values.items():
             put(stored[name], value)
         self.note_written()
+
+    def takes_bias(self, b: Tensor | None) -> bool:
+        """Whether the layer's bias is to become b. Raises `MergeError` when it cannot."""
+        self.check_bias(b)
+        if b is None or not self.replaces_bias(b):
+            return False
+        if self.home.shares_bias:
+            raise MergeError(
+                f"The adapter changes the bias of the {type(self.leaf).__name__}, which other modules use too. "
+                "Give each layer a bias of its own, or keep the adapter unmerged."
+            )
+        return True
 
     def replaces_bias(self, b: Tensor) -> bool:
         """Whether b is not what the layer has, or had before it was written to."""
@@ -241,11 +247,11 @@ class Base:
         weight = self.stored()[0]
         return not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
 
-    def overwrite(self, W: Tensor) -> None:
-        """Store W for good, in the weight's own memory; nothing is left to do if that is where W lies."""
-        stored = self.canonical(self.stored()[0])
-        if W.data_ptr() != stored.data_ptr():
-            stored.copy_(W)
+    def overwrite(self, W: Tensor, b: Tensor | None) -> None:
+        """Store (W, b) for good, in the layer's own memory; nothing is left to do for what lies there already."""
+        for stored, value in zip(self.stored(), (self.canonical(W), b)):
+            if stored is not None and value is not None and value.data_ptr() != stored.data_ptr():
+                stored.copy_(value)
 
     def restore(self) -> None:
         """Put back, bit for bit, what `write` replaced. Call `check_written` before."""

@@ -281,6 +281,11 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         """
         if isinstance(adapter_names, str):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+        if names := self.to_merge(adapter_names):
+            self.merge_new(names, safe_merge)
+
+    def to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
+        """Those of `adapter_names` (default: the active ones) that are here and not merged; warns of others."""
         names = self._named(adapter_names)
         if self.merged_adapters:
             names = [n for n in names if n not in self.merged_adapters]
@@ -290,36 +295,47 @@ class Layer(HoldsAdapters, Slots, Wrapper):
                 + (f"Now also merging {', '.join(names)}." if names else "Nothing to do."),
                 PeftWarning,
             )
-        if not names:
-            return
+        return names
+
+    def merge_new(self, names: list[str], safe: bool) -> None:
+        """The same for adapters of this layer that are not merged."""
         home, new = self._home, [self.adapters[name] for name in names]
         # what follows another layer is merged there
         sources = {} if home.base.apart else {a: vars(a)["tied_to"] for a in new if "tied_to" in vars(a)}
         if own := [adapter for adapter in new if adapter not in sources]:
             home.base.check_written()
             home.check_folded(home.folded)
-            self._fold(home.folded + own, safe_merge)
+            self._fold(home.folded + own, safe)
         for source in sources.values():
             home.base.source = source.layer._home.base
         self.merged_adapters = self.merged_adapters + names
 
-    def merges_in_place(self, adapter_names: Sequence[str] | None = None) -> bool:
-        """Whether `merge_in_place` can do what `merge` does, and is certain not to fail."""
+    def merges_in_place(self, names: list[str]) -> bool:
+        """Whether `merge_in_place` can do what `merge_new` does."""
         base = self.base
-        return (
-            base.home is base
-            and base.overwrites
-            and not (base.apart or self.merged_adapters)
-            and all(self.adapters[n].folds_in_place for n in self._named(adapter_names))
-        )
+        tied = any("tied_to" in vars(self.adapters[name]) for name in names)
+        return base.home is base and base.overwrites and not (base.apart or self.merged_adapters or tied)
 
-    def merge_in_place(self, adapter_names: Sequence[str] | None = None) -> None:
-        """The same for good, in the frozen weights' own memory where their dtype allows it: no copy is kept."""
-        with self.onloaded(keep=True), exact():
-            W = _widen(self.base.read()[0])
-            for name in self._named(adapter_names):
-                self.adapters[name].fold_in_place(W)
-            self.base.overwrite(W)
+    def merge_in_place(self, names: list[str], trial: bool = False) -> None:
+        """The same for good: no copy is kept, and where method and dtype allow it the weight is changed where it is.
+
+        `trial`: only raise what it would raise.
+        """
+        base, adapters = self.base, [self.adapters[name] for name in names]
+        in_place = len(adapters) == 1 and adapters[0].folds_in_place  # another might read the weight
+        with self.onloaded(keep=not trial), exact():
+            W, b = _wide(base.read())
+            for adapter in adapters:
+                with widened(adapter):
+                    if not in_place:
+                        W, b = adapter.fold(W, b)
+                    elif trial:
+                        adapter.try_fold()
+                    else:
+                        adapter.fold_in_place(W)
+            base.takes_bias(b)
+            if not trial:
+                base.overwrite(W, b)
 
     def _named(self, adapter_names: Sequence[str] | None) -> list[str]:
         """Those of `adapter_names` (default: the active ones) that are on this layer."""

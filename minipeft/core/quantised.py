@@ -75,8 +75,7 @@ class _Quantised(Linear):
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """As on other layers, but that the stored weight is a new one, and the old one itself is kept."""
         self.check_writes()
-        self.check_bias(b)
-        weight, values = self.stored()[0], {"bias": b} if b is not None and self.replaces_bias(b) else {}
+        weight, values = self.stored()[0], {"bias": b} if b is not None and self.takes_bias(b) else {}
         self.detach(weight)
         new = self.quantise(W.detach().contiguous(), self.originals()[0])
         kept = self.keep(dict.fromkeys(values, self.leaf.bias))

@@ -397,13 +397,11 @@ class Tuner(Slots):
         for layer in todo:
             layer.reshard()
         mark_shared(self.model, todo, names)
+        if for_good:
+            return self._merge_for_good(todo, safe, names, progress)
         done: list[tuple[Layer, list[str]]] = []
-        in_place = for_good and not safe and all(layer.merges_in_place(names) for layer in todo)
         try:
-            for layer in progress_bar(list(reversed(todo)), "Merging adapters", progress):
-                if in_place:
-                    layer.merge_in_place(names)
-                    continue
+            for layer in reversed(todo):
                 before = list(layer.merged_adapters)
                 layer.merge(safe_merge=safe, adapter_names=names)
                 done.append((layer, [n for n in layer.merged_adapters if n not in before]))
@@ -412,6 +410,38 @@ class Tuner(Slots):
                 if merged:
                     layer.unmerge(merged)
             raise
+
+    def _merge_for_good(self, todo: list[Layer], safe: bool, names: list[str] | None, progress: bool) -> None:
+        """Merge one frozen layer after the other, of which one at a time is kept as it was.
+
+        Before the first is changed, all are merged for trial and put back, so that none refuses later.
+        """
+        chains: dict[Layer, list[tuple[Layer, list[str]]]] = {}  # by the innermost layer: those of several methods
+        for layer in reversed(todo):
+            if new := layer.to_merge(names):
+                chains.setdefault(layer.chain[-1], []).append((layer, new))
+        alone = {home: chain[0] for home, chain in chains.items() if len(chain) == 1}
+        in_place = {home: new for home, (layer, new) in alone.items() if layer.merges_in_place(new)}
+        for home, chain in chains.items():
+            if home in in_place and not safe:
+                home.merge_in_place(in_place[home], trial=True)
+                continue
+            done: list[tuple[Layer, list[str]]] = []
+            try:
+                for layer, new in chain:
+                    layer.merge_new(new, safe)
+                    done.append((layer, new))
+            finally:
+                for layer, new in reversed(done):
+                    layer.unmerge_checked(new)
+        for home in progress_bar(list(chains), "Merging adapters", progress):
+            if home in in_place:
+                home.merge_in_place(in_place[home])
+                continue
+            for layer, new in chains[home]:
+                layer.merge_new(new, False)
+            home.base.forget()
+            home.hold()
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the frozen weights; not one bit of them differs from before."""
@@ -436,7 +466,8 @@ class Tuner(Slots):
     ) -> nn.Module:
         """The model with adapters (default: the active ones) in its weights, and no adapter modules left.
 
-        `progressbar` shows how far it is; `safe_merge` raises `MergeError` instead of storing non-finite numbers.
+        `progressbar` shows how far it is; `safe_merge` raises `MergeError` instead of storing non-finite numbers. It
+        takes memory for one layer at a time: all are merged for trial, one by one, and then for good.
         """
         names = self.active_adapters if adapter_names is None else list(adapter_names)
         self._merge(layers(self.model), safe_merge, adapter_names, progressbar, for_good=True)

@@ -145,6 +145,9 @@ class Summed(LowRank):
         A, B = self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)
         W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=self.scaling)
 
+    def try_fold(self) -> None:
+        self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)
+
 
 class LoRA(Summed, config=LoraConfig):
     def tie_to(self, source: Any, fresh: bool = False) -> None:
