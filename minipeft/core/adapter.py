@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import registry
-from .boxes import BOXES, Column
+from .boxes import BOXES, HOLDERS, Column
 from .config import CONFIGS, PeftConfig, PeftType
 from .errors import ConfigError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from .stored import fingerprint
@@ -113,8 +113,12 @@ class Adapter(nn.Module):
         return self.__dict__["place"]()
 
     def slot(self, name: str) -> str:
-        """The slot for a name of the method's: on some kinds of layer PEFT has other names."""
-        return self.base.slot(name)
+        """The slot for a name of the method's."""
+        if self.base.reads_vectors:
+            return name
+        # PEFT: the matrices of a method (lora_A, oft_R) have names of their own on an embedding (lora_embedding_A)
+        head, _, last = name.rpartition("_")
+        return f"{head}_embedding_{last}" if len(last) == 1 and last.isupper() else name
 
     def __setattr__(self, slot: str, value: Any) -> None:
         if slot in self.__dict__:  # what it has for itself: `training`, `config`, ...
@@ -127,11 +131,9 @@ class Adapter(nn.Module):
         own = self.__dict__
         if not slot.startswith("__") and "_modules" in own:  # not half built, by copy or pickle
             slot, layer, name = self.slot(slot), own["place"](), own["name"]
-            held = layer.contents(slot)
-            if isinstance(held, dict) and name in held:
+            held: Any = layer._modules.get(slot, vars(layer).get(slot))
+            if isinstance(held, HOLDERS) and name in held:
                 return held[name]
-            if name in getattr(box := layer._modules.get(slot), "parametrizations", ()):
-                return getattr(box, name)
         raise AttributeError(f"{self} has no {slot!r}")
 
     def has(self, slot: str) -> bool:

@@ -378,10 +378,6 @@ class Base:
         """Whether the numbers stored are quantised ones, and not those of W."""
         return False
 
-    def slot(self, name: str) -> str:
-        """The name under which PEFT keeps a method's slot on this kind of layer."""
-        return name
-
     # ---------------------------------------------------------------------------------------------- low-rank factors
     def down(self, r: int) -> Any:
         """The factor A of a product B A, initialised as torch does."""
@@ -697,11 +693,6 @@ class Embedding(Base):
     @property
     def width(self) -> int:
         return self.out_features
-
-    def slot(self, name: str) -> str:
-        # PEFT: the matrices of a method (lora_A, oft_R) have names of their own on an embedding (lora_embedding_A)
-        head, _, last = name.rpartition("_")
-        return f"{head}_embedding_{last}" if len(last) == 1 and last.isupper() else name
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return self.look_up(x, W) * self._scale(W)

@@ -96,11 +96,9 @@ class Slots(nn.Module):
     def note(self, name: str, values: dict[str, Any]) -> None:
         """Store plain values (neither tensors nor modules) for adapter `name`, by slot."""
         own = self.__dict__
-        new = [slot for slot in values if slot not in own]
-        if new:
-            own.update((slot, {}) for slot in new)
-            own["other_param_names"] = (*self.other_param_names, *new)
         for slot, value in values.items():
+            if slot not in own:
+                self.register(slot, {}, trained=False)
             own[slot][name] = value
 
     def register(self, slot: str, box: Any, trained: bool) -> None:
@@ -196,4 +194,5 @@ class Column(MutableMapping[str, Any]):
 
 
 BOXES = {"_parameters": nn.ParameterDict, "_buffers": BufferDict, "_modules": nn.ModuleDict}
+HOLDERS: Any = (dict, *BOXES.values())  # of what adapters have in a slot: plain values stand in a dict
 NO_SLOTS = ("base_layer", "kept")  # of a layer's modules those that are no boxes

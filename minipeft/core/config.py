@@ -152,9 +152,10 @@ class PeftConfig:
 
     def _replace_none(self) -> None:
         cls: Any = type(self)
-        kinds = _types(cls)
+        kinds, sound = _types(cls), _sound_defaults(cls)
         for field in dataclasses.fields(self):
-            if getattr(self, field.name) is None and not _fits(None, kinds[field.name]):
+            value = getattr(self, field.name)
+            if value is None and value is not sound.get(field.name, field) and not _fits(None, kinds[field.name]):
                 if field.name in self._optional:
                     make = field.default_factory
                     setattr(self, field.name, field.default if make is dataclasses.MISSING else make())
@@ -354,6 +355,8 @@ def check_fields(record: Any) -> None:
     cls: Any = type(record)
     for field in dataclasses.fields(cls):
         value, kind = getattr(record, field.name), _types(cls)[field.name]
+        if value is _sound_defaults(cls).get(field.name, field):
+            continue
         name = f"{cls.__name__}.{field.name}"
         if fault := _unsound(value):
             raise ConfigError(f"{name} {fault}, got {shown(value)}.")
@@ -411,6 +414,13 @@ def _types(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
+@functools.cache
+def _sound_defaults(cls: Any) -> dict[str, Any]:
+    """The defaults of fields that are what their annotations say. (Others stand for what must be given.)"""
+    given = {field.name: field.default for field in dataclasses.fields(cls)}
+    return {name: default for name, default in given.items() if _fits(default, _types(cls)[name])}
+
+
 def _fits(value: Any, kind: Any, by_type: bool = False) -> bool:
     """Whether `value` may stand where the annotation `kind` is; ints serve as floats, tuples and sets as lists.
 
@@ -444,10 +454,13 @@ def _fits(value: Any, kind: Any, by_type: bool = False) -> bool:
 def sizes(config: Any) -> Iterator[tuple[str, int]]:
     """(field, value) of every field that is the size of a tensor which a checkpoint holds."""
     cls: Any = type(config)
-    for name, kind in _types(cls).items():
-        bounds = {bound for part in (kind, *typing.get_args(kind)) for bound in getattr(part, "__metadata__", ())}
-        if IN_FILE in bounds and (value := getattr(config, name)) is not None:
-            yield name, value
+    yield from ((name, value) for name in _size_fields(cls) if (value := getattr(config, name)) is not None)
+
+
+@functools.cache
+def _size_fields(cls: Any) -> list[str]:
+    kinds = {name: (kind, *typing.get_args(kind)) for name, kind in _types(cls).items()}
+    return [name for name, parts in kinds.items() if any(IN_FILE in getattr(p, "__metadata__", ()) for p in parts)]
 
 
 def _spell(kind: Any) -> str:

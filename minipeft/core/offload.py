@@ -23,13 +23,12 @@ HOOKS = ("_hf_hook", "_old_forward")  # what accelerate sets on a module that ha
 
 def hooked(module: nn.Module) -> bool:
     """Whether a hook of accelerate is on the module or on any inside it."""
-    ahead = [module]
+    ahead: list[Any] = [module]
     for module in ahead:
-        own = module.__dict__
-        if "_hf_hook" in own:
-            return True
-        if own["_modules"]:
-            ahead += [child for child in own["_modules"].values() if child is not None]
+        if module is not None:
+            if "_hf_hook" in vars(module):
+                return True
+            ahead += module._modules.values()
     return False
 
 

@@ -68,7 +68,7 @@ def check_adapter_name(name: Any, model: nn.Module | None = None) -> None:
         raise AdapterNameError(
             f"{name!r} cannot be an adapter name: it must be non-empty, without '.', '/' and '\\', and not '{BASE}'."
         )
-    if len(name.encode(errors="surrogatepass")) > LONGEST or any("\ud800" <= letter <= "\udfff" for letter in name):
+    if len(name.encode(errors="surrogatepass")) > LONGEST or re.search("[\ud800-\udfff]", name):
         raise AdapterNameError(
             f"{name[:40]!r}... cannot be an adapter name: it must be the name of a folder, which is text of at most "
             f"{LONGEST} bytes."

@@ -226,15 +226,15 @@ class Tuner(Slots):
             return nullcontext()
         return self.context.telling(task_ids=kwargs.pop("task_ids", None))
 
-    def _tell(self, args: tuple, kwargs: dict[str, Any], anew: bool = False) -> AbstractContextManager[Any]:
-        """The same; inputs that a PeftModel has told of already count, unless it is one that asks (`anew`)."""
-        names = kwargs.get("adapter_names")
+    def _tell(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Tell what a call says of each sample; what a call around it, `generate`, has told of its input stays."""
+        names = None if self._disabled else kwargs.get("adapter_names")
         if names is not None:
             self._check_names(names)
         told: dict[str, Any] = {}
         if names is not None:
             told.update(adapter_names=list(names), beams=kwargs.get("num_beams") or 1)
-        if anew or not self.context.now.by_sample:
+        if not self.context.now.by_sample:
             if by_sample := self._noticed(names or self.active_adapters, args, kwargs):
                 told["by_sample"] = by_sample
         return self.context.telling(**told) if told else nullcontext()

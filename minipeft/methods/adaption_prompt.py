@@ -269,8 +269,8 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         self._show()
 
     @contextmanager
-    def _tell(self, args: tuple, kwargs: dict[str, Any], anew: bool = False) -> Iterator[None]:
-        with super()._tell(args, kwargs, anew):
+    def _tell(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+        with super()._tell(args, kwargs):
             if self.context.now.adapter_names is None:
                 yield
                 return

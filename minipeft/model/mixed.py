@@ -88,15 +88,11 @@ class PeftMixedModel(nn.Module):
     # --------------------------------------------------------------------------------------------------------- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward with all active adapters; takes `adapter_names` as PeftModel.forward does."""
-        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
-            kwargs.pop("adapter_names", None)
-            return self.base_model(*args, **kwargs)
+        return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with all active adapters."""
-        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
-            kwargs.pop("adapter_names", None)
-            return self.base_model.generate(*args, **kwargs)
+        return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from torch import nn
@@ -82,9 +82,7 @@ def disabled(peft_model: Any) -> Iterator[None]:
 
 def telling(peft_model: Any, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
     """While it is open, the layers know what a call says of each sample."""
-    if not peft_model.has_active_enabled_adapter:
-        return nullcontext()
-    return peft_model.base_model._tell(args, kwargs, anew=True)
+    return peft_model.base_model._tell(args, kwargs)
 
 
 def takes_task_ids(peft_model: Any) -> bool:
@@ -94,16 +92,12 @@ def takes_task_ids(peft_model: Any) -> bool:
 
 def forward(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's forward with the active adapters."""
-    with telling(peft_model, args, kwargs):
-        own = {k: v for k, v in kwargs.items() if k not in peft_model.special_peft_forward_args}
-        return peft_model.base_model.context.kept(peft_model._inner(*args, **own))
+    return peft_model.base_model(*args, **kwargs)
 
 
 def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's `generate` with the active adapters."""
-    with telling(peft_model, args, kwargs):
-        own = {k: v for k, v in kwargs.items() if k not in peft_model.special_peft_forward_args}
-        return peft_model.base_model.generate(*args, **own)
+    return peft_model.base_model.generate(*args, **kwargs)
 
 
 def supports_lora_conversion(peft_model: nn.Module) -> bool:

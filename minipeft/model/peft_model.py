@@ -196,11 +196,6 @@ class PeftModel(nn.Module):
         """
         return self._adapters.forward(self, *args, **kwargs)
 
-    def _inner(self, *args: Any, **kwargs: Any) -> Any:
-        """What runs below the PeftModel: the base model, or the tuner where that has more to tell."""
-        inner = self.base_model if self._adapters.takes_task_ids(self) else self.get_base_model()
-        return inner(*args, **kwargs)
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with the active adapters; takes `adapter_names` as `forward` does."""
         return self._adapters.generate(self, *args, **kwargs)

@@ -37,7 +37,10 @@ _WRAPPERS = (Layer, ModulesToSaveWrapper, TrainableTokensWrapper)
 
 def tied_names(model: nn.Module) -> list[str]:
     """Paths of the modules that use the weight of the input embedding as their own; none when tying is switched off."""
-    path, embedding = input_embedding(model)
+    return _tied_to(*input_embedding(model), model)
+
+
+def _tied_to(path: str | None, embedding: nn.Module | None, model: nn.Module) -> list[str]:
     weight = getattr(embedding, "weight", None)
     if weight is None or not _ties(model, unless_said=True):
         return []
@@ -68,8 +71,8 @@ class Ties:
 
     def __init__(self, config: Any, model: nn.Module, always: bool = False):
         self.config, self.model = config, model
-        self.embedding = input_embedding(model)[0]
-        self.names = tied_names(model)  # paths of what is tied to the embedding
+        self.embedding, words = input_embedding(model)
+        self.names = _tied_to(self.embedding, words, model)  # paths of what is tied to the embedding
         self.targets: list[str] = []  # those whose adapter follows that of the embedding
         self.modules: list[str] = []  # those whose trained copy does
         self.pairs: list[tuple[Any, Any]] = []  # (adapter, the one that it follows)
