@@ -15,6 +15,7 @@ from ...core.layer import adapter_parts, layers
 from ...core.offload import onload
 from ...maths.rotations import from_orthonormal
 from ...model.tuner import BaseTuner
+from .adalora import AdaLoRA
 from .budget import RankAllocator
 
 
@@ -45,7 +46,8 @@ class AdaLoraModel(BaseTuner, method="ADALORA"):
     def orthogonal_regularization(self) -> Tensor:
         """c mean(|A A^T - I|, |B^T B - I|) of the trained adapter, a scalar to be added to the loss."""
         name = self._trained()
-        adapters = [layer.adapters[name] for layer in layers(self.model) if name in layer.adapters]
+        found = [layer.adapters.get(name) for layer in layers(self.model)]
+        adapters = [adapter for adapter in found if isinstance(adapter, AdaLoRA)]  # trained tokens are others
         with onload(*adapter_parts(self.model)):
             norms = [from_orthonormal(factor) for a in adapters for factor in (a.lora_A, a.lora_B.mT)]
         return cast(Any, self.peft_config[name]).orth_reg_weight * sum(norms) / len(norms)

@@ -28,6 +28,8 @@ CASES = [
     adalora("bert_seq/plain", B.BERT_SEQ, ["query", "value"], task_type="SEQ_CLS", own_loss=True, stacks=False),
     adalora("t5/plain", B.T5, ["q", "v"], task_type="SEQ_2_SEQ_LM", own_loss=True),
     adalora("llama/plain", B.LLAMA, ["q_proj", "down_proj"], task_type="CAUSAL_LM", own_loss=True),
+    adalora("llama/token_indices", B.LLAMA, ["q_proj"], task_type="CAUSAL_LM", own_loss=True, stacks=False,
+            trainable_token_indices=[1, 3]),
 ]
 
 _BUDGET = {"init_r": 6, "target_r": 3, "total_step": 12, "tinit": 2, "tfinal": 3}
