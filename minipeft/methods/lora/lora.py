@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Adapter, Delta, variants
-from ...core.bases import dropout, has_hooks, weight_of
+from ...core.bases import Param, dropout, has_hooks, weight_of
 from ...core.errors import ConfigError, PeftWarning, UnsupportedFeatureError
 from ...core.state import read_weights
 from ...core.targets import pattern_value
@@ -90,6 +90,9 @@ class Factors(Adapter):
         if bare:
             has = f"a layer that has no bias, such as '{bare[0].path}' ({bare[0].base.label}), cannot have it merged"
             warnings.warn(f"`lora_bias=True` was passed, but {has}.", PeftWarning)
+        read = [a.path for a in adapters if a.base.needs_weights] if config.lora_dropout else []
+        if read:  # PEFT: without a word
+            warnings.warn(f"`lora_dropout` has no effect on '{read[0]}', which is reached by its weights.", PeftWarning)
 
     def initial_scaling(self) -> float:
         return scale(self.r, self.lora_alpha, self.config.use_rslora)
@@ -150,6 +153,12 @@ class Summed(LowRank):
 
 
 class LoRA(Summed, config=LoraConfig):
+    @classmethod
+    def check_layer(cls, config: Any, path: str, base: Any) -> None:
+        without = [field for field in ("lora_dropout", "lora_bias") if getattr(config, field) and isinstance(base, Param)]
+        if without:
+            raise ConfigError(f"`{without[0]}` is not for bare parameters such as '{path}': A never sees the input.")
+
     def tie_to(self, source: Any, fresh: bool = False) -> None:
         A, B = source.lora_A, source.lora_B  # (r, tokens), (dim, r)
         if not self.base.reads_vectors:

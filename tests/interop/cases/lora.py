@@ -149,5 +149,9 @@ REFUSED = [
     Refused("lora/refused/mica_rank", "LoraConfig",
             {"target_modules": ["wide"], "r": 100, "init_lora_weights": "mica"}, B.MLP, "inject", "ValueError"),
     Refused("lora/refused/r0", "LoraConfig", {"r": 0, "target_modules": ["wide"]}, B.MLP, "inject", "ValueError"),
+    Refused("lora/refused/parameter_dropout", "LoraConfig",
+            {"target_parameters": ["wide.weight"], "lora_dropout": 0.1}, B.MLP, "inject", "ValueError"),
+    Refused("lora/refused/parameter_bias", "LoraConfig",
+            {"target_parameters": ["wide.weight"], "lora_bias": True}, B.MLP, "inject", "ValueError"),
     Refused("lora/refused/norm", "LoraConfig", {"target_modules": ["norm"]}, B.STACK, "inject", "ValueError"),
 ]
