@@ -92,7 +92,7 @@ def takes_task_ids(peft_model: Any) -> bool:
 
 def forward(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's forward with the active adapters."""
-    return peft_model.base_model(*args, **kwargs)
+    return peft_model._run_tuner(*args, **kwargs)
 
 
 def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:

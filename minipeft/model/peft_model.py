@@ -19,10 +19,10 @@ from ..core.config import PeftConfig, check_config
 from ..core.errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from ..core.files import make_folder, of_one_version, write_checkpoint, write_text
 from ..core.targets import embedding
+from ..core.tuner import FORWARD_ONLY, Tuner
 from ..core.walk import walk
 from . import card, checkpoint, on_layers, prompt, status
 from .hub import push_to_hub
-from .tuner import FORWARD_ONLY
 from .utils import require_grad
 
 TASKS: dict[str, type[PeftModel]] = {}  # task_type -> class; tasks.py fills it
@@ -195,6 +195,9 @@ class PeftModel(nn.Module):
         In a mixed batch, "__base__" stands for the bare model. Raises `BatchError` for names that do not fit.
         """
         return self._adapters.forward(self, *args, **kwargs)
+
+    def _run_tuner(self, *args: Any, **kwargs: Any) -> Any:
+        return Tuner.forward(self.base_model, *args, **kwargs)  # PEFT: what AdaLoRA's adds to the loss is for tasks
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with the active adapters; takes `adapter_names` as `forward` does."""

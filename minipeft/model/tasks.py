@@ -46,6 +46,9 @@ class _Task(PeftModel):
             given.pop("task_ids", None)
         return PeftModel.forward(self, **given, **kwargs)
 
+    def _run_tuner(self, *args: Any, **kwargs: Any) -> Any:
+        return self.base_model(*args, **kwargs)
+
 
 class _Labelled(_Task):
     """The forward of three of them."""

@@ -155,9 +155,9 @@ class Summed(LowRank):
 class LoRA(Summed, config=LoraConfig):
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
-        without = [field for field in ("lora_dropout", "lora_bias") if getattr(config, field) and isinstance(base, Param)]
-        if without:
-            raise ConfigError(f"`{without[0]}` is not for bare parameters such as '{path}': A never sees the input.")
+        given = [field for field in ("lora_dropout", "lora_bias") if getattr(config, field)]
+        if given and isinstance(base, Param):
+            raise ConfigError(f"`{given[0]}` is not for bare parameters such as '{path}': A never sees the input.")
 
     def tie_to(self, source: Any, fresh: bool = False) -> None:
         A, B = source.lora_A, source.lora_B  # (r, tokens), (dim, r)
