@@ -83,7 +83,6 @@ class Adapter(nn.Module):
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
     must_agree: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
-    fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
     per_sample: ClassVar[Any] = None  # per_sample(config, inputs): what a pass means to each sample, see Pass.by_sample
 
     base: Base

@@ -38,6 +38,7 @@ class Factors(Adapter):
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
     # of hot swapping
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
+    fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
     padded: Mapping[str, Any] = {}  # slots with zeros behind their factor, and its shape without those
 
     @classmethod
