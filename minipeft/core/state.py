@@ -29,7 +29,7 @@ from .layer import Layer, adapted, layers
 from .offload import onload
 from .walk import WRAPPERS, PlainNames
 
-READ_WHOLE = 2**26  # bytes: smaller files are read in one go, which takes half the time; larger ones bit by bit
+READ_WHOLE = 2**23  # bytes: smaller files are read in one go, which is faster; larger ones are mapped, not copied
 SAFE_PICKLES = (2, 6)  # the first torch whose `weights_only` lets no pickle run code
 PREFIX = "base_model.model."
 LoadReport = namedtuple("LoadReport", ["missing_keys", "unexpected_keys"])

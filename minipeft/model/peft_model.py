@@ -430,7 +430,8 @@ class PeftModel(nn.Module):
 
     def _check_new_adapter_config(self, config: PeftConfig, is_trainable: bool = False) -> None:
         other: Any
-        for other in [config, *self.peft_config.values()] if not config.is_prompt_learning and self.peft_config else ():
+        beside = [config, *self.peft_config.values()] if not config.is_prompt_learning and self.peft_config else []
+        for other in (c for c in beside if isinstance(getattr(c, "init_lora_weights", None), str)):
             kind = adapter_class(other)
             if not kind.rewrites and kind.changes_base(other):
                 warnings.warn(

@@ -53,14 +53,15 @@ class Factors(Adapter):
     @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
         super().check_beside(config, others)
-        starts = [getattr(c, "init_lora_weights", True) for c in (config, *others.values())] if others else []
+        starts = dict.fromkeys(getattr(c, "init_lora_weights", True) for c in (config, *others.values()) if others)
         if changing := [start for start in starts if changes_base(start)]:
             what = "changes the base weights of the model, also for the adapters beside it"
             warnings.warn(f"init_lora_weights={changing[0]!r} {what}.", PeftWarning)
-        for name, other in others.items():
+        mine = set(config.target_parameters or ())
+        for name, other in others.items() if mine or config.layer_replication else ():
             if config.layer_replication and config.layer_replication != getattr(other, "layer_replication", None):
                 raise ConfigError(f"layer_replication rebuilds the model; it cannot be used beside adapter '{name}'.")
-            mine, theirs = set(config.target_parameters or ()), set(getattr(other, "target_parameters", None) or ())
+            theirs = set(getattr(other, "target_parameters", None) or ())
             if mine and theirs and mine != theirs:
                 has = f"'{name}' has {sorted(theirs)}, not {sorted(mine)}"
                 raise ConfigError(f"All adapters must target the same parameters, but {has}.")
