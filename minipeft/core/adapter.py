@@ -82,7 +82,7 @@ class Adapter(nn.Module):
     rewrites: ClassVar[bool] = False  # True: the frozen weights change for good, not by a start that may be converted
     by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
     must_agree: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
-    together: ClassVar[Any] = None  # together(layer, groups, x, ...) runs a mixed batch that cannot be taken apart
+    forward_mixed: ClassVar[Any] = None  # (layer, groups, x, ...) runs a mixed batch that cannot be taken apart
     per_sample: ClassVar[Any] = None  # per_sample(config, inputs): what a pass means to each sample, see Pass.by_sample
 
     base: Base
@@ -185,16 +185,16 @@ class Adapter(nn.Module):
         """Which group of layers the one at `path` belongs to, where tensors are shared by group."""
         return ""
 
-    def loaded(self) -> None:
+    def after_load(self) -> None:
         """Make anew what is computed from saved tensors: a checkpoint was just written into the adapter."""
 
     @classmethod
-    def beside(cls, config: Any, model: nn.Module) -> dict[str, nn.Module]:
+    def extra_modules(cls, config: Any, model: nn.Module) -> dict[str, nn.Module]:
         """Modules of the adapter that stand beside the whole model, by slot; no layer looks at them."""
         return {}
 
     @classmethod
-    def complete(cls, config: Any, adapters: list[Adapter]) -> None:
+    def after_build(cls, config: Any, adapters: list[Adapter]) -> None:
         """Give the adapters of all layers, just built, what depends on how many there are and in which order."""
 
     @classmethod
@@ -272,8 +272,8 @@ class Adapter(nn.Module):
         """
         raise UnsupportedFeatureError(f"{type(self).__name__} cannot be tied; leave '{self.path}' out of its targets.")
 
-    def agrees(self, source: Adapter) -> bool:
-        """Whether the values are those that `follow` would give."""
+    def matches(self, source: Adapter) -> bool:
+        """Whether the values are those that `tie_to` would give."""
         return all(map(torch.equal, self.parameters(), source.parameters()))
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -326,9 +326,9 @@ class Adapter(nn.Module):
         """`x` in the dtype of the adapter's tensor `like`, unless casting is switched off for this layer."""
         return x.to(like.dtype) if x.dtype != like.dtype and self.layer.cast_input_dtype_enabled else x
 
-    def at_commit(self, action: Any) -> None:
+    def on_commit(self, action: Any) -> None:
         """Run `action()` once the adapter is accepted: the place to change frozen weights."""
-        self.layer.at_commit.append(action)
+        self.layer.on_commit.append(action)
 
     def initial_scaling(self) -> float:
         """The `scaling` of a new adapter, of which `set_scale` sets multiples."""

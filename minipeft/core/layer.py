@@ -86,7 +86,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     shared_boxes: dict[str, Any]
     blank: bool
     autocast: bool
-    at_commit: list[Callable[[], None]]
+    on_commit: list[Callable[[], None]]
     _active_adapter: list[str]
 
     def __init__(self, module: nn.Module, base: Base, method: str, context: Context | None = None):
@@ -109,7 +109,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             shared_boxes={},  # boxes that other layers look at as well, by slot of the tuner
             blank=False,  # while being built: True when values are going to be loaded, and only shapes matter
             autocast=False,  # while being built: True when low-precision adapter tensors become float32
-            at_commit=[],
+            on_commit=[],
             training=module.training,
             _active_adapter=[],
             _disable_adapters=False,
@@ -254,8 +254,8 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         now = self.context.now
         groups = now.groups(len(x), names)
         assert groups is not None
-        if (together := getattr(next(iter(self.adapters.values()), None), "together", None)) is not None:
-            return together(self, groups, x, *args, **kwargs)
+        if (mixed := getattr(next(iter(self.adapters.values()), None), "forward_mixed", None)) is not None:
+            return mixed(self, groups, x, *args, **kwargs)
         if self.base.needs_weights:
             kind = type(self.base.leaf).__name__
             raise BatchError(f"Mixed batches are not possible on a {kind}: it does not map one tensor to one.")

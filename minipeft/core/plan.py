@@ -125,10 +125,10 @@ class Plan:
             found = self.find(keys)
             with onload(*tuner.shared_slots().values()):
                 self.shared = self.cls.share(config, [(path, base) for path, _, _, base in found], tuner.shared)
-            self.beside = self.cls.beside(config, self.model)
+            self.extra_modules = self.cls.extra_modules(config, self.model)
             for path, live, module, base in found:
                 self.build(path, live, module, base)
-            self.cls.complete(config, [scratch.adapters[name] for _, scratch, _ in self.new])
+            self.cls.after_build(config, [scratch.adapters[name] for _, scratch, _ in self.new])
             self.build_further()
         except BaseException:
             self.give_up()
@@ -321,8 +321,8 @@ class Plan:
                 for entry in entries_of_shared(self.cls, slot, self.name, value, self.shared, slot, self.shared):
                     entry.shared = entry.box is self.shared
                     yield entry
-        for slot, module in self.beside.items():
-            yield from entries_of_shared(self.cls, slot, self.name, module, self.beside, slot, self.shared)
+        for slot, module in self.extra_modules.items():
+            yield from entries_of_shared(self.cls, slot, self.name, module, self.extra_modules, slot, self.shared)
 
     def load(self, weights: Mapping[str, Tensor], strict: bool = True, ignore: bool = False) -> LoadReport:
         """Fill the adapter with a checkpoint's tensors, as `incoming` gives them. Raises `CheckpointError`.
@@ -372,7 +372,7 @@ class Plan:
         tuner, name = self.tuner, self.name
         for slot, value in self.shared.items():
             tuner.put(slot, name, value, persistent=self.cls.keeps(slot, self.config))
-        for slot, module in self.beside.items():
+        for slot, module in self.extra_modules.items():
             tuner.put(slot, name, module.train(tuner.training))
         self.untie()
         for live, scratch, joins in self.new:
@@ -383,11 +383,11 @@ class Plan:
                     (scratch._modules if mine == slot else vars(scratch))[mine] = box
             if self.shared:
                 adapter.move_to(scratch)
-            if scratch.at_commit:
+            if scratch.on_commit:
                 with scratch.onloaded(keep=True):
-                    for action in scratch.at_commit:
+                    for action in scratch.on_commit:
                         action()
-            scratch.at_commit.clear()
+            scratch.on_commit.clear()
             if joins is not None:
                 joins.adopt(scratch, name)
             else:

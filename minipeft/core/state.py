@@ -349,7 +349,7 @@ def load_into(
         fill(entries, weights)
     for layer in layers(model):
         if name in layer.adapters:
-            layer.adapters[name].loaded()
+            layer.adapters[name].after_load()
     return report
 
 

@@ -49,7 +49,7 @@ class Lily(Routed, config=LilyConfig):
         redraw(self.lily_A, self.lily_router, self.lily_B, zero=c.init_weights)
 
     @classmethod
-    def complete(cls, config: Any, adapters: list[Adapter]) -> None:
+    def after_build(cls, config: Any, adapters: list[Adapter]) -> None:
         groups: dict[Any, list[Any]] = {}  # PEFT: adapters added to a model later share nothing
         names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
         for adapter in adapters:

@@ -118,7 +118,7 @@ class PSOFT(Factored, config=PsoftConfig):
         def keep() -> None:
             self._psoft_A_cache, self._psoft_B_cache = A, B
 
-        self.at_commit(keep)  # not before: they stay in float32, whatever the model's dtype
+        self.on_commit(keep)  # not before: they stay in float32, whatever the model's dtype
 
     def initial_scaling(self) -> float:
         return self.config.psoft_alpha / self.config.r

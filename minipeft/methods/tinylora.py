@@ -88,7 +88,7 @@ class TinyLoRA(Factored, config=TinyLoraConfig):
         self.tinylora_B = (U * S.sqrt()).contiguous()
 
     @classmethod
-    def complete(cls, config: Any, adapters: list[Adapter]) -> None:
+    def after_build(cls, config: Any, adapters: list[Adapter]) -> None:
         for index, adapter in enumerate(adapters):
             generator = torch.Generator("cpu").manual_seed(config.projection_seed + index)
             P = torch.normal(0.0, adapter.r**-0.5, (config.u, adapter.r, adapter.r), generator=generator)

@@ -62,7 +62,7 @@ class UniLoRA(Factored, config=UniLoraConfig):
         self.unilora_dropout = dropout(c.unilora_dropout)
 
     @classmethod
-    def complete(cls, config: Any, adapters: list[Adapter]) -> None:
+    def after_build(cls, config: Any, adapters: list[Adapter]) -> None:
         shapes = [s for a in adapters for s in ((config.r, a.base.in_features), (a.base.out_features, config.r))]
         sizes = [math.prod(shape) for shape in shapes]
         indices = balanced_indices(sum(sizes), config.theta_d_length, config.proj_seed)

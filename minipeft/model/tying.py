@@ -218,7 +218,7 @@ class Ties:
                 )
         for adapter, source in self.pairs:
             empty = any(tensor.device.type == "meta" for tensor in adapter.parameters())
-            if not empty and not adapter.agrees(source):  # PEFT loses the tie when it casts the adapter
+            if not empty and not adapter.matches(source):  # PEFT loses the tie when it casts the adapter
                 warnings.warn(
                     f"The loaded adapter is not the same on '{adapter.path}' and '{source.path}'; they are not tied.",
                     PeftWarning,

@@ -95,9 +95,9 @@ class FRoD(Delta, config=FrodConfig):
             nn.init.normal_(s, std=0.1)
             l = l + 0.1 * torch.randn_like(l)
         self.frod_lambda_l, self.frod_lambda_s_values = nn.Parameter(l), nn.Parameter(s)
-        self.at_commit(self.loaded)
+        self.on_commit(self.after_load)
 
-    def loaded(self) -> None:
+    def after_load(self) -> None:
         V, U = vars(self).pop("fresh", (None, None))
         if V is not self.frod_V:  # PEFT: U stays as it was, whatever V is loaded
             U = split(self.base.read()[0].detach(), self.frod_V)[0]

@@ -43,7 +43,7 @@ def start(adapter: Any, W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         raise ConfigError(f"What `preprocess_corda` found for '{adapter.path}' is not finite.")
     root = (S / s).sqrt()
     A, B = (V * root).T.contiguous(), U * root
-    adapter.at_commit(lambda: vars(leaf).pop("eigens", None))
+    adapter.on_commit(lambda: vars(leaf).pop("eigens", None))
     return A, B, W - s * B @ A
 
 

@@ -65,7 +65,7 @@ def start(adapter: Any, W: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     elif c.scale == "gd_scale":
         A, B = A / s, B / s
     A, B = A.to(dtype).contiguous(), B.to(dtype).contiguous()
-    adapter.at_commit(lambda: vars(leaf).pop(GRADIENT, None))
+    adapter.on_commit(lambda: vars(leaf).pop(GRADIENT, None))
     return A, B, W - s * (B.float() @ A.float())
 
 

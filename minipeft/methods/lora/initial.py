@@ -76,7 +76,7 @@ def leave(adapter: Any, W: Tensor) -> None:
     adapter.base.check_writes(W)
     own = vars(adapter)
     if "left" not in own:
-        adapter.at_commit(lambda: replace(adapter.base, own.pop("left")))
+        adapter.on_commit(lambda: replace(adapter.base, own.pop("left")))
     own["left"] = W
 
 

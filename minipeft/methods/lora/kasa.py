@@ -48,7 +48,7 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
         self.lora_diag = nn.Parameter(torch.randn(self.r, device=self.device, dtype=self.base.dtype))
 
     @classmethod
-    def complete(cls, config: Any, adapters: list[Any]) -> None:
+    def after_build(cls, config: Any, adapters: list[Any]) -> None:
         left: dict[int, Tensor] = {}  # by weight: replicated layers share theirs
         for adapter in adapters:
             W = adapter.base.cell

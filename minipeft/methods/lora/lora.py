@@ -87,7 +87,7 @@ class Factors(Adapter):
         initialise(self, c.init_lora_weights)
 
     @classmethod
-    def complete(cls, config: Any, adapters: list[Any]) -> None:
+    def after_build(cls, config: Any, adapters: list[Any]) -> None:
         bare = [adapter for adapter in adapters if config.lora_bias and adapter.base.stored()[1] is None]
         if bare:
             has = f"a layer that has no bias, such as '{bare[0].path}' ({bare[0].base.label}), cannot have it merged"
@@ -179,9 +179,9 @@ class LoRA(Summed, config=LoraConfig):
             if mine.data_ptr() != theirs.data_ptr() or mine.shape != theirs.shape[::-1]:
                 mine.data = theirs.data.t()
 
-    def agrees(self, source: Any) -> bool:
+    def matches(self, source: Any) -> bool:
         if not self.base.reads_vectors:
-            return super().agrees(source)
+            return super().matches(source)
         return torch.equal(self.lora_A.weight, source.lora_B.t()) and torch.equal(self.lora_B.weight, source.lora_A.t())
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:

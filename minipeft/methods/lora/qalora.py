@@ -35,7 +35,7 @@ class QALoRA(LowRank, config=LoraConfig, variant="use_qalora"):
             raise ConfigError(f"QA-LoRA has no bias, and starts with True, False or 'gaussian'. Got {how}.")
 
     @classmethod
-    def complete(cls, config: Any, adapters: list[Adapter]) -> None:
+    def after_build(cls, config: Any, adapters: list[Adapter]) -> None:
         if plain := [adapter.path for adapter in adapters if not isinstance(adapter, cls)]:
             some = ", ".join(plain[:3]) + ", ..." * (len(plain) > 3)
             warnings.warn(f"use_qalora is for GPTQ layers; these have a plain LoRA: {some}.", PeftWarning)

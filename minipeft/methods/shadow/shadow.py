@@ -115,7 +115,7 @@ class Shadow(Routed, config=ShadowConfig):
             raise ConfigError("SHADOW allows one adapter only with task_type SEQ_CLS: its classifier is trained too.")
 
     @classmethod
-    def beside(cls, config: Any, model: Any) -> dict[str, nn.Module]:
+    def extra_modules(cls, config: Any, model: Any) -> dict[str, nn.Module]:
         projection: Any = None
         if config.shadow_model == "mirror":
             backbone = network.mirror(model, config)
@@ -140,7 +140,7 @@ class Shadow(Routed, config=ShadowConfig):
         return {slot: module.to(device_of(model), dtype) for slot, module in made.items()}
 
     @classmethod
-    def complete(cls, config: Any, adapters: Any) -> None:
+    def after_build(cls, config: Any, adapters: Any) -> None:
         for adapter in adapters:
             adapter.shadow_last = adapter is adapters[-1]
 
@@ -183,7 +183,7 @@ class Shadow(Routed, config=ShadowConfig):
         return ((1 - g) * s.to(h.dtype) + g * t).to(s.dtype)
 
     @staticmethod
-    def together(layer: Any, groups: dict[str, list[int]], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward_mixed(layer: Any, groups: dict[str, list[int]], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """One pass of the block for all samples, the state of each kept in the pass."""
         now = layer.context.now
         here = {n: torch.tensor(rows, device=x.device) for n, rows in groups.items() if n in layer.adapters}
