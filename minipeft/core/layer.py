@@ -103,7 +103,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             folded=[],  # of the innermost layer: what its weights hold, in order
             marks=[],  # and what each of those was when it was merged
             cast_input_dtype_enabled=True,
-            read_through=False,  # True: the parent takes `.weight` instead of calling the layer
+            read_through=False,  # True: the model takes `.weight` instead of calling the layer
             read_fused=False,  # True: it does so where all weights are plain tensors
             tied=False,  # True: its adapters are those of another layer, which also saves them
             shared_boxes={},  # boxes that other layers look at as well, by slot of the tuner
@@ -563,14 +563,18 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     def weight(self) -> Tensor:
         weight = self.base.leaf.weight
         if self.read_through and self._acts:
-            return self._read_alone()[0].to(weight.dtype)
+            W = self._read_alone()[0]
+            return W["weight"] if isinstance(W, dict) else self.base.canonical(W).to(weight.dtype)
         if self.read_fused and self._acts and not torch.overrides.has_torch_function_unary(weight):
             return weight.as_subclass(NotFused)
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self._read_alone()[1] if self.read_through and self._acts else self.base.leaf.bias
+        if self.read_through and self._acts:
+            W, b = self._read_alone()
+            return W.get("bias") if isinstance(W, dict) else b
+        return self.base.leaf.bias
 
     @property
     def _acts(self) -> bool:

@@ -23,6 +23,7 @@ from .kinds import base_of
 from .layer import BufferDict, Layer
 from .offload import loaded, onload
 from .patterns import in_layer_path, matches
+from .reads import is_read
 from .state import (
     PREFIX,
     Entry,
@@ -417,8 +418,9 @@ class Plan:
             parent = self.parents[head] = self.model.get_submodule(head)
         parent._modules[last] = module
         if isinstance(module, Layer):
-            module.read_through = isinstance(parent, nn.MultiheadAttention)
             module.read_fused = isinstance(parent, nn.TransformerEncoderLayer)
+            plain = module.base.weight_name == "weight" and not (module.base.packed or module.read_fused)
+            module.read_through = plain and is_read(self.model, place_of(live))
 
 
 def stacked(outer: dict[str, tuple[str, nn.Module]]) -> list[str]:
