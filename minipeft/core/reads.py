@@ -18,6 +18,7 @@ from .walk import Wrapper, wrapped_in
 
 Read = tuple[bool, tuple[str, ...]]  # whether from `self`, and by which attributes: (True, ("attn", "qkv"))
 DESCRIBES = frozenset("device dim dtype is_cuda is_meta itemsize layout ndim numel requires_grad shape size".split())
+WRITES = frozenset("data grad".split())  # and all that ends with "_"
 ASKS = frozenset("getattr hasattr id isinstance type".split())
 BETWEEN = frozenset("CACHE EXTENDED_ARG NOP PUSH_NULL".split())
 
@@ -68,7 +69,7 @@ def _nested(code: CodeType | None) -> Iterator[CodeType]:
 
 
 def _read_in(code: CodeType) -> Iterator[Read]:
-    """Where code takes the `weight` of something, and does more than to ask what it is."""
+    """Where code takes the `weight` of something, and does more than to ask what it is or to write to it."""
     steps = [step for step in dis.get_instructions(code) if step.opname not in BETWEEN]
     for at, step in enumerate(steps):
         if not (_takes(step) and step.argval == "weight"):
@@ -76,7 +77,8 @@ def _read_in(code: CodeType) -> Iterator[Read]:
         first = at
         while first and _takes(steps[first - 1]):
             first -= 1
-        described = at + 1 < len(steps) and _takes(steps[at + 1]) and steps[at + 1].argval in DESCRIBES
+        then = steps[at + 1].argval if at + 1 < len(steps) and _takes(steps[at + 1]) else ""
+        described = then in DESCRIBES or then in WRITES or then.endswith("_")
         asked = first > 1 and steps[first - 2].argval in ASKS
         if first < at and first and not (described or asked):
             yield steps[first - 1].argval == "self", tuple(step.argval for step in steps[first:at])

@@ -114,6 +114,7 @@ class Above(nn.Module):
         self.deep = nn.ModuleDict({"read": nn.Linear(2, 2), "asked": nn.Linear(2, 2)})
         self.method, self.inner, self.unused = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
         self.dtype, self.shape, self.kind = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+        self.written = nn.Linear(2, 2)
 
     def forward(self, x):
         if isinstance(self.kind.weight, nn.Parameter) and getattr(self.kind.weight, "bits", None):
@@ -121,6 +122,8 @@ class Above(nn.Module):
         for row in self.rows:
             x = row.loop.weight @ x.to(self.dtype.weight.dtype)
         x = x + self.helped(x) + sum(y @ self.inner.weight for y in x)
+        self.written.weight.data.clamp_(-1, 1)
+        self.dtype.weight.requires_grad_(True)
         return x @ self.deep.read.weight + self.shape.weight.shape[0] + self.deep.asked.weight.size(0)
 
     def helped(self, x):
