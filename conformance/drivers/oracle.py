@@ -279,7 +279,12 @@ class Oracle(Driver):
         self.asked |= dict.fromkeys(names, on)
 
     def rounded(self, y):
-        return np.asarray(y, np.float64 if self.dtype == "float64" else np.float32)
+        y = np.array(y, np.float64 if self.dtype == "float64" else np.float32)
+        if self.dtype == "bfloat16" != self.kept:  # adapters of more bits than the base has
+            bits = y.view(np.uint32)
+            bits += 0x8000
+            bits &= 0xFFFF0000
+        return y
 
     def live_gradients(self, inputs, cotangent):
         return self.gradients(inputs, cotangent)

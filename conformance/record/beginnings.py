@@ -70,11 +70,12 @@ MORE: dict[str, dict[str, tuple[str, dict]]] = {
     "vblora": {"bounds": ("wide", {"init_vector_bank_bound": 0.5, "init_logits_std": 1.0})},
     "unilora": {"bound": ("wide", {"init_theta_d_bound": 0.5})},
     "deft": {"scale": ("wide", {"init_scale": 0.2})},
-    "delora": {"lambda": ("wide", {"delora_lambda": 7})},
+    "delora": {"lambda": ("wide", {"delora_lambda": 7}), "lambda-pattern": ("wide", {"lambda_pattern": {"mid": 4}})},
 }
 RANDOM = ("boft", "deft", "delora", "fourierft", "frod", "glora", "gralora", "hira", "hra", "lily", "loha", "lokr",
           "miss", "oft", "peanut", "psoft", "pvera", "randlora", "road", "shira", "supertuning", "vera", "waveft",
-          "ia3", "poly", "beft", "c3a")  # init_weights, or init_<name>_weights, False: drawn
+          "ia3", "poly", "beft", "c3a", "adalora", "adamss", "alora", "bdlora", "dora", "monteclora", "osf", "shadow",
+          "trainable_tokens", "unilora", "velora")  # init_weights, or init_<name>_weights, False: drawn
 FROM_DATA = ("eva-data", "corda", "lora-ga")
 SIGNS = ("pissa", "olora", "mica", *FROM_DATA)
 

@@ -44,6 +44,7 @@ LORA: dict[str, dict] = {
     "first-of-two-ranks": {"target_modules": ["up"], "rank_pattern": {r"layers\.\d+\.up": 2, "model.layers.1.up": 3}},
     "rank-and-alpha": {"target_modules": ["up"], "rank_pattern": {"layers.1.up": 2, "h.1.up": 5},
                        "alpha_pattern": {"layers.1.up": 3, "experts.0.up": 9}, "use_rslora": True},
+    "exclude-by-the-beginning-of-a-regex": {"target_modules": ["up"], "exclude_modules": r"model\.layers\.1"},
     "matches-nothing": {"target_modules": ["nowhere"]},
     "excludes-everything": {"target_modules": ["mid"], "exclude_modules": ["mid"]},
     "regex-with-layers": {"target_modules": ".*up", "layers_to_transform": [1]},
@@ -59,6 +60,15 @@ OTHER: dict[str, tuple[str, str, dict]] = {  # row: method, base, changes
         f"model.layers.{i}.{name}" for i in range(7) for name in ("q", "k")] + [f"encoder.layers.{i}.q"
                                                                                  for i in (0, 2, 3, 4, 5, 6)]}),
     "all-linear-spares-the-output": ("lora", "decoys-output", {"target_modules": "all-linear"}),
+    "parameters": ("lora", "decoys-parameters", {"target_modules": [], "target_parameters": ["experts.weight"]}),
+    "parameter-by-path": ("lora", "decoys-parameters", {
+        "target_modules": [], "target_parameters": ["model.experts.weight", "layers.1.myexperts.weight"]}),
+    "frequencies": ("fourierft", "decoys", {"target_modules": ["up", "setup"], "n_frequency_pattern": {
+        "layers.1.up": 7, "up": 5}}),
+    "wavelets": ("waveft", "decoys", {"target_modules": ["up", "setup"], "n_frequency_pattern": {
+        "layers.1.up": 7, "up": 5}}),
+    "block-sizes": ("c3a", "decoys", {"target_modules": ["up", "setup"], "block_size": 8, "block_size_pattern": {
+        "layers.1.up": 4, "up": 2}}),
     "all-linear-spares-the-classifier": ("lora", "decoys-classifier", {"target_modules": "all-linear",
                                                                        "task_type": "SEQ_CLS"}),
 }

@@ -128,6 +128,9 @@ BASES = {
     "decoys-classifier": decoys("up", "model.score", "score", "classifier", "lm_head", output=None),
     "decoys-many": decoys(*(f"{part}.layers.{i}.{name}" for part in ("model", "encoder") for i in range(7)
                             for name in ("q", "k"))),
+    "decoys-parameters": net(*[[name, "Matrix", {"shape": [8, 8]}] for name in (
+        "experts", "preexperts", "model.experts", "model.layers.0.experts", "model.layers.1.myexperts")],
+        lin("up", 8, 8), shape=[8]),
     "architectures": decoys(*(f"block.0.{name}" for name in (
         "Wqkv", "c_attn", "c_proj", "dense", "dense_4h_to_h", "down_proj", "fc1", "fc2", "fc_in", "fc_out", "gate_proj",
         "in_proj", "k", "k_proj", "key", "key_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "o", "o_proj", "out_proj",

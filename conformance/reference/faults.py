@@ -254,6 +254,12 @@ def keeps_dtype(dtype, operation="build_with"):
     return {operation: cast}
 
 
+def keeps_float16(o, right, base, weights, config, dtype, options, case=""):
+    """Of 16-bit types, bfloat16 alone is known."""
+    right(base, weights, config, dtype, options, case)
+    o.kept = dtype if dtype == "float16" else o.kept
+
+
 def refuse_after_merging(o, right, names=None):
     try:
         right(names)
@@ -387,6 +393,8 @@ USAGE = (
       {"restore_with": loses_what_was_meta}, "usage", ("usage/low-cpu-mem-usage",)),
     f("adapter-in-the-base's-dtype", "an adapter on a base in 16 bits has 16, too", keeps_dtype("bfloat16"), "usage",
       ("usage/autocast",)),
+    f("float16-stays", "an adapter on a base in float16 has 16 bits, one in bfloat16 does not",
+      {"build_with": keeps_float16}, "usage", ("usage/autocast",)),
     f("loaded-in-the-base's-dtype", "an adapter loaded onto a base in 16 bits has 16, too",
       keeps_dtype("bfloat16", "restore_with"), "usage", ("usage/autocast",)),
     f("autocast-is-no-choice", "autocast_adapter_dtype is not read", keeps_dtype("float32"), "usage",

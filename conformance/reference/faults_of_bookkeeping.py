@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import formulas
 from .faults_over_time import f, on
 
 PLAIN = ("linear/plain",)
@@ -25,6 +26,32 @@ def mixed_strength(o, right, inputs, adapter_names=None):
         return right(inputs, adapter_names)
     finally:
         o.adapters = held
+
+
+def mixed_strength_of_the_active(o, right, inputs, adapter_names=None):
+    held = o.adapters
+    if adapter_names is not None:
+        alpha = held[o.chosen[0]][0]["lora_alpha"]
+        o.adapters = {name: ({**config, "lora_alpha": alpha}, tensors) for name, (config, tensors) in held.items()}
+    try:
+        return right(inputs, adapter_names)
+    finally:
+        o.adapters = held
+
+
+def mixed_keeps_saved(o, right, inputs, adapter_names=None):
+    """In a mixed batch, samples without adapter go through the modules that the first adapter saves whole."""
+    if adapter_names is None:
+        return right(inputs, adapter_names)
+    kept = o.base_weights
+    saved = formulas.replaced(kept, o.adapters["default"][1])
+    y = right(inputs, adapter_names)
+    o.base_weights = saved
+    try:
+        other = right(inputs, adapter_names)
+    finally:
+        o.base_weights = kept
+    return np.stack([other[i] if name is None else y[i] for i, name in enumerate(adapter_names)])
 
 
 def merges_what_is_infinite(o, right, names=None):
@@ -66,6 +93,24 @@ def delete_to_the_last(o, right, name):
     was = name in o.chosen
     right(name)
     o.chosen = list(o.adapters)[-1:] if was else o.chosen
+
+
+def delete_one_to_the_first(o, right, name):
+    """Where one active adapter is left of two, the first of all that are left becomes active."""
+    left = [a for a in o.chosen if a != name]
+    right(name)
+    o.chosen = list(o.adapters)[:1] if len(left) == 1 else o.chosen
+
+
+def wide_output(o, right, inputs, adapter_names=None):
+    """The adapter's 32 bits are those of the output, on a base of 16."""
+    return right(inputs, adapter_names) * (1 + 2e-6 * (o.dtype == "bfloat16" and o.kept == "float32"))
+
+
+def begins_somewhere(o, right, base, weights, config, *a, **k):
+    """A new adapter's tensors are all drawn, so it changes the model."""
+    right(base, weights, config, *a, **k)
+    o.adapters = {name: (c, {key: v + 0.05 for key, v in t.items()}) for name, (c, t) in o.adapters.items()}
 
 
 def delete_into_base(o, right, name):
@@ -158,6 +203,12 @@ FAULTS = {
       {"save_adapters": writes_then_refuses}, "usage", ("usage/unknown-name",)),
     f("delete-to-the-last", "deleting the active adapter makes the last one active", {"delete": delete_to_the_last},
       "usage", ("usage/deletion",)),
+    f("delete-one-to-the-first", "deleting one of two active adapters makes the first of all active",
+      {"delete": delete_one_to_the_first}, "usage", ("usage/one-of-several",)),
+    f("output-in-32-bits", "on a base in bfloat16 the output has the adapter's 32 bits", {"forward": wide_output},
+      "usage", ("usage/sixteen-bits",)),
+    f("begins-somewhere", "a new adapter changes the model", {"build": begins_somewhere}, "usage",
+      ("usage/begins-as-base",)),
     f("deleted-stays-merged", "deleting a merged adapter leaves it in the base weights", {"delete": delete_into_base},
       "usage", ("usage/deletion",)),
     f("failed-add-takes-the-name", "an adapter that could not be added has taken its name", {"add": add_then_fail},
@@ -194,6 +245,10 @@ FAULTS = {
       {"take_from_base": keep_going}, "beginnings", ("beginnings/corda-ipm", "beginnings/lora-ga-arb2r-stable")),
     f("merges-the-first-of-several", "of several active adapters the first is merged",
       {"merge": lambda o, right, names=None: right(names or o.chosen[:1])}, on("order-of-adapters"), PLAIN),
+    f("mixed-strength-of-the-active", "in a mixed batch every sample has the active adapter's strength",
+      {"forward": mixed_strength_of_the_active}, "usage", ("usage/mixed-batches",)),
+    f("mixed-keeps-saved", "in a mixed batch, samples without adapter go through the modules that adapters save whole",
+      {"forward": mixed_keeps_saved}, "usage", ("usage/mixed-batches-saved",)),
     f("mixed-strength-of-the-first", "in a mixed batch every sample has the first adapter's strength",
       {"forward": mixed_strength}, on("mixed-batch"), PLAIN),
 )}

@@ -75,6 +75,13 @@ TARGETS = (
     f("excludes-by-part-of-a-regex", "a regular expression of exclude_modules may match any part of a path",
       rule(excluded=lambda path, config: isinstance(config.get("exclude_modules"), str)
            and re.search(config["exclude_modules"], path)), "targets", (ROW + "exclude-by-part-of-a-regex",)),
+    f("excludes-by-the-beginning", "a regular expression of exclude_modules may end before the path does",
+      rule(excluded=lambda path, config: isinstance(config.get("exclude_modules"), str)
+           and re.match(config["exclude_modules"], path)), "targets", (ROW + "exclude-by-the-beginning-of-a-regex",)),
+    f("parameter-is-any-end", "a name of a parameter means whatever ends with it, without a dot before it",
+      rule(named=lambda name, path: path.endswith(name)), "targets", (ROW + "parameters",)),
+    f("parameter-is-a-whole-path", "a name of a parameter means its whole path alone",
+      rule(named=lambda name, path: path == name), "targets", (ROW + "parameters", ROW + "parameter-by-path")),
     f("many-names-cut-short", "of many names, their last parts count", rule(
         named=lambda name, path: rules.named(name.rpartition(".")[2] if name.count(".") > 2 else name, path)),
       "targets", (ROW + "many-names",)),

@@ -251,6 +251,13 @@ def linear_budget(a, step):
     return int(layers * (a.c["init_r"] + (a.c["target_r"] - a.c["init_r"]) * (step - start) / (end - start)))
 
 
+def quadratic_budget(a, step):
+    layers = sum(k.endswith("lora_E") for k in a.average)
+    start, end = a.c["tinit"], a.c["total_step"] - a.c["tfinal"]
+    share = 1 - (step - start) / (end - start)
+    return int(layers * (a.c["target_r"] + (a.c["init_r"] - a.c["target_r"]) * share**2))
+
+
 def by_sensitivity(a, budget):
     a.uncertainty = {k: np.ones_like(v) for k, v in a.uncertainty.items()}
     return type(a).choose(a, budget)
@@ -338,7 +345,17 @@ FILES = (
     f("default-cut-out", "'default' is cut out of keys, also where it is a module", {"state_dict": without_default},
       on("names-of-modules")),
 )
+def allocates_from_the_start(o, right, step):
+    """Every so many steps counts from the end of the warm-up."""
+    o.adapters = {k: ({**c, "tinit": 0}, t) for k, (c, t) in o.adapters.items()} if o.allocator is None else o.adapters
+    right(step)
+
+
 RANKS = (
+    f("quadratic-schedule", "the budget shrinks by a square", allocate(budget=quadratic_budget), "usage",
+      ("usage/schedule",)),
+    f("no-warm-up", "ranks shrink from the first step on", {"allocate": allocates_from_the_start}, "usage",
+      ("usage/schedule",)),
     f("never-allocates", "ranks do not shrink", {"allocate": never}, on("shrinking-ranks"), ()),
     f("linear-schedule", "the budget shrinks linearly", allocate(budget=linear_budget), on("shrinking-ranks"), ()),
     f("uncertainty-ignored", "importance is the average sensitivity alone", allocate(choose=by_sensitivity),

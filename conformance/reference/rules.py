@@ -78,7 +78,7 @@ def adapted(base: dict, config: dict, rules=RULES) -> list[str]:
         spare = rules["spared"](base)
         wanted = [path for path, kind, _ in base["layers"] if kind in ("Linear", "Conv1D") and path not in spare]
     found = []
-    for path, _, _ in base["layers"]:
+    for path, kind, _ in base["layers"]:
         if rules["excluded"](path, config) or rules["within_saved"](path, rules["whole"](config)):
             continue
         if isinstance(wanted, str):
@@ -87,6 +87,8 @@ def adapted(base: dict, config: dict, rules=RULES) -> list[str]:
             meant = path in wanted or (any(rules["named"](name, path) for name in wanted) and
                                        (config.get("layers_to_transform") in (None, []) or
                                         rules["in_layers"](path, config)))
+        if kind in ("Matrix", "Experts"):
+            meant = any(rules["named"](name, f"{path}.weight") for name in config.get("target_parameters") or ())
         if meant:
             found.append(path)
     return found

@@ -55,6 +55,26 @@ def deletion(driver, case, method):
     same_output(driver, case, "output of the adapter that is left")
 
 
+def one_of_several(driver, case, method):
+    """Deleting one of two active adapters leaves the other one active, though a third came before it."""
+    start(driver, case, "float32")
+    smaller = {k: v if method.tensors.is_frozen(k) else 0.75 * v for k, v in case.tensors("adapter").items()}
+    for name in ("other", "third"):
+        driver.add(name, second_of(case, method))
+        driver.load(smaller, name)
+    driver.switch(["other"])
+    output, own = driver.forward(case.tensors("input")), trained(driver.names())
+    for both in (["other", "third"], ["third", "other"]):
+        driver.switch(both)
+        driver.delete("third")
+        what = f"after deleting the third of {both}, which were active"
+        if (active := list(driver.active())) != ["other"]:
+            raise Failure(f"the active adapters {what}", expected="['other']", got=str(active))
+        close(f"output {what}", driver.forward(case.tensors("input")), output, "float32")
+        same_set(f"what is trained {what}", trained(driver.names()), own)
+        driver.add("third", second_of(case, method))
+
+
 def unknown_name(driver, case, method):
     """Of several names to save, one is not there: nothing is written."""
     start(driver, case, "float32")
@@ -161,6 +181,7 @@ def of(method) -> dict:
     """Function -> whether it can be asked of a method."""
     layers, several = bool(method.formula or method.run), not method.laws.single
     chosen = bool(method.rows[0].config.get("target_modules"))
-    return {deletion: several, failed_add: layers and several and chosen, unknown_name: True, held_configs: True,
+    return {deletion: several, one_of_several: several and method.laws.together and layers,
+            failed_add: layers and several and chosen, unknown_name: True, held_configs: True,
             for_use: layers, require_grad: layers and several,
             loading_modes: layers and several and not method.laws.second}

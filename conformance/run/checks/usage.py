@@ -15,6 +15,7 @@ from ...reference import formulas, store
 from ...reference.bases import BASES
 from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
+from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import run
 from . import bookkeeping
@@ -56,20 +57,89 @@ def low_cpu_mem_usage(driver, case, method):
 def autocast(driver, case, method):
     """On a base in 16 bits, what is trained has 32, unless that is declined."""
     base = case.tensors("base")
+    kinds = [kind for kind in ("bfloat16", "float16") if kind in driver.info()["dtypes"]]
 
-    def check(what, options, want):
+    def check(what, options, want, kind):
         have = driver.dtypes()
         wrong = {k: have.get(k, "missing") for k in trained(case.parameters) if have.get(k) != want}
         if wrong:
-            raise Failure(f"dtypes of an adapter {what} on a base in bfloat16, with {options}", want, str(wrong))
+            raise Failure(f"dtypes of an adapter {what} on a base in {kind}, with {options}", want, str(wrong))
 
-    for options, want in (({}, "float32"), ({"autocast_adapter_dtype": False}, "bfloat16")):
-        driver.build_with(case.base, base, case.config, "bfloat16", options, case=case.id)
-        check("put", options, want)
+    for kind, keep in ((kind, keep) for kind in kinds for keep in (False, True)):
+        options, want = ({"autocast_adapter_dtype": False}, kind) if keep else ({}, "float32")
+        driver.build_with(case.base, base, case.config, kind, options, case=case.id)
+        check("put", options, want, kind)
         with tempfile.TemporaryDirectory() as path:
             driver.save(path)
-            driver.restore_with(path, case.base, base, "bfloat16", options)
-        check("loaded", options, want)
+            driver.restore_with(path, case.base, base, kind, options)
+        check("loaded", options, want, kind)
+
+
+NOTHING: dict[str, dict] = {"c3a": {"init_weights": True}, "fourierft": {"init_weights": True}}  # not their defaults
+
+
+def begins_as_base(driver, case, method):
+    """In every case of a method whose adapters begin as nothing, a new one changes nothing."""
+    for case in store.packs()[method.name].cases:
+        y, plain = case.tensors("out")["y"], case.tensors("plain")["y"]
+        config = {**case.config, **NOTHING.get(method.name, {})}
+        drawn = config.get("para") or any(k.startswith("init_") and v is False for k, v in config.items())
+        if drawn or case.data["golden"] != "reference" or y.shape != plain.shape:
+            continue
+        driver.build(case.base, case.tensors("base"), config, "float32", case=case.id, seed=1)
+        close(f"output of {case.id} with a new adapter", driver.forward(case.tensors("input")), plain, "float32")
+
+
+def mixes(method) -> bool:
+    return method.laws.mixed_batch and not method.laws.whole_batch and not method.prompt
+
+
+FORMS: dict[str, dict] = {"road": {"variant": "road_2"}}  # what else another adapter can be than of another strength
+
+
+def mixed_batches_saved(driver, case, method):
+    """`mixed_batches` where adapters hold whole modules."""
+    mixed_batches(driver, case, method, saved=True)
+
+
+def mixed_batches(driver, case, method, saved=False):
+    """In every case of the method, each sample with its own adapter or none, while yet another one is active."""
+    for case in store.packs()[method.name].cases:
+        y, plain = case.tensors("out")["y"], case.tensors("plain")["y"]
+        c = case.config
+        if case.data["golden"] != "reference" or case.data.get("disputed") or y.shape != plain.shape or len(y) < 2 \
+                or bool(c.get("modules_to_save")) != saved or c.get("bias", "none") != "none" \
+                or c.get("target_parameters"):
+            continue
+        start(driver, case, "float32")
+        driver.add("other", bookkeeping.second_of(case, method, **FORMS.get(method.name, {})))
+        driver.switch(["other"])
+        names = [None if i % 2 else "default" for i in range(len(y))]
+        want = np.stack([plain[i] if name is None else y[i] for i, name in enumerate(names)])
+        close(f"output of {case.id} for {names}, another being active", driver.forward(case.tensors("input"), names),
+              want, "float32")
+
+
+def sixteen_bits(driver, case, method):
+    """An adapter in 32 bits on a base in bfloat16: the output is as exact as the base is, and of its dtype; merging
+    leaves the weights in it."""
+    for case in store.packs()[method.name].cases:
+        if "bfloat16" not in case.dtypes or case.data["golden"] != "reference" or case.data.get("disputed"):
+            continue
+        driver.build_with(case.base, case.tensors("base"), case.config, "bfloat16", {}, case=case.id)
+        driver.load(case.tensors("adapter"))
+        for merged in (False, True)[:1 + case.merges]:
+            if merged:
+                driver.merge()
+            y, what = driver.forward(case.tensors("input")), f"output of {case.id}{', merged,' * merged} in bfloat16"
+            close(what, y, case.tensors("out")["y"], "bfloat16")
+            if not in_bfloat16(y):
+                raise Failure(what, expected="numbers of bfloat16", got="others, of more bits")
+
+
+def in_bfloat16(a) -> bool:
+    """Has every number the bits of bfloat16 alone?"""
+    return not (np.asarray(a, np.float32).view(np.uint32) & 0xFFFF).any()
 
 
 def safe_merge(driver, case, method):
@@ -292,6 +362,37 @@ def quantised(driver, case, method, kind):
           formulas.output(method, base, held, tensors, config, inputs), "float32")
 
 
+SCHEDULES: tuple[dict, ...] = (
+    {"tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 6}, {"tinit": 3, "tfinal": 2, "deltaT": 2, "total_step": 15},
+    {"tinit": 1, "tfinal": 4, "deltaT": 3, "total_step": 12})
+
+
+SMOOTHING = {"beta1": 0.85, "beta2": 0.85}
+
+
+def schedule(driver, case, method):
+    """How many singular values are left after each step, of all layers together: a cubic between two numbers."""
+    base, inputs, ranks = case.tensors("base"), case.tensors("input"), {"init_r": 6, "target_r": 2}
+    for times in SCHEDULES:
+        rng = rng_of(f"schedule {times}")
+        driver.build(case.base, base, {**case.config, **ranks, **SMOOTHING, **times}, "float32",
+                     case=f"{method.name}/schedule")
+        driver.load({k: rng.normal(size=v.shape).astype(np.float32) for k, v in sorted(driver.state_dict().items())})
+        shape, layers = driver.forward(inputs).shape, len(case.config["target_modules"])
+        first, last = (layers * ranks[k] for k in ranks)
+        start, end = times["tinit"], times["total_step"] - times["tfinal"]
+        driver.train(True)
+        left = first
+        for step in range(1, times["total_step"] + 1):
+            driver.step(inputs, rng.normal(size=shape), 1e-3)
+            driver.allocate(step)
+            if step == end or (start < step < end and step % times["deltaT"] == 0):
+                left = int(last + (first - last) * (1 - (step - start) / (end - start)) ** 3)
+            got = sum(np.count_nonzero(v) for k, v in driver.state_dict().items() if k.endswith("lora_E"))
+            if got != left:
+                raise Failure(f"singular values that are left after step {step} of {times}", str(left), str(got))
+
+
 MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr/linear/plain"),
          ("lokr/linear/plain", "adalora/linear/plain"), ("adalora/linear/plain", "oft/linear/adjusted-block"),
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
@@ -321,6 +422,10 @@ def of_every_method():
         case, layers = first_case(m), bool(m.formula or m.run)
         applies: dict = {is_trainable: True, low_cpu_mem_usage: True,
                    autocast: layers and m.name != "ln_tuning",  # its tensors are the base's own
+                   begins_as_base: fresh_is_identity.applies(m), mixed_batches: mixes(m),
+                   mixed_batches_saved: mixes(m) and any(
+                       c.config.get("modules_to_save") for c in store.packs()[m.name].cases),
+                   sixteen_bits: layers and m.name != "ln_tuning" and m.tensors.gauges is None,
                    safe_merge: m.merges, set_scale: m.merges and (m.laws.scales or m.name in SCALED),
                    rescale: m.merges and m.laws.scales, **bookkeeping.of(m)}
         for function, does in applies.items():
@@ -351,7 +456,7 @@ def everything():
     for id, both in (("lora/linear/modules-to-save", False), ("lora/linear/plain", True)):
         name = "for-use-mixed" if both else f"for-use-{id.rpartition('/')[2]}"
         yield known["lora"], name, partial(for_use, case=store.find(id), method=known["lora"], mixed=both)
-    for name, function in (("prompt_tuning", vocabulary), ("vblora", small_file)):
+    for name, function in (("prompt_tuning", vocabulary), ("vblora", small_file), ("adalora", schedule)):
         what = function.__name__.replace("_", "-")
         yield known[name], what, partial(function, case=first_case(known[name]), method=known[name])
     for case in map(store.find, GENERATED):
