@@ -66,6 +66,7 @@ TYPES = {"token_type_ids": {"values": [[0, 1, 1, 0, 1], [1, 1, 0, 0, 1]]}}  # as
 BASES = {
     "one-layer": net(lin("up", 64, 64), shape=[64]),
     "mlp": net(lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[6]),
+    "mlp-narrowing": net(lin("up", 10, 6), tanh("act1"), lin("mid", 6, 6), tanh("act2"), lin("head", 6, 4), shape=[10]),
     "mlp-nobias": net(lin("up", 6, 10, False), tanh("act1"), lin("mid", 10, 10, False), tanh("act2"),
                       lin("head", 10, 4), shape=[6]),
     "mlp-tokens": net(lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4),

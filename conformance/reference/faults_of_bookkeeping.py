@@ -9,6 +9,7 @@ import numpy as np
 
 from . import formulas
 from .faults_over_time import f, on
+from .methods import lora
 
 PLAIN = ("linear/plain",)
 
@@ -207,6 +208,9 @@ FAULTS = {
       {"delete": delete_one_to_the_first}, "usage", ("usage/one-of-several",)),
     f("output-in-32-bits", "on a base in bfloat16 the output has the adapter's 32 bits", {"forward": wide_output},
       "usage", ("usage/sixteen-bits",)),
+    f("lost-where-it-narrows", "a layer that has more inputs than outputs is not adapted",
+      {"formula": lambda site, t, c: lora.formula(site, t, c) if site.inp <= site.out else (site.W, site.b)}, "usage",
+      ("usage/narrowing",)),
     f("begins-somewhere", "a new adapter changes the model", {"build": begins_somewhere}, "usage",
       ("usage/begins-as-base",)),
     f("deleted-stays-merged", "deleting a merged adapter leaves it in the base weights", {"delete": delete_into_base},

@@ -75,6 +75,24 @@ def autocast(driver, case, method):
         check("loaded", options, want, kind)
 
 
+def narrowing(driver, case, method):
+    """A layer that has more inputs than outputs: its output, and the gradients of what is trained."""
+    base, rng = BASES["mlp-narrowing"], rng_of(f"{method.name} narrowing")
+    weights, inputs = draw_base(base, rng), draw_inputs(base, {}, rng)
+    driver.build(base, weights, case.config, "float32", case=f"{method.name}/narrowing")
+    state = driver.state_dict()
+    tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
+    driver.load(tensors)
+    y = formulas.output(method, base, weights, tensors, case.config, inputs)
+    close("output of layers that narrow", driver.forward(inputs), y, "float32")
+    cotangent = rng.normal(size=y.shape)
+    want = formulas.gradients(method, base, weights, tensors, case.config, inputs, cotangent)
+    got = driver.gradients(inputs, cotangent)
+    same_set("tensors with a gradient, in layers that narrow", got, want)
+    for k, v in want.items():
+        close(f"gradient of {k}, in layers that narrow", got[k], v, "float32")
+
+
 NOTHING: dict[str, dict] = {"c3a": {"init_weights": True}, "fourierft": {"init_weights": True}}  # not their defaults
 
 
@@ -422,6 +440,7 @@ def of_every_method():
         case, layers = first_case(m), bool(m.formula or m.run)
         applies: dict = {is_trainable: True, low_cpu_mem_usage: True,
                    autocast: layers and m.name != "ln_tuning",  # its tensors are the base's own
+                   narrowing: bool(m.formula) and m.tensors.gauges is None and case.data["base_name"] == "mlp",
                    begins_as_base: fresh_is_identity.applies(m), mixed_batches: mixes(m),
                    mixed_batches_saved: mixes(m) and any(
                        c.config.get("modules_to_save") for c in store.packs()[m.name].cases),
