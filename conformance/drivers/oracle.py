@@ -150,6 +150,12 @@ class Oracle(Driver):
             tensors[key] = np.full(shape, value) if value is not None else rng.normal(size=tuple(shape)) * 0.1
             if formulas.plain_name(key) in self.base_weights:
                 tensors[key] = self.base_weights[formulas.plain_name(key)].copy()
+            path, of_tokens, _ = key.removeprefix(KEY).partition(".token_adapter.")
+            if of_tokens:
+                chosen = config["trainable_token_indices"]
+                chosen = chosen if isinstance(chosen, list) else next(
+                    v for k, v in chosen.items() if f".{path}".endswith(f".{k}"))
+                tensors[key] = self.base_weights[f"{path}.weight"][chosen].copy()
         at = {p: s for p, s in sites(self.base, self.base_weights).items() if p in self.targets(config)}
         made = method.tensors.made(config, list(at.values())) if method.tensors.made else {}
         tensors.update({k: np.asarray(v, np.float64) for k, v in made.items()})

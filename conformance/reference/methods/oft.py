@@ -135,7 +135,7 @@ METHOD = Method(
     name="oft", peft_type="OFT", title="OFT", paper="https://arxiv.org/abs/2306.07280",
     equation="W' = W R^T, R = diag(R_1 .. R_n) from skew-symmetric Q_i", rows=ROWS, shapes=shapes, formula=formula,
     faults=FAULTS,
-    tensors=Tensors(perturb=perturb, neutral={"oft_R.weight": 0.0}),
+    tensors=Tensors(perturb=perturb, neutral={"oft_R.weight": 0.0, "oft_embedding_R.weight": 0.0}),
     laws=Laws(draw={"r": [0], "oft_block_size": [2, 4], "use_cayley_neumann": [False, True],
                     "block_share": [False, True], "target_modules": [["up", "mid"]]}, mixed_batch=True, stacks=False,
               bases=("mlp-even-tokens",)),
