@@ -1,6 +1,7 @@
 """How minipeft's folders lean on each other: one way, without circles."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -60,3 +61,16 @@ def test_folders_import_only_what_stands_before_them(module):
 def test_the_test_sees_imports():
     assert "minipeft.core.errors" in imports("minipeft.core.config")
     assert "minipeft.model.on_layers" in imports("minipeft.model.peft_model")
+
+
+def test_files_that_are_named_exist():
+    """Docstrings and comments send a reader to other files, by names that they have."""
+    root = PACKAGE.parent
+    known = {path.name for part in (PACKAGE, root / "conformance") for path in part.rglob("*.py")} | {"script.py"}
+    named = {
+        (module, name)
+        for module, path in FILES.items()
+        for name in re.findall(r"\w+\.py\b", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 20
+    assert not [(module, name) for module, name in named if name not in known]

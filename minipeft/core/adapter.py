@@ -1,6 +1,6 @@
 """The theory of minipeft, in one page.
 
-An *operator* is anything with `op(x) -> y` and `op.read() -> (W, b)`. The frozen base layer is one (base.py); an
+An *operator* is anything with `op(x) -> y` and `op.read() -> (W, b)`. The frozen base layer is one (bases.py); an
 adapter around an operator is another. They obey one law:
 
     op(x) == base.apply(x, *op.read())          running it equals merging it

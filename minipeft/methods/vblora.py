@@ -5,6 +5,12 @@
     parameters          num_vectors r (in + out) / vector_length, and num_vectors vector_length in all
 
     bank v: (h, b), shared by all layers; logits of A: (r, in / b, h), of B: (out / b, r, h), normal at the start
+
+The vectors are the same for the whole model, and a layer only says which of them make up its A and B. Most of what is
+trained are the logits, h for each piece; a checkpoint can do with the `topk` that were chosen
+(`save_only_topk_weights`). Neither factor starts at 0, so the model does not begin quite as it was, but near: entries
+of dW are below r bound^2, with the bank's `init_vector_bank_bound`. So small a bank also learns slowly at first; small
+models take a larger one.
 """
 
 from __future__ import annotations

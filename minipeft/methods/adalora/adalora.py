@@ -4,8 +4,8 @@
                                  s = alpha / r_0, r_0 the rank at the start
     parameters                   init_r (in + out + 1)
 
-A and B^T are held nearly orthogonal by a term of the loss (adalora_model.py). While it trains, entries of E that matter
-little are set to 0 (adalora_budget.py); saved is what is left (adalora_pruned.py).
+A and B^T are held nearly orthogonal by a term of the loss (model.py). While it trains, entries of E that matter
+little are set to 0 (budget.py); saved is what is left (pruned.py).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
                                  S: (out, out), puts the n_k rows of each subspace where they belong
     parameters                   subspace_rank (num_subspaces r + out)
 
-A subspace is a cluster of the rows of U, the left singular vectors (adamss_subspaces.py). With `use_asa`, those that
-matter little are frozen while it trains (adamss_allocation.py).
+A subspace is a cluster of the rows of U, the left singular vectors (subspaces.py). With `use_asa`, those that
+matter little are frozen while it trains (allocation.py).
 """
 
 from __future__ import annotations

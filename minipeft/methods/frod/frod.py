@@ -4,7 +4,7 @@
                                     l: (in,); S: (in, in), some random entries off the diagonal, the others 0
     parameters                      in + max(floor(sparse_rate in^2), 1)
 
-The layers that do the same in each block share V, made from all their weights (frod_basis.py). U and the first l make
+The layers that do the same in each block share V, made from all their weights (basis.py). U and the first l make
 W = U diag(l) V^T, with columns of length 1 in U.
 """
 

@@ -3,7 +3,7 @@
     A = the first r right singular vectors of the layer's inputs X (tokens, in), B = 0
     r = how many of the layer's shares S_i^2 / |X|^2 are among the sum(r) largest of all layers
 
-The singular values come from as many batches as it takes for the vectors to stay where they are: lora_eva_pca.py.
+The singular values come from as many batches as it takes for the vectors to stay where they are: eva_pca.py.
 """
 
 from __future__ import annotations

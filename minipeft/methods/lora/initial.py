@@ -6,10 +6,10 @@
                  Meng et al., 2024, https://arxiv.org/abs/2404.02948
     "olora"      B A = the first r columns of a QR decomposition of W
                  Büyükakyüz, 2024, https://arxiv.org/abs/2406.01775
-    "eva"        B = 0, until `initialize_lora_eva_weights` gives A: lora_eva.py
-    "lora_ga"    A and B from the gradient that `preprocess_loraga` saw: lora_ga.py
-    "corda"      A and B from the inputs that `preprocess_corda` saw: lora_corda.py
-    "loftq"      B A makes up for quantising W: lora_loftq.py
+    "eva"        B = 0, until `initialize_lora_eva_weights` gives A: eva.py
+    "lora_ga"    A and B from the gradient that `preprocess_loraga` saw: gradient.py
+    "corda"      A and B from the inputs that `preprocess_corda` saw: corda.py
+    "loftq"      B A makes up for quantising W: loftq.py
 
     "mica"       A = 0, B = the left singular vectors of the r smallest singular values of W, which stay as they are
                  MiCA, https://arxiv.org/abs/2604.01694

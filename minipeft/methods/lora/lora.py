@@ -3,6 +3,10 @@
     W' = W + s B A               A: (r, in), B: (out, r), B = 0 at the start
                                  s = alpha / r, or alpha / sqrt(r): rsLoRA, https://arxiv.org/abs/2312.03732
     parameters                   r (in + out), or r (in + out) + out with lora_bias=True
+
+A takes the input down to r numbers, B takes these up to the output: whatever is learned, dW has at most rank r. As B is
+0 at the start, the model begins as it was; A is random then, or B would have no gradient (`init_lora_weights` has other
+starts). s is a constant, no part of what is trained: it sets how far a step of the optimizer moves W.
 """
 
 from __future__ import annotations

@@ -8,8 +8,10 @@
                   layerwise_scalings=True, or (hidden_size + 1) xlora_size + (xlora_depth - 2) (xlora_size + 1)
                   xlora_size + (xlora_size + 1) len(adapters) in all with xlora_depth=4
 
-The model is called twice for each batch; xlora_model.py says what it must offer. `top_k_lora` keeps the largest p_i of
-each token and layer and sets the others to 0; `enable_softmax_topk` then takes the softmax over those that are kept.
+The experts were trained before, each by itself; C learns which of them to believe at each token. The model is called
+twice for each batch: first to see what h is, then with the weights that C made of it; model.py says what a model must
+offer. `top_k_lora` keeps the largest p_i of each token and layer and sets the others to 0; `enable_softmax_topk` then
+takes the softmax over those that are kept.
 """
 
 from __future__ import annotations
