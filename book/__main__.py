@@ -28,7 +28,7 @@ def main() -> int:
     given |= {"method_files": methods(), "path_of": path_of, "line": html.line,
               "table": html.table}
     print(f"experiments: {time.time() - started:.0f} s", flush=True)
-    pages = chapters.pages(given) + method_pages.pages(given["digits"]["rows"]) + source.pages()
+    pages = chapters.pages(given) + method_pages.pages(given["digits"]["rows"], given["texts"]["rows"]) + source.pages()
     site.write(pages, options.out)
     wrong = site.faults(options.out)
     size = sum(f.stat().st_size for f in options.out.rglob("*") if f.is_file())
@@ -41,7 +41,7 @@ def main() -> int:
 def experiments(file: Path | None) -> dict[str, Any]:
     if file and file.exists():
         return torch.load(file, weights_only=False)
-    given = {"digits": training.everything()}
+    given = training.everything()
     if file:
         torch.save(given, file)
     return given

@@ -38,13 +38,13 @@ SYMBOLS = {  # of all methods, and what stands for them in a formula
 }
 
 
-def pages(trained: list[Trained]) -> list[Page]:
+def pages(on_digits: list[Trained], on_texts: list[Trained]) -> list[Page]:
+    """All pages; what training gave is of all methods."""
     made = []
     for method in methods():
-        rows = [row for row in trained if row.module == method.cls.__module__]
         words = f"{method.peft_type.value} {method.kind} {method.cls.__name__}"
-        made.append(Page(path_of(method), method.name, body(method, rows, trained), method.kind, title(method), words,
-                         scripts=("calculator.js",)))
+        made.append(Page(path_of(method), method.name, body(method, on_digits, on_texts), method.kind, title(method),
+                         words, scripts=("calculator.js",)))
     return made
 
 
@@ -54,12 +54,12 @@ def title(method: MethodFile) -> str:
     return re.split(r"\. (?=[A-Z])|\. https|,? https", text)[0].rstrip(".")
 
 
-def body(method: MethodFile, rows: list[Trained], everything: list[Trained]) -> str:
+def body(method: MethodFile, on_digits: list[Trained], on_texts: list[Trained]) -> str:
     parts = [
         f"<h1>{html.escape(method.name)}</h1>", f'<p class="lead">{html.escape(title(method))}</p>',
         facts(method), section("formula", "The formula", formula(method)),
         section("count", "What is trained", counted(method) + tensors(method)),
-        section("seen", "After training", seen(rows, everything)),
+        section("seen", "After training", seen(method, on_digits, on_texts)),
         section("code", "The code", annotated(method)),
         section("config", "Its configuration", fields(method)),
         section("peft", "Where PEFT decides, and where it is disputed", deviations(method)),
@@ -267,17 +267,12 @@ def usual(config: type) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------- digits
-def seen(rows: list[Trained], everything: list[Trained]) -> str:
-    """What training on the digits gave, and what it did to a weight."""
-    if not rows:
-        return ('<p>It is not among the methods of <code>examples/digits.py</code>: it needs words, a quantised layer, '
-                "or adapters that are there already.</p>")
-    order = sorted(everything, key=lambda row: -row.after)
-    lines = [[html.escape(row.name), f"{row.parameters:,}", f"{row.before:.1%}", f"{row.after:.1%}",
-              f"{order.index(row) + 1} of {len(order)}", f"{1e3 * row.step:.1f} ms", f"{row.memory / 1024:,.0f} KiB"]
-             for row in rows]
-    made = [html.table(["", "trained", "before", "after", "place", "a step", "held while training"], lines, "numbers",
-                       "Digits 5 to 9 read by a network that had learned 0 to 4")]
+def seen(method: MethodFile, on_digits: list[Trained], on_texts: list[Trained]) -> str:
+    """What training on the digits and on sentences gave, and what it did to a weight."""
+    rows = [row for row in on_digits if row.module == method.cls.__module__]
+    made = [results(rows, on_digits, "Digits 5 to 9 read by a network that had learned 0 to 4")]
+    if told := [row for row in on_texts if row.module == method.cls.__module__]:
+        made.append(results(told, on_texts, "Which library a sentence documents, told by MiniLM"))
     for row in rows:
         if row.W is not None and row.merged_W is not None:
             made.append(f"<figure>{pictures.weights(row.W, row.merged_W, row.layer)}<figcaption>{caption(row)}"
@@ -289,6 +284,16 @@ def seen(rows: list[Trained], everything: list[Trained]) -> str:
             picture = pictures.tensor(row.T, short_name(row.tensor))
             made.append(f"<figure>{picture}<figcaption>{text}</figcaption></figure>")
     return "".join(made) + '<p><a href="choosing.html">All methods side by side</a></p>'
+
+
+def results(rows: list[Trained], of: list[Trained], what: str) -> str:
+    """The rows of one experiment, each with its place among all."""
+    order = sorted(of, key=lambda row: -row.after)
+    lines = [[html.escape(row.name), f"{row.parameters:,}", f"{row.before:.1%}", f"{row.after:.1%}",
+              f"{order.index(row) + 1} of {len(order)}", f"{1e3 * row.step:.1f} ms", f"{row.memory / 1024:,.0f} KiB"]
+             for row in rows]
+    head = ["", "trained", "before", "after", "place", "a step", "held while training"]
+    return html.table(head, lines, "numbers", what)
 
 
 def short_name(name: str) -> str:

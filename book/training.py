@@ -1,8 +1,8 @@
-"""What the book's experiments give, kept in one place: every method of examples/digits.py trained once."""
+"""What the book's experiments give, kept in one place: every method trained on the digits and on sentences."""
 
 from __future__ import annotations
 
-import inspect
+import copy
 import multiprocessing
 import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -80,48 +80,61 @@ def most_changed(before: nn.Module, after: nn.Module) -> tuple[str, np.ndarray, 
 
 
 def train(method: digits.Method, network: nn.Module, data: digits.Data) -> Trained:
-    """One method of examples/digits.py."""
+    """One method of examples/digits.py on one of its networks, and the weight that it changed most."""
+    row, model = trained(method, network, data, digits.accuracy(digits.answers(network, data), data))
+    if method.merges:
+        after, merged = digits.answers(model, data, method), model.merge_and_unload()
+        row.merged = digits.same(after, digits.answers(merged, data))
+        row.layer, row.W, row.merged_W = most_changed(network, merged)
+    else:
+        name, tensor = max(((n, p) for n, p in model.named_parameters() if p.requires_grad),
+                           key=lambda pair: pair[1].numel())
+        row.tensor, row.T = name, matrix(tensor)
+    return row
+
+
+def trained(method: digits.Method, network: nn.Module, data: digits.Data, before: float) -> tuple[Trained, Any]:
+    """What came of one method, and the model; `before` is the network's own accuracy."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng():
         model, step = digits.adapted(minipeft, method, network, data, folder)
-        config = model.peft_config["default"]
-        after = digits.answers(model, data.test, method)
-        images, labels = (part[:64] for part in data.train)
+        after = digits.accuracy(digits.answers(model, data, method), data)
+        x, labels = (part[:data.batch] for part in data.train)
         model.train()
-        memory = held(lambda: nn.functional.cross_entropy(digits.run(model, images, method), labels), model)
+        memory = held(lambda: data.loss(model, x, labels, method), model)
         model.eval()
-        row = Trained(
-            method.name, file_of(config), method.network.__name__, method.config, method.options,
-            sum(p.numel() for p in model.parameters() if p.requires_grad),
-            digits.accuracy(digits.answers(network, data.test), data.test), digits.accuracy(after, data.test),
-            None, step, memory,
-        )
-        if method.merges:
-            merged = model.merge_and_unload()
-            row.merged = digits.same(after, digits.answers(merged, data.test))
-            row.layer, row.W, row.merged_W = most_changed(network, merged)
-        else:
-            name, tensor = max(((n, p) for n, p in model.named_parameters() if p.requires_grad),
-                               key=lambda pair: pair[1].numel())
-            row.tensor, row.T = name, matrix(tensor)
-        return row
+        size = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return Trained(method.name, file_of(model.active_peft_config), method.network, method.config, method.options,
+                       size, before, after, None, step, memory), model
 
 
 def everything() -> dict[str, Any]:
-    """All rows, the accuracy that training all weights gives, and the sizes of the networks."""
+    """All rows of both experiments, and the numbers that a text about them needs."""
+    from . import texts
+
     torch.set_num_threads(1)
-    _, new, networks = digits.load()
+    networks = digits.load()
+    network, _, new = networks["Reader"]
+    encoders, said = texts.load()
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(train, m, networks[m.network], new) for m in digits.METHODS]
-        for number, job in enumerate(as_completed(jobs), 1):
-            print(f"digits {number}/{len(jobs)}: {job.result().name} {job.result().after:.1%}", flush=True)
-    full, network = networks[digits.Reader], digits.Reader()
-    network.load_state_dict(full.state_dict())
-    step = digits.train(network, new.train, 1e-2)
+        jobs = [pool.submit(train, m, networks[m.network][0], networks[m.network][2]) for m in digits.METHODS]
+        told = [pool.submit(texts.adapted, m) for m in texts.methods()]
+        for number, job in enumerate(as_completed([*jobs, *told]), 1):
+            row = job.result()
+            print(f"{number}/{len(jobs) + len(told)}: {row.name}, {row.network} {row.after:.1%}", flush=True)
+    full = copy.deepcopy(network)
+    step = digits.train(full, new, 1e-2)
     return {
-        "rows": [job.result() for job in jobs],
-        "all": {"parameters": sum(p.numel() for p in network.parameters()), "step": step,
-                "after": digits.accuracy(digits.answers(network, new.test), new.test)},
-        "images": (len(new.train[1]), len(new.test[1])),
-        "steps": inspect.signature(digits.train).parameters["steps"].default,
+        "digits": {
+            "rows": [job.result() for job in jobs],
+            "all": {"parameters": sum(p.numel() for p in full.parameters()), "step": step,
+                    "after": digits.accuracy(digits.answers(full, new), new)},
+            "images": (len(new.train[1]), len(new.test[1])), "steps": digits.STEPS,
+        },
+        "texts": {
+            "rows": [job.result() for job in told], "left_out": texts.DECODERS,
+            "sentences": (len(said.train[1]), len(said.test[1])), "libraries": list(texts.LIBRARIES),
+            "steps": texts.STEPS, "batch": said.batch, "before": texts.before("MiniLM"),
+            "parameters": sum(p.numel() for p in encoders["MiniLM"].parameters()),
+        },
     }

@@ -6,9 +6,10 @@
 The network learns 0 to 4 of scikit-learn's digits. Frozen then, it is adapted to 5 to 9, whose answers are the same
 five outputs: what it says of them before is a guess. Each adapter is trained, saved, loaded into a fresh copy of the
 network and, where the method can be merged, merged into plain weights, which must answer alike. Two processes share the
-methods, and the plot is drawn anew after each. Prompts are tokens
-before the input's own, so they are learned on a second network, a transformer that reads an image row by row; CPT's are
-examples in words, which an image has none of, so it is left out. The accuracies are on images kept apart from training.
+methods, and the plot is drawn anew after each. Methods that are about tokens adapt a second network, a transformer that
+reads an image row by row; those that are for decoders a third one, a small Llama that reads an image as a sentence and
+says the digit as its next word; and QA-LoRA the first one after its layers were quantised. The accuracies are on images
+kept apart from training.
 """
 
 import argparse
@@ -16,10 +17,11 @@ import copy
 import importlib
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,6 +41,8 @@ HIDDEN = ["hidden1", "hidden2"]
 LINEAR = [*HIDDEN, "head"]
 LAYERS = ["conv", *LINEAR]
 ROWS = {"task_type": "FEATURE_EXTRACTION", "token_dim": 8, "num_layers": 2, "num_attention_heads": 4}
+TOLD = {"task_type": "CAUSAL_LM"}
+WORDS, ASK = 17 + 1 + 5, 17  # levels of ink, a question, five answers
 STEPS = 300
 
 
@@ -54,8 +58,8 @@ class Reader(nn.Module):
         self.hidden2 = nn.Linear(4 * 64, 64)
         self.head = nn.Linear(64, 5)
 
-    def forward(self, inputs_embeds):  # (batch, 8, 8)
-        x = self.ink(inputs_embeds.long()).movedim(-1, 1)  # (batch, 8, 8, 8)
+    def forward(self, x):  # (batch, 8, 8)
+        x = self.ink(x.long()).movedim(-1, 1)  # (batch, 8, 8, 8)
         x = F.relu(self.conv(x)).movedim(1, -1).flatten(2)  # (batch, 4 rows, 96)
         x = F.relu(self.norm(self.hidden1(x))).flatten(1)  # (batch, 256)
         return self.head(F.relu(self.hidden2(x)))  # (batch, 5)
@@ -114,6 +118,58 @@ class RowReader(nn.Module):
         return SimpleNamespace(logits=y, hidden_states=[x]) if output_hidden_states else y
 
 
+def llama():
+    """A small decoder of transformers."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=WORDS, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        initializer_range=0.1, use_cache=False, attn_implementation="eager"))
+
+
+class BaseQuantLinear(nn.Module):
+    SUPPORTS_METHODS = ("gptq",)
+
+
+class FourBits(BaseQuantLinear):
+    """A linear layer in numbers from 0 to 15, W = scale (q - zero), with a scale and a zero for each 8 inputs.
+
+    It stands in for a layer of gptqmodel, so that the library is not needed; adapters know those by their base class.
+    """
+
+    group = 8
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
+        W = linear.weight.detach().t().unflatten(0, (-1, self.group))  # (groups, 8, out)
+        low, high = W.amin(1, keepdim=True), W.amax(1, keepdim=True)
+        scale = (high - low) / 15
+        zero = (-low / scale).round()
+        self.register_buffer("scales", scale)
+        self.register_buffer("zeros", zero)
+        self.register_buffer("qweight", (W / scale + zero).round().clamp(0, 15).to(torch.uint8))
+
+    def dequantize_weight(self):
+        return (self.scales * (self.qweight - self.zeros)).flatten(0, 1)  # (in, out)
+
+    def forward(self, x):
+        return x @ self.dequantize_weight() + self.bias
+
+
+sys.modules.setdefault("gptqmodel.nn_modules.qlinear", SimpleNamespace(BaseQuantLinear=BaseQuantLinear))
+
+
+def quantised(model, names):
+    """A copy of a model in which the linear layers of these names are quantised."""
+    made = copy.deepcopy(model)
+    for module in [*made.modules()]:
+        for name, child in module.named_children():
+            if name in names:
+                setattr(module, name, FourBits(child))
+    return made
+
+
 @dataclass
 class Method:
     name: str
@@ -122,8 +178,10 @@ class Method:
     lr: float = 1e-2
     merges: bool = True
     inputs: dict = field(default_factory=dict)  # what the model is given beside the images, one value for each image
-    network: type = Reader
-    experts: tuple = ()  # what to adapt to first: LoRA adapters for these digits are given to the method as `adapters`
+    network: str = "Reader"
+    experts: tuple = ()  # what to adapt to first: the method chooses among LoRA adapters for these answers
+    examples: int = 0  # of each digit, for a method whose prompt begins as examples
+    steps: int = STEPS
 
 
 # A further method is a further line. The learning rates were chosen on a part of the training images.
@@ -175,58 +233,101 @@ METHODS = [
     Method("RoAd", "RoadConfig", {"group_size": 2, "target_modules": LAYERS[:-1]}, lr=0.1),
     Method("SHiRA", "ShiraConfig", {"r": 4, "target_modules": LINEAR}),
     Method("Super-Tuning", "SupertuningConfig", {"target_modules": LINEAR}, lr=1.0),
-    Method("TinyLoRA", "TinyLoraConfig", {"target_modules": LINEAR}, lr=0.1),
+    Method("TinyLoRA", "TinyLoraConfig", {"r": 32, "target_modules": LINEAR}, lr=0.3),
     Method("Uni-LoRA", "UniLoraConfig", {"r": 4, "theta_d_length": 200, "target_modules": LINEAR}, lr=0.3),
-    Method("VB-LoRA", "VBLoRAConfig", {"r": 4, "num_vectors": 30, "vector_length": 32, "target_modules": HIDDEN},
-           lr=5e-2),
+    Method("VB-LoRA", "VBLoRAConfig", {"r": 4, "num_vectors": 30, "vector_length": 32, "init_vector_bank_bound": 0.5,
+                                       "target_modules": HIDDEN}, lr=0.2),
     Method("WaveFT", "WaveFTConfig", {"n_frequency": 300, "scaling": 25.0, "target_modules": HIDDEN}, lr=3e-2),
     Method("Lily", "LilyConfig", {"r": 4, "num_B": 2, "target_modules": HIDDEN}, merges=False),
     Method("Poly", "PolyConfig", {"r": 4, "n_tasks": 1, "n_skills": 2, "target_modules": ["hidden1"]}, lr=3e-2,
            merges=False, inputs={"task_ids": 0}),
+    Method("QA-LoRA", "LoraConfig", {"r": 4, "lora_alpha": 32, "use_qalora": True, "qalora_group_size": 8,
+                                     "target_modules": HIDDEN}, lr=3e-3, merges=False, network="4-bit Reader"),
     Method("aLoRA", "LoraConfig", {"r": 4, "alora_invocation_tokens": [0],
                                    "target_modules": ["query", "value", "up", "down"]},
-           merges=False, inputs={"alora_offsets": 5}, network=RowReader),  # the lower half of the image, and the answer
+           merges=False, inputs={"alora_offsets": 5}, network="RowReader"),  # the image's lower half, and the answer
+    Method("Arrow", "LoraConfig", {"arrow_config": {"top_k": 2, "rng_seed": 0},
+                                   "target_modules": ["query", "value", "up", "down"]},
+           merges=False, network="RowReader", experts=((0, 1), (2, 3), (3, 4))),  # it learns nothing after its experts
     Method("X-LoRA", "XLoraConfig", {"hidden_size": 32, "layerwise_scalings": True}, lr=3e-2,
-           merges=False, network=RowReader, experts=((5, 6), (7, 8), (8, 9))),
+           merges=False, network="RowReader", experts=((0, 1), (2, 3), (3, 4))),
     Method("prompt tuning", "PromptTuningConfig", ROWS | {"num_virtual_tokens": 8}, lr=1.0,
-           merges=False, network=RowReader),
+           merges=False, network="RowReader"),
     Method("multitask prompts", "MultitaskPromptTuningConfig",
            ROWS | {"task_type": "SEQ_CLS", "num_virtual_tokens": 8, "num_tasks": 1, "num_ranks": 2}, lr=0.3,
-           merges=False, inputs={"task_ids": 0}, network=RowReader),
+           merges=False, inputs={"task_ids": 0}, network="RowReader"),
     Method("P-tuning", "PromptEncoderConfig", ROWS | {"num_virtual_tokens": 8, "encoder_hidden_size": 32},
-           merges=False, network=RowReader),
+           merges=False, network="RowReader"),
     Method("cartridge", "CartridgeConfig", ROWS | {"num_virtual_tokens": 8, "token_dim": 32}, lr=1.0,
-           merges=False, network=RowReader),
+           merges=False, network="RowReader"),
     Method("prefix tuning", "PrefixTuningConfig", ROWS | {"num_virtual_tokens": 8, "token_dim": 32}, lr=0.3,
-           merges=False, network=RowReader),
+           merges=False, network="RowReader"),
+    Method("adaption prompt", "AdaptionPromptConfig", TOLD | {"adapter_len": 8, "adapter_layers": 3}, lr=0.1,
+           merges=False, network="Llama"),
+    Method("Shadow", "ShadowConfig", TOLD | {"r": 8, "shadow_alpha": 1.0}, merges=False, network="Llama"),
+    Method("CPT", "CPTConfig", TOLD | {"opt_projection_epsilon": 20.0, "opt_projection_format_epsilon": 20.0}, lr=0.1,
+           merges=False, network="Llama", examples=1, steps=STEPS // 3),
 ]
 
 
 @dataclass
 class Data:
-    """Images (n, 8, 8) and labels (n,) 0 to 4, to train on and to test on."""
+    """Images (n, 8, 8) and labels (n,) 0 to 4, to train on and to test on; and how a network is asked about them."""
 
     train: tuple
     test: tuple
+    batch = 64
 
-    @staticmethod
-    def load(digits):
+    @classmethod
+    def load(cls, digits):
         bunch = load_digits()
         images, labels = torch.tensor(bunch.images, dtype=torch.float32), torch.tensor(bunch.target)
         chosen = torch.isin(labels, torch.tensor(digits))
         images, labels = images[chosen], labels[chosen] - digits[0]
         rows = train_test_split(range(len(labels)), test_size=0.3, random_state=0, stratify=labels)
-        return Data(*((images[r], labels[r]) for r in rows))
+        return cls(*((cls.read(images[r]), labels[r]) for r in rows))
+
+    @staticmethod
+    def read(images):
+        return images
+
+    def run(self, model, x, method=None):
+        """The five outputs (batch, 5)."""
+        more = given(method, x)
+        return (model.base_model if more else model)(x, **more)  # PeftModel itself hands on what the network takes
+
+    def loss(self, model, x, labels, method=None):
+        return F.cross_entropy(self.run(model, x, method), labels)
 
 
-def run(model, images, method=None):
-    """The five outputs for each image (batch, 5)."""
-    if not method or not method.inputs:
-        return model(inputs_embeds=images)
-    more = {name: torch.full((len(images),), value) for name, value in method.inputs.items()}
-    if method.network is Reader:  # PeftModel itself hands on what the network takes, no more
-        model = model.base_model
-    return model(inputs_embeds=images, **more)
+class Rows(Data):
+    """The same, for a network that is called as those of transformers are."""
+
+    targets = ["query", "value", "up", "down"]  # of LoRA
+
+    def run(self, model, x, method=None):
+        return model(inputs_embeds=x, **given(method, x))
+
+
+class Sentences(Data):
+    """The same, each image as 17 words: the mean ink of every 2 x 2 pixels, row by row, and the question."""
+
+    @staticmethod
+    def read(images):
+        return F.pad(F.avg_pool2d(images[:, None], 2).round().long().flatten(1), (0, 1), value=ASK)
+
+    def run(self, model, x, method=None):
+        return model(input_ids=x, **given(method, x)).logits[:, -1, ASK + 1:]
+
+    def loss(self, model, x, labels, method=None):
+        words = torch.cat([x, ASK + 1 + labels[:, None]], 1)
+        unasked = words.index_fill(1, torch.arange(x.shape[1]), -100)
+        return model(input_ids=words, labels=unasked, **given(method, x)).loss
+
+
+def given(method, x):
+    """What the model is given beside the input x."""
+    return {name: torch.full((len(x),), value) for name, value in method.inputs.items()} if method else {}
 
 
 def train(model, data, lr, method=None, steps=STEPS):
@@ -235,13 +336,13 @@ def train(model, data, lr, method=None, steps=STEPS):
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     reallocate = getattr(getattr(model, "base_model", None), "update_and_allocate", None)  # AdaLoRA, AdaMSS
-    images, labels = data
+    x, labels = data.train
     times = []
     model.train()
     for step in range(steps):
         started = time.process_time()
-        batch = torch.randint(len(labels), (64,), generator=generator)
-        F.cross_entropy(run(model, images[batch], method), labels[batch]).backward()
+        batch = torch.randint(len(labels), (data.batch,), generator=generator)
+        data.loss(model, x[batch], labels[batch], method).backward()
         optimizer.step()
         schedule.step()
         if reallocate:
@@ -254,11 +355,11 @@ def train(model, data, lr, method=None, steps=STEPS):
 
 @torch.no_grad()
 def answers(model, data, method=None):
-    return run(model, data[0], method)
+    return data.run(model, data.test[0], method)
 
 
 def accuracy(outputs, data):
-    return (outputs.argmax(-1) == data[1]).float().mean().item()
+    return (outputs.argmax(-1) == data.test[1]).float().mean().item()
 
 
 def same(a, b):
@@ -267,17 +368,34 @@ def same(a, b):
 
 
 def save_experts(peft, method, network, data, folder):
-    """A LoRA adapter for some of the digits each, as {name: folder}."""
-    saved = {}
-    images, labels = data.train
-    for number, digits in enumerate(method.experts):
-        config = peft.LoraConfig(r=4, target_modules=["query", "value", "up", "down"])
-        model = peft.get_peft_model(copy.deepcopy(network), config)
-        chosen = torch.isin(labels + 5, torch.tensor(digits))
-        train(model, (images[chosen], labels[chosen]), 1e-2, steps=STEPS // 3)
+    """A LoRA adapter for some of the answers each, as {name: folder}, and the time of a step."""
+    saved, times = {}, []
+    for number, labels in enumerate(method.experts):
+        model = peft.get_peft_model(copy.deepcopy(network), peft.LoraConfig(r=4, target_modules=data.targets))
+        chosen = torch.isin(data.train[1], torch.tensor(labels))
+        part = replace(data, train=tuple(tensor[chosen] for tensor in data.train))
+        times.append(train(model, part, 1e-2, steps=method.steps // 3))
         saved[str(number)] = str(Path(folder, "experts", str(number)))
         model.save_pretrained(saved[str(number)])
-    return saved
+    return saved, statistics.median(times)
+
+
+def routed(peft, method, network, folders):
+    """A copy of the network with Arrow's router before saved LoRA adapters, which are all that was trained."""
+    model = peft.create_arrow_model(copy.deepcopy(network), folders, peft.ArrowConfig(**method.options["arrow_config"]))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".task_" in name)
+    return model
+
+
+def examples(data, number):
+    """CPT's lists for some images of each digit: the words, and whether one is ink, question or answer."""
+    words, labels = data.train
+    rows = torch.cat([(labels == label).nonzero()[:number, 0] for label in range(5)])
+    told = torch.cat([words[rows], ASK + 1 + labels[rows, None]], 1)
+    kinds = torch.tensor([2] * (told.shape[1] - 2) + [3, 4]) + 4 * torch.arange(len(rows))[:, None]
+    return {"cpt_token_ids": told.flatten().tolist(), "cpt_mask": [1] * told.numel(),
+            "cpt_tokens_type_mask": kinds.flatten().tolist()}
 
 
 @dataclass
@@ -306,10 +424,15 @@ def adapted(peft, method, network, data, folder):
     torch.manual_seed(0)
     options = dict(method.options)
     if method.experts:
-        options["adapters"] = save_experts(peft, method, network, data, folder)
+        experts, step = save_experts(peft, method, network, data, folder)
+        if "arrow_config" in options:
+            return routed(peft, method, network, list(experts.values())).eval(), step
+        options["adapters"] = experts
+    if method.examples:
+        options |= examples(data, method.examples)
     config = getattr(peft, method.config)(**options)
     model = peft.get_peft_model(copy.deepcopy(network), config)
-    return model, train(model, data.train, method.lr, method)
+    return model, train(model, data, method.lr, method, method.steps)
 
 
 def adapt(library, method, network, data):
@@ -318,16 +441,20 @@ def adapt(library, method, network, data):
     peft = importlib.import_module(library)
     with tempfile.TemporaryDirectory() as folder:
         model, step = adapted(peft, method, network, data, folder)
-        running = answers(model, data.test, method)
+        running = answers(model, data, method)
         model.save_pretrained(folder)
-        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(network), folder).eval()
+        if "arrow_config" in method.options:
+            folders = sorted(str(path) for path in Path(folder).glob("task_*"))
+            loaded = routed(peft, method, network, folders).eval()
+        else:
+            loaded = peft.PeftModel.from_pretrained(copy.deepcopy(network), folder).eval()
         return Row(
             method.name,
             sum(p.numel() for p in model.parameters() if p.requires_grad),
-            accuracy(answers(network, data.test), data.test),
-            accuracy(running, data.test),
-            same(running, answers(loaded, data.test, method)),
-            same(running, answers(loaded.merge_and_unload(), data.test)) if method.merges else None,
+            accuracy(answers(network, data), data),
+            accuracy(running, data),
+            same(running, answers(loaded, data, method)),
+            same(running, answers(loaded.merge_and_unload(), data)) if method.merges else None,
             step,
         )
 
@@ -358,14 +485,15 @@ def plot(rows, full, path, complete=True):
 
 
 def load():
-    """Both halves of the digits, and each network as it learned the first half, by class."""
-    old, new = Data.load(range(5)), Data.load(range(5, 10))
-    networks = {}
-    for network in (Reader, RowReader):
+    """Each network by name, as it learned the first half of the digits, and both halves as it reads them."""
+    found = {}
+    for name, made, kind in (("Reader", Reader, Data), ("RowReader", RowReader, Rows), ("Llama", llama, Sentences)):
+        old, new = kind.load(range(5)), kind.load(range(5, 10))
         torch.manual_seed(0)
-        networks[network] = network()
-        train(networks[network], old.train, 1e-2)
-    return old, new, networks
+        found[name] = made(), old, new
+        train(found[name][0], old, 1e-2)
+    reader, old, new = found["Reader"]
+    return found | {"4-bit Reader": (quantised(reader, HIDDEN), old, new)}
 
 
 def main():
@@ -377,18 +505,19 @@ def main():
     options = parser.parse_args()
 
     torch.set_num_threads(1)
-    old, new, networks = load()
-    for network in networks.values():
-        print(f"{type(network).__name__} reads {accuracy(answers(network, old.test), old.test):.1%} of 0 to 4")
-    full = copy.deepcopy(networks[Reader])
-    step = train(full, new.train, 1e-2)
-    before, after = (accuracy(answers(model, new.test), new.test) for model in (networks[Reader], full))
+    networks = load()
+    for name, (network, old, _) in networks.items():
+        print(f"{name} reads {accuracy(answers(network, old), old):.1%} of 0 to 4")
+    network, _, new = networks["Reader"]
+    full = copy.deepcopy(network)
+    step = train(full, new, 1e-2)
+    before, after = (accuracy(answers(model, new), new) for model in (network, full))
     size = sum(p.numel() for p in full.parameters())
     print(HEAD)
     rows = []
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         chosen = [m for m in METHODS if m.name in options.methods]
-        jobs = [pool.submit(adapt, options.library, m, networks[m.network], new) for m in chosen]
+        jobs = [pool.submit(adapt, options.library, m, networks[m.network][0], networks[m.network][2]) for m in chosen]
         for job in tqdm(as_completed(jobs), total=len(jobs), unit="method"):
             rows.append(job.result())
             tqdm.write(str(rows[-1]))

@@ -60,15 +60,16 @@ def test_every_method_has_a_page():
     assert {method.cls.__module__ for method in described()} == files
 
 
-def test_every_method_of_the_digits_belongs_to_a_page():
+def test_the_digits_have_every_method():
     for package in ("sklearn", "adjustText", "matplotlib"):
         pytest.importorskip(package, reason="the extra `examples` is not installed")
+    from book import texts
     from book.training import file_of
     from examples import digits
 
-    files = {method.cls.__module__ for method in methods()}
-    for method in digits.METHODS:
-        assert file_of(getattr(minipeft, method.config)(**method.options)) in files
+    rows = {file_of(getattr(minipeft, method.config)(**method.options)) for method in digits.METHODS}
+    assert rows == {method.cls.__module__ for method in methods()}
+    assert set(texts.DECODERS) <= {method.name for method in digits.METHODS}
 
 
 @pytest.mark.parametrize("method", methods(), ids=lambda method: method.name)
