@@ -31,6 +31,9 @@ from .errors import ConfigError, MergeError, UnsupportedLayerError
 from .offload import device_of, loaded, running_device
 from .stored import Kept, fingerprint, like, own_copy, put, sharded, whole
 
+TORCH_FORWARDS = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)} | {
+    cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+}
 OWN_KINDS: dict[type[nn.Module], type[Base]] = {}  # classes of layers that have a kind of their own, see Base
 
 
@@ -229,6 +232,24 @@ class Base:
         made = self.computed
         return key in (self.weight_name, self.bias_name) or (made is not None and key in made.tensors())
 
+    def probe(self) -> Tensor | None:
+        """A small input, if the class of the layer has a `forward` of its own: that may not do what the weights say."""
+        return None
+
+    def drawn(self, *shape: int) -> Tensor | None:
+        """Numbers without any order, the same each time, in the dtype of the layer if it computes in that."""
+        if self.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return None
+        return (torch.arange(math.prod(shape), dtype=torch.float64) ** 2).cos().view(shape).to(self.dtype)
+
+    def outcome(self, probe: Tensor, op: Any = None) -> Tensor | None:
+        """What the layer, or an operator around it, makes of a probe; None when that tells nothing."""
+        try:
+            y = (op or self.leaf)(probe.to(self.device))
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it wants something else
+            return None
+        return y if isinstance(y, Tensor) and not y.is_meta else None
+
     def check_whole(self) -> None:
         """Raise `MergeError` when the weight is not here: with some libraries a process has a flat piece or nothing."""
         weight = self.stored()[0]
@@ -242,7 +263,7 @@ class Base:
     @property
     def overwrites(self) -> bool:
         """Whether `overwrite` is possible: the stored numbers are those of W, and all are here."""
-        if type(self) not in (Linear, Conv1D) or self.computed is not None:
+        if type(self) not in (Linear, Conv1D) or self.computed is not None or self.probe() is not None:
             return False
         weight = self.stored()[0]
         return not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
@@ -542,6 +563,11 @@ class Linear(Base):
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 
+    def probe(self) -> Tensor | None:
+        if type(self) is not Linear or plain_class(self.leaf).forward in TORCH_FORWARDS:
+            return None
+        return self.drawn(2, self.in_features)
+
     def bare(self, x: Tensor) -> bool:
         leaf, name = self.leaf, self.weight_name
         weight = leaf._parameters.get(name, vars(leaf).get(name))  # FSDP and DataParallel put plain tensors there
@@ -634,10 +660,18 @@ class Conv(Base):
             x, padding = F.pad(x, m._reversed_padding_repeated_twice, mode=m.padding_mode), 0
         return getattr(F, f"conv{W.dim() - 2}d")(x, W, b, m.stride, padding, m.dilation)
 
+    def probe(self) -> Tensor | None:
+        m, cls = self.leaf, plain_class(self.leaf)
+        if cls.forward in TORCH_FORWARDS and cls._conv_forward in TORCH_FORWARDS:
+            return None
+        size = [(k - 1) * d + 2 for k, d in zip(m.kernel_size, m.dilation)]
+        return self.drawn(1, m.in_channels, *size)
+
     def down(self, r: int) -> Any:
         m = self.leaf
         window = (m.kernel_size, m.stride, m.padding, m.dilation)
-        return plain_class(m)(m.in_channels, r, *window, bias=False, padding_mode=m.padding_mode)
+        padding = {"padding_mode": m.padding_mode} if m.padding_mode != "zeros" else {}  # not all subclasses take it
+        return plain_class(m)(m.in_channels, r, *window, bias=False, **padding)
 
     def up(self, r: int, bias: bool = False) -> Any:
         if r % self.leaf.groups:
@@ -693,6 +727,10 @@ class Embedding(Base):
     @property
     def width(self) -> int:
         return self.out_features
+
+    def probe(self) -> Tensor | None:
+        own = plain_class(self.leaf).forward not in TORCH_FORWARDS
+        return torch.arange(min(64, (self.in_features + 1) // 2)) if own else None
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         return self.look_up(x, W) * self._scale(W)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -283,6 +283,12 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         if names := self.to_merge(adapter_names):
             self.merge_new(names, safe_merge)
+            if not self._waiting():
+                try:
+                    self.check_acts()
+                except MergeError:
+                    self.unmerge_checked(names)
+                    raise
 
     def to_merge(self, adapter_names: Sequence[str] | None) -> list[str]:
         """Those of `adapter_names` (default: the active ones) that are here and not merged; warns of others."""
@@ -397,6 +403,27 @@ class Layer(HoldsAdapters, Slots, Wrapper):
                 )
         home.folded, home.marks = folded, [adapter.mark() for adapter in folded]
         home.hold()
+
+    def check_acts(self) -> None:
+        """Raise `MergeError` when the layer with adapters merged does something else than with them beside it.
+
+        That may be where its class has a `forward` of its own.
+        """
+        home = self._home
+        if not home.folded or (probe := home.base.probe()) is None:
+            return
+        op: Any = Unmerged(home.base)
+        with torch.no_grad(), self.onloaded(), exact(), ExitStack() as stack:
+            for adapter in home.folded:
+                stack.enter_context(widened(adapter))
+                op = Adapted(adapter, op)
+            want, got = home.base.outcome(probe, op), home.base.outcome(probe)
+        if want is not None and not _near(got, want):
+            raise MergeError(
+                f"{home.folded[-1].path!r}, a {type(home.base.leaf).__name__}, does something else with its weight "
+                "than torch's own layers, so with an adapter in the weight it would not do what it does with the "
+                "adapter beside it. Keep the adapter unmerged."
+            )
 
     def check_folded(self, again: list[Adapter]) -> None:
         """Raise `MergeError` when one of `again`, which the weights hold, is not any more what was merged."""
@@ -710,6 +737,14 @@ def _tensors(pair: Any) -> Iterator[Tensor]:
 def finite(pair: Any) -> bool:
     """Whether all numbers of (W, b) are finite."""
     return all(bool(torch.isfinite(_widen(t)).all()) for t in _tensors(pair))
+
+
+def _near(got: Tensor | None, want: Tensor) -> bool:
+    """Whether both are the same but for rounding, and for what a merge rounds."""
+    if got is None or got.shape != want.shape:
+        return False
+    off = (got - want).abs().max().float()
+    return bool(off <= max(1e-3, 16 * torch.finfo(want.dtype).eps) * want.abs().max().float())
 
 
 def _wide(pair: Any) -> Any:

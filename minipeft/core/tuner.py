@@ -431,6 +431,7 @@ class Tuner(Slots):
                 for layer, new in chain:
                     layer.merge_new(new, safe)
                     done.append((layer, new))
+                home.check_acts()
             finally:
                 for layer, new in reversed(done):
                     layer.unmerge_checked(new)
