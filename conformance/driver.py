@@ -165,6 +165,10 @@ class Driver:
         """
         raise Unsupported("save an adapter as one for the unchanged base model")
 
+    def save_as_lora(self, path: str, rank: float) -> None:
+        """Save the adapter as one of LoRA, of this rank, or of the fewest ranks that hold this share of its squares."""
+        raise Unsupported("save an adapter as one of LoRA")
+
     def save_adapters(self, path: str, names: list | None = None) -> None:
         """Save these adapters, or all: "default" into the folder `path`, any other into the folder `path`/<name>."""
         raise Unsupported("save several adapters")

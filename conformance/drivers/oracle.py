@@ -529,6 +529,22 @@ class Oracle(Driver):
         self.write(path, "default")
         self.adapters["default"] = (config, now)
 
+    def save_as_lora(self, path, rank):
+        if self.method.name != "lora":
+            raise Unsupported("save an adapter of this method as one of LoRA")
+        new, found = sites(self.base, self.folded(["default"])), {}
+        for name, site in sites(self.base, self.base_weights).items():
+            if (delta := new[name].W - site.W).any():
+                U, S, V = np.linalg.svd(delta, full_matrices=False)
+                own = S > 1e-9 * S[0]
+                found |= {f"{KEY}{name}.lora_A.weight": V[own], f"{KEY}{name}.lora_B.weight": (U * S)[:, own]}
+        ranks = {k.removeprefix(KEY).removesuffix(".lora_A.weight"): len(v) for k, v in found.items() if "_A." in k}
+        held = self.adapters["default"]
+        self.adapters["default"] = ({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": sorted(ranks),
+                                     "rank_pattern": ranks, "alpha_pattern": ranks}, found)
+        self.write(path, "default")
+        self.adapters["default"] = held
+
     def restore(self, path, base, weights, dtype):
         config, tensors = self.read(path)
         case = self.case.id if self.case else f"{self.method.name}/restored"

@@ -399,6 +399,12 @@ class PeftApi(Driver):
         with rejecting():
             self.model.save_pretrained(path, path_initial_model_for_weight_conversion=begun)
 
+    def save_as_lora(self, path, rank):
+        if not hasattr(self.peft, "save_as_lora"):
+            raise Unsupported("no save_as_lora")
+        with rejecting():
+            self.peft.save_as_lora(path, self.model, rank=rank)
+
     def restore(self, path, base, weights, dtype):
         self.begin()
         net = self.base(base, weights, dtype)

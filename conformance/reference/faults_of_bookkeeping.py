@@ -85,6 +85,18 @@ def converted_otherwise(change):
     return {"save_converted": save}
 
 
+def as_lora_otherwise(change):
+    """What is saved as an adapter of LoRA is another one."""
+    def save(o, right, path, rank):
+        held = o.adapters["default"]
+        right(path, rank)
+        o.adapters["default"] = change(*o.read(path))
+        o.write(path, "default")
+        o.adapters["default"] = held
+
+    return {"save_as_lora": save}
+
+
 def writes_then_refuses(o, right, path, names=None):
     right(path, [name for name in names or list(o.adapters) if name in o.adapters])
     right(path, names)
@@ -198,6 +210,11 @@ FAULTS = {
     f("conversion-without-rslora", "a converted adapter of rsLoRA has twice its alpha", converted_otherwise(
         lambda c, t: ({**c, "lora_alpha": c["lora_alpha"] * (np.sqrt(2) if c.get("use_rslora") else 1)}, t)), "usage",
       ("usage/converted-pissa-rslora",)),
+    f("as-lora-one-short", "what is saved as an adapter of LoRA lacks its last rank", as_lora_otherwise(
+        lambda c, t: (c, {k: v * (np.arange(v.shape[1]) < v.shape[1] - 1) if "lora_B" in k else v
+                          for k, v in t.items()})), "usage", ("usage/as-lora",)),
+    f("as-lora-unscaled", "what is saved as an adapter of LoRA is divided by its rank", as_lora_otherwise(
+        lambda c, t: ({**c, "alpha_pattern": {}}, t)), "usage", ("usage/as-lora",)),
     f("generates-when-off", "text is generated with the adapter while it is off", {"generate": generates_adapted},
       "usage", ("usage/generate-masked",)),
     f("writes-then-refuses", "of several names to save those that are there are saved, then the others are refused",

@@ -319,6 +319,17 @@ def converted(driver, base, method, config, what):
     close("output of the converted adapter on the unchanged base", driver.forward(inputs), out, "float32")
 
 
+def as_lora(driver, case, method):
+    """An adapter saved as one of LoRA, of as many ranks as it has, does the same."""
+    start(driver, case, "float32")
+    with tempfile.TemporaryDirectory() as path:
+        driver.save_as_lora(path, 1.0)
+        driver.restore(path, case.base, case.tensors("base"), "float32")
+    same_output(driver, case, "output of an adapter saved as one of LoRA")
+
+
+AS_LORA = ("c3a", "delora", "dora", "fourierft", "gralora", "loha", "lokr", "lora", "miss", "monteclora", "psoft",
+           "randlora", "tinylora", "unilora", "vblora", "velora", "vera", "waveft")
 STARTS = 8
 
 
@@ -481,6 +492,8 @@ def everything():
     for case in map(store.find, GENERATED):
         method = known[case.pack.data["method"]]
         yield method, f"generate-{case.id.rpartition('/')[2]}", partial(generate, case=case, method=method)
+    for name in AS_LORA:
+        yield known[name], "as-lora", partial(as_lora, case=first_case(known[name]), method=known[name])
     for a, b in MIXED:
         name = b.partition("/")[0]
         pair = partial(mixed, first=store.find(a), second=store.find(b))
