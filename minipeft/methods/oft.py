@@ -81,7 +81,8 @@ class Rotation(nn.Module):
         q: Tensor = self.weight  # (r, b (b - 1) / 2)
         if c.coft:
             q = q + (self.near(q) - q).detach()  # the gradient passes, as if the stored values were the near ones
-        Q = skew(q, self.size, (self.rows, self.cols))  # (r, b, b)
+        here = self.rows.device == q.device  # not where the triangles were assigned to a model on the meta device
+        Q = skew(q, self.size, (self.rows, self.cols) if here else None)  # (r, b, b)
         if not c.use_cayley_neumann:
             return cayley(Q).to(q.dtype)
         terms = c.num_cayley_neumann_terms

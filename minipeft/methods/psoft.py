@@ -132,13 +132,19 @@ class PSOFT(Factored, config=PsoftConfig):
             return Vt.contiguous(), U * S
         return S.sqrt()[:, None] * Vt, U * S.sqrt()
 
+    def fixed(self) -> tuple[Tensor, Tensor]:
+        """(A, B), anew where the model was on the meta device and has its weights since."""
+        if self._psoft_A_cache.is_meta and not self.psoft_R.weight.is_meta:
+            self._psoft_A_cache, self._psoft_B_cache = self.decompose()
+        return self._psoft_A_cache, self._psoft_B_cache
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        A, B = self._psoft_A_cache, self._psoft_B_cache
+        A, B = self.fixed()
         R = self.psoft_R.matrix().to(A)
         return B @ (self.scaling * (R - torch.eye(len(R)).to(R))), A
 
     def branch(self, x: Tensor) -> Tensor:
-        A, B = self._psoft_A_cache, self._psoft_B_cache
+        A, B = self.fixed()
         R = self.psoft_R.matrix().to(A)
         h = F.linear(self.psoft_dropout(self.cast(x, A)), A)  # (..., r)
         return F.linear(self.scaling * (F.linear(h, R) - h), B)  # (..., out)
