@@ -36,7 +36,6 @@ EACH, KEPT = 120, 36  # sentences of each library, and those of them that are ke
 WORDS = 16  # of a sentence, at most
 STEPS = 24
 DECODERS = ("CPT", "Shadow", "adaption prompt", "aLoRA")  # act on what comes next, which an encoder does not say
-RATES: dict[str, float] = {}  # where a third of the digits' learning rate does not suit
 
 
 def sentences(library: str) -> list[str]:
@@ -148,7 +147,7 @@ def fitted(method: digits.Method) -> digits.Method:
     }
     made |= {name: value for name, value in known.items() if name in made}
     network = "4-bit MiniLM" if method.network.startswith("4-bit") else "MiniLM"
-    return replace(method, options=made, network=network, steps=STEPS, lr=RATES.get(method.name, method.lr / 3))
+    return replace(method, options=made, network=network, steps=STEPS, lr=method.lr / 3)
 
 
 def adapted(method: digits.Method) -> Trained:
