@@ -1,253 +1,312 @@
-"""One measurement of one library in this process: `python -m benchmarks.measure NAME LIBRARY DEVICE` prints JSON.
+"""One measurement in this process: `python -m benchmarks.measure '{"name": ..., "libraries": [...], ...}'` prints JSON.
 
-A measurement is a function of the library and the device. It returns what it measured as {quantity: value}, in seconds
-or in MiB by the quantity's name, already the median of a few repeats after a warm-up.
+A measurement is a function of a `Run` that yields `(quantity, unit, {library: [one value a round]})`, and of what
+fails `(quantity, the error, {})`. The libraries
+take turns, so that a busy spell hits them all. On a CPU time is that of this process alone, whoever else uses the
+machine; on a GPU it ends when the GPU has finished.
 """
 
+import copy
 import gc
 import importlib
 import json
-import resource
 import statistics
 import sys
 import tempfile
 import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-MEASUREMENTS = {}
-ADAPTERS = 50  # for set_adapter
+from .methods import LAYERS, UNMERGEABLE, config
+
+Values = dict[str, list[float]]
+MEASUREMENTS: dict[str, Callable[[Any], Iterator[tuple[str, str, Values]]]] = {}
+APART = {"imports"}  # each library in a fresh process
 MIXED = (4, 16, 64)  # adapters in one batch
-PASSES = {"forward": 41, "forward+backward": 15}  # how often each is timed; what a forward pass adds is little
-METHODS: dict[str, tuple[str, dict]] = {  # method: (config class, its arguments), as small as each is commonly used
-    "lora": ("LoraConfig", {"r": 8}),
-    "dora": ("LoraConfig", {"r": 8, "use_dora": True}),
-    "oft": ("OFTConfig", {"oft_block_size": 32}),
-    "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
-    "vera": ("VeraConfig", {"r": 64}),
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a device is given to do."""
-
-    layers: int  # of the stack that is run, trained and merged
-    width: int
-    inner: int
-    batch: int
-    time: int
-    train: int  # the batch of the step whose memory is taken
-
-
-SIZES = {"cpu": Size(4, 512, 1408, 2, 64, 32), "cuda": Size(16, 2048, 5632, 8, 512, 8)}
+COMPILED = ("lora", "dora", "ia3", "vera")
 WIDE = {"layers": 32, "width": 4096, "inner": 11008}  # a 7B model
 DEEP = {"layers": 24, "width": 256, "inner": 704}  # 168 linear layers
 
 
-def measurement(function):
+@dataclass
+class Run:
+    """What is measured, and on what."""
+
+    name: str
+    libraries: list[str]  # the one under test first
+    device: str
+    width: int
+    tokens: int
+    rounds: int
+    adapters: int
+    methods: list[str]
+    backend: str
+
+    def imported(self) -> dict[str, Any]:
+        return {library: importlib.import_module(library) for library in self.libraries}
+
+    def net(self) -> Any:
+        """Linear layers one after the other, drawn at seed 0: in float32 on a CPU, in bfloat16 on a GPU."""
+        import torch
+
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(self.width, self.width) for _ in range(LAYERS)]
+        return torch.nn.Sequential(*layers).to(self.device, torch.bfloat16 if self.device == "cuda" else torch.float32)
+
+    def inputs(self, rows: int = 1) -> Any:
+        import torch
+
+        x = torch.randn(rows, max(self.tokens // rows, 1), self.width, generator=torch.Generator().manual_seed(2))
+        return x.to(self.device, torch.bfloat16 if self.device == "cuda" else torch.float32)
+
+    def adapted(self, library: Any, method: str, adapters: int = 1) -> Any:
+        """A model with adapters that do something: the trained tensors are moved away from where they start."""
+        import torch
+
+        model = library.get_peft_model(self.net(), config(library, method), "adapter0")
+        for i in range(1, adapters):
+            model.add_adapter(f"adapter{i}", config(library, method))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
+        return model
+
+    def seconds(self, work: Callable[[], Any]) -> float:
+        """How long a call takes."""
+        import torch
+
+        clock = time.perf_counter if self.device == "cuda" else time.process_time
+        wait = torch.cuda.synchronize if self.device == "cuda" else tuple
+        wait()
+        start = clock()
+        work()
+        wait()
+        return clock() - start
+
+    def in_turn(self, works: Mapping[Any, Callable[..., Any]], setup: Callable[[Any], tuple] | None = None) -> Any:
+        """Seconds of works[name](*setup(name)), in each round all of them; one round before is for warming up."""
+        found: dict[Any, list[float]] = {library: [] for library in works}
+        for _ in range(self.rounds + 1):
+            for library, work in works.items():
+                given = setup(library) if setup else ()
+                found[library].append(self.seconds(partial(work, *given)))
+        return {library: values[1:] for library, values in found.items()}
+
+    def peak(self, work: Callable[[], Any]) -> float:
+        """The most memory in MiB that a call has at once, beyond what was there before."""
+        import torch
+
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            work()
+            torch.cuda.synchronize()
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            work()
+        now = most = 0
+        events: Any = profiler.profiler.kineto_results.events()
+        for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return most / 2**20
+
+
+def measurement(function: Any) -> Any:
     MEASUREMENTS[function.__name__] = function
     return function
 
 
-def resident(peak: bool = False) -> float:
-    """This process' memory in MiB, now or at its peak."""
+def resident() -> float:
+    """This process' memory in MiB."""
     status = Path("/proc/self/status")
-    if status.exists():
-        field = "VmHWM:" if peak else "VmRSS:"
-        return next(int(line.split()[1]) for line in status.open() if line.startswith(field)) / 2**10
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit  # only the peak is known here
-
-
-def forget_peak():
-    """Start the peak again from what is resident now, where the system can (Linux)."""
-    switch = Path("/proc/self/clear_refs")
-    if switch.exists():
-        switch.write_text("5")
+    if not status.exists():
+        return float("nan")
+    return next(int(line.split()[1]) for line in status.open() if line.startswith("VmRSS:")) / 2**10
 
 
 @measurement
-def imports(library, device):
+def imports(run: Run) -> Iterator[tuple[str, str, Values]]:
     """Import, from a bare interpreter, as far as LoRA needs it: minipeft imports names when they are asked for."""
-    before, start = resident(), time.perf_counter()
+    (library,), before, start = run.libraries, resident(), time.perf_counter()
     module = importlib.import_module(library)
     if library != "torch":
         module.LoraConfig, module.get_peft_model, module.PeftModel  # noqa: B018
-    return {"import seconds": time.perf_counter() - start, "import MiB": resident() - before}
-
-
-def seconds(device, function, *arguments):
-    """Seconds of one call, its work on the device included."""
-    import torch
-
-    wait = torch.cuda.synchronize if device == "cuda" else tuple
-    wait()
-    start = time.perf_counter()
-    function(*arguments)
-    wait()
-    return time.perf_counter() - start
-
-
-def clock(device, function, repeats=5, setup=tuple):
-    """Median seconds of function(*setup()) after one warm-up."""
-    return statistics.median([seconds(device, function, *setup()) for _ in range(repeats + 1)][1:])
-
-
-def config(library, method="lora", **more):
-    from .llama import LINEARS
-
-    name, arguments = METHODS[method]
-    return getattr(library, name)(target_modules=LINEARS, **arguments, **more)
-
-
-def adapted(library, base, method="lora"):
-    return library.get_peft_model(base, config(library, method))
-
-
-def deep(device):
-    from .llama import stack
-
-    return stack(**DEEP, device=device)
-
-
-def sized(device):
-    from .llama import stack
-
-    size = SIZES[device]
-    return stack(size.layers, size.width, size.inner, device)
-
-
-def inputs(device, batch):
-    import torch
-
-    size = SIZES[device]
-    return torch.randn(batch, size.time, size.width, generator=torch.Generator().manual_seed(1)).to(device)
+    yield "import", "seconds", {library: [time.perf_counter() - start]}
+    yield "import memory", "MiB", {library: [resident() - before]}
 
 
 @measurement
-def inject(library, device):
-    """LoRA into 168 linear layers."""
-    return {"inject seconds": clock(device, lambda base: adapted(library, base), setup=lambda: (deep(device),))}
+def inject(run: Run) -> Iterator[tuple[str, str, Values]]:
+    """LoRA into 168 linear layers, and into the 224 of a 7B shape on the meta device."""
+    from .llama import LINEARS, stack
+
+    def put_in(library: Any, base: Any) -> None:
+        library.get_peft_model(base, config(library, "lora", target_modules=LINEARS))
+
+    works = {name: partial(put_in, library) for name, library in run.imported().items()}
+    yield "inject", "seconds", run.in_turn(works, lambda _: (stack(**DEEP, device=run.device),))
+    yield "inject 7B on meta", "seconds", run.in_turn(works, lambda _: (stack(**WIDE, device="meta"),))
 
 
 @measurement
-def inject_meta(library, device):
-    """LoRA into the 224 linear layers of a 7B shape, on the meta device."""
-    from .llama import stack
+def checkpoint(run: Run) -> Iterator[tuple[str, str, Values]]:
+    """save_pretrained, and from_pretrained onto a fresh base model: 168 linear layers."""
+    from .llama import LINEARS, stack
 
-    work = clock("meta", lambda base: adapted(library, base), setup=lambda: (stack(**WIDE, device="meta"),))
-    return {"inject 7B meta seconds": work}
-
-
-@measurement
-def checkpoint(library, device):
-    """save_pretrained, and from_pretrained onto a fresh base model."""
-    model, from_pretrained = adapted(library, deep(device)), library.PeftModel.from_pretrained
+    base = lambda *of: (stack(**DEEP, device=run.device),)
+    save, load = {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        save = clock(device, lambda: model.save_pretrained(folder))
-        load = clock(device, lambda base: from_pretrained(base, folder), setup=lambda: (deep(device),))
-    return {"save_pretrained seconds": save, "from_pretrained seconds": load}
+        for name, library in run.imported().items():
+            model = library.get_peft_model(*base(), config(library, "lora", target_modules=LINEARS))
+            save[name] = partial(model.save_pretrained, folder)
+            load[name] = lambda base, library=library: library.PeftModel.from_pretrained(base, folder)
+        yield "save_pretrained", "seconds", run.in_turn(save)
+        yield "from_pretrained", "seconds", run.in_turn(load, base)
 
 
 @measurement
-def set_adapter(library, device):
-    """Switch between 50 adapters on 168 linear layers."""
-    model = adapted(library, deep(device))
-    for i in range(1, ADAPTERS):
-        model.add_adapter(f"adapter{i}", config(library))
-    turn = iter(range(1, ADAPTERS))
-    return {"set_adapter seconds": clock(device, lambda: model.set_adapter(f"adapter{next(turn)}"), repeats=9)}
-
-
-@measurement
-def mixed(library, device):
-    """Forward of a batch whose samples all take one LoRA adapter, and of one where they take turns among several."""
+def methods(run: Run) -> Iterator[tuple[str, str, Values]]:
+    """Of every method: a forward pass without gradients, a training step, merge_and_unload, and their peak memory."""
     import torch
 
-    x, model = inputs(device, MIXED[-1])[:, :4], adapted(library, sized(device))
-    for i in range(1, MIXED[-1]):
-        model.add_adapter(f"adapter{i}", config(library))
-    names = ["default", *(f"adapter{i}" for i in range(1, MIXED[-1]))]
-    model.eval()
+    x = run.inputs()
 
-    def forward(adapter_names=None):
+    def forward(model: Any) -> None:
         with torch.no_grad():
-            model(x, adapter_names=adapter_names)
+            model(x)
 
-    taken = {"batch with one adapter seconds": clock(device, forward)}
-    for n in MIXED:
-        turns = [names[i % n] for i in range(len(x))]
-        taken[f"batch with {n} adapters seconds"] = clock(device, forward, setup=lambda turns=turns: (turns,))
-    return taken
+    def copied_of(models: dict[str, Any], name: str) -> tuple:
+        return (copy.deepcopy(models[name]),)
 
+    def step(model: Any) -> None:
+        model(x).square().mean().backward()
+        model.zero_grad()
 
-@measurement
-def merge(library, device):
-    """merge_and_unload of LoRA."""
-    work = clock(device, lambda model: model.merge_and_unload(), setup=lambda: (adapted(library, sized(device)),))
-    return {"merge_and_unload seconds": work}
-
-
-def overhead(method):
-    def run(library, device):
-        import torch
-
-        x, base = inputs(device, SIZES[device].batch), sized(device)
-        model = adapted(library, sized(device), method)
-
-        def forward(module):
-            with torch.no_grad():
-                module(x)
-
-        def train(module):
-            module(x).square().mean().backward()
-            module.zero_grad()
-
-        # The bare base model trains on an input that wants a gradient, so that both walk back through every layer.
-        x.requires_grad_()
-        base.requires_grad_(False)
-        added = {}
-        for name, work in (("forward", forward), ("forward+backward", train)):
-            pairs = [(seconds(device, work, base), seconds(device, work, model)) for _ in range(PASSES[name] + 2)]
-            added[f"{method} {name} added seconds"] = statistics.median(b - a for a, b in pairs[2:])
-        return added
-
-    run.__doc__ = f"{method}: time of a pass less that of the bare base model."
-    return run
-
-
-for _method in METHODS:
-    MEASUREMENTS[f"pass_{_method}"] = overhead(_method)
+    for method in run.methods:
+        try:
+            models = {name: run.adapted(library, method).train() for name, library in run.imported().items()}
+            fresh = copy.deepcopy(models)  # some methods keep what cannot be copied after a pass
+            for what, function in (("forward", forward), ("step", step)):
+                works = {name: partial(function, model) for name, model in models.items()}
+                yield f"{method}: {what}", "seconds", run.in_turn(works)
+            yield f"{method}: step, peak", "MiB", {n: [run.peak(partial(step, m))] for n, m in models.items()}
+            if method not in UNMERGEABLE:
+                merge = dict.fromkeys(models, lambda model: model.merge_and_unload())
+                yield f"{method}: merge", "seconds", run.in_turn(merge, partial(copied_of, fresh))
+                peaks = {name: [run.peak(model.merge_and_unload)] for name, model in fresh.items()}
+                yield f"{method}: merge, peak", "MiB", peaks
+        except Exception as error:
+            yield method, f"{type(error).__name__}: {error}", {}
 
 
 @measurement
-def memory(library, device):
-    """Peak memory of one training step of LoRA with AdamW, over what the adapted model itself takes."""
+def mixed(run: Run) -> Iterator[tuple[str, str, Values]]:
+    """A batch whose samples take turns among 4, 16 and 64 LoRA adapters, and how much longer than one adapter's."""
     import torch
 
-    x, model = inputs(device, SIZES[device].train), adapted(library, sized(device))
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    def forward(model: Any, x: Any, **told: Any) -> None:
+        with torch.no_grad():
+            model(x, **told)
 
-    def step(x):
-        model(x).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    for n in MIXED:
+        x, names, works = run.inputs(n), [f"adapter{i}" for i in range(n)], {}
+        for name, library in run.imported().items():
+            model = run.adapted(library, "lora", n).eval()
+            works[name, "one"] = partial(forward, model, x)
+            works[name, "mixed"] = partial(forward, model, x, adapter_names=names)
+        found = run.in_turn(works)
+        yield f"mixed batch of {n}", "seconds", {name: found[name, "mixed"] for name in run.libraries}
+        pairs = {name: zip(found[name, "mixed"], found[name, "one"]) for name in run.libraries}
+        times = {name: [mixed / one for mixed, one in pair] for name, pair in pairs.items()}
+        yield f"mixed batch of {n}, to one adapter's", "times", times
 
-    step(x[:1, :1])  # what is loaded once, and AdamW's state
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        at_rest = torch.cuda.memory_allocated()
-        step(x)
-        return {"training step peak MiB": (torch.cuda.max_memory_allocated() - at_rest) / 2**20}
-    before = resident()
-    forget_peak()
-    step(x)
-    return {"training step peak MiB": resident(peak=True) - before}
+
+@measurement
+def many(run: Run) -> Iterator[tuple[str, str, Values]]:
+    """Loading the 10th and the last of many LoRA adapters, switching among them, and what they take of memory."""
+    taken: dict[tuple[str, str], Values] = {}
+    for name, library in run.imported().items():
+        with tempfile.TemporaryDirectory() as folder:
+            run.adapted(library, "lora").save_pretrained(folder, selected_adapters=["adapter0"])
+            model = library.PeftModel.from_pretrained(run.net(), f"{folder}/adapter0", adapter_name="adapter0")
+            loads, before, counted = [], resident(), 0
+            for i in range(1, run.adapters):
+                if i == 10:
+                    gc.collect()
+                    before, counted = resident(), i
+                loads.append(run.seconds(partial(model.load_adapter, f"{folder}/adapter0", f"adapter{i}")))
+            gc.collect()
+            size = sum(p.nbytes for key, p in model.named_parameters() if ".adapter1." in key) / 2**20
+            tenth, last = loads[7:12], loads[-5:]
+            rows: list[tuple[str, str, list[float]]] = [
+                ("load the 10th adapter", "seconds", tenth),
+                (f"load adapter {run.adapters}", "seconds", last),
+                ("load the last adapter, to the 10th", "times", [statistics.median(last) / statistics.median(tenth)]),
+                (f"set_adapter among {run.adapters}", "seconds",
+                 [run.seconds(partial(model.set_adapter, f"adapter{i}")) for i in range(1, run.rounds + 1)]),
+            ]
+            if run.device == "cpu" and counted:
+                grown = (resident() - before) / ((run.adapters - counted) * size)
+                rows.append(("memory of adapters, to that of their tensors", "times", [grown]))
+            for what, unit, values in rows:
+                taken.setdefault((what, unit), {})[name] = values
+            del model
+            gc.collect()
+    for (what, unit), found in taken.items():
+        yield what, unit, found
+
+
+@measurement
+def compiled(run: Run) -> Iterator[tuple[str, str, Values]]:
+    """torch.compile with dynamic=True: a training step, graphs for it, and graphs for what changes after a warm-up."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    graphs = lambda: float(counters["stats"]["unique_graphs"])
+    train_on = lambda call, x: call(x).square().mean().backward()
+    for method in [m for m in COMPILED if m in run.methods]:
+        taken: dict[str, Values] = {"seconds": {}, "graphs": {}, "later": {}}
+        for name, library in run.imported().items():
+            torch._dynamo.reset()
+            counters.clear()
+            model = run.adapted(library, method, 2)
+            call = torch.compile(model, dynamic=True, backend=run.backend)
+            train = partial(train_on, call)
+            model.set_adapter("adapter0")
+            train(run.inputs(2))
+            taken["graphs"][name] = [graphs()]
+            x = run.inputs(2)
+            taken["seconds"][name] = [run.seconds(partial(train, x)) for _ in range(run.rounds)]
+            model.set_adapter("adapter1")
+            train(run.inputs(2))
+            warm = graphs()
+            for adapter, scale, rows in (("adapter0", 0.5, 2), ("adapter1", 2.0, 4), ("adapter0", 3.0, 8)):
+                model.set_adapter(adapter)
+                for layer in model.modules():
+                    if hasattr(layer, "set_scale") and adapter in getattr(layer, "scaling", ()):
+                        layer.set_scale(adapter, scale)
+                train(run.inputs(rows))
+            taken["later"][name] = [graphs() - warm]
+        yield f"{method}: compiled step", "seconds", taken["seconds"]
+        yield f"{method}: graphs", "graphs", taken["graphs"]
+        yield f"{method}: graphs after the warm-up", "graphs", taken["later"]
 
 
 if __name__ == "__main__":
-    name, library, device = sys.argv[1:]
-    measured = MEASUREMENTS[name](library if name == "imports" else importlib.import_module(library), device)
-    print(json.dumps(measured))
+    warnings.simplefilter("ignore")
+    asked = Run(**json.loads(sys.argv[1]))
+    if asked.name not in APART:
+        import torch
+
+        torch.set_num_threads(1)
+    for what, unit, values in MEASUREMENTS[asked.name](asked):
+        print(json.dumps({"quantity": what, "unit": unit, "values": values}), flush=True)
