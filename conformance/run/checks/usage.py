@@ -131,6 +131,9 @@ def mixed_batches(driver, case, method, saved=False):
             continue
         start(driver, case, "float32")
         driver.add("other", bookkeeping.second_of(case, method, **FORMS.get(method.name, {})))
+        if saved and method.name not in FORMS:
+            driver.load({k: v if method.tensors.is_frozen(k) else 0.75 * v
+                         for k, v in case.tensors("adapter").items()}, "other")
         driver.switch(["other"])
         names = [None if i % 2 else "default" for i in range(len(y))]
         want = np.stack([plain[i] if name is None else y[i] for i, name in enumerate(names)])
