@@ -532,7 +532,7 @@ class Oracle(Driver):
     def save_as_lora(self, path, rank):
         if self.method.name != "lora":
             raise Unsupported("save an adapter of this method as one of LoRA")
-        new, found = sites(self.base, self.folded(["default"])), {}
+        new, found = sites(self.base, self.folded(["default"])), dict[str, np.ndarray]()
         for name, site in sites(self.base, self.base_weights).items():
             if (delta := new[name].W - site.W).any():
                 U, S, V = np.linalg.svd(delta, full_matrices=False)
