@@ -113,12 +113,12 @@ class FRoD(Delta, config=FrodConfig):
         U, M, V = self.factors()
         return U @ M @ V.t() - self.base.read()[0].to(U)  # (out, in)
 
-    def rebuilt(self, x: Tensor) -> Tensor:
-        """W' x."""
+    def rebuilt(self, x: Tensor, b: Tensor | None = None) -> Tensor:
+        """W' x + b."""
         l, s = self.frod_lambda_l, self.frod_lambda_s_values
         U, V = self.frod_U.to(l), self.frod_V.to(l)
         h = self.cast(x, U) @ V
-        return F.linear(h * l + Sparse.apply(h, s, self.frod_s_indices) if len(s) else h * l, U)  # (..., out)
+        return F.linear(h * l + Sparse.apply(h, s, self.frod_s_indices) if len(s) else h * l, U, b)  # (..., out)
 
     def branch(self, x: Tensor) -> Tensor:
         x = self.frod_dropout(self.cast(x, self.frod_lambda_l))
@@ -129,8 +129,9 @@ class FRoD(Delta, config=FrodConfig):
         base = self.base
         if dropping or inner is not base or base.module is not base.leaf or has_hooks(base.leaf):
             return super().forward(x, inner, *args, **kwargs)
-        y, b = self.rebuilt(x), base.read()[1]  # W x would be added and taken away again
-        return (y if b is None else y + b).to(x.dtype)
+        b = base.read()[1]
+        b = None if b is None else b.to(self.frod_lambda_l)
+        return self.rebuilt(x, b).to(x.dtype)  # W x would be added and taken away again
 
 
 class Sparse(torch.autograd.Function):
