@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from ...driver import Rejected
+from ...reference import formulas
 from ...reference.compare import Failure, close
 from .goldens import same_set, start
 from .reject import refuse
@@ -64,6 +65,10 @@ def one_of_several(driver, case, method):
         driver.load(smaller, name)
     driver.switch(["other"])
     output, own = driver.forward(case.tensors("input")), trained(driver.names())
+    if method.tensors.gauges is None:
+        want = formulas.output(method, case.base, case.tensors("base"), smaller, second_of(case, method),
+                               case.tensors("input"))
+        close("output of the second adapter", output, want, "float32")
     for both in (["other", "third"], ["third", "other"]):
         driver.switch(both)
         driver.delete("third")
