@@ -8,6 +8,7 @@ from torch import nn
 
 from minipeft import LoraConfig, PeftModel, VeraConfig, get_peft_model
 from minipeft.core import state
+from minipeft.core.registry import load_all
 
 
 def net():
@@ -33,6 +34,7 @@ def calls(function, *args):
 @pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules=["0", "1"]), VeraConfig(r=2, target_modules=["0"])],
                          ids=["lora", "vera"])
 def test_loading_one_more(config, tmp_path):
+    load_all()  # with every variant there is
     get_peft_model(net(), config).save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(net(), tmp_path)
     taken = [calls(model.load_adapter, tmp_path, f"adapter{i}") for i in range(200)]

@@ -23,7 +23,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -200,11 +200,14 @@ class Adapter(nn.Module):
     @classmethod
     def check_beside(cls, config: Any, others: dict[str, Any]) -> None:
         """Refuse a configuration that cannot stand beside the ones already on the model, by adapter name."""
-        rewriting = any(kind.rewrites for kind in ADAPTERS.get(cls.method, ()))  # there may be a thousand others
-        for name, other in others.items() if rewriting else ():
-            kind = adapter_class(other)
-            if kind is not cls and other.peft_type == config.peft_type and (kind.rewrites or cls.rewrites):
-                one, two = (cls, kind) if cls.rewrites else (kind, cls)
+        rewriting = [kind for kind in ADAPTERS.get(cls.method, ()) if kind.rewrites]
+        mine = cls if cls.rewrites else None
+        for name, other in others.items() if rewriting else ():  # there may be a thousand
+            if other.peft_type != config.peft_type:
+                continue
+            theirs = next((kind for kind in rewriting if kind.chosen_by(other)), None)
+            if theirs is not mine:
+                one, two = (mine, adapter_class(other)) if mine else (cast(Any, theirs), cls)
                 both = f"beside adapter '{name}' there would be {one.__name__} and {two.__name__}"
                 raise ConfigError(f"{one.__name__} changes the frozen weights, so all adapters must be of it: {both}.")
         for field in cls.must_agree:
