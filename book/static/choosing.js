@@ -47,7 +47,7 @@ for (const box of document.querySelectorAll(".choosing")) {
       const point = make("g", { class: "point", "data-name": name }, svg);
       make("circle", { cx, cy, r: 4 }, point);
       make("title", {}, point, `${name}: ${(100 * after(row)).toFixed(1)}%, ${value(row).toLocaleString("en-US")}`);
-      const wide = name.length * 6.1, end = cx + wide + 10 > width;
+      const wide = name.length * 6.8, end = cx + wide + 10 > width;
       const area = { a: end ? cx - wide - 8 : cx + 7, b: end ? cx - 8 : cx + wide + 7, c: cy - 6, d: cy + 6 };
       const free = !taken.some((t) => t.a < area.b && area.a < t.b && t.c < area.d && area.c < t.d);
       if (free) taken.push(area);
