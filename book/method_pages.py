@@ -184,7 +184,9 @@ def counted(method: MethodFile) -> str:
         once = " + ".join(term for term, once in terms if once)
         names = list(dict.fromkeys(name for term, _ in terms for name in names_in(term)))
         config = small.configuration(method.peft_type, method.cls, given)
-        values = {**example_values(config), **USUAL}
+        values = {**example_values(config), **USUAL} | {k: int(v) for k, v in given.items() if v.isdecimal()}
+        if (result := total(terms, values)) <= 0:
+            raise ValueError(f"{method.name}: the count would be {result}, with {values}")
         label = "with " * bool(given) + ", ".join(f"<code>{html.escape(f'{k}={v}')}</code>" for k, v in given.items())
         inputs = "".join(
             f'<label><span>{html.escape(name)}</span><input name="{name}" type="number" min="0" step="any" '
@@ -201,7 +203,7 @@ def counted(method: MethodFile) -> str:
             f'<form class="calculator" data-each="{html.escape(code(each))}" data-once="{html.escape(code(once))}" '
             f'aria-label="parameters, form {number + 1}"><p>{(", and ".join(said))}{where} {label}</p>'
             f'<div class="inputs">{inputs}{layers}</div><p class="result">= <output aria-live="polite">'
-            f"{total(terms, values):,.0f}</output> trained parameters</p></form>")
+            f"{result:,.0f}</output> trained parameters</p></form>")
     return "".join(made)
 
 
