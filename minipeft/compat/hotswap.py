@@ -26,6 +26,7 @@ from ..core.files import of_one_version
 from ..core.layer import Layer
 from ..core.state import Entry, incoming, infer_device, load_peft_weights, onloaded, strip
 from ..core.tuner import tuner_of
+from ..methods.lora.lora import Factors
 from ..methods.lora.padding import RANK_OF, groups_of, layer_of, pad, slot_of
 from ..model.checkpoint import base_entries, entries_of_model
 from ..model.plan import ModelPlan
@@ -131,7 +132,7 @@ def hotswap_adapter_from_state_dict(
     with onloaded(inner, entries.values(), keep=True):
         for entry, source, value in swaps:
             adapter, old = layer_of(entry).adapters[adapter_name], entry.tensor
-            vars(adapter).update(config=config, idle=source is None)
+            adapter.config, adapter.idle = config, source is None
             if source is None or value is None:
                 old.zero_()
                 continue
@@ -139,7 +140,8 @@ def hotswap_adapter_from_state_dict(
                 old.copy_(value)
             else:
                 old.data = value.to(old, copy=True)
-            _note_padded(adapter, entry.live, source.tensor.shape, value.shape)
+            if isinstance(adapter, Factors):
+                _note_padded(adapter, entry.live, source.tensor.shape, value.shape)
             _take_over(layer_of(entry), layer_of(source), adapter_name)
 
 
@@ -241,10 +243,10 @@ def _resized(entry: Entry, value: Tensor, name: str) -> Tensor:
     return pad(value, old.shape[rank], rank, groups_of(layer) if rank == 0 else 1)
 
 
-def _note_padded(adapter: Any, key: str, shape: Any, now: Any) -> None:
+def _note_padded(adapter: Factors, key: str, shape: Any, now: Any) -> None:
     """Note on an adapter which shape a factor has without the zeros behind it."""
-    padded = {slot: of for slot, of in getattr(adapter, "padded", {}).items() if slot != slot_of(key)}
-    vars(adapter)["padded"] = padded if shape == now else {**padded, slot_of(key): shape}
+    padded = {slot: of for slot, of in adapter.padded.items() if slot != slot_of(key)}
+    adapter.padded = padded if shape == now else {**padded, slot_of(key): shape}
 
 
 def _check_pads(adapter: Any) -> None:

@@ -69,7 +69,7 @@ class Adapter(nn.Module):
     PEFT's live names put the parameter first and the adapter second, so `self.lora_A = module` stores the module at
     `layer.lora_A[self.name]`, and reading `self.lora_A` takes it from there: the parameters, buffers and modules of an
     adapter are a view of its layer's boxes. The same holds for plain values: after `self.scaling = 2.0`, code that
-    knows PEFT finds `layer.scaling["default"] == 2.0`.
+    knows PEFT finds `layer.scaling["default"] == 2.0`. What the class has a value for, such as `idle`, is its own.
     """
 
     prefix: ClassVar[str]  # slots that start with it are trained and saved
@@ -90,6 +90,7 @@ class Adapter(nn.Module):
     config: Any
     path: str
     idle: bool = False  # True: hot swapping put an adapter in its place that leaves this layer alone
+    tied_to: Adapter | None = None  # the adapter whose tensors it shares, see `tie_to`
 
     def __init_subclass__(cls, config: type[PeftConfig] | None = None, variant: str | None = None, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -120,8 +121,8 @@ class Adapter(nn.Module):
         return f"{head}_embedding_{last}" if len(last) == 1 and last.isupper() else name
 
     def __setattr__(self, slot: str, value: Any) -> None:
-        if slot in self.__dict__:  # what it has for itself: `training`, `config`, ...
-            self.__dict__[slot] = value
+        if slot in self.__dict__ or hasattr(type(self), slot):  # its own: `config`, `idle`, ...
+            object.__setattr__(self, slot, value)
             return
         slot = self.slot(slot)
         self.layer.put(slot, self.name, value, isinstance(value, Tensor) and self.keeps(slot, self.config))

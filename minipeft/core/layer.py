@@ -307,7 +307,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         """The same for adapters of this layer that are not merged."""
         home, new = self._home, [self.adapters[name] for name in names]
         # what follows another layer is merged there
-        sources = {} if home.base.apart else {a: vars(a)["tied_to"] for a in new if "tied_to" in vars(a)}
+        sources = {} if home.base.apart else {a: a.tied_to for a in new if a.tied_to is not None}
         if own := [adapter for adapter in new if adapter not in sources]:
             home.base.check_written()
             home.check_folded(home.folded)
@@ -319,7 +319,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     def merges_in_place(self, names: list[str]) -> bool:
         """Whether `merge_in_place` can do what `merge_new` does."""
         base = self.base
-        tied = any("tied_to" in vars(self.adapters[name]) for name in names)
+        tied = any(self.adapters[name].tied_to is not None for name in names)
         return base.home is base and base.overwrites and not (base.apart or self.merged_adapters or tied)
 
     def merge_in_place(self, names: list[str], trial: bool = False) -> None:

@@ -534,7 +534,7 @@ def mark_shared(model: nn.Module, layers: list[Layer], names: list[str] | None) 
         layer.base.home.shares_bias = len(layers_with_it) > 1
         groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
     for layer in layers:
-        if offloading(layer.base.leaf) and any("tied_to" in vars(adapter) for adapter in layer.adapters.values()):
+        if offloading(layer.base.leaf) and any(adapter.tied_to for adapter in layer.adapters.values()):
             layer.base.home.apart = True  # offloading gave it a weight of its own
     for weight, group in groups.items():
         if len(users.get(weight, ())) < 2:
@@ -544,7 +544,7 @@ def mark_shared(model: nn.Module, layers: list[Layer], names: list[str] | None) 
             new = layer.active_adapters if names is None else names
             for name in {*layer.merged_adapters, *new} & layer.adapters.keys():
                 adapter = layer.adapters[name]
-                held[layer.base.leaf].add(vars(adapter).get("tied_to", adapter))
+                held[layer.base.leaf].add(adapter.tied_to or adapter)
         apart = any(adapters != next(iter(held.values())) for adapters in held.values())
         for layer in group:
             if apart and layer.base.changed and not layer.base.home.apart:

@@ -225,7 +225,7 @@ class Ties:
                     stacklevel=2,
                 )
                 continue
-            vars(adapter)["tied_to"] = source
+            adapter.tied_to = source
             adapter.tie_to(source)
             adapter.layer.register_forward_pre_hook(Tie(adapter, source))
 

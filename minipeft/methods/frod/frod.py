@@ -56,6 +56,7 @@ class FRoD(Delta, config=FrodConfig):
     prefix = "frod_lambda_"
     shares = True
     must_agree = ("projection_prng_key", "save_projection", "runtime_offload_base_weight")
+    fresh: tuple[Any, Any] = (None, None)  # V and the U that was computed from it, until the adapter is accepted
 
     @classmethod
     def keeps(cls, slot: str, config: Any) -> bool:
@@ -89,7 +90,7 @@ class FRoD(Delta, config=FrodConfig):
         l = torch.empty(self.base.in_features)
         if not self.base.on_meta:
             U, l = split(self.base.read()[0].detach(), self.frod_V)
-            vars(self)["fresh"] = self.frod_V, U
+            self.fresh = self.frod_V, U
         s = l.new_zeros(self.frod_s_indices.shape[1])
         if not c.init_weights:
             nn.init.normal_(s, std=0.1)
@@ -98,7 +99,7 @@ class FRoD(Delta, config=FrodConfig):
         self.on_commit(self.after_load)
 
     def after_load(self) -> None:
-        V, U = vars(self).pop("fresh", (None, None))
+        (V, U), self.fresh = self.fresh, (None, None)
         if V is not self.frod_V:  # PEFT: U stays as it was, whatever V is loaded
             U = split(self.base.read()[0].detach(), self.frod_V)[0]
         self.frod_U = U

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,6 +37,8 @@ STEPS, EPSILON = 15, 1e-8  # of the power iteration
 
 class Arrow(Factors, Routed, config=LoraConfig, variant="arrow_config"):
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
+    computed: tuple[Any, Any, Any] = None, (), None  # the last prototypes, with the names and factors they are of
+    starts: Mapping[str, Tensor] = {}  # by expert: so that without a seed, too, each is drawn only once
 
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:
@@ -95,22 +97,22 @@ class Arrow(Factors, Routed, config=LoraConfig, variant="arrow_config"):
         """P (experts, in), computed anew when an expert came, went or changed. PEFT: not when it changed."""
         weights = [f for fs in factors(tasks + general) for f in fs]
         names = [expert.name for expert in tasks + general]
-        known, of, P = vars(self).get("kept", (None, (), None))
+        known, of, P = self.computed
         if known != names or not all(map(same, of, weights)):
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(weights[0].device.type, enabled=False):
                 of = [f.clone() for f in weights]  # also changes that torch does not see are seen by their values
                 P = torch.stack([self.direction(*AB) for AB in zip(names, *self.purified(tasks, general))])
-            vars(self)["kept"] = names, of, P
+            self.computed = names, of, P
         return P
 
     def direction(self, name: str, A: Tensor, B: Tensor) -> Tensor:
         """The right singular vector (in,) of B A with the largest singular value, in float32 and then as A."""
-        starts = vars(self).setdefault("starts", {})  # so that without a seed, too, an expert's is drawn only once
-        if name not in starts:
+        if name not in self.starts:
             seed = self.config.arrow_config.rng_seed
             generator = None if seed is None else torch.Generator(A.device).manual_seed(seed)
-            starts[name] = torch.randn(A.shape[1], device=A.device, generator=generator)
-        v, dtype = starts[name].to(A.device), A.dtype
+            start = torch.randn(A.shape[1], device=A.device, generator=generator)
+            self.starts = {**self.starts, name: start}
+        v, dtype = self.starts[name].to(A.device), A.dtype
         v = v / (v.norm() + EPSILON)
         A, B = A.float(), B.float()
         C = B.t() @ B  # (r, r)

@@ -67,7 +67,7 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
     @torch.no_grad()
     def at_start(self) -> Tensor:
         """The row norms at the start, (out,); on the accelerator with `ephemeral_gpu_offload`."""
-        W = vars(self).get("left", self.base.read()[0])
+        W = self.base.read()[0] if self.left is None else self.left
         offload = self.config.runtime_config.ephemeral_gpu_offload and not W.is_meta
         there = torch.device("cuda") if offload else self.device
         W, A, B = (t.to(there) for t in (W, *self.factors()))

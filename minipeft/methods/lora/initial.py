@@ -74,10 +74,15 @@ def leave(adapter: Any, W: Tensor) -> None:
     """Let W (out, in) be what is in the frozen layer, once the adapter is accepted; till then it is `adapter.left`."""
     check_unmerged(adapter)
     adapter.base.check_writes(W)
-    own = vars(adapter)
-    if "left" not in own:
-        adapter.on_commit(lambda: replace(adapter.base, own.pop("left")))
-    own["left"] = W
+    if adapter.left is None:
+        adapter.on_commit(lambda: settle(adapter))
+    adapter.left = W
+
+
+def settle(adapter: Any) -> None:
+    """Make what the adapter leaves the frozen weight."""
+    replace(adapter.base, adapter.left)
+    adapter.left = None
 
 
 def replace(base: Any, W: Tensor) -> None:

@@ -28,6 +28,7 @@ from .lora import Factors, LoraConfig
 
 class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
     rewrites = True
+    late: bool = False  # True: the weight had no values yet
     bases: ClassVar[tuple[str, ...]] = ("Linear",)
 
     @classmethod
@@ -53,10 +54,10 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
         for adapter in adapters:
             W = adapter.base.cell
             if W.is_meta:
-                vars(adapter)["late"] = True
+                adapter.late = True
             else:
-                before = left.get(id(W), vars(adapter).get("left", adapter.base.read()[0]))
-                left[id(W)] = truncated(before, adapter.r)
+                before = left.get(id(W), adapter.left)
+                left[id(W)] = truncated(adapter.base.read()[0] if before is None else before, adapter.r)
                 leave(adapter, left[id(W)])
 
     @lasting()
@@ -66,10 +67,10 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
             raise ConfigError(f"The weight of '{self.path}' is on the meta device: load the model before running it.")
         check_unmerged(self)
         replace(self.base, truncated(self.base.read()[0], self.r))
-        del vars(self)["late"]
+        self.late = False
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if "late" in vars(self):
+        if self.late:
             self.catch_up()
         return super().forward(x, inner, *args, **kwargs)
 
@@ -80,7 +81,7 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
         return self.base.low_rank_delta(self.lora_A, self.lora_B, self.scaling * self.lora_diag[:, None])  # (out, in)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if "late" in vars(self):
+        if self.late:
             raise MergeError(f"KaSA was added to '{self.path}' before its weight was loaded: run the model once first.")
         return W + self.delta(), self.shifted(b)
 

@@ -43,6 +43,7 @@ class Factors(Adapter):
     # of hot swapping
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
     fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
+    left: Tensor | None = None  # the frozen weight as it will be once the adapter is accepted
     padded: Mapping[str, Any] = {}  # slots with zeros behind their factor, and its shape without those
 
     @classmethod

@@ -121,7 +121,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
         self.peft_config = self.model.peft_config = {name: config, **self.peft_config}
         for number, layer in enumerate(layers(self.model)):
             for expert, adapter in layer.adapters.items():
-                vars(adapter).update(layer_number=number, expert=int(expert))
+                adapter.layer_number, adapter.expert = number, int(expert)
         self.set_adapter(name, config.inference_mode)
         before = self.model.register_forward_pre_hook(self.route, with_kwargs=True)
         after = self.model.register_forward_hook(self.forget, always_call=True)

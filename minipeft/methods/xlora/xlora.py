@@ -85,8 +85,8 @@ class XLoRA(Routed, Factors, config=XLoraConfig):
 
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Embedding")  # PEFT: also Conv2d, which sees no tokens
     shares = True  # there is a classifier beside the layers
-    layer_number: int  # of this layer, among all that have adapters
-    expert: int  # number of this adapter
+    layer_number = 0  # of this layer, among all that have adapters
+    expert = 0  # number of this adapter
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (batch, length, ..., out)
