@@ -77,7 +77,7 @@ class MergeError(PeftError, NotImplementedError, ValueError):
     """The adapter cannot be written into the frozen weights, or doing so would give non-finite numbers."""
 
 
-class BatchError(PeftError, ValueError):
+class BatchError(PeftError, ValueError, TypeError):
     """A mixed batch (`adapter_names=[...]`) or a task id does not fit the input."""
 
 
