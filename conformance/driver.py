@@ -109,12 +109,13 @@ class Driver:
     def unmerge(self) -> None:
         raise Unsupported("unmerge")
 
-    def unload(self, merge: bool) -> None:
-        """Take the adapters off for good, merged or not; afterwards the model is the bare base model."""
+    def unload(self, merge: bool, names: list | None = None) -> None:
+        """Take the adapters off for good, those that are active, or named, merged or not; afterwards the model is the
+        bare base model."""
         raise Unsupported("unload")
 
-    def switch(self, names: list) -> None:
-        """Make these adapters the active ones, in this order."""
+    def switch(self, names: list, for_use: bool = False) -> None:
+        """Make these adapters the active ones, in this order; `for_use`: nothing of them is trained."""
         raise Unsupported("switch adapters")
 
     def disable(self, off: bool) -> None:
@@ -124,6 +125,11 @@ class Driver:
     def active(self) -> list:
         """The names of the active adapters, in their order."""
         raise Unsupported("tell the active adapters")
+
+    def status(self) -> dict:
+        """What the library tells of its adapters: {"layers": {path: what}, "model": what}, with PEFT's names of
+        `get_layer_status` and `get_model_status`."""
+        raise Unsupported("tell of each layer")
 
     def train(self, on: bool) -> None:
         """Training mode, in which dropout acts, or evaluation mode, as after `build`. The mode stays until it is set

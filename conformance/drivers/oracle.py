@@ -230,6 +230,12 @@ class Oracle(Driver):
         if adapter_names is not None:
             if not self.method.laws.mixed_batch:
                 raise Unsupported("mixed batches of this method")
+            if self.off:
+                adapter_names = [None] * len(adapter_names)
+            elif self.merged or set(adapter_names) - {None, *self.adapters}:
+                raise Rejected(f"one run for {adapter_names}, of {[*self.adapters]}, merged: {self.merged}")
+            if len(adapter_names) != len(next(iter(inputs.values()))):
+                raise Rejected("as many names as samples")
             picked = [self.run(inputs, [] if n is None else [n])[i] for i, n in enumerate(adapter_names)]
             return self.rounded(np.stack(picked))
         return self.rounded(self.run(inputs, [] if self.off else self.merged or self.chosen))
@@ -349,6 +355,18 @@ class Oracle(Driver):
     def active(self):
         return list(self.chosen)
 
+    def status(self):
+        at = {name: set(self.targets(config)) for name, (config, _) in self.adapters.items()}
+        on = {name: self.asked.get(name, name in self.chosen and not self.off) for name in at}
+        layers, rest = {}, {"enabled": not self.off, "active_adapters": list(self.chosen)}
+        for path in self.targets(self.case.config):
+            there = sorted(name for name in at if path in at[name])
+            layers[path] = {**rest, "available_adapters": there, "requires_grad": {name: on[name] for name in there},
+                            "merged_adapters": [name for name in self.merged if name in there]}
+        numbers = dict(zip(("trainable_params", "total_params"), self.count()))
+        return {"layers": layers, "model": {
+            **rest, **numbers, "num_adapter_layers": len(layers), "requires_grad": on,
+            "available_adapters": sorted(at), "merged_adapters": sorted(self.merged)}}
 
     def count(self):
         if self.case is None:
@@ -366,15 +384,15 @@ class Oracle(Driver):
     def unmerge(self):
         self.merged = []
 
-    def unload(self, merge):
-        left = self.folded(self.chosen) if merge else self.base_weights
+    def unload(self, merge, names=None):
+        left = self.folded(names or self.chosen) if merge else self.base_weights
         for config, tensors in (self.adapters[name] for name in self.chosen if not merge):
             left = formulas.with_saved_modules(left, tensors, config)
         self.base_weights = left
         self.adapters, self.chosen, self.merged = {}, [], []
 
-    def switch(self, names):
-        self.chosen, self.merged, self.asked = list(names), [], {}
+    def switch(self, names, for_use=False):
+        self.chosen, self.merged, self.asked = list(names), [], dict.fromkeys(names, False) if for_use else {}
 
     def disable(self, off):
         self.asked = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import importlib
 import importlib.metadata
 import inspect
@@ -98,7 +99,7 @@ class PeftApi(Driver):
 
     def begin(self):
         """Another model: enabled, in evaluation mode."""
-        self.training, self.disabled = False, []
+        self.training, self.disabled, self.mixes = False, [], False
         self.rescaled: Any = None
 
     def info(self):
@@ -246,11 +247,15 @@ class PeftApi(Driver):
             more["adapter_names"] = ["__base__" if n is None else n for n in adapter_names]
             try:
                 with torch.no_grad():
-                    return to_numpy(self.run(first, more))
+                    answer = to_numpy(self.run(first, more))
             except (TypeError, ValueError) as e:
+                if self.mixes:  # such batches are known, and this one is refused
+                    raise Rejected(f"{type(e).__name__}: {e}") from e
                 if "adapter_names" not in str(e):
                     raise
                 raise Unsupported(f"mixed batches: {e}") from e  # it does not know the argument, or refuses it
+            self.mixes = True
+            return answer
         with torch.no_grad(), rejecting():
             return to_numpy(self.run(first, more))
 
@@ -324,14 +329,17 @@ class PeftApi(Driver):
         with rejecting():
             self.model.unmerge_adapter()
 
-    def unload(self, merge):
+    def unload(self, merge, names=None):
+        named = {"adapter_names": names} if names else {}
         with rejecting():
-            self.model = self.model.merge_and_unload() if merge else self.model.unload()
+            self.model = self.model.merge_and_unload(**named) if merge else self.model.unload()
 
-    def switch(self, names):
+    def switch(self, names, for_use=False):
         with rejecting():
+            if for_use and "inference_mode" not in inspect.signature(self.model.set_adapter).parameters:
+                raise Unsupported("set_adapter takes no inference_mode")
             if len(names) == 1:
-                self.model.set_adapter(names[0])
+                self.model.set_adapter(names[0], **({"inference_mode": True} if for_use else {}))
             else:
                 self.model.base_model.set_adapter(list(names))
         self.model.train(self.training)
@@ -345,6 +353,13 @@ class PeftApi(Driver):
 
     def active(self):
         return list(self.model.active_adapters)
+
+    def status(self):
+        if not hasattr(self.model, "get_model_status"):
+            raise Unsupported("no get_model_status")
+        layers, model = self.model.get_layer_status(), dataclasses.asdict(self.model.get_model_status())
+        found = {row.name.removeprefix("model."): dataclasses.asdict(row) for row in layers}
+        return {"layers": found, "model": model}
 
     def train(self, on):
         self.training = on

@@ -177,6 +177,52 @@ def add_then_fail(o, right, name, config):
     taken.discard(name)
 
 
+def mixed_as_at_first(o, right, inputs, adapter_names=None):
+    """Of the layers of an adapter that is not on all of them, those of the first one count."""
+    if adapter_names is None:
+        return right(inputs, adapter_names)
+    first = o.adapters["default"][0]["target_modules"]
+    lost = {n for n, (c, _) in o.adapters.items() if not set(first[:1]) & set(c["target_modules"])}
+    return right(inputs, [None if n in lost else n for n in adapter_names])
+
+
+def mixed_anything(o, right, inputs, adapter_names=None):
+    """Names that are not there count as none; too few names are filled up."""
+    if adapter_names is None:
+        return right(inputs, adapter_names)
+    names = [n if n in o.adapters else None for n in adapter_names]
+    return right(inputs, names + [None] * (len(next(iter(inputs.values()))) - len(names)))
+
+
+def mixed_when_off(o, right, inputs, adapter_names=None):
+    off, o.off = o.off, 0 if adapter_names else o.off
+    try:
+        return right(inputs, adapter_names)
+    finally:
+        o.off = off
+
+
+def mixed_leaves_its_names(o, right, inputs, adapter_names=None):
+    """After a batch was refused the next one is for its names."""
+    left = vars(o).pop("left", None)
+    try:
+        return right(inputs, adapter_names or left)
+    except Exception:
+        o.left = adapter_names
+        raise
+
+
+def tells(change):
+    """What is told of the layers and of the model is another thing."""
+    def status(o, right):
+        found = right()
+        for what in (*found["layers"].values(), found["model"]):
+            what.update(change(o, what))
+        return found
+
+    return {"status": status}
+
+
 def indices_in_bytes(o, right, name="default"):
     return {k: v % 256 if "indices" in k else v for k, v in right(name).items()}
 
@@ -192,6 +238,29 @@ FAULTS = {
             "words": lambda o, right, count: np.resize(np.unique(right(999), axis=0)[:4], right(count).shape)}, "usage",
           ("usage/vocabulary",))),
     "lora": (
+    f("mixed-by-the-first-one's-layers", "in a mixed batch adapters act where the first one's first layer is, or nowhere",
+      {"forward": mixed_as_at_first}, "usage", ("usage/mixed-batches-of-many",)),
+    f("mixed-when-off", "in a mixed batch adapters act that are off", {"forward": mixed_when_off}, "usage",
+      ("usage/mixed-batches-of-many",)),
+    f("mixed-anything", "a batch for names that are not there, or too few, is taken", {"forward": mixed_anything}, "usage",
+      ("usage/mixed-batches-refused", "usage/mixed-batches-refused-unchanged")),
+    f("mixed-leaves-its-names", "the names of a batch that was refused are those of the next one",
+      {"forward": mixed_leaves_its_names}, "usage", ("usage/mixed-batches-refused-unchanged",)),
+    f("merges-the-active-one", "merging for good does not read the names", {
+        "unload": lambda o, right, merge, names=None: right(merge)}, "usage", ("usage/merged-by-name",)),
+    f("tells-of-all-adapters", "a layer is told to have all adapters of the model",
+      tells(lambda o, what: {"available_adapters": sorted(o.adapters)}), "usage", ("usage/status",)),
+    f("tells-the-first-as-active", "the first adapter is told to be active",
+      tells(lambda o, what: {"active_adapters": [*o.adapters][:1]}), "usage", ("usage/status",)),
+    f("tells-what-is-there-as-trained", "every adapter that is there is told to be trained",
+      tells(lambda o, what: {"requires_grad": dict.fromkeys(what["requires_grad"], True)}), "usage",
+      ("usage/status",)),
+    f("tells-nothing-of-merging", "no adapter is told to be merged", tells(lambda o, what: {"merged_adapters": []}),
+      "usage", ("usage/status",)),
+    f("tells-enabled", "adapters are told to be on when they are off", tells(lambda o, what: {"enabled": True}), "usage",
+      ("usage/status",)),
+    f("switched-for-use-and-trained", "an adapter that is switched to for use is trained",
+      {"switch": lambda o, right, names, for_use=False: right(names)}, "usage", ("usage/status",)),
     f("merges-what-is-infinite", "safe_merge looks for what is no number alone",
       {"safe_merge": merges_what_is_infinite}, "usage", ("usage/safe-merge",)),
     f("pruned-at-random-not-rescaled", "what DARE keeps is not divided by the density",

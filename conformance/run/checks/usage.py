@@ -18,7 +18,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import run
-from . import bookkeeping
+from . import bookkeeping, several
 from .bookkeeping import for_use, same_output, trained
 from .combining import COMBINED, COMBINED_TOO, combine, combine_ia3, dare
 from .goldens import same_set, start
@@ -460,7 +460,7 @@ def of_every_method():
                        c.config.get("modules_to_save") for c in store.packs()[m.name].cases),
                    sixteen_bits: layers and m.name != "ln_tuning" and m.tensors.gauges is None,
                    safe_merge: m.merges, set_scale: m.merges and (m.laws.scales or m.name in SCALED),
-                   rescale: m.merges and m.laws.scales, **bookkeeping.of(m)}
+                   rescale: m.merges and m.laws.scales, **bookkeeping.of(m), **several.of(m)}
         for function, does in applies.items():
             if does:
                 yield m, function.__name__.replace("_", "-"), partial(function, case=case, method=m)

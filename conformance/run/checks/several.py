@@ -1,0 +1,181 @@
+"""Several adapters in one model: batches in which each sample names its own, text that such batches generate, what the
+library tells of the layers, and merging for good by name.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...reference import formulas
+from ...reference.compare import Failure, close
+from ...reference.draw import draw_adapter, rng_of
+from ...reference.methods import methods
+from . import bookkeeping
+from .goldens import start
+from .reject import refuse
+
+NAMES = ("third", "default", None, "other", "third", None, "default")
+
+
+def longer(inputs: dict, count: int) -> dict:
+    """A batch of as many samples, no two of which are the same."""
+    rng = rng_of("longer")
+    found = {}
+    for name, value in inputs.items():
+        value = np.resize(value, (count, *np.shape(value)[1:]))
+        found[name] = value + 0.25 * rng.normal(size=value.shape) if value.dtype.kind == "f" else np.stack(
+            [np.roll(v, i) if v.ndim else v for i, v in enumerate(value)])
+    return found
+
+
+def added(driver, case, method) -> dict:
+    """Put the adapters "other" and "third" beside the case's, each on one of its layers; name -> (config, tensors)."""
+    start(driver, case, "float32")
+    found = {"default": (case.config, case.tensors("adapter"))}
+    targets = case.config["target_modules"]
+    ranks = {"r": case.config["r"] - 1} if method.name in ("lora", "dora") else {}
+    for name, target, more in (("other", targets[-1:], ranks), ("third", targets[:1], {})):
+        config = bookkeeping.second_of(case, method, target_modules=target, **more)
+        driver.add(name, config)
+        state = driver.state_dict(name)
+        tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng_of(name))
+        driver.load(tensors, name)
+        found[name] = config, tensors
+    return found
+
+
+def outputs_of(adapters, case, method, inputs) -> dict:
+    """Name, or None -> the output with that adapter."""
+    found = {name: formulas.output(method, case.base, case.tensors("base"), tensors, config, inputs)
+             for name, (config, tensors) in adapters.items()}
+    return {**found, None: formulas.output(methods()["lora"], case.base, case.tensors("base"), {}, {}, inputs)}
+
+
+def mixed_batches_of_many(driver, case, method):
+    """A batch of three adapters and none, in no order, where each adapter is on other layers."""
+    adapters = added(driver, case, method)
+    inputs = longer(case.tensors("input"), len(NAMES))
+    alone = outputs_of(adapters, case, method, inputs)
+    driver.switch(["other"])
+    for what, names in (("", NAMES), (" again", NAMES[::-1]), (" of one adapter", ["third"] * len(NAMES)),
+                        (" of none", [None] * len(NAMES))):
+        close(f"output of a batch{what} for {[*names]}, another being active", driver.forward(inputs, [*names]),
+              np.stack([alone[name][i] for i, name in enumerate(names)]), "float32")
+    close("output after such batches", driver.forward(inputs), alone["other"], "float32")
+    driver.disable(True)
+    close("output of such a batch while adapters are off", driver.forward(inputs, [*NAMES]), alone[None], "float32")
+
+
+def ready(driver, case, method):
+    """A model that has answered a batch of three adapters; the inputs, and what "other" makes of them."""
+    adapters = added(driver, case, method)
+    inputs = longer(case.tensors("input"), len(NAMES))
+    driver.switch(["other"])
+    driver.forward(inputs, [*NAMES])
+    return inputs, outputs_of(adapters, case, method, inputs)["other"]
+
+
+WRONG = {"an adapter that is not there": ["nobody", *NAMES[1:]], "fewer samples than there are": [*NAMES[1:]]}
+
+
+def mixed_batches_refused(driver, case, method):
+    """Batches that name no adapter, or too few, or where one is merged."""
+    for what, names in WRONG.items():
+        inputs, _ = ready(driver, case, method)
+        refuse(f"a batch for {what}", lambda: driver.forward(inputs, names))
+    if method.merges:
+        inputs, _ = ready(driver, case, method)
+        driver.merge()
+        refuse("a batch for several adapters, one being merged,", lambda: driver.forward(inputs, [*NAMES]))
+
+
+def mixed_batches_refused_unchanged(driver, case, method):
+    """After a batch was refused the model is as before."""
+    inputs, alone = ready(driver, case, method)
+    for what, names in WRONG.items():
+        refuse(f"a batch for {what}", lambda: driver.forward(inputs, names))
+        close(f"output after a batch for {what} was refused", driver.forward(inputs), alone, "float32")
+
+
+def merged_by_name(driver, case, method):
+    """Adapters that are not active, merged for good by their names; the others go."""
+    adapters = added(driver, case, method)
+    inputs = case.tensors("input")
+    alone = outputs_of(adapters, case, method, inputs)
+    driver.unload(True, ["other"])
+    close("output after merging for good an adapter that was not active", driver.forward(inputs), alone["other"],
+          "float32")
+
+
+def told(adapters: dict, paths, active, merged=(), on=True, trains=True) -> dict:
+    """What is to be told of layers at `paths`: `adapters` names those that each adapter is on."""
+    def trained(name):
+        return trains and on and name in active
+
+    layers = {}
+    for path in paths:
+        there = sorted(name for name, at in adapters.items() if path in at)
+        layers[path] = {"enabled": on, "active_adapters": list(active), "available_adapters": there,
+                        "merged_adapters": [name for name in merged if name in there],
+                        "requires_grad": {name: trained(name) for name in there}}
+    return {"layers": layers, "model": {
+        "num_adapter_layers": len(layers), "enabled": on, "active_adapters": list(active),
+        "available_adapters": sorted(adapters), "merged_adapters": sorted(merged),
+        "requires_grad": {name: trained(name) for name in adapters}}}
+
+
+def status(driver, case, method):
+    """What the library tells of each layer and of the model, while adapters are added, switched, merged and deleted."""
+    def check(what, *active, merged=(), on=True, trains=True):
+        got, want = driver.status(), told(at, paths, active, merged, on, trains)
+        numbers = list(driver.count())
+        if (tells := [got["model"].pop(k, None) for k in ("trainable_params", "total_params")]) != numbers:
+            raise Failure(f"numbers of parameters that are told {what}", expected=str(numbers), got=str(tells))
+        for part, held in (("the model", (got["model"], want["model"])),
+                           *((path, (got["layers"].get(path, {}), want["layers"][path])) for path in paths)):
+            wrong = {k: held[0].get(k, "nothing") for k in held[1] if held[0].get(k, "nothing") != held[1][k]}
+            if wrong:
+                raise Failure(f"what is told of {part} {what}: {', '.join(wrong)}",
+                              expected=str({k: held[1][k] for k in wrong}), got=str(wrong))
+        if more := sorted(set(got["layers"]) - set(paths)):
+            raise Failure(f"layers that are told of {what}", expected=str(sorted(paths)), got=str(more))
+
+    paths, targets = list(case.targets), list(case.config["target_modules"])
+    driver.build(case.base, case.tensors("base"), case.config, "float32", case=case.id)
+    at = {"default": set(paths)}
+    check("of a new adapter", "default")
+    driver.add("other", bookkeeping.second_of(case, method, target_modules=targets[:1]))
+    at["other"] = {path for path in paths if path.rpartition(".")[2] == targets[0]}
+    check("after adding another", "default")
+    driver.switch(["other"])
+    check("after switching to it", "other")
+    driver.disable(True)
+    check("while it is off", "other", on=False)
+    driver.disable(False)
+    check("when it is on again", "other")
+    driver.switch(["default"])
+    if method.merges:
+        driver.merge()
+        check("while merged", "default", merged=["default"])
+        driver.unmerge()
+    driver.switch(["default"], True)
+    check("after switching to an adapter for use", "default", trains=False)
+    driver.switch(["other"])
+    driver.delete("default")
+    del at["default"]
+    check("after deleting the first", "other")
+
+
+OWN_TENSORS = ("ln_tuning", "randlora")  # the base model's, or some that all adapters share
+TELL_OTHERWISE = ("ln_tuning", "osf", "tinylora", "unilora", "vblora")  # every layer holds what all layers share
+
+
+def of(method) -> dict:
+    """Function -> whether it can be asked of a method."""
+    targets = method.rows[0].config.get("target_modules")
+    several = bool(method.formula or method.run) and isinstance(targets, list) and len(targets) > 1 \
+        and not method.laws.single and not method.laws.second
+    plain = several and method.tensors.gauges is None and method.name not in OWN_TENSORS
+    mixes = plain and method.laws.mixed_batch and not method.laws.whole_batch
+    return {mixed_batches_of_many: mixes, mixed_batches_refused: mixes, mixed_batches_refused_unchanged: mixes,
+            merged_by_name: plain and method.merges, status: several and method.name not in TELL_OTHERWISE}
