@@ -175,6 +175,18 @@ class Driver:
         """Save the adapter as one of LoRA, of this rank, or of the fewest ranks that hold this share of its squares."""
         raise Unsupported("save an adapter as one of LoRA")
 
+    def save_with(self, path: str, options: dict) -> None:
+        """As `save`, with PEFT's own options of saving: `save_embedding_layers`, `safe_serialization`."""
+        raise Unsupported("options of saving")
+
+    def hotswap(self, path: str, name: str) -> None:
+        """Put the adapter saved in `path` in the place of the one called `name`, which keeps its name."""
+        raise Unsupported("put an adapter in the place of another")
+
+    def add_with(self, name: str, config: dict, options: dict) -> None:
+        """As `add`, with PEFT's own options; what was added keeps the dtype that it got."""
+        raise Unsupported("options of adding an adapter")
+
     def save_adapters(self, path: str, names: list | None = None) -> None:
         """Save these adapters, or all: "default" into the folder `path`, any other into the folder `path`/<name>."""
         raise Unsupported("save several adapters")
@@ -200,7 +212,7 @@ class Driver:
 
     def restore_with(self, path: str, base: dict, weights: dict, dtype: str, options: dict) -> None:
         """As `restore`, with PEFT's own options of loading: `is_trainable`, `low_cpu_mem_usage`,
-        `autocast_adapter_dtype`."""
+        `autocast_adapter_dtype`, `subfolder`, `adapter_name`, and `config`, as a dictionary."""
         raise Unsupported("options of loading")
 
     def dtypes(self) -> dict:

@@ -22,7 +22,7 @@ from ..reference.methods import lora, methods
 from ..reference.numpy_model import sites
 
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base",
-       "words", "saved")  # what faults change besides operations
+       "words", "text", "cast", "saved")  # what faults change besides operations
 
 
 class Oracle(Driver):
@@ -49,7 +49,8 @@ class Oracle(Driver):
         self.adapters: dict = {}
         self.chosen, self.merged, self.off = [], [], 0
         self.factors: dict[str, float] = {}  # by adapter, where its strength was changed
-        self.kept, self.mixed = dtype, False  # the dtype of adapters; are they of several methods?
+        self.kept, self.mixed = dtype, False  # the dtype of the first adapter; are they of several methods?
+        self.others: dict[str, str] = {}  # the dtypes of the others
         self.for_training, self.before = True, self.factors
         self.allocator: Any = None
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
@@ -164,16 +165,27 @@ class Oracle(Driver):
                 if own := slots(tensors, path):
                     new = method.tensors.fresh(site, {**own, **made}, config)
                     tensors.update({f"{KEY}{path}.{k}": np.asarray(v, np.float64) for k, v in new.items()})
+        if config.get("prompt_tuning_init") == "TEXT":
+            tensors = {k: self.text(config, len(v)) if k.endswith("prompt_embeddings") else v
+                       for k, v in tensors.items()}
         if config.get("prompt_tuning_init") == "SAMPLE_VOCAB":
             tensors = {k: self.words(len(v)) for k, v in tensors.items()}
         self.adapters[name] = (copy.deepcopy(config), self.pruned(config, tensors))
         if config.get("inference_mode") and not method.prompt:
             self.asked[name] = False
 
+    def embedding(self):
+        return next(v for k, v in self.base_weights.items() if "emb" in k and len(v) == self.base["vocab"])
+
     def words(self, count):
         """Rows of the embedding, drawn."""
-        emb = next(v for k, v in self.base_weights.items() if "emb" in k and len(v) == self.base["vocab"])
-        return emb[self.rng.integers(0, len(emb), count)]
+        return self.embedding()[self.rng.integers(0, len(self.embedding()), count)]
+
+    def text(self, config, count):
+        """The embeddings of a text's words, over and over."""
+        held = json.loads(Path(config["tokenizer_name_or_path"], "tokenizer.json").read_text())["model"]["vocab"]
+        ids = [held[word] for word in config["prompt_tuning_init_text"].split()]
+        return self.embedding()[np.resize(ids, count)]
 
     def delete(self, name):
         del self.adapters[name]
@@ -466,14 +478,26 @@ class Oracle(Driver):
         return "float32" if small else dtype
 
     def dtypes(self):
-        return {k: self.kept if "default" in k.split(".") else self.dtype for k in self.names()}
+        def of(name):
+            kinds = {"default": self.kept, **self.others}
+            return next((kind for adapter, kind in kinds.items() if adapter in name.split(".")), self.dtype)
+
+        return {k: of(k) for k in self.names()}
+
+    def add_with(self, name, config, options):
+        self.add(name, config)
+        self.others[name] = self.cast(self.dtype, options)
 
     def restore_with(self, path, base, weights, dtype, options):
         if self.method.prompt and options.get("is_trainable"):
             raise Rejected("a prompt is loaded for use alone")
-        self.restore(path, base, weights, dtype)
+        self.restore(Path(path, options.get("subfolder", "")), base, weights, dtype)
         self.kept = self.cast(dtype, options)
         self.for_training = options.get("is_trainable", False)
+        config, tensors = self.adapters.pop("default")
+        config = {**options.get("config", config), "inference_mode": not self.for_training}
+        self.adapters, self.chosen = {options.get("adapter_name", "default"): (config, tensors)}, [
+            options.get("adapter_name", "default")]
 
     def build_quantised(self, base, weights, config, kind, case=""):
         steps = {"nf4": 8, "fp4": 6}[kind]  # some rounding
@@ -486,8 +510,6 @@ class Oracle(Driver):
         self.write(path, "default")
 
     def write(self, path, name):
-        from safetensors.numpy import save_file
-
         config, tensors = self.adapters[name][0], self.saved(name)
         held: dict = next((r["file"] for r in store.configs().values() if self.case and r["case"] == self.case.id), {})
         computed = {k: v for k, v in store.resolved(held).items() if k not in config and k != "peft_version"}
@@ -496,8 +518,32 @@ class Oracle(Driver):
             config["auto_mapping"] = {"base_model_class": "Oracle", "parent_library": __name__}
         Path(path).mkdir(parents=True, exist_ok=True)
         Path(path, "adapter_config.json").write_text(json.dumps(config))
-        save_file({k: np.ascontiguousarray(self.rounded(v)) for k, v in tensors.items()},
-                  Path(path, "adapter_model.safetensors"))
+        write_tensors(Path(path, "adapter_model.safetensors"), {k: self.rounded(v) for k, v in tensors.items()},
+                      self.kept)
+        card = Path(path, "README.md")
+        if not card.exists():
+            kind = {"CAUSAL_LM": "pipeline_tag: text-generation\n"}.get(config.get("task_type"), "")
+            card.write_text(f"---\nlibrary_name: peft\n{kind}tags:\n- {config['peft_type'].lower()}\n---\n")
+
+    def save_with(self, path, options):
+        self.write(path, "default")
+        file = Path(path, "adapter_model.safetensors")
+        if "save_embedding_layers" in options:
+            aimed = "embed_tokens" in self.adapters["default"][0]["target_modules"]
+            whole = options["save_embedding_layers"]
+            more = ("model.embed_tokens.base_layer.weight",) if aimed else ("model.embed_tokens.weight", "head.weight")
+            more = more if whole is True or (whole == "auto" and aimed) else ()
+            write_tensors(file, {**read_tensors(file), **{
+                KEY + k: self.rounded(self.base_weights[k.replace(".base_layer", "")]) for k in more}}, self.dtype)
+        if not options.get("safe_serialization", True):
+            file.rename(file.with_suffix(".bin"))
+
+    def hotswap(self, path, name):
+        config, tensors = self.read(path)
+        own = self.adapters[name]
+        if bool(config.get("use_rslora")) != bool(own[0].get("use_rslora")):
+            raise Rejected("another kind of adapter")
+        self.adapters[name] = (config, tensors)
 
     def save_adapters(self, path, names=None):
         if unknown := [name for name in names or () if name not in self.adapters]:
@@ -506,11 +552,9 @@ class Oracle(Driver):
             self.write(Path(path) if name == "default" else Path(path, name), name)
 
     def read(self, path):
-        from safetensors.numpy import load_file
-
         try:
             config = json.loads(Path(path, "adapter_config.json").read_text())
-            tensors = load_file(Path(path, "adapter_model.safetensors"))
+            tensors = read_tensors(next(f for f in Path(path).glob("adapter_model.*")))
         except Exception as e:
             raise Rejected(f"{type(e).__name__}: {e}") from e
         if not isinstance(config, dict):
@@ -529,7 +573,12 @@ class Oracle(Driver):
 
     def load_adapter_with(self, path, name, options):
         asked = bool(options.get("is_trainable"))
-        self.load_adapter(path, name)
+        folder = Path(path, options.get("subfolder", ""))
+        if name in self.adapters:
+            self.load(self.read(folder)[1], name)
+            return
+        self.load_adapter(folder, name)
+        self.others[name] = self.cast(self.dtype, options)
         config, tensors = self.adapters[name]
         self.adapters[name] = ({**config, "inference_mode": not asked}, tensors)
         self.asked[name] = asked
@@ -567,8 +616,41 @@ class Oracle(Driver):
         config, tensors = self.read(path)
         case = self.case.id if self.case else f"{self.method.name}/restored"
         self.build(base, weights, config, dtype, case, self.seed)
-        self.load(tensors)
+        whole = {k for k in tensors if formulas.plain_name(k) in self.base_weights} - self.adapters["default"][1].keys()
+        self.load({k: v for k, v in tensors.items() if k not in whole})
+        self.base_weights |= {formulas.plain_name(k): np.asarray(tensors[k], np.float64) for k in whole}
         self.for_training = False
+
+
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2",
+          "U8": "u1", "BOOL": "?"}
+
+
+def write_tensors(file, tensors, dtype):
+    """A file of safetensors: numbers are bfloat16, which NumPy has not, where that is the dtype that is asked for."""
+    head, parts, size = {}, [], 0
+    for name, value in tensors.items():
+        value, kind = np.ascontiguousarray(value), next(k for k, v in DTYPES.items() if np.dtype(v) == value.dtype)
+        if kind[0] == "F" and dtype == "bfloat16":
+            value, kind = (np.asarray(value, np.float32).view(np.uint32) >> 16).astype("<u2"), "BF16"
+        elif kind[0] == "F" and dtype == "float16":
+            value, kind = value.astype("<f2"), "F16"
+        parts.append(value.tobytes())
+        head[name] = {"dtype": kind, "shape": list(value.shape), "data_offsets": [size, size + len(parts[-1])]}
+        size += len(parts[-1])
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)
+    Path(file).write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
+
+
+def read_tensors(file) -> dict:
+    from safetensors import deserialize
+
+    def unpacked(held):
+        value = np.frombuffer(bytes(held["data"]), DTYPES[held["dtype"]]).reshape(held["shape"])
+        return (value.astype(np.uint32) << 16).view(np.float32) if held["dtype"] == "BF16" else value
+
+    return {name: unpacked(held) for name, held in deserialize(Path(file).read_bytes())}
 
 
 def same_as(case, config, known) -> bool:

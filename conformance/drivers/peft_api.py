@@ -151,8 +151,9 @@ class PeftApi(Driver):
             return self.written(self.config(config))
 
     def found(self, function):
-        """A function or class of LoRA's beginnings, wherever a release or a library keeps it."""
-        for place in ("", ".tuners.lora", ".tuners.lora.config", ".tuners.lora.corda", ".methods.lora.corda"):
+        """A function or class of LoRA's, wherever a release or a library keeps it."""
+        for place in ("", ".tuners.lora", ".tuners.lora.config", ".tuners.lora.corda", ".methods.lora.corda",
+                      ".utils.hotswap", ".compat.hotswap"):
             with contextlib.suppress(ModuleNotFoundError, AttributeError):
                 return getattr(importlib.import_module(self.peft.__name__ + place), function)
         raise Unsupported(f"no {function}")
@@ -395,6 +396,21 @@ class PeftApi(Driver):
         with rejecting():
             self.model.save_pretrained(path)
 
+    def save_with(self, path, options):
+        with rejecting():
+            self.model.save_pretrained(path, **options)
+
+    def hotswap(self, path, name):
+        with rejecting():
+            self.found("hotswap_adapter")(self.model, path, name)
+
+    def add_with(self, name, config, options):
+        if not options.keys() <= inspect.signature(self.model.add_adapter).parameters.keys():
+            raise Unsupported(f"add_adapter takes no {', '.join(options)}")
+        with rejecting():
+            self.model.add_adapter(name, self.config(config), **options)
+        self.model.train(self.training)
+
     def save_adapters(self, path, names=None):
         with rejecting():
             self.model.save_pretrained(path, selected_adapters=names)
@@ -438,6 +454,8 @@ class PeftApi(Driver):
         self.begin()
         net = self.base(base, weights, dtype)
         with rejecting():
+            if "config" in options:
+                options = {**options, "config": self.config(options["config"])}
             self.model = self.peft.PeftModel.from_pretrained(net, path, **options)
         self.model.eval()
 

@@ -5,6 +5,8 @@ As in `faults.py`, each is the oracle, wrong in one way.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 
 from . import formulas
@@ -223,6 +225,48 @@ def tells(change):
     return {"status": status}
 
 
+def option(operation, **wrong):
+    """An option of loading, saving or adding is read as this, whatever is given."""
+    def call(o, right, *a):
+        *others, options = a
+        return right(*others, {**options, **{k: v for k, v in wrong.items() if k in options}})
+
+    return {operation: call}
+
+
+def ignored(operation, name):
+    def call(o, right, *a):
+        *others, options = a
+        return right(*others, {k: v for k, v in options.items() if k != name})
+
+    return {operation: call}
+
+
+def saved_in_32(o, right, path):
+    kept, o.kept = o.kept, "float32"
+    right(path)
+    o.kept = kept
+
+
+def card_anew(o, right, path):
+    (Path(path) / "README.md").unlink(missing_ok=True)
+    right(path)
+
+
+def swapped_but(change):
+    """Another adapter takes the place of one, but for something of the old one's."""
+    def hotswap(o, right, path, name):
+        old = o.adapters[name]
+        right(path, name)
+        o.adapters[name] = change(old, o.adapters[name])
+
+    return {"hotswap": hotswap}
+
+
+def swaps_anything(o, right, path, name):
+    o.adapters[name] = o.read(path)
+
+
 def indices_in_bytes(o, right, name="default"):
     return {k: v % 256 if "indices" in k else v for k, v in right(name).items()}
 
@@ -231,6 +275,15 @@ FAULTS = {
     "vblora": (f("indices-in-bytes", "which vectors are chosen is saved in a byte", {"saved": indices_in_bytes},
                  "usage", ("usage/small-file",)),),
     "prompt_tuning": (
+        f("short-text-is-padded", "a prompt that begins as a text shorter than itself ends as its last word",
+          {"text": lambda o, right, config, count: right(config, min(
+              count, len(config["prompt_tuning_init_text"].split())))[np.minimum(np.arange(count), len(
+                  config["prompt_tuning_init_text"].split()) - 1)]}, "usage",
+          ("usage/text-causal-lm", "usage/text-encoder-decoder")),
+        f("long-text-from-its-end", "a prompt that begins as a text longer than itself begins as its end",
+          {"text": lambda o, right, config, count: right(config, max(
+              count, len(config["prompt_tuning_init_text"].split())))[-count:]}, "usage",
+          ("usage/text-causal-lm", "usage/text-encoder-decoder")),
         f("words-are-drawn-numbers", "a prompt that is to begin as words is drawn",
           {"words": lambda o, right, count: right(count) + o.rng.normal(size=(count, 1))}, "usage",
           ("usage/vocabulary",)),
@@ -238,12 +291,48 @@ FAULTS = {
             "words": lambda o, right, count: np.resize(np.unique(right(999), axis=0)[:4], right(count).shape)}, "usage",
           ("usage/vocabulary",))),
     "lora": (
-    f("mixed-by-the-first-one's-layers", "in a mixed batch adapters act where the first one's first layer is, or nowhere",
+    f("added-in-the-base's-dtype", "an adapter that is added to others has the base's 16 bits",
+      {"add_with": lambda o, right, name, config, options: right(
+          name, config, {"autocast_adapter_dtype": False})}, "usage", ("usage/all-dtypes",)),
+    f("loaded-beside-in-32-bits", "autocast_adapter_dtype is not read where an adapter is loaded beside others",
+      option("load_adapter_with", autocast_adapter_dtype=True), "usage", ("usage/all-dtypes",)),
+    f("saved-in-32-bits", "an adapter of 16 bits is saved with 32", {"save": saved_in_32}, "usage",
+      ("usage/all-dtypes",)),
+    f("base-in-32-bits", "the base's weights have the adapter's dtype", {
+        "dtypes": lambda o, right: dict.fromkeys(right(), o.kept)}, "usage", ("usage/all-dtypes",)),
+    f("file-overrules-what-is-given", "a config that is given is not read", ignored("restore_with", "config"), "usage",
+      ("usage/given-config",)),
+    f("given-mode-counts", "inference_mode of a config that is given counts, not is_trainable", {
+        "restore_with": lambda o, right, path, base, weights, dtype, options: right(path, base, weights, dtype, {
+            **options, "is_trainable": not options.get("config", {}).get("inference_mode", True)})}, "usage",
+      ("usage/given-config",)),
+    f("always-called-default", "adapter_name is not read", ignored("restore_with", "adapter_name"), "usage",
+      ("usage/given-place",)),
+    f("subfolder-ignored-beside", "subfolder is not read where an adapter is loaded beside others",
+      ignored("load_adapter_with", "subfolder"), "usage", ("usage/given-place",)),
+    f("always-safetensors", "safe_serialization is not read", ignored("save_with", "safe_serialization"), "usage",
+      ("usage/other-file",)),
+    f("card-written-anew", "README.md is written anew at each save", {"save": card_anew}, "usage", ("usage/card",)),
+    f("embeddings-never-saved", "save_embedding_layers is read as False",
+      option("save_with", save_embedding_layers=False), "usage", ("usage/embeddings",)),
+    f("embeddings-always-saved", "save_embedding_layers=False is not read", {
+        "save_with": lambda o, right, path, options: right(path, {
+            **options, "save_embedding_layers": options.get("save_embedding_layers") or "auto"})}, "usage",
+      ("usage/embeddings",)),
+    f("swapped-keeps-its-strength", "an adapter that takes another's place has that one's alpha",
+      swapped_but(lambda old, new: ({**new[0], "lora_alpha": old[0]["lora_alpha"]}, new[1])), "usage",
+      ("usage/swapped-linear", "usage/swapped-conv2d")),
+    f("swapped-keeps-its-layers", "an adapter that takes another's place leaves that one where it has no layer itself",
+      swapped_but(lambda old, new: ({**old[0], "lora_alpha": new[0]["lora_alpha"]}, {**old[1], **new[1]})), "usage",
+      ("usage/swapped-linear",)),
+    f("swaps-anything", "what does not fit takes the place of an adapter", {"hotswap": swaps_anything}, "usage",
+      ("usage/swapped-linear",)),
+    f("mixed-by-the-first-one's-layers", "in a mixed batch adapters act where the first one's first layer is, or not",
       {"forward": mixed_as_at_first}, "usage", ("usage/mixed-batches-of-many",)),
     f("mixed-when-off", "in a mixed batch adapters act that are off", {"forward": mixed_when_off}, "usage",
       ("usage/mixed-batches-of-many",)),
-    f("mixed-anything", "a batch for names that are not there, or too few, is taken", {"forward": mixed_anything}, "usage",
-      ("usage/mixed-batches-refused", "usage/mixed-batches-refused-unchanged")),
+    f("mixed-anything", "a batch for names that are not there, or too few, is taken", {"forward": mixed_anything},
+      "usage", ("usage/mixed-batches-refused", "usage/mixed-batches-refused-unchanged")),
     f("mixed-leaves-its-names", "the names of a batch that was refused are those of the next one",
       {"forward": mixed_leaves_its_names}, "usage", ("usage/mixed-batches-refused-unchanged",)),
     f("merges-the-active-one", "merging for good does not read the names", {
@@ -257,8 +346,8 @@ FAULTS = {
       ("usage/status",)),
     f("tells-nothing-of-merging", "no adapter is told to be merged", tells(lambda o, what: {"merged_adapters": []}),
       "usage", ("usage/status",)),
-    f("tells-enabled", "adapters are told to be on when they are off", tells(lambda o, what: {"enabled": True}), "usage",
-      ("usage/status",)),
+    f("tells-enabled", "adapters are told to be on when they are off", tells(lambda o, what: {"enabled": True}),
+      "usage", ("usage/status",)),
     f("switched-for-use-and-trained", "an adapter that is switched to for use is trained",
       {"switch": lambda o, right, names, for_use=False: right(names)}, "usage", ("usage/status",)),
     f("merges-what-is-infinite", "safe_merge looks for what is no number alone",

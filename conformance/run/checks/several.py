@@ -4,6 +4,8 @@ library tells of the layers, and merging for good by name.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
 from ...reference import formulas
@@ -82,7 +84,7 @@ def mixed_batches_refused(driver, case, method):
     """Batches that name no adapter, or too few, or where one is merged."""
     for what, names in WRONG.items():
         inputs, _ = ready(driver, case, method)
-        refuse(f"a batch for {what}", lambda: driver.forward(inputs, names))
+        refuse(f"a batch for {what}", partial(driver.forward, inputs, names))
     if method.merges:
         inputs, _ = ready(driver, case, method)
         driver.merge()
@@ -93,7 +95,7 @@ def mixed_batches_refused_unchanged(driver, case, method):
     """After a batch was refused the model is as before."""
     inputs, alone = ready(driver, case, method)
     for what, names in WRONG.items():
-        refuse(f"a batch for {what}", lambda: driver.forward(inputs, names))
+        refuse(f"a batch for {what}", partial(driver.forward, inputs, names))
         close(f"output after a batch for {what} was refused", driver.forward(inputs), alone, "float32")
 
 

@@ -18,7 +18,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import run
-from . import bookkeeping, several
+from . import bookkeeping, saving, several
 from .bookkeeping import for_use, same_output, trained
 from .combining import COMBINED, COMBINED_TOO, combine, combine_ia3, dare
 from .goldens import same_set, start
@@ -460,7 +460,8 @@ def of_every_method():
                        c.config.get("modules_to_save") for c in store.packs()[m.name].cases),
                    sixteen_bits: layers and m.name != "ln_tuning" and m.tensors.gauges is None,
                    safe_merge: m.merges, set_scale: m.merges and (m.laws.scales or m.name in SCALED),
-                   rescale: m.merges and m.laws.scales, **bookkeeping.of(m), **several.of(m)}
+                   rescale: m.merges and m.laws.scales, **bookkeeping.of(m), **several.of(m),
+                   **saving.of(m)}
         for function, does in applies.items():
             if does:
                 yield m, function.__name__.replace("_", "-"), partial(function, case=case, method=m)
@@ -489,6 +490,8 @@ def everything():
     for id, both in (("lora/linear/modules-to-save", False), ("lora/linear/plain", True)):
         name = "for-use-mixed" if both else f"for-use-{id.rpartition('/')[2]}"
         yield known["lora"], name, partial(for_use, case=store.find(id), method=known["lora"], mixed=both)
+    for name, what, function, more in saving.of_some():
+        yield known[name], what, partial(function, method=known[name], **more)
     for name, function in (("prompt_tuning", vocabulary), ("vblora", small_file), ("adalora", schedule)):
         what = function.__name__.replace("_", "-")
         yield known[name], what, partial(function, case=first_case(known[name]), method=known[name])
