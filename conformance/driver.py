@@ -171,8 +171,8 @@ class Driver:
         """
         raise Unsupported("save an adapter as one for the unchanged base model")
 
-    def save_as_lora(self, path: str, rank: float) -> None:
-        """Save the adapter as one of LoRA, of this rank, or of the fewest ranks that hold this share of its squares."""
+    def save_as_lora(self, path: str, rank: float, name: str = "default") -> None:
+        """Save an adapter as one of LoRA, of this rank, or of the fewest ranks that hold this share of its squares."""
         raise Unsupported("save an adapter as one of LoRA")
 
     def save_with(self, path: str, options: dict) -> None:
@@ -240,8 +240,8 @@ class Driver:
         """Make the adapter `new` of others; `options` as of PEFT's `add_weighted_adapter`. The active ones stay."""
         raise Unsupported("make an adapter of others")
 
-    def generate(self, inputs: dict, count: int):
-        """The ids of the input, and `count` more, each the likeliest next one."""
+    def generate(self, inputs: dict, count: int, names: list | None = None, beams: int = 1):
+        """The ids of the input, and `count` more, each the likeliest next one; `names`: one adapter for each sample."""
         raise Unsupported("generate")
 
     def build_quantised(self, base: dict, weights: dict, config: dict | None, kind: str, case: str = "") -> None:

@@ -234,8 +234,13 @@ class Oracle(Driver):
         weights = self.base_weights
         for name in names:
             method, tensors, config = self.of(name)
+            before, factor = weights, 1.0
+            if not {"alpha", "lora_alpha"} & self.adapters[name][0].keys():
+                factor = self.factors.get(name, 1.0)
             weights, _ = formulas.adapted(method, self.base, weights, tensors, config,
                                           formula=self.faulty.get("formula"), frozen=self.base_weights)
+            if factor != 1:
+                weights = {k: before[k] + factor * (v - before[k]) for k, v in weights.items()}
         return weights
 
     def forward(self, inputs, adapter_names=None):
@@ -435,6 +440,8 @@ class Oracle(Driver):
         self.merge(names)
 
     def combine(self, names, weights, new, options):
+        if unknown := set(names) - self.adapters.keys():
+            raise Rejected(f"no adapter {unknown}")
         configs = [self.adapters[name][0] for name in names]
         tensors = [self.adapters[name][1] for name in names]
         if options.get("combination_type", "").startswith("dare") and options["density"] < 1:
@@ -445,23 +452,35 @@ class Oracle(Driver):
             return
         if self.method.name != "lora":
             raise Unsupported("make an adapter of others of this method")
-        found, rank = {}, 0
-        for path in self.targets(configs[0]):
+        found, ranks = {}, {}
+        ways = ("linear", "cat", "svd", "ties", "magnitude_prune", "dare_linear", "dare_ties")
+        how = options.get("combination_type", "svd") if len(names) > 1 else "linear"
+        if how.removesuffix("_svd") not in ways:
+            raise Rejected(f"no way {how}")
+        if how != "cat" and not how.endswith("svd") and len({c["r"] for c in configs}) > 1:
+            raise Rejected("adapters of several ranks")
+        if how.endswith("svd"):
+            options = {**options, "svd_rank": options.get("svd_rank") or max(c["r"] for c in configs)}
+        at = [self.targets(c) for c in configs]
+        for path in dict.fromkeys(itertools.chain(*at)):
             site = sites(self.base, self.base_weights)[path]
             a, b = (f"{KEY}{path}.{slot}" for slot in lora.names(site))
-            parts = [(t[a], t[b], lora.scaling(site, c)) for t, c in zip(tensors, configs)]
-            found[a], found[b] = combined(parts, weights, **options)
-            rank = len(found[a])
-        self.adapters[new] = ({**configs[0], "r": rank, "lora_alpha": rank}, found)
+            parts = [(t[a], t[b], lora.scaling(site, c)) for t, c, own in zip(tensors, configs, at) if path in own]
+            there = [w for w, own in zip(weights, at) if path in own]
+            found[a], found[b] = combined(parts, there, **{**options, "combination_type": how})
+            ranks[path] = len(found[a])
+        self.adapters[new] = ({**configs[0], "target_modules": list(ranks), "rank_pattern": ranks,
+                               "alpha_pattern": ranks}, found)
 
     def thinned(self, a, density):
         """A share of the entries, drawn, and as much larger; the others are 0."""
         return np.asarray(a, np.float64) * (self.rng.random(np.shape(a)) < density) / density
 
-    def generate(self, inputs, count):
+    def generate(self, inputs, count, names=None, beams=1):
         inputs = dict(inputs)
         for _ in range(count):
-            new = self.run(inputs, [] if self.off else self.chosen)[:, -1:].argmax(-1)
+            y = self.run(inputs, [] if self.off else self.chosen) if names is None else self.forward(inputs, names)
+            new = y[:, -1:].argmax(-1)
             inputs["input_ids"] = np.concatenate([inputs["input_ids"], new], 1)
             if "attention_mask" in inputs:
                 inputs["attention_mask"] = np.pad(inputs["attention_mask"], [(0, 0), (0, 1)], constant_values=1)
@@ -596,21 +615,25 @@ class Oracle(Driver):
         self.write(path, "default")
         self.adapters["default"] = (config, now)
 
-    def save_as_lora(self, path, rank):
+    def save_as_lora(self, path, rank, name="default"):
         if self.method.name != "lora":
             raise Unsupported("save an adapter of this method as one of LoRA")
-        new, found = sites(self.base, self.folded(["default"])), dict[str, np.ndarray]()
-        for name, site in sites(self.base, self.base_weights).items():
-            if (delta := new[name].W - site.W).any():
+        config, tensors = self.adapters[name]
+        new, found = sites(self.base, self.folded([name])), dict[str, np.ndarray]()
+        for layer, site in sites(self.base, self.base_weights).items():
+            if layer in self.targets(config) and (delta := new[layer].W - site.W).any():
                 U, S, V = np.linalg.svd(delta, full_matrices=False)
-                own = S > 1e-9 * S[0]
-                found |= {f"{KEY}{name}.lora_A.weight": V[own], f"{KEY}{name}.lora_B.weight": (U * S)[:, own]}
+                most = rank if isinstance(rank, int) else 1 + np.searchsorted(np.cumsum(S**2), rank * (S**2).sum())
+                own = (S > 1e-9 * S[0]) & (np.arange(len(S)) < most)
+                found |= {f"{KEY}{layer}.lora_A.weight": V[own], f"{KEY}{layer}.lora_B.weight": (U * S)[:, own]}
         ranks = {k.removeprefix(KEY).removesuffix(".lora_A.weight"): len(v) for k, v in found.items() if "_A." in k}
-        held = self.adapters["default"]
+        whole = {k: v for k, v in tensors.items() if formulas.plain_name(k) in self.base_weights}
+        held = dict(self.adapters)
         self.adapters["default"] = ({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": sorted(ranks),
-                                     "rank_pattern": ranks, "alpha_pattern": ranks}, found)
+                                     "modules_to_save": config.get("modules_to_save"),
+                                     "rank_pattern": ranks, "alpha_pattern": ranks}, {**found, **whole})
         self.write(path, "default")
-        self.adapters["default"] = held
+        self.adapters = held
 
     def restore(self, path, base, weights, dtype):
         config, tensors = self.read(path)

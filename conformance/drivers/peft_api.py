@@ -430,11 +430,11 @@ class PeftApi(Driver):
         with rejecting():
             self.model.save_pretrained(path, path_initial_model_for_weight_conversion=begun)
 
-    def save_as_lora(self, path, rank):
+    def save_as_lora(self, path, rank, name="default"):
         if not hasattr(self.peft, "save_as_lora"):
             raise Unsupported("no save_as_lora")
         with rejecting():
-            self.peft.save_as_lora(path, self.model, rank=rank)
+            self.peft.save_as_lora(path, self.model, rank=rank, adapter_name=name)
 
     def restore(self, path, base, weights, dtype):
         self.begin()
@@ -500,8 +500,12 @@ class PeftApi(Driver):
             self.model.add_weighted_adapter(names, weights, new, **options)
         self.model.eval()
 
-    def generate(self, inputs, count):
+    def generate(self, inputs, count, names=None, beams=1):
         first, more = self.kwargs(inputs)
+        if names is not None:
+            more["adapter_names"] = ["__base__" if n is None else n for n in names]
+        if beams > 1:
+            more["num_beams"] = beams
         with rejecting():
             return to_numpy(self.model.generate(input_ids=first, max_new_tokens=count, **more))
 

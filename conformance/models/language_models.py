@@ -168,8 +168,10 @@ class CausalLM(Layers):
         return {**kwargs, "input_ids": ids, "past_key_values": past_key_values, "attention_mask": attention_mask}
 
     @torch.no_grad()
-    def generate(self, input_ids, attention_mask=None, max_new_tokens=4, use_cache=True, **kwargs):
+    def generate(self, input_ids, attention_mask=None, max_new_tokens=4, use_cache=True, num_beams=1, **kwargs):
+        """`num_beams` of each sample stand side by side, as in transformers; they all go on in the likeliest way."""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        input_ids, mask = (t.repeat_interleave(num_beams, 0) for t in (input_ids, mask))
         cache = None
         for _ in range(max_new_tokens):
             inputs = self.prepare_inputs_for_generation(input_ids, cache, mask, use_cache=use_cache, **kwargs)
@@ -177,7 +179,7 @@ class CausalLM(Layers):
             cache = output.past_key_values
             input_ids = torch.cat([input_ids, output.logits[:, -1:].argmax(-1)], 1)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        return input_ids
+        return input_ids[::num_beams]
 
 
 class Encoder(nn.Module):

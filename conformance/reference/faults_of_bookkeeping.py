@@ -63,10 +63,10 @@ def merges_what_is_infinite(o, right, names=None):
     o.merge(names)
 
 
-def generates_adapted(o, right, inputs, count):
+def generates_adapted(o, right, inputs, count, *a):
     off, o.off = o.off, 0
     try:
-        return right(inputs, count)
+        return right(inputs, count, *a)
     finally:
         o.off = off
 
@@ -89,9 +89,9 @@ def converted_otherwise(change):
 
 def as_lora_otherwise(change):
     """What is saved as an adapter of LoRA is another one."""
-    def save(o, right, path, rank):
+    def save(o, right, path, rank, name="default"):
         held = o.adapters["default"]
-        right(path, rank)
+        right(path, rank, name)
         o.adapters["default"] = change(*o.read(path))
         o.write(path, "default")
         o.adapters["default"] = held
@@ -267,6 +267,41 @@ def swaps_anything(o, right, path, name):
     o.adapters[name] = o.read(path)
 
 
+def first_layers_alone(o, right, names, weights, new, options):
+    """What is made of others is on the first one's layers alone."""
+    right(names, weights, new, options)
+    config, tensors = o.adapters[new]
+    first = o.adapters[names[0]][0]["target_modules"]
+    first = first.split("|") if isinstance(first, str) else first
+    o.adapters[new] = (config, {k: v * any(f".{t}." in k for t in first) for k, v in tensors.items()})
+
+
+def combines_what_there_is(o, right, names, weights, new, options):
+    there = [(n, w) for n, w in zip(names, weights) if n in o.adapters]
+    right([n for n, _ in there], [w for _, w in there], new, options)
+
+
+def combines_one_way_or_another(o, right, names, weights, new, options):
+    try:
+        right(names, weights, new, options)
+    except Exception:
+        right(names, weights, new, {"combination_type": "svd"})
+
+
+def generates_in_turn(o, right, inputs, count, names=None, beams=1):
+    """Beams of a sample are taken for samples."""
+    if names and beams > 1:
+        names = [n for n in names for _ in range(beams)][:len(names)]
+    return right(inputs, count, names, beams)
+
+
+def merges_all_alone(o, right, names=None):
+    """In a model of several methods, unmerging leaves all of them off."""
+    right(names)
+    if o.mixed and names:
+        o.unmerge = lambda: vars(o).update(merged=[], chosen=[n for n in o.chosen if n not in names])
+
+
 def indices_in_bytes(o, right, name="default"):
     return {k: v % 256 if "indices" in k else v for k, v in right(name).items()}
 
@@ -290,7 +325,37 @@ FAULTS = {
         f("first-words-alone", "a prompt begins as some of the first words", {
             "words": lambda o, right, count: np.resize(np.unique(right(999), axis=0)[:4], right(count).shape)}, "usage",
           ("usage/vocabulary",))),
+    "shira": (f("set-scale-adds-up", "set_scale multiplies what the scale is now", {
+        "set_scale": lambda o, right, name, factor: right(name, factor * o.factors.get(name, 1))}, "usage",
+        ("usage/set-scale-alone",)),),
     "lora": (
+    f("combined-on-the-first-one's-layers", "an adapter made of others is on the first one's layers alone",
+      {"combine": first_layers_alone}, "usage",
+      ("usage/combine-others-cat", "usage/combine-others-svd", "usage/combine-others-regex")),
+    f("combines-what-there-is", "adapters that are not there are left out of one made of others",
+      {"combine": combines_what_there_is}, "usage", ("usage/combine-refused",)),
+    f("combines-somehow", "what cannot be combined as asked is combined otherwise",
+      {"combine": combines_one_way_or_another}, "usage", ("usage/combine-refused",)),
+    f("beams-are-samples", "in a mixed batch the beams of a sample are taken for further samples",
+      {"generate": generates_in_turn}, "usage", ("usage/generate-mixed",)),
+    f("generates-unmixed", "text for a mixed batch is generated with the active adapter", {
+        "generate": lambda o, right, inputs, count, names=None, beams=1: right(inputs, count)}, "usage",
+      ("usage/generate-mixed",)),
+    f("mixed-loses-what-was-merged", "in a model of several methods, what was merged and unmerged is off",
+      {"merge": merges_all_alone}, "usage", ("usage/life-with-oft",)),
+    f("as-lora-of-the-active", "the active adapter is saved as one of LoRA, whichever is named", {
+        "save_as_lora": lambda o, right, path, rank, name="default": right(path, rank, o.chosen[0])}, "usage",
+      ("usage/as-lora-by-rank",)),
+    f("as-lora-of-all-ranks", "a number of ranks to save as LoRA is not read", {
+        "save_as_lora": lambda o, right, path, rank, name="default": right(path, 1.0, name)}, "usage",
+      ("usage/as-lora-by-rank",)),
+    f("as-lora-share-of-values", "the share of squares to save as LoRA is one more rank", {
+        "save_as_lora": lambda o, right, path, rank, name="default": right(
+            path, rank if isinstance(rank, int) else min(rank + 0.25, 1.0), name)}, "usage",
+      ("usage/as-lora-by-rank",)),
+    f("as-lora-without-what-is-whole", "what is saved as LoRA lacks what an adapter trains whole", as_lora_otherwise(
+        lambda c, t: ({**c, "modules_to_save": None}, {k: v for k, v in t.items() if "lora_" in k})), "usage",
+      ("usage/as-lora-of-all",)),
     f("added-in-the-base's-dtype", "an adapter that is added to others has the base's 16 bits",
       {"add_with": lambda o, right, name, config, options: right(
           name, config, {"autocast_adapter_dtype": False})}, "usage", ("usage/all-dtypes",)),

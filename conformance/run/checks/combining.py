@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
+from functools import partial
+from pathlib import Path
+
 import numpy as np
 
 from ...reference import formulas
@@ -12,7 +16,8 @@ from ...reference.method import KEY
 from ...reference.methods import lora
 from ...reference.numpy_model import run, sites, stored
 from .bookkeeping import same_output
-from .goldens import start
+from .goldens import same_set, start
+from .reject import refuse
 
 COMBINED: dict[str, tuple[list, dict]] = {
     "linear": ([0.75, 0.5], {"combination_type": "linear"}),
@@ -67,6 +72,74 @@ def combine_ia3(driver, case, method):
     sums = {k: 0.75 * v - 0.5 * other[k] for k, v in adapter.items()}
     close("output of the adapter made of two", driver.forward(case.tensors("input")), formulas.output(
         method, case.base, case.tensors("base"), sums, case.config, case.tensors("input")), "float32")
+
+
+OTHER_LAYERS: dict[str, dict] = {
+    "linear": {"combination_type": "linear"}, "cat": {"combination_type": "cat"},
+    "svd": {"combination_type": "svd"}, "ties-svd": {"combination_type": "ties_svd", "density": 0.8},
+    "magnitude-prune-svd": {"combination_type": "magnitude_prune_svd", "density": 0.8}}
+
+
+def combine_others(driver, case, method, how, regex=False):
+    """Of two adapters on other layers, and of other ranks where that may be, one that is on all of theirs; it is saved
+    and loaded."""
+    sign = 1 if "ties" in how else -1  # what the sign of a weight does to an election is not agreed upon
+    options, weights = OTHER_LAYERS[how], {"default": 0.75, "other": 0.5 * sign, "third": 1.25}
+    targets, rng = case.config["target_modules"], rng_of(f"others {how}")
+    ranks = {} if how == "linear" else {"r": case.config["r"] - 2}
+    configs = {"default": {**case.config, "target_modules": targets[:1]},
+               "other": {**case.config, "lora_alpha": 3 * case.config["lora_alpha"], "target_modules": targets[1:],
+                         **ranks}, "third": {**case.config, "lora_alpha": 1}}
+    if regex:
+        configs = {k: {**c, "target_modules": "|".join(c["target_modules"])} for k, c in configs.items()}
+    held: dict = {}
+    driver.build(case.base, case.tensors("base"), configs["default"], "float32", case=f"{method.name}/others")
+    for name, config in configs.items():
+        if name != "default":
+            driver.add(name, config)
+        held[name] = draw_adapter(method, driver.state_dict(name), set(), rng)
+        driver.load(held[name], name)
+    driver.combine(list(configs), list(weights.values()), "both", options)
+    folded = dict(case.tensors("base"))
+    for path, site in sites(case.base, case.tensors("base")).items():
+        a, b = slots = lora.names(site)
+        there = [name for name in configs if f"{KEY}{path}.{a}" in held[name]]
+        if there:
+            factors = [(held[n][f"{KEY}{path}.{a}"], held[n][f"{KEY}{path}.{b}"], lora.scaling(site, configs[n]))
+                       for n in there]
+            more = {"svd_rank": case.config["r"]} if "svd" in how else {}
+            made = combined(factors, [weights[n] for n in there], **{**options, **more})
+            folded[site.weight] = stored(site, site.W + lora.delta(site, dict(zip(slots, made))))
+    want = run(case.base, folded, case.tensors("input"))
+    driver.switch(["both"])
+    close("output of the adapter made of several on other layers", driver.forward(case.tensors("input")), want,
+          "float32")
+    with tempfile.TemporaryDirectory() as path:
+        driver.save_adapters(path, ["both"])
+        driver.restore(str(Path(path, "both")), case.base, case.tensors("base"), "float32")
+    close("output of that adapter, saved and loaded,", driver.forward(case.tensors("input")), want, "float32")
+
+
+def combine_refused(driver, case, method):
+    """Adapters that are not there, ranks that do not fit together, a way that there is not; then all is as before."""
+    start(driver, case, "float32")
+    driver.add("other", {**case.config, "r": case.config["r"] - 1})
+    names = driver.names()
+    for what, of, options in (("an adapter that is not there", ["default", "nobody"], {"combination_type": "svd"}),
+                              ("two ranks, linearly,", ["default", "other"], {"combination_type": "linear"}),
+                              ("two ranks, by TIES,", ["default", "other"], {"combination_type": "ties",
+                                                                            "density": 0.5}),
+                              ("a way that there is not", ["default", "other"], {"combination_type": "no-such-way"})):
+        refuse(f"an adapter made of others, of {what}", partial(driver.combine, of, [1.0, 1.0], "both", options))
+        same_set(f"live parameter names after {what} was refused", driver.names(), names)
+    same_output(driver, case, "output after that was refused")
+    driver.combine(["default"], [2.0], "both", {"combination_type": "svd"})
+    driver.switch(["both"])
+    before, merged = driver.weights(), case.tensors("merged")
+    driver.merge()
+    for name, want in merged.items():
+        close(f"{name} with an adapter made of one, of twice its strength, merged", driver.weights()[name],
+              before[name] + 2 * (want - before[name]), "float32")
 
 
 DENSITY = 0.6

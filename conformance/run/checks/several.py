@@ -12,8 +12,9 @@ from ...reference import formulas
 from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, rng_of
 from ...reference.methods import methods
+from ...reference.numpy_model import run
 from . import bookkeeping
-from .goldens import start
+from .goldens import same_set, start
 from .reject import refuse
 
 NAMES = ("third", "default", None, "other", "third", None, "default")
@@ -166,6 +167,63 @@ def status(driver, case, method):
     driver.delete("default")
     del at["default"]
     check("after deleting the first", "other")
+
+
+def mixed_life(driver, first, second):
+    """Adapters of two methods in one model: what is active and trained, merging by name, deleting."""
+    base, inputs = first.tensors("base"), first.tensors("input")
+    one, two = ((methods()[c.pack.data["method"]], c.tensors("adapter"), c.config) for c in (first, second))
+
+    def output(*adapters):
+        weights = base
+        for method, tensors, config in adapters:
+            weights = formulas.adapted(method, first.base, weights, tensors, config)[0]
+        return run(first.base, weights, inputs)
+
+    def now(what, active, *adapters):
+        close(f"output {what}", driver.forward(inputs), output(*adapters), "float32")
+        if (got := list(driver.active())) != active:
+            raise Failure(f"the active adapters {what}", expected=str(active), got=str(got))
+        names = driver.names()
+        own = {name: [k for k in names if f".{name}." in f"{k}."] for name in ("default", "other")}
+        if not own["default"]:
+            raise Failure(f"live parameter names {what}: none is of the first adapter", got=str(sorted(names)))
+        same_set(f"what is trained {what}", [k for k in own["default"] + own["other"] if names[k]],
+                 [k for name in active for k in own[name] if names[k] or first.parameters.get(k)
+                  or second.parameters.get(k.replace(".other", ".default"))])
+
+    driver.build_with(first.base, base, first.config, "float32", {"mixed": True}, case=first.id)
+    driver.load(first.tensors("adapter"))
+    driver.add("other", second.config)
+    driver.load(second.tensors("adapter"), "other")
+    now("after adding an adapter of another method", ["default"], one)
+    driver.switch(["other"])
+    now("after switching to it", ["other"], two)
+    driver.switch(["default", "other"])
+    now("of both", ["default", "other"], one, two)
+    driver.merge(["default"])
+    driver.unmerge()
+    now("after merging one of them, and unmerging", ["default", "other"], one, two)
+    driver.switch(["default"])
+    now("after switching back", ["default"], one)
+    driver.delete("other")
+    now("after deleting the other", ["default"], one)
+
+
+def generate_mixed(driver, case, method, likeliest, count):
+    """Text for a batch in which one sample has an adapter and one has none, word by word and in beams."""
+    start(driver, case, "float32")
+    driver.add("other", {**case.config, **method.laws.second})
+    driver.switch(["other"])
+    alone = {"default": likeliest(case, method, case.tensors("adapter"))[0],
+             None: likeliest(case, methods()["lora"], {})[0]}
+    for beams in (1, 2):
+        for names in (["default", None], [None, "default"], [None, None]):
+            got = np.asarray(driver.generate(case.tensors("input"), count, names, beams))
+            want = np.stack([alone[name][i] for i, name in enumerate(names)])
+            if not np.array_equal(got, want):
+                raise Failure(f"ids generated for {names} in {beams} beams", expected=str(want.tolist()),
+                              got=str(got.tolist()))
 
 
 OWN_TENSORS = ("ln_tuning", "randlora")  # the base model's, or some that all adapters share

@@ -20,7 +20,16 @@ from ...reference.methods import methods
 from ...reference.numpy_model import run
 from . import bookkeeping, saving, several
 from .bookkeeping import for_use, same_output, trained
-from .combining import COMBINED, COMBINED_TOO, combine, combine_ia3, dare
+from .combining import (
+    COMBINED,
+    COMBINED_TOO,
+    OTHER_LAYERS,
+    combine,
+    combine_ia3,
+    combine_others,
+    combine_refused,
+    dare,
+)
 from .goldens import same_set, start
 from .reject import refuse
 
@@ -226,6 +235,18 @@ def set_scale(driver, case, method):
     adds("when another adapter is scaled", 1)
 
 
+def set_scale_alone(driver, case, method):
+    """`set_scale`, where there is no other way to change an adapter's strength."""
+    start(driver, case, "float32")
+    adds = partial(adds_as_much, driver, case, driver.weights())
+    driver.add("other", {**case.config, **method.laws.second})
+    driver.set_scale("default", 2.0)
+    adds("at scale 2", 2)
+    driver.set_scale("other", 3.0)
+    driver.set_scale("default", 1.25)
+    adds("at scale 1.25, whatever it was", 1.25)
+
+
 def rescale(driver, case, method):
     """A multiplier for a while: the scale that was there before is there afterwards."""
     start(driver, case, "float32")
@@ -331,8 +352,47 @@ def as_lora(driver, case, method):
     same_output(driver, case, "output of an adapter saved as one of LoRA")
 
 
+def truncated(delta, rank):
+    """The matrix of that rank, or of the fewest ranks with that share of the squares, which is nearest."""
+    U, S, V = np.linalg.svd(delta, full_matrices=False)
+    if isinstance(rank, float):
+        rank = 1 + int(np.searchsorted(np.cumsum(S**2), rank * (S**2).sum()))
+    return (U[:, :rank] * S[:rank]) @ V[:rank]
+
+
+def as_lora_by_rank(driver, case, method):
+    """An adapter saved as one of LoRA, of fewer ranks than it has: the nearest matrix, layer by layer. It need not be
+    the active one."""
+    base, merged = case.tensors("base"), case.tensors("merged")
+    for rank in (2, 0.7):
+        driver.build(case.base, base, bookkeeping.second_of(case, method), "float32", case=case.id)
+        driver.add("other", case.config)
+        driver.load(case.tensors("adapter"), "other")
+        with tempfile.TemporaryDirectory() as path:
+            driver.save_as_lora(path, rank, "other")
+            driver.restore(path, case.base, base, "float32")
+        driver.merge()
+        got = driver.weights()
+        for name, value in merged.items():
+            if name.endswith("weight"):
+                close(f"{name} with an adapter saved as one of LoRA of {rank}, merged", got[name],
+                      base[name] + truncated(value - base[name], rank), "float32")
+
+
+def as_lora_of_all(driver, case, method):
+    """In every case of linear layers; what is saved whole goes with it."""
+    for case in store.packs()[method.name].cases:
+        c = case.config
+        if case.id.split("/")[1] == "linear" and case.data["golden"] == "reference" and case.merges \
+                and not case.data.get("disputed") and c.get("bias", "none") == "none" and not c.get("lora_bias"):
+            as_lora(driver, case, method)
+
+
 AS_LORA = ("c3a", "delora", "dora", "fourierft", "gralora", "loha", "lokr", "lora", "miss", "monteclora", "psoft",
            "randlora", "tinylora", "unilora", "vblora", "velora", "vera", "waveft")
+ALONE = ("fourierft",)  # in its other cases rounding shows
+BY_RANK = ("lora", "loha", "lokr", "vera", "fourierft", "gralora", "delora")
+MIXED_IN_TEXT = ("lora/causal-lm/masked",)
 STARTS = 8
 
 
@@ -499,11 +559,28 @@ def everything():
         method = known[case.pack.data["method"]]
         yield method, f"generate-{case.id.rpartition('/')[2]}", partial(generate, case=case, method=method)
     for name in AS_LORA:
-        yield known[name], "as-lora", partial(as_lora, case=first_case(known[name]), method=known[name])
+        for function in (as_lora, *([as_lora_of_all] if name not in ALONE else []),
+                         *([as_lora_by_rank] if name in BY_RANK else [])):
+            what = function.__name__.replace("_", "-")
+            yield known[name], what, partial(function, case=first_case(known[name]), method=known[name])
+    yield known["shira"], "set-scale-alone", partial(
+        set_scale_alone, case=first_case(known["shira"]), method=known["shira"])
+    for how in OTHER_LAYERS:
+        yield known["lora"], f"combine-others-{how}", partial(
+            combine_others, case=plain, method=known["lora"], how=how)
+    yield known["lora"], "combine-others-regex", partial(
+        combine_others, case=plain, method=known["lora"], how="svd", regex=True)
+    yield known["lora"], "combine-refused", partial(combine_refused, case=plain, method=known["lora"])
+    for id in MIXED_IN_TEXT:
+        name = id.partition("/")[0]
+        yield known[name], "generate-mixed", partial(
+            several.generate_mixed, case=store.find(id), method=known[name], likeliest=likeliest, count=NEW_TOKENS)
     for a, b in MIXED:
         name = b.partition("/")[0]
         pair = partial(mixed, first=store.find(a), second=store.find(b))
         yield known[a.partition("/")[0]], f"mixed-with-{name}", pair
+        yield known[a.partition("/")[0]], f"life-with-{name}", partial(
+            several.mixed_life, first=store.find(a), second=store.find(b))
     for name in QUANTISED:
         for kind in KINDS if name == "lora" else KINDS[:1]:
             yield known[name], kind, partial(quantised, case=first_case(known[name]), method=known[name], kind=kind)
