@@ -89,7 +89,7 @@ def usage_tasks(profile, methods, pattern=None) -> list[Task]:
     found = []
     for m, what, function in usage.everything():
         case = f"{m.name}/usage/{what}"
-        core = m.name == "lora" and what not in usage.KINDS
+        core = m.name == "lora" and what not in usage.KINDS and not what.startswith(usage.FULL)
         if (core or profile == "full") and (not methods or m.name in methods) and (not pattern or pattern in case):
             found.append(Task(m.name, case, "usage", "float32", function))
     return found

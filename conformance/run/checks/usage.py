@@ -489,6 +489,8 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("lokr/linear/plain", "adalora/linear/plain"), ("adalora/linear/plain", "oft/linear/adjusted-block"),
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
          ("shira/linear/plain", "lora/linear/plain"))
+FULL = ("all-dtypes", "as-lora-", "card", "combine-others", "embeddings", "given-", "life-with", "other-file",
+        "swapped", "mixed-batches-refused")  # LoRA's that are not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
