@@ -135,6 +135,9 @@ class Oracle(Driver):
     def add(self, name, config):
         method = self.method_of(config)
         validate(config, method)
+        if self.adapters and "bias" in config and sum(
+                c.get("bias", "none") != "none" for c, _ in [(config, None), *self.adapters.values()]) > 1:
+            raise Rejected("several adapters that train biases")
         rng = np.random.default_rng(self.seed)
         shapes = formulas.expected_shapes(method, self.base, self.base_weights, config, self.targets(config))
         if self.recorded(config):
@@ -244,6 +247,8 @@ class Oracle(Driver):
         return weights
 
     def forward(self, inputs, adapter_names=None):
+        if "inputs_embeds" in inputs:
+            inputs = self.with_ids(dict(inputs))
         if adapter_names is not None:
             if not self.method.laws.mixed_batch:
                 raise Unsupported("mixed batches of this method")
@@ -256,6 +261,12 @@ class Oracle(Driver):
             picked = [self.run(inputs, [] if n is None else [n])[i] for i, n in enumerate(adapter_names)]
             return self.rounded(np.stack(picked))
         return self.rounded(self.run(inputs, [] if self.off else self.merged or self.chosen))
+
+    def with_ids(self, inputs):
+        """The words for what is embedded already."""
+        emb = next(v for k, v in self.base_weights.items() if k.endswith("embed_tokens.weight"))
+        off = np.abs(np.asarray(inputs.pop("inputs_embeds"))[..., None, :] - emb).max(-1)
+        return {**inputs, "input_ids": off.argmin(-1)}
 
     def run(self, inputs, names):
         if not names:
@@ -610,8 +621,9 @@ class Oracle(Driver):
         both = {k: np.concatenate([v, np.asarray(then[k]) * (-1 if "lora_B" in k else 1)], int("lora_B" in k))
                 for k, v in now.items()}
         more = np.sqrt(2) if config.get("use_rslora") else 2
+        patterns = {k: {p: 2 * v for p, v in (config.get(k) or {}).items()} for k in ("rank_pattern", "alpha_pattern")}
         self.adapters["default"] = ({**config, "r": 2 * config["r"], "lora_alpha": more * config["lora_alpha"],
-                                     "init_lora_weights": True}, both)
+                                     "init_lora_weights": True, **patterns}, both)
         self.write(path, "default")
         self.adapters["default"] = (config, now)
 

@@ -229,7 +229,7 @@ class PeftApi(Driver):
 
     def kwargs(self, inputs):
         x = {k: to_torch(v, self.dtype) for k, v in inputs.items()}
-        first = x.pop("x") if "x" in x else x.pop("input_ids")
+        first = x.pop("x") if "x" in x else x.pop("input_ids", None)
         return first, x
 
     def run(self, first, more):
@@ -239,7 +239,8 @@ class PeftApi(Driver):
         if "task_ids" in more and not hasattr(model, "prompt_encoder"):
             # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
             model, more = (model.base_model, more) if hasattr(model, "peft_config") else (model, {})
-        out = model(**{self.argument: first}, **more) if self.argument else model(first, **more)
+        given = {} if first is None else {self.argument: first}  # words may be embedded already
+        out = model(**given, **more) if self.argument or first is None else model(first, **more)
         return models.answer(out, "labels" in more)
 
     def forward(self, inputs, adapter_names=None):

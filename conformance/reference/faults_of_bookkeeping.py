@@ -302,6 +302,32 @@ def merges_all_alone(o, right, names=None):
         o.unmerge = lambda: vars(o).update(merged=[], chosen=[n for n in o.chosen if n not in names])
 
 
+def plain_for(name):
+    """The prompt is left out where this is among the inputs."""
+    def forward(o, right, inputs, adapter_names=None):
+        off, o.off = o.off, o.off or name in inputs
+        try:
+            return right(inputs, adapter_names)
+        finally:
+            o.off = off
+
+    return {"forward": forward}
+
+
+def every_label(o, right, inputs, adapter_names=None):
+    """A label that counts for nothing counts as the first class."""
+    return right({k: np.maximum(v, 0) if k == "labels" else v for k, v in inputs.items()}, adapter_names)
+
+
+def two_biases(o, right, name, config):
+    right(name, {**config, "bias": "none"})
+
+
+def converts_for_good(o, right, path, begun):
+    right(path, begun)
+    o.adapters["default"] = o.read(path)
+
+
 def indices_in_bytes(o, right, name="default"):
     return {k: v % 256 if "indices" in k else v for k, v in right(name).items()}
 
@@ -309,7 +335,12 @@ def indices_in_bytes(o, right, name="default"):
 FAULTS = {
     "vblora": (f("indices-in-bytes", "which vectors are chosen is saved in a byte", {"saved": indices_in_bytes},
                  "usage", ("usage/small-file",)),),
+    "prefix_tuning": tuple(
+        f(f"plain-for-{name.replace('_', '-')}", f"the prefix is left out where {name} is given", plain_for(name),
+          "usage", ("usage/asked-otherwise",)) for name in ("inputs_embeds", "position_ids")),
     "prompt_tuning": (
+        f("every-label-counts", "labels of -100 count as others do", {"forward": every_label}, "usage",
+          ("usage/asked-otherwise",)),
         f("short-text-is-padded", "a prompt that begins as a text shorter than itself ends as its last word",
           {"text": lambda o, right, config, count: right(config, min(
               count, len(config["prompt_tuning_init_text"].split())))[np.minimum(np.arange(count), len(
@@ -329,6 +360,13 @@ FAULTS = {
         "set_scale": lambda o, right, name, factor: right(name, factor * o.factors.get(name, 1))}, "usage",
         ("usage/set-scale-alone",)),),
     "lora": (
+    f("two-train-biases", "a second adapter that trains biases is taken", {"add": two_biases}, "usage",
+      ("usage/second-bias-all", "usage/second-bias-lora-only")),
+    f("converts-for-good", "saving an adapter as one for the unchanged weights changes it", {
+        "save_converted": converts_for_good}, "usage", ("usage/converted-pissa", "usage/converted-plain")),
+    f("conversion-keeps-patterns", "a converted adapter has the alphas by pattern that it had before",
+      converted_otherwise(lambda c, t: ({**c, "alpha_pattern": {k: v / 2 for k, v in c["alpha_pattern"].items()}}, t)),
+      "usage", ("usage/converted-pissa-patterns",)),
     f("combined-on-the-first-one's-layers", "an adapter made of others is on the first one's layers alone",
       {"combine": first_layers_alone}, "usage",
       ("usage/combine-others-cat", "usage/combine-others-svd", "usage/combine-others-regex")),

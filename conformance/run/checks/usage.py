@@ -17,7 +17,7 @@ from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
-from ...reference.numpy_model import run
+from ...reference.numpy_model import LANGUAGE_MODELS, NO_LABEL, run
 from . import bookkeeping, saving, several
 from .bookkeeping import for_use, same_output, trained
 from .combining import (
@@ -339,6 +339,12 @@ def converted(driver, base, method, config, what):
         driver.load(draw_adapter(method, driver.state_dict(), set(), rng))
         out = driver.forward(inputs)
         driver.save_converted(saved, begun)
+        close("output of the adapter itself, after it was saved as another", driver.forward(inputs), out, "float32")
+        held = driver.config_of("default")
+        if (held["r"], held["lora_alpha"]) != (config["r"], config["lora_alpha"]):
+            raise Failure("r and lora_alpha of the adapter itself, after it was saved as another",
+                          expected=str((config["r"], config["lora_alpha"])), got=str((held["r"], held["lora_alpha"])))
+        driver.add("begun", {**config, "init_lora_weights": True})  # nothing of that name is left
         driver.restore(saved, base, weights, "float32")
     close("output of the converted adapter on the unchanged base", driver.forward(inputs), out, "float32")
 
@@ -386,6 +392,46 @@ def as_lora_of_all(driver, case, method):
         if case.id.split("/")[1] == "linear" and case.data["golden"] == "reference" and case.merges \
                 and not case.data.get("disputed") and c.get("bias", "none") == "none" and not c.get("lora_bias"):
             as_lora(driver, case, method)
+
+
+def asked_otherwise(driver, case, method):
+    """In every case of a language model: with positions that are the usual ones, with a mask that hides nothing, with
+    words that are embedded already; and labels of which some count for nothing."""
+    for case in store.packs()[method.name].cases:
+        if case.base.get("model") not in LANGUAGE_MODELS or case.data["golden"] != "reference" \
+                or case.data.get("disputed"):
+            continue
+        inputs, base = case.tensors("input"), case.tensors("base")
+        ids, emb = inputs["input_ids"], next(v for k, v in base.items() if k.endswith("embed_tokens.weight"))
+        start(driver, case, "float32")
+        ways = {"embedded words": {"inputs_embeds": emb[ids], "input_ids": None}}
+        if case.base["model"] != "encoder_decoder":
+            ways["positions"] = {"position_ids": np.broadcast_to(np.arange(ids.shape[1]), ids.shape)}
+        if "attention_mask" not in inputs:
+            ways["a mask that hides nothing"] = {"attention_mask": np.ones_like(ids)}
+        for what, more in ways.items():
+            given = {k: v for k, v in {**inputs, **more}.items() if v is not None}
+            close(f"output of {case.id} for {what}", driver.forward(given), case.tensors("out")["y"], "float32")
+        if "labels" in inputs and inputs["labels"].ndim > 1 and not (method.prompt and method.prompt.loss):
+            labels = inputs["labels"].copy()
+            labels[:, -1], labels[0, 0] = NO_LABEL, NO_LABEL
+            given = {**inputs, "labels": labels}
+            if case.data.get("live") or "decoder_input_ids" not in inputs and case.base["model"] == "encoder_decoder":
+                continue
+            want = formulas.output(method, case.base, base, case.tensors("adapter"), case.config, given)
+            close(f"loss of {case.id} where some labels count for nothing", driver.forward(given), want, "float32")
+
+
+def second_bias(driver, case, method):
+    """Biases of the base model can be trained by one adapter alone: another one is refused, and all is as before."""
+    start(driver, case, "float32")
+    names = driver.names()
+    refuse("another adapter that trains the base model's biases",
+           lambda: driver.add("other", {**case.config, **method.laws.second}))
+    same_set("live parameter names after it was refused", driver.names(), names)
+    same_output(driver, case, "output after it was refused")
+    driver.add("other", {**case.config, **method.laws.second, "bias": "none"})
+    same_output(driver, case, "output after adding one that trains none")
 
 
 AS_LORA = ("c3a", "delora", "dora", "fourierft", "gralora", "loha", "lokr", "lora", "miss", "monteclora", "psoft",
@@ -489,8 +535,9 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("lokr/linear/plain", "adalora/linear/plain"), ("adalora/linear/plain", "oft/linear/adjusted-block"),
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
          ("shira/linear/plain", "lora/linear/plain"))
-FULL = ("all-dtypes", "as-lora-", "card", "combine-others", "embeddings", "given-", "life-with", "other-file",
-        "swapped", "mixed-batches-refused")  # LoRA's that are not in the core profile
+PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning", "cartridge", "cpt", "multitask_prompt_tuning", "lora")
+FULL = ("all-dtypes", "as-lora-", "asked-otherwise", "card", "combine-others", "converted-p", "embeddings", "given-",
+        "life-with", "mixed-batches-refused", "other-file", "second-", "swapped")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
@@ -500,7 +547,9 @@ GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_
 
 CONVERTED: dict[str, dict] = {
     "pissa": {"init_lora_weights": "pissa"}, "olora": {"init_lora_weights": "olora"},
-    "pissa-rslora": {"init_lora_weights": "pissa", "use_rslora": True}}
+    "pissa-rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "pissa-patterns": {"init_lora_weights": "pissa", "rank_pattern": {"mid": 2}, "alpha_pattern": {"up": 5, "mid": 7}},
+    "plain": {}}
 SCALED = ("loha", "lokr", "adalora")  # what they add is too small beside the weight for the law of linearity
 
 
@@ -565,6 +614,11 @@ def everything():
                          *([as_lora_by_rank] if name in BY_RANK else [])):
             what = function.__name__.replace("_", "-")
             yield known[name], what, partial(function, case=first_case(known[name]), method=known[name])
+    for name in PROMPTS:
+        yield known[name], "asked-otherwise", partial(asked_otherwise, case=first_case(known[name]), method=known[name])
+    for id in ("bias-all", "bias-lora-only"):
+        yield known["lora"], f"second-{id}", partial(
+            second_bias, case=store.find(f"lora/linear/{id}"), method=known["lora"])
     yield known["shira"], "set-scale-alone", partial(
         set_scale_alone, case=first_case(known["shira"]), method=known["shira"])
     for how in OTHER_LAYERS:
