@@ -328,6 +328,14 @@ def converts_for_good(o, right, path, begun):
     o.adapters["default"] = o.read(path)
 
 
+def second_without(*fields):
+    """An adapter that is added to others does not read these fields."""
+    def add(o, right, name, config):
+        right(name, {k: v for k, v in config.items() if k not in fields} if o.adapters else config)
+
+    return {"add": add}
+
+
 def indices_in_bytes(o, right, name="default"):
     return {k: v % 256 if "indices" in k else v for k, v in right(name).items()}
 
@@ -360,6 +368,12 @@ FAULTS = {
         "set_scale": lambda o, right, name, factor: right(name, factor * o.factors.get(name, 1))}, "usage",
         ("usage/set-scale-alone",)),),
     "lora": (
+    f("second-excludes-nothing", "an adapter that is added to others does not read exclude_modules",
+      second_without("exclude_modules"), "usage", ("usage/targets-beside",)),
+    f("second-on-all-layers", "an adapter that is added to others does not read layers_to_transform",
+      second_without("layers_to_transform", "layers_pattern"), "usage", ("usage/targets-beside",)),
+    f("second-of-one-rank", "an adapter that is added to others does not read rank_pattern",
+      second_without("rank_pattern"), "usage", ("usage/targets-beside",)),
     f("two-train-biases", "a second adapter that trains biases is taken", {"add": two_biases}, "usage",
       ("usage/second-bias-all", "usage/second-bias-lora-only")),
     f("converts-for-good", "saving an adapter as one for the unchanged weights changes it", {

@@ -42,6 +42,29 @@ def same_keys(got, keys, where=""):
             raise Failure(f"shape of {key}{where}", expected=str(shape), got=str(list(got[key].shape)))
 
 
+def first_beside(row) -> dict | None:
+    """The config of an adapter that is there first, on every linear layer; None: the row is about something else."""
+    base, config = BASES[row["base"]], config_of(row)
+    if row["method"] != "lora" or "layers" not in base or {"target_parameters", "modules_to_save", "task_type",
+                                                            "layer_replication"} & config.keys():
+        return None
+    named = [name for name, kind, _ in base["layers"] if kind == "Linear"]
+    return {"peft_type": "LORA", "r": 3, "lora_alpha": 2, "target_modules": named}
+
+
+def beside(driver, rows):
+    """The same layers are meant where another adapter is on every layer already."""
+    for row in rows:
+        if row.get("refused") or "types" in row or (first := first_beside(row)) is None:
+            continue
+        weights = draw_base(BASES[row["base"]], rng_of("targets"))
+        driver.build(BASES[row["base"]], weights, first, "float32", case=f"{row['method']}/targets-beside/{row['id']}")
+        own = {k: list(v.shape) for k, v in driver.state_dict().items()}
+        driver.add("other", config_of(row))
+        same_keys(driver.state_dict("other"), row["keys"], f" of a second adapter, row {row['id']}")
+        same_keys(driver.state_dict(), own, f" of the first adapter, beside row {row['id']}")
+
+
 def check(driver, row):
     if row.get("refused"):
         try:

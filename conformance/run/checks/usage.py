@@ -18,7 +18,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import LANGUAGE_MODELS, NO_LABEL, run
-from . import bookkeeping, saving, several
+from . import bookkeeping, saving, several, targets
 from .bookkeeping import for_use, same_output, trained
 from .combining import (
     COMBINED,
@@ -537,7 +537,8 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("shira/linear/plain", "lora/linear/plain"))
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning", "cartridge", "cpt", "multitask_prompt_tuning", "lora")
 FULL = ("all-dtypes", "as-lora-", "asked-otherwise", "card", "combine-others", "converted-p", "embeddings", "given-",
-        "life-with", "mixed-batches-refused", "other-file", "second-", "swapped")  # LoRA's, not in the core profile
+        "life-with", "mixed-batches-refused", "other-file", "second-", "swapped",
+        "targets-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
@@ -619,6 +620,7 @@ def everything():
     for id in ("bias-all", "bias-lora-only"):
         yield known["lora"], f"second-{id}", partial(
             second_bias, case=store.find(f"lora/linear/{id}"), method=known["lora"])
+    yield known["lora"], "targets-beside", partial(targets.beside, rows=store.rows("targets"))
     yield known["shira"], "set-scale-alone", partial(
         set_scale_alone, case=first_case(known["shira"]), method=known["shira"])
     for how in OTHER_LAYERS:
