@@ -176,7 +176,8 @@ class Driver:
         raise Unsupported("save an adapter as one of LoRA")
 
     def save_with(self, path: str, options: dict) -> None:
-        """As `save`, with PEFT's own options of saving: `save_embedding_layers`, `safe_serialization`."""
+        """As `save`, with PEFT's own options of saving: `save_embedding_layers`, `safe_serialization`. Beside the files
+        lies README.md, the model card."""
         raise Unsupported("options of saving")
 
     def hotswap(self, path: str, name: str) -> None:

@@ -103,14 +103,15 @@ class Core(PeftApi):
         with rejecting():
             self.core.unmerge(self.model)
 
-    def unload(self, merge):
+    def unload(self, merge, names=None):
+        named = {"adapter_names": names} if names else {}
         with rejecting():
-            self.model = (self.core.merge_and_unload if merge else self.core.unload)(self.model)
+            self.model = self.core.merge_and_unload(self.model, **named) if merge else self.core.unload(self.model)
         self.chosen = []
 
-    def switch(self, names):
+    def switch(self, names, for_use=False):
         with rejecting():
-            self.core.set_adapter(self.model, list(names))
+            self.core.set_adapter(self.model, list(names), for_use)
         self.chosen = list(names)
 
     def disable(self, off):
@@ -144,6 +145,12 @@ class Core(PeftApi):
             self.core.load_adapter(self.model, path, name)
         self.switch(self.chosen)
         self.model.to(self.dtype).train(self.training)
+
+    def save_with(self, path, options):
+        raise Unsupported("options of saving")
+
+    def hotswap(self, path, name):
+        raise Unsupported("put an adapter in the place of another")
 
     def restore(self, path, base, weights, dtype):
         self.restore_with(path, base, weights, dtype, {})

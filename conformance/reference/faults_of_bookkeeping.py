@@ -248,9 +248,9 @@ def saved_in_32(o, right, path):
     o.kept = kept
 
 
-def card_anew(o, right, path):
-    (Path(path) / "README.md").unlink(missing_ok=True)
-    right(path)
+def card_anew(o, right, path, options):
+    Path(path, "README.md").unlink(missing_ok=True)
+    right(path, options)
 
 
 def swapped_but(change):
@@ -429,7 +429,7 @@ FAULTS = {
       ignored("load_adapter_with", "subfolder"), "usage", ("usage/given-place",)),
     f("always-safetensors", "safe_serialization is not read", ignored("save_with", "safe_serialization"), "usage",
       ("usage/other-file",)),
-    f("card-written-anew", "README.md is written anew at each save", {"save": card_anew}, "usage", ("usage/card",)),
+    f("card-written-anew", "README.md is written anew at each save", {"save_with": card_anew}, "usage", ("usage/card",)),
     f("embeddings-never-saved", "save_embedding_layers is read as False",
       option("save_with", save_embedding_layers=False), "usage", ("usage/embeddings",)),
     f("embeddings-always-saved", "save_embedding_layers=False is not read", {

@@ -133,12 +133,12 @@ def card(driver, case, method):
     """README.md says what library and what method it is; what someone wrote there stays when it is saved again."""
     start(driver, case, "float32")
     with tempfile.TemporaryDirectory() as path:
-        driver.save(path)
+        driver.save_with(path, {})
         file = Path(path, "README.md")
         if not file.exists():
             raise Failure("saving wrote no README.md", got=str(sorted(p.name for p in Path(path).iterdir())))
         file.write_text(file.read_text() + "\nwritten by hand\n")
-        driver.save(path)
+        driver.save_with(path, {})
         text = file.read_text()
     head = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
     wanted = ["library_name: peft", *["- lora"] * (case.config["peft_type"] == "LORA"),

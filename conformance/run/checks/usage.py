@@ -416,7 +416,7 @@ def asked_otherwise(driver, case, method):
             labels = inputs["labels"].copy()
             labels[:, -1], labels[0, 0] = NO_LABEL, NO_LABEL
             given = {**inputs, "labels": labels}
-            if case.data.get("live") or "decoder_input_ids" not in inputs and case.base["model"] == "encoder_decoder":
+            if case.data.get("live") or ("decoder_input_ids" not in inputs and case.base["model"] == "encoder_decoder"):
                 continue
             want = formulas.output(method, case.base, base, case.tensors("adapter"), case.config, given)
             close(f"loss of {case.id} where some labels count for nothing", driver.forward(given), want, "float32")
