@@ -429,7 +429,8 @@ FAULTS = {
       ignored("load_adapter_with", "subfolder"), "usage", ("usage/given-place",)),
     f("always-safetensors", "safe_serialization is not read", ignored("save_with", "safe_serialization"), "usage",
       ("usage/other-file",)),
-    f("card-written-anew", "README.md is written anew at each save", {"save_with": card_anew}, "usage", ("usage/card",)),
+    f("card-written-anew", "README.md is written anew at each save", {"save_with": card_anew}, "usage",
+      ("usage/card",)),
     f("embeddings-never-saved", "save_embedding_layers is read as False",
       option("save_with", save_embedding_layers=False), "usage", ("usage/embeddings",)),
     f("embeddings-always-saved", "save_embedding_layers=False is not read", {
