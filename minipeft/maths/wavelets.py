@@ -17,7 +17,6 @@ import re
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.errors import ConfigError
@@ -101,14 +100,19 @@ def _low_pass(family: str) -> tuple[float, ...]:
     return tuple((h.real * math.sqrt(2) / h.real.sum()).tolist())
 
 
-def inverse_transform(coefficients: Tensor, family: str) -> Tensor:
-    """One level of the inverse discrete wavelet transform of (2 m, 2 n) coefficients: (2 m + 2 - taps, 2 n + 2 - taps).
+def inverse_transform(values: Tensor, positions: Tensor, rows: int, columns: int, family: str) -> Tensor:
+    """One level of the inverse discrete wavelet transform, (rows + 2 - taps, columns + 2 - taps), of a matrix with
+    `values` (n,) at `positions` (2, n) and 0 elsewhere; `rows` and `columns` are even.
 
-    The quarters are, row by row: both directions smooth; detail along columns; detail along rows; detail along both.
+    The quarters of that are, row by row: both directions smooth; detail along columns; detail along rows; detail along
+    both. Each value adds a patch (taps, taps), two rows and columns from its neighbour's.
     """
-    lo = torch.tensor(low_pass(family), dtype=coefficients.dtype, device=coefficients.device)
+    lo = torch.tensor(low_pass(family), dtype=values.dtype, device=values.device)
     hi = lo.flip(0) * torch.tensor([1.0, -1.0], dtype=lo.dtype, device=lo.device).repeat(len(lo) // 2)
-    filters = torch.stack([torch.outer(a, b) for b in (lo, hi) for a in (lo, hi)])[:, None]  # (4, 1, taps, taps)
-    m, n = coefficients.shape[0] // 2, coefficients.shape[1] // 2
-    quarters = coefficients.view(2, m, 2, n).transpose(1, 2).reshape(1, 4, m, n)
-    return F.conv_transpose2d(quarters, filters, stride=2, padding=len(lo) - 2)[0, 0]
+    filters, tap, margin = torch.stack([lo, hi]), torch.arange(len(lo), device=lo.device), len(lo) - 2
+    (i, j), m, n = positions.long(), rows // 2, columns // 2
+    patches = (values[:, None] * filters[j // n])[:, :, None] * filters[i // m][:, None]  # (n, taps, taps)
+    i, j = 2 * (i % m)[:, None] + tap, 2 * (j % n)[:, None] + tap  # (n, taps)
+    whole = values.new_zeros(rows + margin, columns + margin)
+    whole = whole.index_put_((i[:, :, None], j[:, None]), patches, accumulate=True)
+    return whole[margin : rows, margin : columns]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fft import irfft, rfft
 
 from ..core.adapter import Delta
 from ..core.bases import Base
@@ -62,6 +63,27 @@ class C3A(Delta, config=C3AConfig):
 
     def branch(self, x: Tensor) -> Tensor:
         k = self.c3a_kernel.to(torch.promote_types(self.c3a_kernel.dtype, torch.float32))
-        X = torch.fft.rfft(x.to(k.dtype).unflatten(-1, (-1, self.block_size)))  # (..., in / b, b / 2 + 1)
-        y = torch.einsum("...nf,mnf->...mf", X, torch.fft.rfft(k / self.base.in_features).conj())
-        return torch.fft.irfft(y, self.block_size).flatten(-2)  # (..., out)
+        x = x.to(k.dtype).unflatten(-1, (-1, self.block_size))  # (..., in / b, b)
+        return Convolution.apply(x, k / self.base.in_features).flatten(-2)  # (..., out)
+
+
+class Convolution(torch.autograd.Function):
+    """C x (..., out / b, b). It keeps x for the gradients: F(x), and what einsum makes of it, are twice as large."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, k: Tensor) -> Tensor:
+        y = torch.einsum("...nf,mnf->...mf", rfft(x), rfft(k).conj())  # f = 0 .. b / 2
+        return irfft(y, k.shape[-1])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, k = ctx.saved_tensors
+        g = rfft(grad)
+        x_grad = irfft(torch.einsum("...mf,mnf->...nf", g, rfft(k)), k.shape[-1]) if ctx.needs_input_grad[0] else None
+        return x_grad, irfft(torch.einsum("...mf,...nf->mnf", g.conj(), rfft(x)), k.shape[-1])

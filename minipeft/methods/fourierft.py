@@ -18,7 +18,7 @@ from ..core.adapter import Delta
 from ..core.config import PeftConfig, Positive
 from ..core.errors import ConfigError
 from ..core.targets import pattern_value
-from ..maths.sparse import dense, random_positions
+from ..maths.sparse import random_positions
 
 
 @dataclass
@@ -58,5 +58,20 @@ class FourierFT(Delta, config=FourierFTConfig):
     def delta(self) -> Tensor:
         c = self.fourierft_spectrum
         wide = c.to(torch.promote_types(c.dtype, torch.float32))  # PEFT: always float32
-        S = dense(wide * self.fourierft_scaling, self.indices, self.base.out_features, self.base.in_features)
-        return torch.fft.ifft2(S).real.to(c.dtype)  # (out, in)
+        m, n = self.base.out_features, self.base.in_features
+        S = half_spectrum(wide * self.fourierft_scaling, self.indices.long(), m, n)
+        return torch.fft.irfft2(S, (m, n)).to(c.dtype)  # (out, in)
+
+
+def half_spectrum(values: Tensor, positions: Tensor, m: int, n: int) -> Tensor:
+    """The columns 0 .. n / 2 of the spectrum (m, n) whose transform is Re(F^-1(S)), for S with real `values`.
+
+    An entry at (u, v) and one at (-u, -v) have the same real part, and the columns that are left out mirror these:
+    half as much to compute as with the whole of S, and less than half of the memory.
+    """
+    u, v = positions
+    mirrored = v > n // 2
+    u, v = torch.where(mirrored, -u % m, u), torch.where(mirrored, n - v, v)
+    single = (v == 0) | (2 * v == n)  # columns that are their own mirror, of which irfft takes the real part
+    S = values.new_zeros(m, n // 2 + 1)
+    return S.index_put_((u, v), torch.where(single, values, values / 2), accumulate=True)

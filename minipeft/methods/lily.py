@@ -65,5 +65,5 @@ class Lily(Routed, config=LilyConfig):
         y = inner(x, *args, **kwargs)
         h = self.lily_A(self.cast(x, self.lily_A.weight))  # (..., r)
         p = torch.softmax(self.lily_router(h), -1).flatten(0, -2).mean(0)  # (num_B,)
-        B = torch.einsum("e,ero->ro", p, self.lily_B.weight.unflatten(0, (len(p), -1)))  # (r, out)
-        return y + (self.scaling * h @ B).to(y.dtype)
+        B = torch.einsum("e,ero->ro", self.scaling * p, self.lily_B.weight.unflatten(0, (len(p), -1)))  # (r, out)
+        return y + (h @ B).to(y.dtype)

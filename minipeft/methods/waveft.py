@@ -82,5 +82,5 @@ class WaveFT(Delta, config=WaveFTConfig):
             return dense(c, self.waveft_indices, m, n)  # (out, in)
         margin = taps(self.waveft_wavelet_family) - 2
         rows, columns = m + margin + m % 2, n + margin + n % 2
-        S = dense(c, self.waveft_indices + margin // 2, rows, columns)
-        return inverse_transform(S, self.waveft_wavelet_family)[:m, :n]
+        places = self.waveft_indices + margin // 2
+        return inverse_transform(c, places, rows, columns, self.waveft_wavelet_family)[:m, :n]

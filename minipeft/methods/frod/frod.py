@@ -106,9 +106,8 @@ class FRoD(Delta, config=FrodConfig):
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (out, in), S + diag(l) (in, in) and V (in, in)."""
-        l, s = self.frod_lambda_l, self.frod_lambda_s_values
-        M = l.diag() + dense(s, self.frod_s_indices, len(l), len(l)) if len(s) else l.diag()
-        return self.frod_U.to(l), M, self.frod_V.to(l)
+        l = self.frod_lambda_l
+        return self.frod_U.to(l), middle(l, self.frod_lambda_s_values, self.frod_s_indices), self.frod_V.to(l)
 
     def delta(self) -> Tensor:
         U, M, V = self.factors()
@@ -119,7 +118,7 @@ class FRoD(Delta, config=FrodConfig):
         l, s = self.frod_lambda_l, self.frod_lambda_s_values
         U, V = self.frod_U.to(l), self.frod_V.to(l)
         h = self.cast(x, U) @ V
-        return F.linear(h * l + Sparse.apply(h, s, self.frod_s_indices) if len(s) else h * l, U, b)  # (..., out)
+        return F.linear(Middle.apply(h, l, s, self.frod_s_indices) if len(s) else h * l, U, b)  # (..., out)
 
     def branch(self, x: Tensor) -> Tensor:
         x = self.frod_dropout(self.cast(x, self.frod_lambda_l))
@@ -135,14 +134,21 @@ class FRoD(Delta, config=FrodConfig):
         return self.rebuilt(x, b).to(x.dtype)  # W x would be added and taken away again
 
 
-class Sparse(torch.autograd.Function):
-    """S h: for the gradients S is made again of its few entries, which takes less memory than keeping it."""
+def middle(l: Tensor, s: Tensor, positions: Tensor) -> Tensor:
+    """S + diag(l) (in, in)."""
+    M = dense(s, positions, len(l), len(l))
+    M.diagonal().add_(l)
+    return M
+
+
+class Middle(torch.autograd.Function):
+    """(S + diag(l)) h: for the gradients the matrix is made again, which takes less memory than keeping it."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(h: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-        return F.linear(h, dense(values, positions, h.shape[-1], h.shape[-1]))
+    def forward(h: Tensor, l: Tensor, s: Tensor, positions: Tensor) -> Tensor:
+        return F.linear(h, middle(l, s, positions))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -150,7 +156,7 @@ class Sparse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        h, values, positions = ctx.saved_tensors
-        n, (rows, columns) = h.shape[-1], positions.long()
-        S = dense(values, positions, n, n)
-        return grad @ S, (grad.reshape(-1, n).t() @ h.reshape(-1, n))[rows, columns], None
+        h, l, s, positions = ctx.saved_tensors
+        h_grad, n = grad @ middle(l, s, positions), len(l)
+        M_grad = grad.reshape(-1, n).t() @ h.reshape(-1, n)
+        return h_grad, M_grad.diag(), M_grad[tuple(positions.long())], None
