@@ -57,9 +57,10 @@ class C3A(Delta, config=C3AConfig):
         self.c3a_kernel = nn.Parameter(k)
 
     def delta(self) -> Tensor:
-        k, b = self.c3a_kernel, torch.arange(self.block_size, device=self.c3a_kernel.device)
-        C = k[:, :, (b - b[:, None]) % self.block_size]  # (out / b, in / b, b, b)
-        return C.transpose(1, 2).reshape(self.base.out_features, self.base.in_features) / self.base.in_features
+        k = self.c3a_kernel / self.base.in_features
+        i, j, t = (torch.arange(size, device=k.device) for size in k.shape)
+        C = k[i[:, None, None, None], j[:, None], (t - t[:, None, None]) % len(t)]  # (out / b, b, in / b, b)
+        return C.view(self.base.out_features, self.base.in_features)
 
     def branch(self, x: Tensor) -> Tensor:
         k = self.c3a_kernel.to(torch.promote_types(self.c3a_kernel.dtype, torch.float32))

@@ -65,7 +65,7 @@ class PVeRA(Projected, config=PveraConfig):
             raise MergeError("sample_at_inference=True makes PVeRA random: no weight does the same. Set it to False.")
         l_b, l_d, r = self.pvera_lambda_b, self.pvera_lambda_d, self.r
         A, B = self.pvera_A[:r, : self.base.in_features].to(l_d), self.pvera_B[: self.base.out_features].to(l_d)
-        return l_b[:, None] * (B @ (l_d[:r, None] * A))  # (out, in)
+        return (l_b[:, None] * B) @ (l_d[:r, None] * A)  # (out, in)
 
     def branch(self, x: Tensor) -> Tensor:
         l_b, l_d = self.pvera_lambda_b, self.pvera_lambda_d

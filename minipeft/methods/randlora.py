@@ -80,29 +80,32 @@ class RandLoRA(Projected, Factored, config=RandLoraConfig):
         return self.config.randlora_alpha / self.config.r
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        l, g = self.scaling * self.randlora_lambda, self.randlora_gamma
+        l, g = self.randlora_lambda, self.randlora_gamma
         n, small = g.shape
         B = self.randlora_B[: max(self.base.in_features, self.base.out_features), :n].to(l).flatten(1)  # (max, n r)
         # PEFT: these are counted along n first, and B's columns along r first, so the pairs are not those of the paper
-        A = Scaled.apply(self.randlora_A[..., :small].to(l), l, g).flatten(0, 1)  # (r n, min)
+        A = Scaled.apply(self.randlora_A[..., :small].to(l), l, g, self.scaling).flatten(0, 1)  # (r n, min)
         return (B, A) if self.base.in_features == small else (A.t(), B.t())
 
 
 class Scaled(torch.autograd.Function):
-    """a_ik l_ij g_jk (r, n, min). Its gradients are matrix products: as sums of products, each takes as much memory."""
+    """s a_ik l_ij g_jk (r, n, min). It keeps the factors, and its gradients are matrix products, which take less memory
+    than sums of products.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a: Tensor, l: Tensor, g: Tensor) -> Tensor:
-        return a * (l[..., None] * g)
+    def forward(a: Tensor, l: Tensor, g: Tensor, s: float) -> Tensor:
+        return a * (l[..., None] * (s * g))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+        *factors, ctx.s = inputs
+        ctx.save_for_backward(*factors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         a, l, g = ctx.saved_tensors
         grad = grad * a
-        return None, torch.einsum("ijk,jk->ij", grad, g), torch.einsum("ijk,ij->jk", grad, l)
+        return None, torch.einsum("ijk,jk->ij", grad, ctx.s * g), ctx.s * torch.einsum("ijk,ij->jk", grad, l), None

@@ -77,10 +77,11 @@ class WaveFT(Delta, config=WaveFTConfig):
         return slot == "waveft_spectrum"
 
     def delta(self) -> Tensor:
-        c, m, n = self.waveft_scaling * self.waveft_spectrum, self.base.out_features, self.base.in_features
+        c, m, n = self.waveft_spectrum, self.base.out_features, self.base.in_features
+        c, dtype = self.waveft_scaling * c.to(torch.promote_types(c.dtype, torch.float32)), c.dtype
         if not self.waveft_use_idwt:
-            return dense(c, self.waveft_indices, m, n)  # (out, in)
+            return dense(c, self.waveft_indices, m, n).to(dtype)  # (out, in)
         margin = taps(self.waveft_wavelet_family) - 2
         rows, columns = m + margin + m % 2, n + margin + n % 2
         places = self.waveft_indices + margin // 2
-        return inverse_transform(c, places, rows, columns, self.waveft_wavelet_family)[:m, :n]
+        return inverse_transform(c, places, rows, columns, self.waveft_wavelet_family)[:m, :n].to(dtype)

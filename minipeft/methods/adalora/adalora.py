@@ -103,7 +103,7 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
         return self.scaling / (self.ranknum + 1e-5)  # (1,)
 
     def delta(self) -> Tensor:
-        return (self.lora_B @ (self.lora_A * self.lora_E) * self.scale).view(self.base.shape)
+        return (self.lora_B @ (self.scale * self.lora_E * self.lora_A)).view(self.base.shape)
 
     def branch(self, x: Tensor) -> Tensor:
         x = self.lora_dropout(self.cast(x, self.lora_A))
