@@ -29,7 +29,7 @@ def cayley_neumann(Q: Tensor, terms: int) -> Tensor:
     I = torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device)
     if terms < 3:
         return I + 2 * Q if terms == 2 else I.expand_as(Q)
-    R = 2 * (I + Q) + Q @ Q
+    R = 2 * (I + Q) + Q @ Q  # not 2 I + Q (2 I + Q): gradients would keep that factor, too
     for _ in range(terms - 3):
         R = 2 * I + Q @ R
     return R - I
