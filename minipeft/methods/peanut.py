@@ -74,4 +74,5 @@ class PEANuT(Delta, config=PeanutConfig):
         last = H.pop()
         for D in self.layers[depth:]:
             last = f(D(last)) + H.pop()
-        return (Base.matrix(self.peanut_B) @ (self.scaling * last).t()).view(W0.shape)
+        dW = Base.matrix(self.peanut_B) @ last.t()
+        return dW.mul_(self.scaling).view(W0.shape)  # a scaled copy of `last` would be kept for the gradients, too
