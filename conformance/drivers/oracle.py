@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from typing import Any
 import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..reference import beginnings, dropout, formulas, rules, store
+from ..reference import beginnings, dropout, formulas, noise, rules, store
 from ..reference.combine import combined
 from ..reference.method import KEY, slots
 from ..reference.methods import lora, methods
-from ..reference.numpy_model import sites
+from ..reference.numpy_model import apply_layer, sites
 
-OWN = ("drop", "keep", "thinned", "by_type", "take_from_base",
-       "words", "text", "cast", "saved")  # what faults change besides operations
+OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved",
+       "drawn")  # what faults change besides operations
 
 
 class Oracle(Driver):
@@ -272,19 +273,22 @@ class Oracle(Driver):
         if not names:
             return formulas.output(self.method or next(iter(methods().values())), self.base, self.base_weights, {}, {},
                                    inputs, prompt=lambda *a: {})
+        if self.training and len(names) > 1 and dropout.of(self.method):
+            return formulas.output(self.method, self.base, self.base_weights, {}, {}, inputs,
+                                   route=partial(self.dropping_all, names))
         weights = self.folded(names[:-1])
         method, tensors, config = self.of(names[-1])
-        change = {**self.faulty, **(self.trained(weights, config) if self.training else {})}
+        change = {**self.faulty, **self.drawn(weights, config)}
         with np.errstate(all="ignore"):
             return formulas.output(method, self.base, weights, tensors, config, inputs,
                                    frozen=self.base_weights, **change)
 
-    def trained(self, weights, config):
-        """What is otherwise in training."""
-        still = dropout.NOISY.get(self.method.name)
-        if still is not None and (not still or any(config.get(k) != v for k, v in still.items())):
-            raise Unsupported("what this method draws in training")
-        return {"route": partial(self.dropping, weights)} if dropout.of(self.method) else {}
+    def drawn(self, weights, config):
+        """What is drawn, in training above all."""
+        found = noise.drawn(self.method, weights, config, self.training, self.rng) if self.method else None
+        if found is not None:
+            return found
+        return {"route": partial(self.dropping, weights)} if self.training and dropout.of(self.method) else {}
 
     def dropping(self, weights, base, folded, tensors, config, inputs):
         """The adapted layers with their dropout, if there is any."""
@@ -298,8 +302,27 @@ class Oracle(Driver):
                 found[path] = lambda _, x, d=d, site=site, t=t: self.drop(d, site, t, config, x)
         return found
 
+    def dropping_all(self, names, base, folded, _, __, inputs):
+        """The adapted layers of several adapters, each with its own dropout."""
+        found: dict = {}
+        for name in names:
+            _, tensors, config = self.of(name)
+            for path, function in self.dropping(self.base_weights, base, folded, tensors, config, inputs).items():
+                found.setdefault(path, []).append(function)
+        site = sites(base, self.base_weights)
+        return {path: lambda _, x, path=path, each=each: self.added_up(apply_layer(site[path], x), each, x)
+                for path, each in found.items()}
+
+    def added_up(self, y, each, x):
+        return y + sum(function(None, x) - y for function in each)
+
     def drop(self, d, site, t, config, x):
         """A layer's output, what is dropped being drawn."""
+        if d.apart:
+            both = replace(d, apart=""), site, {**t, d.apart: 0 * t[d.apart]}, config, x
+            whole = self.keep(d, site, t, config[d.rate], x)
+            rest = [dropout.output(d, self.method.formula, site, each, config, x, whole) for each in (t, both[2])]
+            return self.drop(*both) + rest[0] - rest[1]
         return dropout.output(d, self.method.formula, site, t, config, x, self.keep(d, site, t, config[d.rate], x))
 
     def keep(self, d, site, t, rate, x):
@@ -332,6 +355,8 @@ class Oracle(Driver):
     def gradients(self, inputs, cotangent):
         if self.dtype == "float64":
             raise Unsupported("gradients are finite differences, good to float32")
+        if self.training and noise.of(self.method) and self.drawn(self.base_weights, self.adapters[self.chosen[0]][0]):
+            raise Unsupported("gradients of what is drawn")
         config, tensors = self.adapters[self.chosen[0]]
         asked = (tensors, cotangent, *inputs.values())
         if not all(a is b or (isinstance(a, np.ndarray) and np.array_equal(a, b))

@@ -29,6 +29,7 @@ class Dropout:
     undropped: str = ""  # a slot: set to 0, it leaves the part of the change that reads the whole input
     scaled: bool = True  # are kept rows divided at all?
     convolutions: bool = False  # has the method layers for them that drop, too?
+    apart: str = ""  # a slot: what is left of the change when it is 0, and what it adds, drop by draws of their own
 
 
 DROPOUTS = (
@@ -41,6 +42,7 @@ DROPOUTS = (
     Dropout("deft", "deft_dropout", "input", undropped="deft_R"),
     Dropout("frod", "frod_dropout", "input"),
     Dropout("gralora", "gralora_dropout", "input", {"hybrid_r": 0}),
+    Dropout("gralora", "gralora_dropout", "input", {"hybrid_r": 3}, apart="gralora_B_general.weight"),
     Dropout("hira", "hira_dropout", "input", convolutions=True),
     Dropout("miss", "miss_dropout", "input"),
     Dropout("psoft", "psoft_dropout", "input"),
@@ -97,6 +99,19 @@ def output(d: Dropout, formula: Callable, site, t: dict, c: dict, x, keep) -> np
     if d.drops == "rows":
         keep = keep[:, None] / (keep.mean() if d.scaled else 1)
     return apply_layer(site, x, unchanged + change * keep, b)
+
+
+def parts(d: Dropout, formula: Callable, site, t: dict, c: dict, x) -> list[np.ndarray]:
+    """What the adapter adds to the layer's output, under each of the choices; an array for each draw of its own."""
+    kept = choices(d, site, t, c[d.rate], x)
+
+    def added(t):
+        return np.stack([output(d, formula, site, t, c, x, keep) for keep in kept]) - apply_layer(site, x)
+
+    if not d.apart:
+        return [added(t)]
+    first = added({**t, d.apart: 0 * t[d.apart]})
+    return [first, added(t) - first]
 
 
 def places(blocks) -> tuple:

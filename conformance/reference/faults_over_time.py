@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from . import dropout, formulas
+from . import dropout, formulas, noise, store
 from .method import Fault
 from .numpy_model import apply_layer
 
@@ -373,4 +373,56 @@ ROWS_DROPPED = (
         lambda o, d, site, t, c, x, keep: output_of(o, replace(d, drops="input"), site, t, c, x, np.resize(
             keep, x.shape[-1]))), on("dropout"), ()),
 )
-FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "loha": ROWS_DROPPED}
+
+
+class Halved:
+    """Random numbers of half the spread."""
+
+    def __init__(self, rng):
+        self.rng = rng
+
+    def __getattr__(self, name):
+        return lambda *a, **more: getattr(self.rng, name)(*a, **more) * (0.5 if name in ("normal", "logistic") else 1)
+
+
+class OneForAll(Halved):
+    """The first sample's random numbers, for the whole batch."""
+
+    def __getattr__(self, name):
+        def draw(*a, **more):
+            found = np.asarray(getattr(self.rng, name)(*a, **more))
+            return np.broadcast_to(found[:1], found.shape)
+
+        return draw
+
+
+def drawing(change):
+    """`change(config, random numbers)` -> those that are used."""
+    def drawn(o, right, weights, config):
+        config, rng = change({**store.defaults(o.method.peft_type), **config}, o.rng)
+        return noise.drawn(o.method, weights, config, o.training, rng) or {}
+
+    return {"drawn": drawn}
+
+
+def rate_of_kept(config, rng):
+    return {k: 1 - v if k.endswith(("dropout", "dropout_p")) and v else v for k, v in config.items()}, rng
+
+
+def never_drawn(o, right, weights, config):
+    return {}
+
+
+def noisy(id, what, change):
+    return Fault(id, what, change, ("law/noise",))
+
+
+HALF = noisy("noise-halved", "what is drawn has half its deviation", drawing(lambda c, rng: (c, Halved(rng))))
+BATCH = noisy("noise-of-the-batch", "one draw for all samples", drawing(lambda c, rng: (c, OneForAll(rng))))
+NEVER = noisy("noise-absent", "nothing is drawn in training", {"drawn": never_drawn})
+KEPT = noisy("noise-inverted", "the rate is that of what is kept", drawing(rate_of_kept))
+REPEATED = noisy("noise-repeats", "every call draws the same", drawing(lambda c, rng: (c, np.random.default_rng(0))))
+NOISY = {"pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED),
+         "monteclora": (HALF, NEVER, REPEATED), "shadow": (BATCH, NEVER, KEPT, REPEATED),
+         "xlora": (BATCH, NEVER, KEPT, REPEATED), "p_tuning": (NEVER, KEPT, REPEATED)}
+FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "loha": ROWS_DROPPED, **NOISY}

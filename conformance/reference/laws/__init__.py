@@ -66,9 +66,11 @@ class Sample:
         return tensors
 
     def second(self, driver, **more):
-        """Add and fill another adapter, "other", with more in its config; the active one stays."""
+        """Add and fill another adapter, "other", with more in its config; the active one stays. Its tensors."""
         driver.add("other", {**self.config, **self.method.laws.second, **more})
-        driver.load(self.tensors(driver, "other", seed=1), "other")
+        tensors = self.tensors(driver, "other", seed=1)
+        driver.load(tensors, "other")
+        return tensors
 
     def base_output(self, driver):
         self.build(driver, config=None)

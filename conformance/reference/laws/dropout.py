@@ -19,7 +19,7 @@ def applies(method):
 
 
 def check(driver, sample):
-    for d in dropout.of(sample.method):
+    for d in (d for d in dropout.of(sample.method) if not d.apart):
         target = sample.config["target_modules"][0]
         without = sample.on(sample.base_name, **{**d.more, d.rate: 0.0, "target_modules": [target]})
         one_layer(d, driver, without, target)

@@ -52,11 +52,12 @@ def lstm(x, p, at, gates="ifgo"):
     return np.stack(out)
 
 
-def encode(t, c, gates="ifgo", backwards=True, relu=True):
+def encode(t, c, gates="ifgo", backwards=True, relu=True, drop=lambda h: h):
     p = {k.removeprefix(LIVE): np.asarray(v, np.float64) for k, v in t.items()}
     x = p["embedding.weight"]
     if c.get("encoder_reparameterization_type") == "LSTM":
         for layer in range(c.get("encoder_num_layers", 2)):
+            x = drop(x) if layer else x
             there = lstm(x, p, f"_l{layer}", gates)
             back = lstm(x[::-1] if backwards else x, p, f"_l{layer}_reverse", gates)
             x = np.concatenate([there, back[::-1] if backwards else back], 1)

@@ -86,7 +86,8 @@ def advance(s, t, g):
     return (1 - g) * s + g * t
 
 
-def route(base, weights, tensors, c, inputs, advance=advance, sign=1.0, late=False, early=False, first=start):
+def route(base, weights, tensors, c, inputs, advance=advance, sign=1.0, late=False, early=False, first=start,
+          drop=lambda d: d):
     t = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
     if not t:
         return {}
@@ -96,7 +97,7 @@ def route(base, weights, tensors, c, inputs, advance=advance, sign=1.0, late=Fal
         own_t = {k.removeprefix(f"{KEY}{path}."): v for k, v in t.items() if k.startswith(f"{KEY}{path}.")}
 
         def run(own, h):
-            d = c.get("shadow_alpha", 0.1) * sign * (h - state["s"]) @ own_t[f"{DOWN}.weight"].T
+            d = c.get("shadow_alpha", 0.1) * sign * drop(h - state["s"]) @ own_t[f"{DOWN}.weight"].T
             d = d @ own_t[f"{UP}.weight"].T
             out = own(h) + d if late else own(h + d)
             seen = h if early else out

@@ -80,12 +80,12 @@ def softmax(z, axis=-1):
     return z / z.sum(axis, keepdims=True)
 
 
-def classify(t, c, h, layers, axis=-1, transposed=False):
+def classify(t, c, h, layers, axis=-1, transposed=False, drop=lambda h: h):
     """p (batch, length, layers, adapters) for hidden states h (batch, length, hidden)."""
     at = sorted({int(k.split(".")[-2]) for k in t})
     for i in at:
         h = h @ t[f"{CLASSIFIER}.{i}.weight"].T + t[f"{CLASSIFIER}.{i}.bias"]
-        h = np.maximum(h, 0) if i != at[-1] else h
+        h = drop(np.maximum(h, 0)) if i != at[-1] else h
     n = len(c["adapters"])
     z = h.reshape(*h.shape[:2], n, -1).swapaxes(2, 3) if transposed else h.reshape(*h.shape[:2], -1, n)
     z = np.broadcast_to(z, (*h.shape[:2], layers, n))
