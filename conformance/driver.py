@@ -156,6 +156,10 @@ class Driver:
         """Multiply the strength of the active adapters."""
         raise Unsupported("scale adapters")
 
+    def penalty(self) -> float:
+        """The further term that the method wants added to the loss, as it is now."""
+        raise Unsupported("further terms of the loss")
+
     def copy(self) -> None:
         """Go on with a deep copy of the model; the original is dropped."""
         raise Unsupported("deep copy")

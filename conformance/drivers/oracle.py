@@ -19,11 +19,12 @@ from ..driver import OPERATIONS, Driver, Rejected, Unsupported
 from ..reference import beginnings, dropout, formulas, noise, rules, store
 from ..reference.combine import combined
 from ..reference.method import KEY, slots
-from ..reference.methods import lora, methods
+from ..reference.laws import rebuilt_inputs
+from ..reference.methods import lora, methods, monteclora
 from ..reference.numpy_model import apply_layer, sites
 
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved",
-       "drawn")  # what faults change besides operations
+       "drawn", "taken", "rebuilding", "is_unsaved")  # what faults change besides operations
 
 
 class Oracle(Driver):
@@ -57,17 +58,30 @@ class Oracle(Driver):
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
         self.training, self.rng = False, np.random.default_rng(seed)
         self.asked: dict[str, bool] = {}  # by adapter, where it was said by name whether it is trained
-        self.begun = "/beginnings/" in case
+        self.begun, self.loose = "/beginnings/" in case, case.endswith("/defaults")
         if self.begun:
             method, _, id = case.split("/")
             self.begin(next(r for r in store.rows("beginnings") if (r["method"], r["id"]) == (method, id)), config)
         elif config is not None:
-            self.add("default", config)
+            try:
+                self.add("default", {**store.defaults(config["peft_type"]), **config} if self.loose else config)
+            except (IndexError, KeyError, TypeError, ValueError) as e:
+                if self.loose:
+                    raise Rejected(f"layers that are too small: {e}") from e
+                raise
             self.chosen = ["default"]
             if "/converted/" in case:
                 tensors = {k: self.rng.normal(size=np.shape(v)) for k, v in self.adapters["default"][1].items()}
                 self.adapters["default"] = (config, tensors)
                 self.take_from_base()
+
+    def penalty(self):
+        config, tensors = self.adapters[self.chosen[0]]
+        if config.get("kasa_config"):
+            return lora.kasa_penalty(tensors, config)
+        if self.method.name != "monteclora":
+            raise Unsupported("further terms of the loss")
+        return monteclora.penalty(tensors, config) if self.training else 0.0
 
     def take_from_base(self):
         """What a new adapter adds, the base weights lose."""
@@ -87,7 +101,7 @@ class Oracle(Driver):
                 want = {k: v for k, v in want.items() if k != "at"}
             tensors[name] = beginnings.drawn(want, rng)
         self.adapters, self.chosen = {"default": (config, tensors)}, ["default"]
-        self.base_weights |= {k: beginnings.drawn(want, None) for k, want in row["weights"].items()}
+        self.base_weights |= {k: beginnings.drawn(want, self.rng) for k, want in row["weights"].items()}
         if row.get("data"):
             self.take_from_base()
 
@@ -139,8 +153,11 @@ class Oracle(Driver):
         if self.adapters and "bias" in config and sum(
                 c.get("bias", "none") != "none" for c, _ in [(config, None), *self.adapters.values()]) > 1:
             raise Rejected("several adapters that train biases")
+        if config.get("kasa_config"):
+            self.base_weights = lora.truncated(self.base, self.base_weights, config["r"], self.targets(config))
         rng = np.random.default_rng(self.seed)
-        shapes = formulas.expected_shapes(method, self.base, self.base_weights, config, self.targets(config))
+        whole = {**config, method.tensors.unsaved[0]: True} if method.tensors.unsaved else config
+        shapes = formulas.expected_shapes(method, self.base, self.base_weights, whole, self.targets(config))
         if self.recorded(config):
             shapes = self.case.keys
         elif "model_type" in self.base and not config.get("target_modules"):
@@ -199,6 +216,7 @@ class Oracle(Driver):
         config, own = self.adapters[name]
         if self.method.tensors.expanded:
             tensors = self.method.tensors.expanded(tensors, config)
+        tensors = {**{k: v for k, v in own.items() if self.is_unsaved(k, config)}, **tensors}
         problems = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors
                                                                         if k not in own]
         problems += [f"{k} has shape {v.shape}, not {own[k].shape}" for k, v in tensors.items()
@@ -216,7 +234,13 @@ class Oracle(Driver):
     def saved(self, name="default"):
         """What a checkpoint holds of an adapter, unrounded."""
         config, tensors = self.adapters[name]
+        tensors = {k: v for k, v in tensors.items() if not self.is_unsaved(k, config)}
         return self.method.saved(self.pruned(config, tensors), config)
+
+    def is_unsaved(self, key, config):
+        """Is this a tensor that the config leaves out of a checkpoint?"""
+        field, slots = self.method.tensors.unsaved or ("", ())
+        return not config.get(field, True) and any(key == s or key.endswith(f".{s}") for s in slots)
 
     def pruned(self, config, tensors):
         """What is left of the ranks of an adapter that shrank; `rank_pattern` is then by the path of a layer."""
@@ -261,7 +285,12 @@ class Oracle(Driver):
                 raise Rejected("as many names as samples")
             picked = [self.run(inputs, [] if n is None else [n])[i] for i, n in enumerate(adapter_names)]
             return self.rounded(np.stack(picked))
-        return self.rounded(self.run(inputs, [] if self.off else self.merged or self.chosen))
+        try:
+            return self.rounded(self.run(inputs, [] if self.off else self.merged or self.chosen))
+        except (IndexError, KeyError, TypeError, ValueError) as e:
+            if self.loose:
+                raise Rejected(f"layers that are too small: {e}") from e
+            raise
 
     def with_ids(self, inputs):
         """The words for what is embedded already."""
@@ -361,10 +390,31 @@ class Oracle(Driver):
         asked = (tensors, cotangent, *inputs.values())
         if not all(a is b or (isinstance(a, np.ndarray) and np.array_equal(a, b))
                    for a, b in itertools.zip_longest(asked, self.told[0])):
+            change = {**self.faulty, **self.rebuilding(tensors, config, inputs)}
             found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
-                                       **self.faulty)
+                                       **change)
             self.told = (asked, {k: self.rounded(v) for k, v in found.items()})
         return dict(self.told[1])
+
+    def rebuilding(self, tensors, config, inputs):
+        """What VeLoRA does to gradients in training; its direction is taken from the inputs, and held."""
+        if not self.training or self.method.name != "velora":
+            return {}
+        how = config["velora_config"] = {"init_type": "batch_average_once", "scale": 1.0, **config["velora_config"]}
+        known = {p: slots(tensors, p)[rebuilt_inputs.V] for p in self.targets(config)}
+        taken = self.taken(how, known)
+        route = partial(rebuilt_inputs.route, weights=self.base_weights)
+        formulas.output(self.method, self.base, self.base_weights, tensors, config, inputs,
+                        route=lambda base, folded, *rest: route(taken, base, folded, *rest))
+        tensors.update({f"{KEY}{p}.{rebuilt_inputs.V}": v for p, v in taken.items()})
+        return {"route": lambda base, folded, t, c, inputs, held=None: route(dict(taken), base, folded, t, c, inputs,
+                                                                             held)}
+
+    def taken(self, how, known):
+        """Directions that are known before a batch is seen."""
+        if how["init_type"] == "random":
+            return known
+        return {p: v for p, v in known.items() if np.any(v)} if how["init_type"] == "batch_average_once" else {}
 
     def step(self, inputs, cotangent, rate):
         config, tensors = self.adapters[self.chosen[0]]

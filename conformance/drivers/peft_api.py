@@ -390,6 +390,13 @@ class PeftApi(Driver):
         for layer in layers:
             layer.scale_layer(factor)
 
+    def penalty(self):
+        terms = [getattr(self.model.base_model, n)() for n in ("_get_kasa_loss", "_get_monteclora_loss")
+                 if hasattr(self.model.base_model, n)]
+        if not terms:
+            raise Unsupported("no further terms of the loss")
+        return float(sum(terms))
+
     def copy(self):
         self.model = copy.deepcopy(self.model)
 

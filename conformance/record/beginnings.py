@@ -29,6 +29,10 @@ def lora_ga(direction, scale):
     return {"init_lora_weights": "lora_ga", "lora_ga_config": {"direction": direction, "scale": scale}}
 
 
+EFFECTIVE = {"target_modules": ["c1", "c2"], "use_effective_conv2d": True, "r": 2}
+OF_KIND = {"conv2d": "conv2d", "embedding": "embedding", "gpt": "conv1d-hf-wide"}  # a row's base -> where it is begun
+
+
 # method -> id -> (base, changes of the method's first config); "wide" is the default's base, too
 MORE: dict[str, dict[str, tuple[str, dict]]] = {
     "lora": {
@@ -53,16 +57,32 @@ MORE: dict[str, dict[str, tuple[str, dict]]] = {
         "embedding-gaussian": ("embedding", {"target_modules": ["emb"], "init_lora_weights": "gaussian"}),
         "conv2d": ("conv2d", {"target_modules": ["c1", "c2"]}), "bias": ("wide", {"lora_bias": True}),
         "rank-pattern": ("wide", {"init_lora_weights": "gaussian", "rank_pattern": {"mid": 5}}),
+        "pissa-niter": ("wide", {"init_lora_weights": "pissa_niter_16"}),
+        "lora-ga-arb2r-weight-svd": ("wide", lora_ga("ArB2r", "weight_svd")),
+        "conv1d": ("conv1d", {"target_modules": ["c1", "c2"]}),
+        "orthogonal-conv2d-one-by-one": ("conv2d-1x1", {"target_modules": ["c1", "c2"]}),
+        "experts": ("experts", {"target_modules": [], "target_parameters": ["experts.weight"]}),
     },
     "dora": {"conv2d": ("conv2d", {"target_modules": ["c1", "c2"]}), "pissa": ("wide", {"init_lora_weights": "pissa"})},
     "c3a": {name: ("wide", {"init_weights": value}) for name, value in
-            {"gaussian": "gaussian", "kaiming": "kaiming_uniform", "identity": True}.items()},
+            {"gaussian": "gaussian", "kaiming": "kaiming_uniform", "identity": True,
+             "xavier": "xavier_uniform"}.items()},
+    "loha": {"effective": ("conv2d", EFFECTIVE), "effective-random": ("conv2d", {**EFFECTIVE, "init_weights": False})},
+    "randlora": {"sparse": ("wide", {"sparse": True}), "very-sparse": ("wide", {"very_sparse": True})},
+    "road": {"road-2": ("wide", {"variant": "road_2"}), "road-4": ("wide", {"variant": "road_4"})},
+    "shadow": {"narrow": ("decoder-llama", {"shadow_hidden_size": 4, "update_hidden_size": 5}),
+               "own-embeddings": ("decoder-llama", {"share_embeddings": False})},
     "hira": {"gaussian": ("wide", {"init_weights": "gaussian"})},
-    "lokr": {"lycoris": ("wide", {"init_weights": "lycoris"})},
+    "lokr": {"lycoris": ("wide", {"init_weights": "lycoris"}), "effective": ("conv2d", EFFECTIVE),
+             "effective-lycoris": ("conv2d", {**EFFECTIVE, "init_weights": "lycoris"}),
+             "effective-random": ("conv2d", {**EFFECTIVE, "init_weights": False}),
+             "both": ("wide", {"decompose_both": True, "r": 2}),
+             "both-random": ("wide", {"decompose_both": True, "r": 2, "init_weights": False}),
+             "both-lycoris": ("wide", {"decompose_both": True, "r": 2, "init_weights": "lycoris"})},
     "miss": {"bat": ("wide", {"init_weights": "bat", "r": 8}), "mini": ("wide", {"init_weights": "mini", "mini_r": 8})},
     "tinylora": {"uniform": ("wide", {"init_weights": "uniform"}),
                  "bound": ("wide", {"init_weights": "uniform", "init_v_bound": 0.5})},
-    "psoft": {"pissa": ("wide", {"ab_svd_init": "pissa_init"})},
+    "psoft": {"pissa": ("wide", {"ab_svd_init": "pissa_init"}), "unconstrained": ("wide", {"psoft_orth": False})},
     "prefix_tuning": {"zero": ("causal-lm", {"init_weights": "zero"})},
     "prompt_tuning": {"vocabulary": ("causal-lm", {"prompt_tuning_init": "SAMPLE_VOCAB"})},
     "vera": {"d-initial": ("wide", {"d_initial": 1.5}), "another-key": ("wide", {"projection_prng_key": 7})},
@@ -119,6 +139,11 @@ def record(driver) -> list[dict]:
         first = method.rows[0]
         base = "wide" if first.base.startswith("mlp") else first.base
         rows = {"default": (base, {}), **MORE.get(method.name, {})}
+        for kind, where in OF_KIND.items():
+            like = next((r for r in method.rows if r.base == kind), None)
+            if like and where not in (base for base, _ in rows.values()):
+                targets = ["c_attn"] if kind == "gpt" else like.config["target_modules"]
+                rows[f"on-{kind}"] = (where, {**like.config, "target_modules": targets})
         if method.name in KEYS:
             rows["key-zero"] = (base, {KEYS[method.name]: 0})  # a seed like any other
         if method.name in RANDOM:

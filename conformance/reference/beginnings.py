@@ -100,6 +100,9 @@ def drawn(want: dict, rng) -> np.ndarray:
     if "rows" in want or "columns" in want:
         a = np.linalg.qr(rng.normal(size=shape if "columns" in want else shape[::-1]))[0]
         return a * np.sqrt(want["columns"]) if "columns" in want else a.T * np.sqrt(want["rows"])
+    if want["kurtosis"] > 1:  # mostly zeros, the others of one size
+        share = 1 / (want["kurtosis"] + 3)
+        return want["std"] / np.sqrt(share) * (rng.random(shape) < share) * rng.choice([-1, 1], shape)
     if want["kurtosis"] > -0.1:
         return want["mean"] + want["std"] * rng.normal(size=shape)
     several = max(round(-1.2 / want["kurtosis"]), 1)  # a mean of so many uniform numbers has about this kurtosis

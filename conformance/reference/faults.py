@@ -14,7 +14,7 @@ import numpy as np
 
 from . import faults_of_bookkeeping, faults_of_configs, faults_over_time, formulas
 from .method import KEY, Fault
-from .methods import methods
+from .methods import lora, methods
 
 PLAIN, SAVED = ("linear/plain",), ("linear/modules-to-save",)
 
@@ -310,6 +310,29 @@ def on_what_was_not_rounded(o, right, base, weights, config, kind, case=""):
         o.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
 
 
+def with_defaults(**wrong):
+    def build(o, right, base, weights, config, *more, **named):
+        right(base, weights, {**wrong, **config} if config else config, *more, **named)
+
+    return build
+
+
+def add_untruncated(o, right, name, config):
+    before = o.base_weights
+    right(name, config)
+    o.base_weights = before
+
+
+def without_diagonal(site, t, c):
+    return lora.formula(site, {k: v for k, v in t.items() if k != "lora_diag"}, c)
+
+
+def second_drawn(o, right, name, config):
+    right(name, config)
+    if name != "default":
+        o.adapters[name] = (config, {k: v + 0.3 for k, v in o.adapters[name][1].items()})
+
+
 def f(id, what, change, caught_by, cases=PLAIN, link="", **more):
     return Fault(id, what, change, tuple(caught_by.split()), cases, link=link, **more)
 
@@ -441,14 +464,40 @@ USAGE = (
       "usage", ("usage/combine-linear",)),
     f("order-of-methods", "of two methods on a layer the inner one is taken for the outer",
       {"switch": lambda o, right, names: right(list(names)[::-1])}, "usage", ("usage/mixed-with-oft",)),
+    f("kasa-untruncated", "KaSA leaves the smallest singular values in the weight", {"add": add_untruncated}, "usage",
+      ("usage/kasa",)),
+    f("kasa-unlearned", "KaSA's numbers between B and A are left out", {"formula": without_diagonal}, "usage",
+      ("usage/kasa",)),
+    f("kasa-no-penalty", "KaSA's further term is 0", {"penalty": lambda o, right: 0.0}, "usage", ("usage/kasa",)),
+    f("another-default", "without lora_alpha, it is 16", {"build": with_defaults(lora_alpha=16)}, "usage",
+      ("usage/defaults",)),
+    f("another-default-rank", "without r, it is 4", {"build": with_defaults(r=4)}, "usage", ("usage/defaults",)),
+    f("second-adapter-drawn", "a second adapter begins as something", {"add": second_drawn}, "usage",
+      ("usage/begins-as-base",)),
     f("on-what-was-not-rounded", "an adapter puts the layer back as it was before it was quantised",
       {"build_quantised": on_what_was_not_rounded}, "usage", ("usage/nf4", "usage/fp4")),
 )
 
 
+def other_reflections(o, right, name, config):
+    right(name, config)
+    config, tensors = o.adapters[name]
+    o.adapters[name] = (config, {k: o.rng.normal(size=v.shape) for k, v in tensors.items()})
+
+
+ALL_SAVED = Fault("saves-what-a-seed-gives", "what a seed determines is saved, whatever the config says",
+                  {"is_unsaved": lambda o, right, *a: False}, ("usage",), ("usage/unsaved",))
+NO_DIVERGENCE = Fault("no-divergence", "nothing holds the distributions to their priors",
+                      {"penalty": lambda o, right: 0.0}, ("usage",), ("usage/divergence",))
+NOT_TWICE = Fault("every-reflection-once", "a new adapter's reflections are all different",
+                  {"add": other_reflections}, ("law/fresh-is-identity",))
+
+
 def all_faults():
     """(method, fault) for every seeded fault of the suite."""
     found = [(m, fault) for m in methods().values() for fault in m.faults]
+    found += [(m, ALL_SAVED) for m in methods().values() if m.tensors.unsaved]
+    found += [(methods()["monteclora"], NO_DIVERGENCE), (methods()["hra"], NOT_TWICE)]
     for more in (faults_over_time.FAULTS, faults_of_configs.FAULTS, faults_of_bookkeeping.FAULTS):
         found += [(methods()[name], fault) for name, faults in more.items() for fault in faults]
     return [*((methods()["lora"], fault) for fault in (*GENERAL, *USAGE)), *found]

@@ -102,6 +102,16 @@ def step_then_stale(o, right, inputs, cotangent, rate):
     o.run = lambda inputs, names: formulas.output(o.method, o.base, frozen, {}, {}, inputs)
 
 
+def parts_alike(o, right, d, site, t, config, x):
+    return output_of(o, replace(d, apart=""), site, t, config, x, o.keep(d, site, t, config[d.rate], x))
+
+
+def last_alone(o, right, d, site, t, config, x):
+    """Of several adapters, the last one's dropout is left out."""
+    rates = [c[d.rate] for c, _ in o.adapters.values()]
+    return right(d, site, t, {**config, d.rate: 1e-9} if len(rates) > 1 and config[d.rate] == rates[-1] else config, x)
+
+
 # States.
 
 
@@ -295,6 +305,8 @@ TRAINING = (
     f("dropout-once-for-all", "one choice for all tokens of all samples", {"keep": one_for_all}, on("dropout")),
     f("dropout-repeats", "every call drops the same", {"keep": always_same}, on("dropout")),
     f("dropout-of-the-first", "every adapter has the first one's rate", {"drop": first_rate}, on("dropout")),
+    f("dropout-of-one-alone", "of several active adapters the last drops nothing", {"drop": last_alone},
+      on("dropout-together")),
     f("training-scales", "training mode scales the delta", {"train": train_scales}, on("training")),
     f("training-halves-gradients", "gradients are halved in training mode", {"gradients": gradients_in_training},
       on("training")),
@@ -422,7 +434,27 @@ BATCH = noisy("noise-of-the-batch", "one draw for all samples", drawing(lambda c
 NEVER = noisy("noise-absent", "nothing is drawn in training", {"drawn": never_drawn})
 KEPT = noisy("noise-inverted", "the rate is that of what is kept", drawing(rate_of_kept))
 REPEATED = noisy("noise-repeats", "every call draws the same", drawing(lambda c, rng: (c, np.random.default_rng(0))))
-NOISY = {"pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED),
+PARTS = (Fault("parts-drop-alike", "both pairs read the same dropped input", {"drop": parts_alike},
+               ("law/dropout-together",)),)
+NOISY = {"gralora": PARTS, "pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED),
          "monteclora": (HALF, NEVER, REPEATED), "shadow": (BATCH, NEVER, KEPT, REPEATED),
          "xlora": (BATCH, NEVER, KEPT, REPEATED), "p_tuning": (NEVER, KEPT, REPEATED)}
-FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "loha": ROWS_DROPPED, **NOISY}
+def taken_never(o, right, how, known):
+    return known
+
+
+def rescaled_inputs(o, right, tensors, config, inputs):
+    config["velora_config"] = {**config["velora_config"], "scale": 1.0}
+    return right(tensors, config, inputs)
+
+
+REBUILT = (
+    Fault("inputs-kept", "A's gradient comes from the inputs themselves", {"rebuilding": lambda o, right, *a: {}},
+          ("law/rebuilt-inputs",)),
+    Fault("direction-stays", "v is never taken from a batch", {"taken": taken_never}, ("law/rebuilt-inputs",)),
+    Fault("direction-of-each-batch", "v is that of every batch, whatever init_type says",
+          {"taken": lambda o, right, how, known: {}}, ("law/rebuilt-inputs",)),
+    Fault("rebuilt-unscaled", "scale is not read", {"rebuilding": rescaled_inputs}, ("law/rebuilt-inputs",)),
+)
+FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "loha": ROWS_DROPPED, "velora": REBUILT,
+          **NOISY}

@@ -65,6 +65,8 @@ class Tensors:
     shared: Callable | None = None
     # tensors that PEFT saves but does not train (VeRA's projections), by slot or whole key
     frozen: tuple = ()
+    # (field of the config, slots or whole keys): where the field is False, a checkpoint lacks these
+    unsaved: tuple = ()
     exact: bool = False  # those are not rounded to 8 bits: the reference computes others from its own, not from them
     # fixed(key, shape, config) -> True where an entry of a saved tensor is not trained though others are
     fixed: Callable | None = None

@@ -33,7 +33,7 @@ class Noise:
 def of_layers(layer, method):
     """`layer(site, t, c, x, inputs, rng)` -> y, on every layer with tensors of its own."""
     def drawn(weights, c, rng):
-        def route(base, folded, tensors, c, inputs):
+        def route(base, folded, tensors, _, inputs):
             tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
             found = {}
             for path, site in sites(base, weights).items():

@@ -62,11 +62,11 @@ def compare(d, sample, drawn, known, rates, kept):
     first, second = known
     if d.drops != "input":  # one choice for the whole call
         first, second, drawn = (a.reshape(len(a), 1, -1) for a in (first, second, drawn))
-    found = []
+    found, rounding = [], 1e-6 * np.abs(drawn).max() + 1e-6
     for i in range(first.shape[1]):
         sums = (first[:, None, i] + second[None, :, i]).reshape(-1, first.shape[-1])
         off = np.abs(drawn[:, None, i] - sums[None]).max(-1)
-        if off.min(1).max() > TOLERANCE * np.abs(sums).max():
+        if off.min(1).max() > TOLERANCE * np.abs(sums).max() + rounding:
             raise Failure(f"in training, the output follows from no two choices of what {d.rate} drops ({d.drops}), "
                           f"config {sample.config}", by=off.min(1).max())
         found += [divmod(int(j), len(second)) for j in off.argmin(1)]

@@ -120,10 +120,11 @@ FAULTS = (
     Fault("l-not-trained", "l stays as it was at the start", wrong(still=True)),
 )
 
+FROZEN = tuple(f"{slot}.{name}" for slot in SHARED for name in ROLES)
 METHOD = Method(
     name="frod", peft_type="FROD", title="FRoD", paper="https://arxiv.org/abs/2512.23485",
     equation="W' = U (S + diag(l)) V^T", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    tensors=Tensors(shared=shared, made=made, frozen=tuple(f"{slot}.{name}" for slot in SHARED for name in ROLES),
+    tensors=Tensors(shared=shared, made=made, frozen=FROZEN, unsaved=("save_projection", FROZEN),
                     exact=True, neutral={S: 0.0}, fresh=fresh,
                     perturb=lambda key, value, rng: value + 0.2 * rng.normal(size=value.shape)),
     laws=Laws(draw={"progressbar": [False], "sparse_rate": [0.05, 0.3], "regularization_alpha": [1e-3, 0.1],

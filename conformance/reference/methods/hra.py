@@ -61,9 +61,16 @@ FAULTS = (
           {"formula": lambda s, t, c: formula(s, t, {**c, "apply_GS": False})}, cases=GS),
 )
 
+def fresh(site, t, c):
+    """Every reflection twice, which is nothing, where their number is even."""
+    U = t["hra_u"]
+    odd = U.shape[1] % 2 or c.get("init_weights") is False
+    return {"hra_u": U if odd else np.repeat(U[:, ::2], 2, 1)}
+
+
 METHOD = Method(
     name="hra", peft_type="HRA", title="HRA", paper="https://arxiv.org/abs/2405.17484",
     equation="W' = W prod (I - 2 u_i u_i^T / |u_i|^2)", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    tensors=Tensors(perturb=perturb),
-    laws=Laws(draw={"r": [2, 4], "target_modules": [["up", "mid"]]}, mixed_batch=True, stacks=False),
+    tensors=Tensors(perturb=perturb, fresh=fresh),
+    laws=Laws(draw={"r": [2, 4], "target_modules": [["up", "mid"]]}, mixed_batch=True, stacks=False, fresh_identity=True),
 )

@@ -4,6 +4,7 @@ import numpy as np
 
 from ..bases import TYPES
 from ..method import Fault, Laws, Method, Row, Tensors
+from ..numpy_model import sites, stored
 from ..rules import of_pattern
 
 
@@ -27,6 +28,7 @@ def shapes(site, c):
         experts, o, i = site.W.shape
         return {a: (r * experts, i), b: (o, r * experts)}
     bias = {"lora_B.bias": (site.out,)} if c.get("lora_bias") else {}
+    bias |= {"lora_diag": (r,)} if c.get("kasa_config") else {}
     return {a: (r, site.inp, *site.kernel), b: (site.out, r // site.args.get("groups", 1), *ones), **bias}
 
 
@@ -34,11 +36,36 @@ def delta(site, t):
     """B A, unscaled, in the layout of W."""
     a, b = names(site)
     A, B = t[a], t[b]
+    if "lora_diag" in t:  # KaSA
+        B = B * t["lora_diag"]
     if site.kind == "Experts":
         experts = site.W.shape[0]
         A, B = A.reshape(experts, -1, A.shape[1]), B.reshape(B.shape[0], -1, experts)
         return np.einsum("ore,eri->eoi", B, A)
     return np.einsum("or,r...->o...", B.reshape(B.shape[0], -1), A)
+
+
+def truncated(base, weights, r, targets):
+    """KaSA: the base weights without the `r` smallest singular values of each target."""
+    found = dict(weights)
+    for path, site in sites(base, weights).items():
+        if path in targets:
+            u, s, v = np.linalg.svd(site.W, full_matrices=False)
+            found[site.weight] = stored(site, (u[:, :-r] * s[:-r]) @ v[:-r])
+    return found
+
+
+def kasa_penalty(tensors, c):
+    """KaSA: beta |E|^2 + gamma (|A A^T - I| + |B^T B - I|), over all layers."""
+    def off(M):
+        return np.linalg.norm(M - np.eye(len(M)))
+
+    total = 0.0
+    for path in sorted(k.removesuffix(".lora_diag") for k in tensors if k.endswith(".lora_diag")):
+        A, B, E = (np.asarray(tensors[f"{path}.{slot}"], np.float64) for slot in (
+            "lora_A.weight", "lora_B.weight", "lora_diag"))
+        total += c["kasa_config"]["beta"] * (E**2).sum() + c["kasa_config"]["gamma"] * (off(A @ A.T) + off(B.T @ B))
+    return total
 
 
 def formula(site, t, c):

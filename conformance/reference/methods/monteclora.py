@@ -3,6 +3,8 @@
 The parameters of the distributions and their last moments are saved beside A and B, O(r) of them for each layer.
 """
 
+import math
+
 import numpy as np
 
 from ..method import Fault, Laws, Method, Row, Tensors
@@ -16,6 +18,26 @@ PRIORS = f"{SLOT}.std_prior", f"{SLOT}.expert_weights_prior"
 def shapes(site, c):
     r, n = LoRA.rank(site, c), c["monteclora_config"]["num_samples"]
     return {**LoRA.shapes(site, c), **dict(zip(MOMENTS, [(r, r), (n,)])), **dict(zip(PRIORS, [(r,), (n,)]))}
+
+
+def penalty(tensors, c):
+    """The mean over layers of the divergences from the priors, before anything was drawn."""
+    return np.mean([prior(tensors[k], tensors[k.replace("std_prior", "expert_weights_prior")], c["monteclora_config"])
+                    for k in sorted(tensors) if k.endswith("std_prior")])
+
+
+def prior(rho, pi, how):
+    """One layer's divergences from its priors, the sum of log-gammas being added as the reference does."""
+    a, b, r = np.exp(np.asarray(pi, np.float64)), how["dirichlet_prior"], len(rho)
+    gamma = math.lgamma
+
+    def digamma(x, h=1e-5):
+        return (gamma(x + h) - gamma(x - h)) / (2 * h)
+
+    dirichlet = gamma(a.sum()) - gamma(b * len(a)) + sum(gamma(x) - gamma(b) for x in a)
+    dirichlet += sum((x - b) * (digamma(x) - digamma(a.sum())) for x in a)
+    wishart = r / 2 * (np.exp(2 * rho) - 2 * rho - 1).sum()
+    return how["kl_loss_weight"] * (dirichlet + wishart) + how["use_entropy"] / len(a)
 
 
 def monteclora(num_samples=3, sample_scaler=0.1, use_entropy=False, **more):

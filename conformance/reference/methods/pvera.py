@@ -55,6 +55,6 @@ METHOD = Method(
     name="pvera", peft_type="PVERA", title="PVeRA", paper="https://arxiv.org/abs/2512.07703",
     equation="W' = W + diag(lambda_b) B diag(lambda_d[:r]) A[:r]", rows=ROWS, shapes=shapes, formula=formula,
     faults=FAULTS,
-    tensors=Tensors(shared=shared, frozen=(A, B), neutral={"pvera_lambda_b": 0.0}),
+    tensors=Tensors(shared=shared, frozen=(A, B), unsaved=("save_projection", (A, B)), neutral={"pvera_lambda_b": 0.0}),
     laws=Laws(draw={"r": [1, 3, 6], "target_modules": [["up", "mid"]]}),
 )

@@ -82,8 +82,8 @@ FAULTS = (
 METHOD = Method(
     name="tinylora", peft_type="TINYLORA", title="TinyLoRA", paper="https://arxiv.org/abs/2602.04118",
     equation="W' = W + B (sum_i v_i P_i) A", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    tensors=Tensors(shared=shared, frozen=FROZEN,
+    tensors=Tensors(shared=shared, frozen=FROZEN, unsaved=("save_projection", ("tinylora_P",)),
                     perturb=lambda key, fresh, rng: fresh + rng.normal(size=fresh.shape),
-                    neutral={f"{V}.0": 0.0, f"{V}.1": 0.0}),
+                    neutral={f"{V}.{group}": 0.0 for group in range(3)}),
     laws=Laws(draw={"r": [1, 3], "u": [2, 5], "weight_tying": [0.0, 1.0], "target_modules": [["up", "mid"]]}),
 )

@@ -54,7 +54,7 @@ METHOD = Method(
     name="unilora", peft_type="UNILORA", title="Uni-LoRA", paper="https://arxiv.org/abs/2506.00799",
     equation="W' = W + B A, A = theta[i_A] / sqrt(n[i_A]), B = theta[i_B] / sqrt(n[i_B])", rows=ROWS, shapes=shapes,
     formula=formula, faults=FAULTS,
-    tensors=Tensors(shared=shared, frozen=FIXED,
+    tensors=Tensors(shared=shared, frozen=FIXED, unsaved=("save_indices", FIXED),
                     perturb=lambda key, fresh, rng: fresh + rng.normal(size=fresh.shape)),
     laws=Laws(draw={"r": [1, 3], "theta_d_length": [5, 40], "save_indices": [True],
                     "target_modules": [["up", "mid"]]}),

@@ -46,10 +46,15 @@ FAULTS = (
           {"formula": lambda site, t, c: LoRA.formula(site, {**t, "lora_A.weight": t["lora_A.weight"] / 2}, c)}),
 )
 
+def fresh(site, t, c):
+    """The direction is 0 before a batch was seen, if it is not drawn."""
+    return t if c["velora_config"].get("init_type") == "random" else {**t, V: 0 * t[V]}
+
+
 METHOD = Method(
     name="velora", peft_type="LORA", title="VeLoRA", paper="https://arxiv.org/abs/2405.17991",
     equation="W' = W + (alpha / r) B A", rows=ROWS, shapes=shapes, formula=LoRA.formula, faults=FAULTS,
-    tensors=Tensors(frozen=(V,), neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0}),
+    tensors=Tensors(frozen=(V,), fresh=fresh, neutral={"lora_B.weight": 0.0, "lora_B.bias": 0.0}),
     laws=Laws(draw={"r": [1, 2, 5], "lora_alpha": [1, 3, 8], "target_modules": [["up", "mid"]],
                     "velora_config": [{"num_groups": 3}, {"num_groups": 4, "init_type": "random"}]}, mixed_batch=True,
               scales=True),

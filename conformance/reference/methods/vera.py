@@ -55,6 +55,6 @@ FAULTS = (
 METHOD = Method(
     name="vera", peft_type="VERA", title="VeRA", paper="https://arxiv.org/abs/2310.11454",
     equation="W' = W + diag(lambda_b) B diag(lambda_d) A", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    tensors=Tensors(shared=shared, frozen=(A, B), neutral={"vera_lambda_b": 0.0}),
+    tensors=Tensors(shared=shared, frozen=(A, B), unsaved=("save_projection", (A, B)), neutral={"vera_lambda_b": 0.0}),
     laws=Laws(draw={"r": [1, 3, 6], "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

@@ -18,7 +18,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import LANGUAGE_MODELS, NO_LABEL, run
-from . import bookkeeping, saving, several, targets
+from . import bookkeeping, options, saving, several, targets
 from .bookkeeping import for_use, same_output, trained
 from .combining import (
     COMBINED,
@@ -110,11 +110,16 @@ def begins_as_base(driver, case, method):
     for case in store.packs()[method.name].cases:
         y, plain = case.tensors("out")["y"], case.tensors("plain")["y"]
         config = {**case.config, **NOTHING.get(method.name, {})}
-        drawn = config.get("para") or any(k.startswith("init_") and v is False for k, v in config.items())
+        drawn = config.get("para") or (method.name == "hra" and config["r"] % 2) or any(k.startswith("init_") and v is False for k, v in config.items())
         if drawn or case.data["golden"] != "reference" or y.shape != plain.shape:
             continue
         driver.build(case.base, case.tensors("base"), config, "float32", case=case.id, seed=1)
         close(f"output of {case.id} with a new adapter", driver.forward(case.tensors("input")), plain, "float32")
+        if not method.laws.single and config.get("bias", "none") == "none":
+            driver.add("other", {**config, **method.laws.second})
+            driver.switch(["other"])
+            close(f"output of {case.id} with a new adapter beside another", driver.forward(case.tensors("input")),
+                  plain, "float32")
 
 
 def mixes(method) -> bool:
@@ -582,6 +587,7 @@ def of_every_method():
 def everything():
     """(method, what, function(driver)) of all these checks."""
     yield from of_every_method()
+    yield from options.everything(first_case)
     known = methods()
     plain = store.find("lora/linear/plain")
     for how in COMBINED:

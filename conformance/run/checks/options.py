@@ -1,0 +1,167 @@
+"""What options do that no golden can hold: what is not saved, defaults, KaSA, terms of a loss."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+
+import numpy as np
+
+from ...driver import Rejected
+from ...reference import formulas, store
+from ...reference.bases import BASES
+from ...reference.compare import Failure, close
+from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
+from ...reference.methods import lora, methods, monteclora
+from .config import OWN
+from .goldens import same_set
+
+
+def unsaved(driver, case, method):
+    """Tensors that a seed determines need not be in a checkpoint, and the adapter is the same without them."""
+    field, slots = method.tensors.unsaved
+    base, weights, inputs, rng = case.base, case.tensors("base"), case.tensors("input"), rng_of(f"{case.id} unsaved")
+    whole, small = ({**case.config, field: on} for on in (True, False))
+    driver.build(base, weights, whole, "float32", case=f"{method.name}/unsaved")
+    state = driver.state_dict()
+    drawn = draw_adapter(method, state, set(), rng)
+    tensors = {k: state[k] if method.tensors.is_frozen(k) else v for k, v in drawn.items()}
+    out = formulas.output(method, base, weights, tensors, whole, inputs)
+    held = {k: v for k, v in tensors.items() if not any(k == s or k.endswith(f".{s}") for s in slots)}
+    driver.build(base, weights, small, "float32", case=f"{method.name}/unsaved")
+    same_set(f"saved keys with {field} off", driver.state_dict(), held)
+    driver.load(held)
+    close(f"output with {field} off", driver.forward(inputs), out, "float32")
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        driver.restore(path, base, weights, "float32")
+    close(f"output after saving and loading with {field} off", driver.forward(inputs), out, "float32")
+
+
+TASKS = ("num_tasks", "n_tasks")  # inputs name more than the default has
+LEFT_OUT = (*OWN, "inference_mode", "peft_version")
+
+
+def defaults_act(driver, case, method):
+    """A field that is not given does what its default does when it is given, alone and with all others."""
+    defaults = {k: v for k, v in store.configs()[method.name]["defaults"].items()
+                if v is not None and k not in LEFT_OUT and k not in store.configs()[method.name]["required"]}
+    pairs = [(case.config, {**defaults, **case.config})]
+    for field, value in defaults.items():
+        if field in case.config and value != case.config[field]:
+            rest = {k: v for k, v in case.config.items() if k != field}
+            pairs += [] if field in TASKS else [(rest, {**rest, field: value})]
+    for less, more in pairs:
+        given = sorted(k for k in more if k not in less)
+        try:
+            want = begun(driver, case, method, more, None)
+        except Rejected:
+            continue  # a default for larger layers
+        got = begun(driver, case, method, less, want[1])
+        same_set(f"saved keys where {given} are not given", got[0], want[0])
+        for what, a, b in (("new tensors", got[0], want[0]), ("output", {"": got[2]}, {"": want[2]})):
+            for key in b:
+                if np.shape(a[key]) != np.shape(b[key]) or not np.allclose(a[key], b[key], 1e-5, 1e-6):
+                    raise Failure(f"{what} {key} where {given} are not given are not those with the defaults")
+
+
+def begun(driver, case, method, config, tensors):
+    """What a new adapter holds, tensors that are put in their place, and the output with these."""
+    driver.build(case.base, case.tensors("base"), config, "float32", case=f"{method.name}/defaults", seed=3)
+    state = driver.state_dict()
+    if tensors is None or any(np.shape(tensors[k]) != np.shape(v) for k, v in state.items() if k in tensors):
+        frozen = {k for k in state if method.tensors.is_frozen(k)}
+        tensors = draw_adapter(method, state, frozen, rng_of(case.id))
+    if method.name != "xlora":  # whose classifier no checkpoint holds
+        driver.load(tensors)
+    return state, tensors, driver.forward(case.tensors("input"))
+
+
+KASA = {"peft_type": "LORA", "r": 3, "lora_alpha": 6, "target_modules": ["up", "mid"],
+        "kasa_config": {"beta": 0.5, "gamma": 0.25}}
+
+
+def kasa(driver):
+    """W' = W_k + s B diag(E) A; W_k, W without its smallest singular values, stays where the adapter is off."""
+    base, rng = BASES["mlp"], rng_of("kasa")
+    weights, inputs, method = draw_base(base, rng), draw_inputs(base, {}, rng), lora.METHOD
+    left = lora.truncated(base, weights, 3, KASA["target_modules"])
+    plain = formulas.output(method, base, left, {}, {}, inputs)
+    driver.build(base, weights, KASA, "float32", case="lora/kasa")
+    state = driver.state_dict()
+    shapes = formulas.expected_shapes(method, base, weights, KASA, KASA["target_modules"])
+    same_set("saved keys", state, shapes)
+    for key, value in state.items():
+        if tuple(value.shape) != shapes[key]:
+            raise Failure(f"shape of {key}", expected=str(shapes[key]), got=str(value.shape))
+        if np.any(value) == key.endswith("lora_B.weight"):
+            raise Failure(f"{key} of a new adapter is {'not ' * bool(np.any(value))}zero")
+    for key, value in left.items():
+        close(f"{key} under a new adapter", driver.weights()[key], value, "float32")
+    close("output of a new adapter", driver.forward(inputs), plain, "float32")
+    tensors = draw_adapter(method, state, set(), rng)
+    out = formulas.output(method, base, left, tensors, KASA, inputs)
+    driver.load(tensors)
+    close("output", driver.forward(inputs), out, "float32")
+    cotangent = rng.normal(size=out.shape)
+    want, got = formulas.gradients(method, base, left, tensors, KASA, inputs, cotangent), driver.gradients(inputs,
+                                                                                                         cotangent)
+    same_set("tensors with a gradient", got, want)
+    for key, value in want.items():
+        close(f"gradient of {key}", got[key], value, "float32", floor=1)
+    loss = lora.kasa_penalty(tensors, KASA)
+    close("the further term of the loss", np.array([driver.penalty()]), np.array([loss]), "float32")
+    driver.disable(True)
+    close("output while disabled", driver.forward(inputs), plain, "float32")
+    driver.disable(False)
+    driver.merge()
+    close("output after merging", driver.forward(inputs), out, "float32")
+    driver.unmerge()
+    for key, value in left.items():
+        close(f"{key} after unmerging", driver.weights()[key], value, "float32")
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        driver.restore(path, base, weights, "float32")
+    close("output after saving and loading", driver.forward(inputs), out, "float32")
+
+
+def divergence(driver):
+    """MonteCLoRA's further term of the loss, before anything is drawn."""
+    method, base, rng = monteclora.METHOD, BASES["mlp"], rng_of("divergence")
+    weights, case = draw_base(base, rng), "monteclora/divergence"
+    for entropy in (False, True):
+        how = {"num_samples": 4, "use_entropy": entropy, "dirichlet_prior": 0.7, "kl_loss_weight": 0.5}
+        config = {"peft_type": "LORA", "r": 3, "target_modules": ["up", "mid"], "monteclora_config": how}
+        driver.build(base, weights, config, "float32", case=case)
+        state = driver.state_dict()
+        tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
+        driver.load(tensors)
+        close("the further term of the loss in evaluation", np.array([driver.penalty()]), np.zeros(1), "float32",
+              floor=1)
+        driver.train(True)
+        got = driver.penalty()
+        driver.train(False)
+        close(f"the further term of the loss, with {how}", np.array([got]), np.array([monteclora.penalty(tensors, config)]), "float32")
+
+
+def trained_adapters(driver, case):
+    """X-LoRA trains its adapters only where `use_trainable_adapters` says so."""
+    for on in (False, True):
+        driver.build(case.base, case.tensors("base"), {**case.config, "use_trainable_adapters": on}, "float32",
+                     case="xlora/trained")
+        trained = [k for k, v in driver.names().items() if v]
+        if any(".lora_" in k for k in trained) != on or not any("classifier" in k for k in trained):
+            raise Failure(f"what is trained with use_trainable_adapters {on}", got=str(trained))
+
+
+def everything(first_case):
+    known = methods()
+    for m in known.values():
+        case = first_case(m)
+        if m.tensors.unsaved:
+            yield m, "unsaved", partial(unsaved, case=case, method=m)
+        if not m.live(case.config):
+            yield m, "defaults", partial(defaults_act, case=case, method=m)
+    yield known["lora"], "kasa", kasa
+    yield known["monteclora"], "divergence", divergence
+    yield known["xlora"], "trained-adapters", partial(trained_adapters, case=first_case(known["xlora"]))
