@@ -30,6 +30,7 @@ def lora_ga(direction, scale):
 
 
 EFFECTIVE = {"target_modules": ["c1", "c2"], "use_effective_conv2d": True, "r": 2}
+SMALL = {"wide": "mlp", "conv1d-hf-wide": "gpt"}
 OF_KIND = {"conv2d": "conv2d", "embedding": "embedding", "gpt": "conv1d-hf-wide"}  # a row's base -> where it is begun
 
 
@@ -109,7 +110,7 @@ def row_of(driver, method, id, base, changes) -> dict:
                            "config": {**config, **changes}, "weights": {"all": {}}}
     if id.startswith(FROM_DATA):
         row |= {"data": True, "strengths": {}}
-    signs = id.startswith(SIGNS) or method.name in ("psoft", "osf", "tinylora")
+    signs = id.startswith(SIGNS) or method.name in ("psoft", "osf", "tinylora", "adamss", "frod")
     if signs:
         row["signs"] = True
     starts = [begun(driver, row, seed) for seed in range(STARTS)]
@@ -149,6 +150,8 @@ def record(driver) -> list[dict]:
         if method.name in RANDOM:
             names = [f for f in store.configs()[method.name]["defaults"] if f.startswith("init_") and "weights" in f]
             rows["random"] = (base, dict.fromkeys(names, False))
+        if method.name == "frod":  # what it takes from wide layers is ill-conditioned
+            rows = {id: (SMALL.get(where, where), changes) for id, (where, changes) in rows.items()}
         for id, (where, changes) in rows.items():
             try:
                 found.append(row_of(driver, method, id, where, changes))
