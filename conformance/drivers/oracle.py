@@ -18,8 +18,8 @@ import numpy as np
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
 from ..reference import beginnings, dropout, formulas, noise, rules, store
 from ..reference.combine import combined
-from ..reference.method import KEY, slots
 from ..reference.laws import rebuilt_inputs
+from ..reference.method import KEY, slots
 from ..reference.methods import lora, methods, monteclora
 from ..reference.numpy_model import apply_layer, sites
 

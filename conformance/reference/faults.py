@@ -469,7 +469,7 @@ USAGE = (
     f("kasa-unlearned", "KaSA's numbers between B and A are left out", {"formula": without_diagonal}, "usage",
       ("usage/kasa",)),
     f("kasa-no-penalty", "KaSA's further term is 0", {"penalty": lambda o, right: 0.0}, "usage", ("usage/kasa",)),
-    f("another-default", "without lora_alpha, it is 16", {"build": with_defaults(lora_alpha=16)}, "usage",
+    f("another-default-alpha", "without lora_alpha, it is 16", {"build": with_defaults(lora_alpha=16)}, "usage",
       ("usage/defaults",)),
     f("another-default-rank", "without r, it is 4", {"build": with_defaults(r=4)}, "usage", ("usage/defaults",)),
     f("second-adapter-drawn", "a second adapter begins as something", {"add": second_drawn}, "usage",

@@ -1,4 +1,4 @@
-"""Dropout of several adapters that are active at once, or of several parts of one: each by draws and a rate of its own."""
+"""Dropout of several adapters at once, or of several parts of one: each by draws and a rate of its own."""
 
 import numpy as np
 

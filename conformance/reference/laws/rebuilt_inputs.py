@@ -1,6 +1,8 @@
 """VeLoRA, section 3: A's gradient comes from inputs rebuilt from one number for each of their parts; the direction is
 the mean of all parts of a batch, of the first one, or drawn."""
 
+from functools import partial
+
 import numpy as np
 
 from .. import formulas
@@ -52,6 +54,11 @@ def route(taken, base, folded, tensors, c, inputs, held=None, weights=None):
     return found
 
 
+def known(taken, base, folded, tensors, c, inputs, held=None, weights=None):
+    """The layers, their directions being held."""
+    return route(dict(taken), base, folded, tensors, c, inputs, held, weights)
+
+
 def check(driver, sample):
     for how in KINDS:
         one_kind(how, driver, sample.on(sample.base_name, velora_config=how))
@@ -59,7 +66,7 @@ def check(driver, sample):
 
 def one_kind(how, driver, sample):
     tensors = sample.start(driver)
-    paths = [p for p in sample.config["target_modules"]]
+    paths = sample.config["target_modules"]
     given = {p: np.asarray(slots(tensors, p)[V], np.float64) for p in paths}
     if how["init_type"] != "random":  # nothing was seen yet
         sample.build(driver)
@@ -72,14 +79,11 @@ def one_kind(how, driver, sample):
         inputs = {"x": rng.normal(size=sample.inputs["x"].shape) + 0.5}
         if how["init_type"] == "batch_average":
             taken = {}
-        y = formulas.output(sample.method, sample.base, sample.weights, {}, {}, inputs,
-                            route=lambda *a: route(taken, *a[:2], tensors, sample.config, a[4],
-                                                   weights=sample.weights))
+        y = formulas.output(sample.method, sample.base, sample.weights, tensors, sample.config, inputs,
+                            route=partial(route, taken, weights=sample.weights))
         cotangent = rng.normal(size=y.shape)
-        want = formulas.gradients(
-            sample.method, sample.base, sample.weights, tensors, sample.config, inputs, cotangent,
-            route=lambda base, folded, t, c, inputs, held=None: route(dict(taken), base, folded, t, c, inputs, held,
-                                                                     sample.weights))
+        want = formulas.gradients(sample.method, sample.base, sample.weights, tensors, sample.config, inputs, cotangent,
+                                  route=partial(known, dict(taken), weights=sample.weights))
         got = driver.gradients(inputs, cotangent)
         for key, value in want.items():
             sample.same(f"gradient of {key} in training", got[key], value)

@@ -72,5 +72,6 @@ METHOD = Method(
     name="hra", peft_type="HRA", title="HRA", paper="https://arxiv.org/abs/2405.17484",
     equation="W' = W prod (I - 2 u_i u_i^T / |u_i|^2)", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
     tensors=Tensors(perturb=perturb, fresh=fresh),
-    laws=Laws(draw={"r": [2, 4], "target_modules": [["up", "mid"]]}, mixed_batch=True, stacks=False, fresh_identity=True),
+    laws=Laws(draw={"r": [2, 4], "target_modules": [["up", "mid"]]}, mixed_batch=True,
+              stacks=False, fresh_identity=True),
 )

@@ -78,7 +78,8 @@ METHOD = Method(
     name="randlora", peft_type="RANDLORA", title="RandLoRA", paper="https://arxiv.org/abs/2502.00987",
     equation="W' = W + alpha / r * sum_j B_j diag(lambda_j) A diag(gamma_j)", rows=ROWS, shapes=shapes,
     formula=formula, faults=FAULTS,
-    tensors=Tensors(shared=shared, frozen=(A, B, "randlora_A", "randlora_B"), unsaved=("save_projection", (A, B, "randlora_A", "randlora_B")),
+    tensors=Tensors(shared=shared, frozen=(A, B, "randlora_A", "randlora_B"),
+                    unsaved=("save_projection", (A, B, "randlora_A", "randlora_B")),
                     neutral={"randlora_lambda": 0.0}),
     laws=Laws(draw={"r": [2, 3, 6], "randlora_alpha": [2, 5], "target_modules": [["up", "mid"]]}),
 )

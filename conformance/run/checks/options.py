@@ -141,7 +141,8 @@ def divergence(driver):
         driver.train(True)
         got = driver.penalty()
         driver.train(False)
-        close(f"the further term of the loss, with {how}", np.array([got]), np.array([monteclora.penalty(tensors, config)]), "float32")
+        want = np.array([monteclora.penalty(tensors, config)])
+        close(f"the further term of the loss, with {how}", np.array([got]), want, "float32")
 
 
 def trained_adapters(driver, case):
