@@ -23,7 +23,8 @@ def check(driver, sample):
 def with_noise(each, driver, sample):
     method, config = sample.method, sample.config
     if not (live := method.live(config)):
-        tensors = sample.start(driver)
+        tensors = each.chosen(sample.start(driver))
+        driver.load(tensors)
         live = method.tensors.shared(config, []) if method.route else {}
     if not live.keys() <= driver.state_dict().keys():  # a checkpoint does not hold all
         sample.build(driver)
