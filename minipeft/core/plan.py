@@ -381,7 +381,9 @@ class Plan:
             for slot in self.shared:
                 if (mine := _own_slot(self.cls, slot, adapter.path)) is not None:
                     box = scratch.shared_boxes[slot] = tuner.shared(slot)
-                    (scratch._modules if mine == slot else vars(scratch))[mine] = box
+                    holder = scratch._modules if mine == slot else vars(scratch)
+                    holder.pop(mine)  # PEFT: what is shared stands behind the layer's own
+                    holder[mine] = box
             if self.shared:
                 adapter.move_to(scratch)
             if scratch.on_commit:

@@ -45,8 +45,8 @@ class Path(nn.Module):
         super().__init__()
         self.kind = kind
         if kind == "lora":
-            self.Xu = uniform(r, shape[1])
-            self.Xd = uniform(shape[0], r, zero=zero)
+            up = uniform(r, shape[1])
+            self.Xd, self.Xu = uniform(shape[0], r, zero=zero), up
         elif kind == "vector":  # over the outputs of a matrix
             self.X = uniform(1, shape[0], zero=zero) if len(shape) == 1 else uniform(shape[0], 1, zero=zero)
             self.X.data = self.X.data.view(shape[0], *[1] * (len(shape) - 1))

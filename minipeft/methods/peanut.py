@@ -53,11 +53,10 @@ class PEANuT(Delta, config=PeanutConfig):
     def build(self) -> None:
         c, r, out = self.config, self.config.r, self.base.out_features
         self.r, self.scaling = r, c.scaling
-        self.peanut_A = nn.Linear(out, r, bias=False)
+        self.peanut_A, self.peanut_B = nn.Linear(out, r, bias=False), nn.Linear(r, out, bias=False)
         if c.depth:
             self.peanut_encoders = nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(c.depth))
             self.peanut_decoders = nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(c.depth))
-        self.peanut_B = nn.Linear(r, out, bias=False)
         redraw(self.peanut_A, *self.layers, self.peanut_B, zero=c.init_weights)
 
     @property

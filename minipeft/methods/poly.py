@@ -69,9 +69,9 @@ class Poly(Routed, config=PolyConfig):
         A = uniform(c.n_skills, c.n_splits, c.r, self.base.in_features // c.n_splits)
         shape = c.n_skills, c.n_splits, self.base.out_features // c.n_splits, c.r
         B = torch.zeros(shape) if c.init_weights else uniform(*shape)
+        self.poly_router = Router(c)
         self.poly_lora_A = nn.Parameter(A.permute(1, 0, 3, 2).contiguous())  # (splits, skills, in / splits, r)
         self.poly_lora_B = nn.Parameter(B.permute(1, 0, 3, 2).contiguous())  # (splits, skills, r, out / splits)
-        self.poly_router = Router(c)
         nn.init.uniform_(self.poly_router.module_logits, -1e-3, 1e-3)
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from . import harness as H
 from .cases import CASES, each_case
@@ -127,6 +127,16 @@ def test_functional(case, lib):
         with torch.set_grad_enabled(on):
             same(vmap(lambda p: functional_call(model, p, args))(stacked)[1], want)
     same(model(*args), want)
+
+
+@each
+def test_models_stacked_whole(case, lib):
+    """torch.func.stack_module_state: buffers as well as parameters, those of the adapters included."""
+    if case.method in SHARED:
+        pytest.skip("torch does not put shared modules back")
+    model, args, want = moved(lib, case)
+    values = stack_module_state([model, model])
+    same(vmap(lambda p, b: functional_call(model, (p, b), args))(*values)[1], want)
 
 
 @each

@@ -91,7 +91,7 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
         torch.randn(1)  # PEFT: draws the rank before setting it
         if c.init_lora_weights:
             A, E, B = nn.init.normal_(A, std=0.02), nn.init.zeros_(E), nn.init.normal_(B, std=0.02)
-        self.lora_A, self.lora_E, self.lora_B = nn.Parameter(A), nn.Parameter(E), nn.Parameter(B)
+        self.lora_A, self.lora_B, self.lora_E = nn.Parameter(A), nn.Parameter(B), nn.Parameter(E)
         rank = torch.full((1,), float(c.init_r), device=base.device)
         self.ranknum = nn.Parameter(rank, requires_grad=False)
 
