@@ -382,7 +382,7 @@ class Plan:
                 if (mine := _own_slot(self.cls, slot, adapter.path)) is not None:
                     box = scratch.shared_boxes[slot] = tuner.shared(slot)
                     holder = scratch._modules if mine == slot else vars(scratch)
-                    holder.pop(mine)  # PEFT: what is shared stands behind the layer's own
+                    holder.pop(mine, None)  # PEFT: what is shared stands behind the layer's own
                     holder[mine] = box
             if self.shared:
                 adapter.move_to(scratch)
