@@ -31,7 +31,7 @@ class OFTConfig(PeftConfig, method="OFT", optional=("eps",)):
     """Fields of OFT. Of `r` and `oft_block_size` exactly one is above 0; the other follows from each layer's size."""
 
     r: int = 0  # number of blocks
-    oft_block_size: int = 32
+    oft_block_size: int = 32  # b
     module_dropout: Share = 0.0  # share of the blocks that do nothing, while training
     target_modules: list[str] | str | None = None
     fan_in_fan_out: bool = False
@@ -44,8 +44,8 @@ class OFTConfig(PeftConfig, method="OFT", optional=("eps",)):
     coft: bool = False  # keep R near I
     eps: Annotated[float, ABOVE_ZERO] = 6e-5  # how near
     block_share: bool = False  # one R_i for all i
-    use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: Count = 5
+    use_cayley_neumann: bool = True  # the series instead of the inverse
+    num_cayley_neumann_terms: Count = 5  # p + 1
 
     def __post_init__(self):
         super().__post_init__()

@@ -39,13 +39,13 @@ class PsoftConfig(
     psoft_dropout: Probability = 0.0  # on the input of A, while training
     fan_in_fan_out: bool = False  # weights stored (in, out); found out by itself
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"  # singular values in B, or half in each
-    psoft_svd: Literal["full", "lowrank"] = "full"
-    psoft_svd_lowrank_niter: int = 10
+    psoft_svd: Literal["full", "lowrank"] = "full"  # of W; "lowrank": its largest singular values, approximated
+    psoft_svd_lowrank_niter: int = 10  # steps of that
     random_seed: int = 0  # of the "lowrank" decomposition
     psoft_orth: bool = True  # False: C is any matrix
     psoft_mag_b: bool = True  # False: no b
-    psoft_mag_a: bool = True
-    use_cayley_neumann: bool = False
+    psoft_mag_a: bool = True  # False: no a
+    use_cayley_neumann: bool = False  # the series instead of the inverse
     num_cayley_neumann_terms: Annotated[int, Bound("at most 1000", lambda value: value <= 1000)] = 5  # t
     cayley_neumann_eps: float | None = None  # the largest Frobenius norm of Q
     modules_to_save: list[str] | None = None

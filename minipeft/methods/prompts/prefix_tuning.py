@@ -23,8 +23,8 @@ class PrefixTuningConfig(PromptLearningConfig, method="PREFIX_TUNING"):
     """Fields of prefix tuning; `encoder_hidden_size` is that of the projection, by default `token_dim`."""
 
     init_weights: Literal["zero"] | None = None  # a prefix of zeros; otherwise standard normal
-    encoder_hidden_size: int | None = None
-    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None  # of the MLP, between its two layers
+    prefix_projection: bool = False  # P = MLP(E) while training, P alone is saved
 
 
 class PrefixEncoder(Prompt, config=PrefixTuningConfig):
