@@ -5,6 +5,7 @@ As in `faults.py`, each is the oracle, wrong in one way.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,19 @@ def begins_somewhere(o, right, base, weights, config, *a, **k):
     """A new adapter's tensors are all drawn, so it changes the model."""
     right(base, weights, config, *a, **k)
     o.adapters = {name: (c, {key: v + 0.05 for key, v in t.items()}) for name, (c, t) in o.adapters.items()}
+
+
+def orthogonal_begins_somewhere(o, right, base, weights, config, *a, **k):
+    """The same, where orthogonal factors are asked for."""
+    orthogonal = (config or {}).get("init_lora_weights") == "orthogonal"
+    (partial(begins_somewhere, o, right) if orthogonal else right)(base, weights, config, *a, **k)
+
+
+def merges_for_good_without_bias(o, right, merge, names=None):
+    """Weights are merged for good, biases are left as they were."""
+    before = o.base_weights
+    right(merge, names)
+    o.base_weights = {k: before[k] if k.endswith("bias") else v for k, v in o.base_weights.items()}
 
 
 def delete_into_base(o, right, name):
@@ -504,6 +518,10 @@ FAULTS = {
     f("lost-where-it-narrows", "a layer that has more inputs than outputs is not adapted",
       {"formula": lambda site, t, c: lora.formula(site, t, c) if site.inp <= site.out else (site.W, site.b)}, "usage",
       ("usage/narrowing",)),
+    f("orthogonal-begins-somewhere", "new orthogonal factors change the model",
+      {"build": orthogonal_begins_somewhere}, "usage", ("usage/begins-orthogonal",)),
+    f("merged-for-good-without-bias", "merging for good leaves biases as they were",
+      {"unload": merges_for_good_without_bias}, "usage", ("usage/merged-for-good",)),
     f("begins-somewhere", "a new adapter changes the model", {"build": begins_somewhere}, "usage",
       ("usage/begins-as-base",)),
     f("deleted-stays-merged", "deleting a merged adapter leaves it in the base weights", {"delete": delete_into_base},

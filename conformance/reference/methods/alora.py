@@ -1,4 +1,9 @@
-"""aLoRA: Greenewald et al., 2025, https://arxiv.org/abs/2504.12397. `alora_offsets` say where it begins."""
+"""aLoRA: Greenewald et al., 2025, https://arxiv.org/abs/2504.12397.
+
+`alora_offsets` say where it begins, or the last place where the invocation stands in `input_ids`.
+"""
+
+from functools import partial
 
 import numpy as np
 
@@ -12,10 +17,19 @@ def begins_before_the_end(offsets, length):
     return (np.arange(length) >= length - offsets[:, None])[..., None]
 
 
-def run(site, t, c, x, inputs, on=begins_before_the_end):
+def last_invocation(ids, tokens, which=-1):
+    """How many tokens of each sample there are from the last invocation on; 0: it has none."""
+    n = len(tokens)
+    places = [[i for i in range(len(text) - n + 1) if list(text[i : i + n]) == list(tokens)] for text in ids]
+    return np.array([len(text) - at[which] if at else 0 for text, at in zip(ids, places)])
+
+
+def run(site, t, c, x, inputs, on=begins_before_the_end, found=last_invocation):
     W, b = LoRA.formula(site, t, c)
     change = x @ (W - site.W).T + (0 if b is None else b - (0 if site.b is None else site.b))
-    return apply_layer(site, x) + on(np.asarray(inputs["alora_offsets"]), x.shape[1]) * change
+    offsets = inputs.get("alora_offsets")
+    offsets = found(inputs["input_ids"], c["alora_invocation_tokens"]) if offsets is None else np.asarray(offsets)
+    return apply_layer(site, x) + on(offsets, x.shape[1]) * change
 
 
 def counted_from_the_start(offsets, length):
@@ -55,6 +69,8 @@ FAULTS = (
     Fault("one-token-late", "the first token of the invocation is left out", other(one_token_late),
           caught_by=("forward",)),
     Fault("every-token", "it acts on all tokens, as LoRA does", other(everywhere), caught_by=("forward",)),
+    Fault("first-invocation", "it begins where it was invoked first",
+          {"run": partial(run, found=partial(last_invocation, which=0))}, ("usage",), ("usage/invocation",)),
 )
 
 METHOD = Method(

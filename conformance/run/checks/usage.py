@@ -30,7 +30,7 @@ from .combining import (
     combine_refused,
     dare,
 )
-from .goldens import same_set, start
+from .goldens import other, same_set, start
 from .reject import refuse
 
 
@@ -121,6 +121,41 @@ def begins_as_base(driver, case, method):
             driver.switch(["other"])
             close(f"output of {case.id} with a new adapter beside another", driver.forward(case.tensors("input")),
                   plain, "float32")
+
+
+def begins_orthogonal(driver, case, method):
+    """Factors out of one orthogonal matrix, whose product is nothing."""
+    plain = case.tensors("plain")["y"]
+    for r in (2, 6):
+        config = {**case.config, "r": r, "init_lora_weights": "orthogonal"}
+        driver.build(case.base, case.tensors("base"), config, "float32", case=case.id, seed=1)
+        close(f"output with new orthogonal factors of rank {r}", driver.forward(case.tensors("input")), plain,
+              "float32")
+
+
+def merged_for_good(driver, case, method):
+    """In every case of a method that merges: the weights that are left when the adapter is merged and gone."""
+    for case in store.packs()[method.name].cases:
+        if case.merges:
+            start(driver, case, "float32")
+            driver.unload(True)
+            got, also = driver.weights(), other(case, "paper_merged")
+            for name, want in case.tensors("merged").items():
+                close(f"{name} of {case.id}, merged for good", got[name], want, "float32", also.get(name))
+
+
+INVOKED = [5, 9]  # and where it stands in a text: once, twice, at its end, overlapping what looks like it, nowhere
+TEXTS = [[1, 5, 9, 4, 2, 3], [5, 9, 1, 5, 9, 2], [1, 2, 3, 4, 5, 9], [5, 5, 9, 5, 4, 9], [1, 9, 5, 3, 2, 4]]
+
+
+def invocation(driver, case, method):
+    """An aLoRA begins where it was invoked last, in each text for itself; where it was not, it does nothing."""
+    config = {**case.config, "alora_invocation_tokens": INVOKED}
+    inputs = {"input_ids": np.array(TEXTS), "attention_mask": np.ones_like(TEXTS)}
+    want = formulas.output(method, case.base, case.tensors("base"), case.tensors("adapter"), config, inputs)
+    driver.build(case.base, case.tensors("base"), config, "float32", case=f"{method.name}/invocation")
+    driver.load(case.tensors("adapter"))
+    close("output for texts with and without an invocation", driver.forward(inputs), want, "float32")
 
 
 def mixes(method) -> bool:
@@ -573,7 +608,7 @@ def of_every_method():
         applies: dict = {is_trainable: True, low_cpu_mem_usage: True,
                    autocast: layers and m.name != "ln_tuning",  # its tensors are the base's own
                    narrowing: bool(m.formula) and m.tensors.gauges is None and case.data["base_name"] == "mlp",
-                   begins_as_base: fresh_is_identity.applies(m), mixed_batches: mixes(m),
+                   begins_as_base: fresh_is_identity.applies(m), merged_for_good: m.merges, mixed_batches: mixes(m),
                    mixed_batches_saved: mixes(m) and any(
                        c.config.get("modules_to_save") for c in store.packs()[m.name].cases),
                    sixteen_bits: layers and m.name != "ln_tuning" and m.tensors.gauges is None,
@@ -628,6 +663,9 @@ def everything():
         yield known["lora"], f"second-{id}", partial(
             second_bias, case=store.find(f"lora/linear/{id}"), method=known["lora"])
     yield known["lora"], "targets-beside", partial(targets.beside, rows=store.rows("targets"))
+    yield known["lora"], "begins-orthogonal", partial(begins_orthogonal, case=plain, method=known["lora"])
+    yield known["alora"], "invocation", partial(
+        invocation, case=store.find("lora/causal-lm/masked"), method=known["alora"])
     yield known["shira"], "set-scale-alone", partial(
         set_scale_alone, case=first_case(known["shira"]), method=known["shira"])
     for how in OTHER_LAYERS:
