@@ -5,6 +5,7 @@ As in `faults.py`, each is the oracle, wrong in one way.
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -140,6 +141,18 @@ def merges_for_good_without_bias(o, right, merge, names=None):
     before = o.base_weights
     right(merge, names)
     o.base_weights = {k: before[k] if k.endswith("bias") else v for k, v in o.base_weights.items()}
+
+
+def names_alone(o, right, base, weights, config, *a, **k):
+    """A key of a pattern is a name, and no regular expression."""
+    read = {field: {key: x for key, x in v.items() if re.escape(key) == key}
+            if field.endswith("_pattern") and isinstance(v, dict) else v for field, v in (config or {}).items()}
+    right(base, weights, read or config, *a, **k)
+
+
+def add_unfreezes(o, right, name, config):
+    right(name, config)
+    o.asked = {}
 
 
 def delete_into_base(o, right, name):
@@ -518,6 +531,10 @@ FAULTS = {
     f("lost-where-it-narrows", "a layer that has more inputs than outputs is not adapted",
       {"formula": lambda site, t, c: lora.formula(site, t, c) if site.inp <= site.out else (site.W, site.b)}, "usage",
       ("usage/narrowing",)),
+    f("patterns-of-names", "keys of rank_pattern and its like are names, not regular expressions",
+      {"build": names_alone}, "usage", ("usage/patterns",)),
+    f("adding-unfreezes", "adding an adapter makes those trainable that were not to be", {"add": add_unfreezes},
+      "usage", ("usage/require-grad",)),
     f("orthogonal-begins-somewhere", "new orthogonal factors change the model",
       {"build": orthogonal_begins_somewhere}, "usage", ("usage/begins-orthogonal",)),
     f("merged-for-good-without-bias", "merging for good leaves biases as they were",

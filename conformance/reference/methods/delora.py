@@ -15,6 +15,11 @@ def shapes(site, c):
     return {"delora_A": (r, site.inp), "delora_B": (site.out, r), "delora_lambda": (1,)}
 
 
+def fresh(site, t, c):
+    strength = of_pattern(c.get("lambda_pattern"), site.path, c.get("delora_lambda", 15))
+    return {"delora_w_norm": np.sqrt((site.W**2).sum(0)), "delora_lambda": np.full(1, strength)}
+
+
 def delta(site, t, over_r=True, width=None):
     A, B, w = t["delora_A"], t["delora_B"], t["delora_w_norm"] if width is None else width
     lengths = np.sqrt((A**2).sum(1)) * np.sqrt((B**2).sum(0))
@@ -62,6 +67,6 @@ METHOD = Method(
     equation="W' = W + (lambda / r) B diag(1 / |a_i| |b_i|) A diag(|W_j|)", rows=ROWS, shapes=shapes, formula=formula,
     faults=FAULTS,
     tensors=Tensors(frozen=("delora_w_norm",), neutral={"delora_B": 0.0},
-                    fresh=lambda site, t, c: {"delora_w_norm": np.sqrt((site.W**2).sum(0))}),
+                    fresh=fresh),
     laws=Laws(draw={"r": [1, 2, 5], "delora_lambda": [1, 3], "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

@@ -170,6 +170,10 @@ def require_grad(driver, case, method):
         driver.require_grad(names, on)
         same_set(f"what is trained when {what}", [n for n in trained(driver.names()) if n in own + others], want)
     same_output(driver, case, "output after choosing what is trained")
+    driver.require_grad(["default", "other"], False)
+    driver.add("third", second_of(case, method))
+    same_set("what is trained of the first two when neither is, and a third was added",
+             [n for n in trained(driver.names()) if n in own + others], [])
 
 
 def for_use(driver, case, method, mixed=False):

@@ -155,14 +155,59 @@ def trained_adapters(driver, case):
             raise Failure(f"what is trained with use_trainable_adapters {on}", got=str(trained))
 
 
+PATTERNS: dict[str, float] = {"rank_pattern": 2, "alpha_pattern": 7, "lambda_pattern": 3.5}
+EXPRESSIONS = ("lora", "dora", "bdlora", "velora", "monteclora", "delora", "loha", "lokr")  # others take other keys
+
+
+def patterns(driver, case, method, fields):
+    """A key of a pattern is a regular expression for the end of a layer's path, from a dot on."""
+    for field in fields:
+        want = out = None
+        for key, there in (("mid", True), ("m.d", True), ("id", False)):
+            driver.build(case.base, case.tensors("base"), {**case.config, field: {key: PATTERNS[field]}}, "float32",
+                         case=f"{method.name}/patterns")
+            state = driver.state_dict()
+            got = {k: list(np.shape(v)) if np.size(v) > 1 else float(np.ravel(v)[0]) for k, v in state.items()}
+            if want is None:
+                want, tensors = got, draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)},
+                                                  rng_of(field))
+            if there and got != want:
+                wrong = [k for k in want if got.get(k) != want[k]]
+                raise Failure(f"{field} with the key {key!r}, a new adapter's {', '.join(wrong)}",
+                              expected=str([want[k] for k in wrong]), got=str([got.get(k) for k in wrong]))
+            if there:
+                driver.load(tensors)
+                y = driver.forward(case.tensors("input"))
+                out = y if out is None else out
+                close(f"output with {field} by the key {key!r}", y, out, "float32")
+            elif field != "alpha_pattern" and got == want:
+                raise Failure(f"{field} by the key {key!r}, which is no layer's, has an effect")
+
+
+def frozen_factor(driver, case, method):
+    """MiCA trains A alone, whatever is switched on and off."""
+    driver.build(case.base, case.tensors("base"), {**case.config, "init_lora_weights": "mica"}, "float32",
+                 case=f"{method.name}/mica")
+    for what, change in (("of a new adapter", lambda: None),
+                         ("after switching to it", lambda: driver.switch(["default"])),
+                         ("when it was off and is on again", lambda: (driver.disable(True), driver.disable(False)))):
+        change()
+        names = driver.names()
+        same_set(f"what MiCA trains {what}", [k for k, v in names.items() if v], [k for k in names if ".lora_A." in k])
+
+
 def everything(first_case):
     known = methods()
     for m in known.values():
         case = first_case(m)
         if m.tensors.unsaved:
             yield m, "unsaved", partial(unsaved, case=case, method=m)
+        fields = [f for f in PATTERNS if f in store.configs().get(m.name, {}).get("defaults", {})]
+        if fields and m.name in EXPRESSIONS:
+            yield m, "patterns", partial(patterns, case=case, method=m, fields=fields)
         if not m.live(case.config):
             yield m, "defaults", partial(defaults_act, case=case, method=m)
     yield known["lora"], "kasa", kasa
+    yield known["lora"], "frozen-factor", partial(frozen_factor, case=first_case(known["lora"]), method=known["lora"])
     yield known["monteclora"], "divergence", divergence
     yield known["xlora"], "trained-adapters", partial(trained_adapters, case=first_case(known["xlora"]))
