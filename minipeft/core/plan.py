@@ -61,6 +61,12 @@ def model_config(model: nn.Module) -> dict[str, Any]:
     return config if isinstance(config, dict) else dict(vars(config))
 
 
+def of_transformers(module: nn.Module) -> bool:
+    """Whether a module is one of transformers' models; finding out does not import transformers."""
+    kinds = [(kind.__name__, kind.__module__.split(".")[0]) for kind in type(module).__mro__]
+    return ("PreTrainedModel", "transformers") in kinds
+
+
 def check_adapter_name(name: Any, model: nn.Module | None = None) -> None:
     """Raise `AdapterNameError` unless `name` can be a key of a module dict, a part of a key and a folder."""
     if not isinstance(name, str):
@@ -120,6 +126,7 @@ class Plan:
         self.placed: list[Any] = []  # once it is in place: everything that holds the adapter
         self.parents: dict[str, nn.Module] = {}  # live path, module: those met so far while putting things in place
         others = {n: c for n, c in tuner.peft_config.items() if c is not config}
+        self.set_present_names()
         self.check_beside(others)
         self.undo = self.cls.prepare(config, self.model)
         try:
@@ -149,6 +156,9 @@ class Plan:
             what = f"{', '.join(further)} change more of a model than its layers: use get_peft_model"
             raise NotIncludedError(f"{what}, or leave them out.")
         self.cls.check_beside(self.config, others)
+
+    def set_present_names(self) -> None:
+        """Let a configuration that speaks of an older form of the model speak of what it has now."""
 
     def set_default_targets(self) -> None:
         """Complete a configuration that says nothing of what to adapt."""

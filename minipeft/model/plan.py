@@ -22,6 +22,7 @@ from ..core.targets import check_saved, saves, suffixes, unmatched, warn_unmatch
 from ..core.walk import PlainNames, walk
 from .checkpoint import base_entries, entries_of_biases, single
 from .defaults import NEVER_CALLED, default_targets, embedding_path
+from .experts import name_parameters, stack_experts
 from .tying import Ties
 from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -41,6 +42,9 @@ class ModelPlan(Plan):
         self.cls.check_beside(config, others)
         if getattr(config, "bias", "none") != "none":
             check_biases(self.model)
+
+    def set_present_names(self) -> None:
+        name_parameters(self.config, self.model, self.model_type)
 
     def set_default_targets(self) -> None:
         default_targets(self.config, self.model, self.model_type)
@@ -147,6 +151,7 @@ class ModelPlan(Plan):
         )
 
     def fitted(self, entries: list[Entry], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        weights = stack_experts(self.config, self.model, self.name, entries, weights)
         return super().fitted(entries, single(entries, weights))
 
     def entries_of_base(self, entries: list[Entry], weights: dict[str, Tensor]) -> tuple[list[Entry], list[str]]:

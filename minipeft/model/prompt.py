@@ -56,7 +56,7 @@ from ..core.errors import (
 )
 from ..core.layer import Context, adapted
 from ..core.offload import device_of, loaded, onload, real_copy
-from ..core.plan import check_adapter_name, model_config
+from ..core.plan import check_adapter_name, model_config, of_transformers
 from ..core.targets import check_saved, embedding, saves
 from ..core.walk import PlainNames, other_names, put_at, walk
 from . import checkpoint
@@ -402,12 +402,6 @@ def _device(base: nn.Module) -> torch.device:
 
 def _dtype(base: nn.Module) -> torch.dtype:
     return next((tensor.dtype for tensor in base.parameters() if tensor.is_floating_point()), torch.get_default_dtype())
-
-
-def of_transformers(module: nn.Module) -> bool:
-    """Whether a module is one of transformers' models; finding out does not import transformers."""
-    kinds = [(kind.__name__, kind.__module__.split(".")[0]) for kind in type(module).__mro__]
-    return ("PreTrainedModel", "transformers") in kinds
 
 
 def takes(module: nn.Module, name: str) -> bool:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.errors import BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError, shown
-from ...model.prompt import of_transformers, takes
+from ...core.plan import of_transformers
+from ...model.prompt import takes
 from ...model.tasks import Output
 
 BLOCKS = ("layers", "h", "single_transformer_blocks", "transformer_blocks")  # names of a list of blocks
