@@ -26,9 +26,8 @@ What peft's own dotted paths offer then is what transformers, diffusers, acceler
 Layers then also have the slots of their method that are not in use, empty, as `lora_embedding_A` of a linear layer.
 Classes of which minipeft has none of its own, such as `LoraLayer` or `peft.tuners.lora.Linear`, say by `isinstance`
 what a layer is; they cannot be instantiated or derived from. Not offered, so that importing it fails: the layer classes
-of quantisation backends but for bitsandbytes, what peft keeps for itself (`update_layer`, `_create_and_replace`,
-`register_peft_method`, ...; docs/peer.md has a list), and the conversion of checkpoints that were saved for the
-separate experts of transformers 4.
+of quantisation backends but for bitsandbytes, and what peft keeps for itself (`update_layer`, `_create_and_replace`,
+`register_peft_method`, ...; docs/peer.md has a list).
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ..core.adapter import ADAPTERS
 from ..core.bases import Attention, Base, Conv, Conv1D, Embedding, Linear, Param
 from ..core.boxes import BufferDict
 from ..core.config import CONFIGS, PeftType
-from ..core.errors import PeftWarning, UnsupportedFeatureError
+from ..core.errors import CheckpointError, PeftWarning, UnsupportedFeatureError
 from ..core.layer import Layer
 from ..core.state import LoadReport, infer_device
 from ..methods import lokr
@@ -32,7 +32,7 @@ from ..methods.lora import gradient as lora_ga
 from ..methods.lycoris import LycorisConfig
 from ..methods.prompts import prefixes
 from ..methods.shadow import backbone
-from ..model import checkpoint, defaults, mixed, status, utils
+from ..model import checkpoint, defaults, experts, mixed, status, utils
 from ..model.prompt import PROMPTS
 from ..model.tuner import BaseTuner, tuner_class
 from ..model.wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -134,10 +134,29 @@ DetachedShadowModel = _kind("DetachedShadowModel", lambda x: isinstance(x, backb
 def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_config: Any = None) -> list[Any]:
     """How transformers gets from the keys of a checkpoint to those of a model with injected adapters.
 
-    `weight_conversions` are the model's own: its renamings apply to adapters too. Its converters, which stack the
-    weights of experts, do not.
+    `weight_conversions` are the model's own: its renamings apply to adapters too, and those of its converters that
+    stack the weights of experts, which then stack factors (model/experts.py). As in peft, both parameters of the
+    experts are taken to have adapters, that of gate_up_proj inside of that of down_proj.
     """
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+    class Stack(ConversionOps):
+        def __init__(self, of_A: bool):
+            self.of_A = of_A
+
+        def convert(self, input_dict: Any, source_patterns: Any, target_patterns: Any, **kwargs: Any) -> Any:
+            value = experts.stacked([input_dict.get(pattern, []) for pattern in source_patterns], self.of_A)
+            if value is None:
+                raise CheckpointError(f"The factors of the experts, {source_patterns}, do not go together.")
+            return {target_patterns[0]: value}
+
+    def factors(converter: Any) -> Iterator[Any]:
+        place, _, parameter = converter.target_patterns[0].rpartition(".")
+        inside = {"gate_up_proj": ".base_layer", "down_proj": ""}.get(parameter)
+        for slot in ("lora_A", "lora_B") if inside is not None and experts.stacks(converter) else ():
+            tail = f"{slot}.{adapter_name}.weight"
+            sources = [f"{pattern.removesuffix('.weight')}.{tail}" for pattern in converter.source_patterns]
+            yield WeightConverter(sources, f"{place}{inside}.{tail}", [Stack(slot == "lora_A")])
 
     kinds = [peft_config.peft_type] if peft_config is not None else list(ADAPTERS)
     return [
@@ -148,6 +167,7 @@ def build_peft_weight_mapping(weight_conversions: Any, adapter_name: str, peft_c
             for prefix in sorted({HOME.PEFT_TYPE_TO_PREFIX_MAPPING[kind] for kind in kinds})
         ),
         *(c for c in weight_conversions or () if isinstance(c, WeightRenaming)),
+        *(f for c in weight_conversions or () if isinstance(c, WeightConverter) for f in factors(c)),
     ]
 
 

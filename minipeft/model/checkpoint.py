@@ -31,7 +31,7 @@ from ..core.state import (
 from ..core.targets import EMBEDDINGS, embedding, named
 from ..core.tuner import tuner_of
 from ..core.walk import PlainNames, Wrapper, walk
-from .experts import stack_experts
+from .experts import present_keys
 from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 
 WRAPPED = {kind.wraps for kind in (Layer, ModulesToSaveWrapper, TrainableTokensWrapper)}  # names in live keys
@@ -249,7 +249,7 @@ def set_peft_model_state_dict(
         return model.load_prompt_state_dict(adapter_name, peft_model_state_dict, strict, ignore_mismatched_sizes)
 
     def further(entries: list[Entry], weights: dict[str, Tensor]) -> Any:
-        weights = stack_experts(config, getattr(tuner_of(model), "model", model), adapter_name, entries, weights)
+        weights = present_keys(config, getattr(tuner_of(model), "model", model), adapter_name, entries, weights)
         weights = fitted(entries, single(entries, weights))
         have = {strip(entry.saved) for entry in entries}
         biases = [entry for entry in _bias_entries(model, adapter_name) if strip(entry.saved) not in have]

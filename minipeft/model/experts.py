@@ -9,7 +9,8 @@ all experts, (experts, out, in), and the router is a module of its own with a we
   and neither layer goes without the other;
 - names have to be known: a regular expression or "all-linear" becomes the last segments of the paths that it means;
 - a file with factors for each expert is read as the factors of the parameters. A has the ranks of the first expert
-  first, (experts * r, in); B has all experts for the first rank first, (out, r * experts).
+  first, (experts * r, in); B has all experts for the first rank first, (out, r * experts). Modules that only have
+  another path now are found there.
 
 Which models became what, and which of their keys, transformers says. It is asked only for models of its own, so it is
 there already; before version 5 there is nothing to ask.
@@ -40,7 +41,7 @@ FAMILIES = {  # former layer -> parameter; peft's tables. What became one parame
         "gate": "gate.weight", "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj"
     },
 }
-STACKING = {"MergeModulelist", "Concatenate"}  # what transformers does to the weights of experts: stack, then join
+STACKING = {"MergeModulelist", "Concatenate"}  # operations of transformers: stack experts, join layers
 
 
 def changes(config: Any, model: nn.Module) -> Any:
@@ -104,7 +105,7 @@ def known_names(config: Any, model: nn.Module, names: Mapping[str, str]) -> set[
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoint
-def stack_experts(
+def present_keys(
     config: Any, model: nn.Module, name: str, entries: Iterable[Entry], weights: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """A checkpoint's tensors, those of former layers as the tensors of adapter `name` that they became.
@@ -138,18 +139,23 @@ def stack_experts(
     for place, keys in found.items():
         converter = by_pattern.get(next(iter(keys)))
         patterns = [None] if converter is None else converter.source_patterns
+        if keys.keys() - {*patterns}:
+            continue  # said in two ways
         tensors = [[weights[key] for key in keys.get(pattern, ())] for pattern in patterns]
         if converter is None:
             value = tensors[0][0] if len(tensors[0]) == 1 else None
-        elif {type(operation).__name__ for operation in converter.operations} <= STACKING:
-            value = stacked(tensors, ".lora_A." in place)
         else:
-            value = None
+            value = stacked(tensors, ".lora_A." in place) if stacks(converter) else None
         if value is not None:
             for key in itertools.chain(*keys.values()):
                 del weights[key]
             weights[place] = value
     return weights
+
+
+def stacks(converter: Any) -> bool:
+    """Whether one of transformers' converters makes a parameter of the weights of experts."""
+    return {type(operation).__name__ for operation in converter.operations} <= STACKING
 
 
 def split(key: str) -> tuple[str, str]:

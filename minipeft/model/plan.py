@@ -22,7 +22,7 @@ from ..core.targets import check_saved, saves, suffixes, unmatched, warn_unmatch
 from ..core.walk import PlainNames, walk
 from .checkpoint import base_entries, entries_of_biases, single
 from .defaults import NEVER_CALLED, default_targets, embedding_path
-from .experts import name_parameters, stack_experts
+from .experts import name_parameters, present_keys
 from .tying import Ties
 from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 
@@ -151,7 +151,7 @@ class ModelPlan(Plan):
         )
 
     def fitted(self, entries: list[Entry], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        weights = stack_experts(self.config, self.model, self.name, entries, weights)
+        weights = present_keys(self.config, self.model, self.name, entries, weights)
         return super().fitted(entries, single(entries, weights))
 
     def entries_of_base(self, entries: list[Entry], weights: dict[str, Tensor]) -> tuple[list[Entry], list[str]]:

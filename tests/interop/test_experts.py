@@ -175,19 +175,19 @@ def test_no_names_at_all(lib, is_ref):
 def test_models_that_are_not_of_transformers(lib, is_ref):
     """One that calls itself Mixtral keeps its layers, and nothing imports transformers for it."""
     if is_ref:
-        pytest.skip("peft imports it")
-    code = f"""
-import sys
+        pytest.skip("peft takes it for transformers' Mixtral")
+    code = """
 from torch import nn
-import {lib.__name__} as lib
-model = nn.ModuleDict({{"w1": nn.Linear(2, 2), "gate": nn.Linear(2, 2)}})
-model.config = {{"model_type": "mixtral"}}
+model = nn.ModuleDict({"w1": nn.Linear(2, 2), "gate": nn.Linear(2, 2)})
+model.config = {"model_type": "mixtral"}
 config = lib.LoraConfig(target_modules=["w1", "gate"])
 lib.get_peft_model(model, config)
-assert config.target_modules == {{"w1", "gate"}} and config.target_parameters is None and not config.rank_pattern
-assert "transformers" not in sys.modules
+assert config.target_modules == {"w1", "gate"} and config.target_parameters is None and not config.rank_pattern
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    build("mixtral")  # now all that there is to import is there
+    exec(code, {"lib": lib})
+    around = f"import sys, {lib.__name__} as lib\n{code}\nassert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", around], check=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- a life
@@ -265,6 +265,56 @@ def test_more_than_ten_experts_keep_their_order(ref, lib, tmp_path, monkeypatch)
     H.identical(lib.get_peft_model_state_dict(ours), ref.get_peft_model_state_dict(theirs))
 
 
+def test_one_parameter_of_two(lib, is_ref, tmp_path):
+    """w1 and w3 alone: their parameter's is then the only adapter of the experts, under another key."""
+    if is_ref:
+        pytest.skip("peft takes both parameters for adapted, and leaves the factors out")
+    tensors = former_file(tmp_path, "mixtral", lib, layers=(0, 1))
+    tensors = {key: t for key, t in tensors.items() if ".w1." in key or ".w3." in key}
+    lib.LoraConfig(r=2, lora_alpha=6, target_modules=["w1", "w3"]).save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    merged, plain = lib.PeftModel.from_pretrained(build("mixtral"), tmp_path).merge_and_unload(), build("mixtral")
+    start = "base_model.model.model.layers.1.block_sparse_moe.experts.2"
+    B, A = ([tensors[f"{start}.{name}.lora_{slot}.weight"] for name in ("w1", "w3")] for slot in "BA")
+    delta = merged.model.layers[1].mlp.experts.gate_up_proj - plain.model.layers[1].mlp.experts.gate_up_proj
+    torch.testing.assert_close(delta[2], 3 * torch.cat([B[0] @ A[0], B[1] @ A[1]]))
+
+
+def test_shared_experts_of_old(ref, lib, is_ref, tmp_path):
+    """peft leaves out what a file has of DeepSeek's shared experts; here that is an error unless it is asked for."""
+    if is_ref:
+        pytest.skip("peft says nothing")
+    tensors = former_file(tmp_path, "deepseek_v3", lib, exclude_modules=["layers.0.self_attn.o_proj"])
+    start = "base_model.model.model.layers.1.mlp.shared_experts.up_proj"
+    more = {f"{start}.lora_A.weight": torch.ones(2, 8), f"{start}.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors | more, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    theirs = ref.PeftModel.from_pretrained(build("deepseek_v3"), tmp_path)
+    with pytest.raises(lib.CheckpointError, match="shared_experts"):
+        lib.PeftModel.from_pretrained(build("deepseek_v3"), tmp_path)
+    ours = lib.get_peft_model(build("deepseek_v3"), lib.LoraConfig.from_pretrained(tmp_path))
+    lib.set_peft_model_state_dict(ours, tensors | more, strict=False)
+    H.identical(lib.get_peft_model_state_dict(ours), ref.get_peft_model_state_dict(theirs))
+
+
+def test_modules_that_moved(ref, lib, tmp_path):
+    """The language model of Llava had another path in transformers 4."""
+
+    def llava():
+        text = transformers.LlamaConfig(**SIZES)
+        seen = transformers.CLIPVisionConfig(image_size=8, patch_size=4, **{**SIZES, "num_hidden_layers": 1})
+        config = transformers.LlavaConfig(text_config=text, vision_config=seen, image_token_index=5)
+        return transformers.LlavaForConditionalGeneration(config)
+
+    lib.LoraConfig(r=2, target_modules=["o_proj"]).save_pretrained(tmp_path)
+    start = "base_model.model.language_model.model.layers.{}.self_attn.o_proj.lora_{}.weight"
+    shapes = {"A": (2, 8), "B": (8, 2)}
+    tensors = {start.format(layer, slot): torch.randn(shapes[slot]) for layer in (0, 1) for slot in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    got, want = (m.get_peft_model_state_dict(m.PeftModel.from_pretrained(llava(), tmp_path)) for m in (lib, ref))
+    H.identical(got, want)
+    assert {key.replace("model.language_model.", "language_model.model.") for key in got} == {*tensors}
+
+
 def lacking_an_expert(tensors):
     return {key: t for key, t in tensors.items() if ".experts.1." not in key}
 
@@ -281,7 +331,21 @@ def with_nan(tensors):
     return {key: t * float("nan") if ".experts.1.w1.lora_A" in key else t for key, t in tensors.items()}
 
 
-@pytest.mark.parametrize("spoil", [lacking_an_expert, lacking_a_layer, of_uneven_rank, with_nan])
+def said_twice(tensors):
+    """The factors of the parameter beside those of its layers."""
+    start = "base_model.model.model.layers.0.mlp.experts.base_layer"
+    return tensors | {f"{start}.lora_A.weight": torch.ones(12, 8), f"{start}.lora_B.weight": torch.ones(24, 12)}
+
+
+def under_two_names(tensors):
+    start = "base_model.model.model.layers.0.mlp.experts.gate_up_proj"
+    return tensors | {f"{start}.lora_A.weight": torch.ones(12, 8), f"{start}.lora_B.weight": torch.ones(24, 12)}
+
+
+SPOILT = [lacking_an_expert, lacking_a_layer, of_uneven_rank, with_nan, said_twice, under_two_names]
+
+
+@pytest.mark.parametrize("spoil", SPOILT)
 def test_spoiled_files(spoil, lib, is_ref, tmp_path):
     if is_ref:
         pytest.skip("peft says nothing, or something of torch's")

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 warnings.simplefilter("ignore")
 transformers.logging.set_verbosity_error()
@@ -119,4 +119,36 @@ whole = peft.get_peft_model(fresh(tie_word_embeddings=True), config(r=2)).merge_
 whole.save_pretrained(folder := tempfile.mkdtemp())
 again = LlamaForCausalLM.from_pretrained(folder)
 note("tied, merged and saved", again, same=again.lm_head.weight is again.model.embed_tokens.weight)
+
+
+def of_experts():
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=3)).eval()
+
+
+def as_in_transformers_4():
+    """An adapter with factors of its own for each expert."""
+    shapes = {"self_attn.o_proj": (16, 16), "block_sparse_moe.gate": (3, 16)}
+    for at in range(3):
+        for name in ("w1", "w2", "w3"):
+            shapes[f"block_sparse_moe.experts.{at}.{name}"] = (16, 24) if name == "w2" else (24, 16)
+    return {
+        f"base_model.model.model.layers.{layer}.{name}.lora_{slot}.weight": torch.randn(shape) / 3
+        for layer in range(2)
+        for name, (out, size) in shapes.items()
+        for slot, shape in (("A", (2, size)), ("B", (out, 2)))
+    }
+
+
+for targets in (["o_proj", "gate", "w1", "w2", "w3"], "all-linear"):
+    experts = of_experts()
+    experts.add_adapter(config(target_modules=targets))
+    note(f"on experts: {targets}", experts)
+torch.manual_seed(3)
+experts = of_experts()
+info = experts.load_adapter(
+    adapter_state_dict=as_in_transformers_4(),
+    peft_config=LoraConfig(r=2, target_modules=["o_proj", "gate", "w1", "w2", "w3"]),
+)
+note("from a file for experts", experts, missing=sorted(info.missing_keys), unexpected=sorted(info.unexpected_keys))
 json.dump({"library": peft.PeftModel.__module__.split(".")[0], "seen": seen}, sys.stdout)
