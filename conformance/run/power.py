@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 
 from ..drivers.oracle import Oracle
@@ -36,19 +38,25 @@ def tasks_for(method, fault, meant, all_tasks):
     return [t for t in all_tasks[method.name] if wanted(t)]
 
 
-def kill_matrix(on_fault=lambda *a: None) -> list[dict]:
-    """One row per fault: which checks saw it, and whether every case meant for it did."""
-    everything: dict[str, list] = {}
+@cache
+def everything() -> dict[str, list]:
+    """The tasks of each method."""
+    found: dict[str, list] = {}
     for t in [*plan.tasks("full", laws=False), *plan.law_tasks("full", None, examples=LAW_EXAMPLES)]:
-        everything.setdefault(t.method, []).append(t)
+        found.setdefault(t.method, []).append(t)
+    return found
+
+
+def kill_matrix(faults=None) -> list[dict]:
+    """One row for each (method, fault), by default all: which checks saw it, and did every case meant for it?"""
     rows = []
-    for method, fault in all_faults():
+    for method, fault in faults or all_faults():
         meant = meant_cases(method, fault)
         driver = Oracle(fault)
         seen: dict[str, set] = {}
         ran: dict[str, set] = {}
         broken: list[str] = []
-        for t in tasks_for(method, fault, meant, everything):
+        for t in tasks_for(method, fault, meant, everything()):
             ran.setdefault(t.check, set()).add(t.case)
             result = run_one(driver, t)
             if isinstance(result.raised, (AttributeError, NameError, TypeError)):
@@ -64,11 +72,9 @@ def kill_matrix(on_fault=lambda *a: None) -> list[dict]:
             else:
                 missed += [f"{c}:{check}" for c in meant
                            if c in ran.get(check, ()) and c not in seen.get(check, ())]
-        row = {"fault": f"{method.name}/{fault.id}", "what": fault.what, "link": fault.link,
-               "checks": {c: len(seen.get(c, ())) for c in COLUMNS if c in ran}, "missed": missed,
-               "caught": bool(seen) and not missed}
-        rows.append(row)
-        on_fault(row)
+        rows.append({"fault": f"{method.name}/{fault.id}", "what": fault.what, "link": fault.link,
+                     "checks": {c: len(seen.get(c, ())) for c in COLUMNS if c in ran}, "missed": missed,
+                     "caught": bool(seen) and not missed})
     return rows
 
 
