@@ -162,10 +162,10 @@ EXPRESSIONS = ("lora", "dora", "bdlora", "velora", "monteclora", "delora", "loha
 def patterns(driver, case, method, fields):
     """A key of a pattern is a regular expression for the end of a layer's path, from a dot on."""
     for field in fields:
-        want = out = None
+        want, out = None, None
         for key, there in (("mid", True), ("m.d", True), ("id", False)):
-            driver.build(case.base, case.tensors("base"), {**case.config, field: {key: PATTERNS[field]}}, "float32",
-                         case=f"{method.name}/patterns")
+            config = {**case.config, field: {key: PATTERNS[field]}}
+            driver.build(case.base, case.tensors("base"), config, "float32", case=f"{method.name}/patterns")
             state = driver.state_dict()
             got = {k: list(np.shape(v)) if np.size(v) > 1 else float(np.ravel(v)[0]) for k, v in state.items()}
             if want is None:
@@ -177,9 +177,10 @@ def patterns(driver, case, method, fields):
                               expected=str([want[k] for k in wrong]), got=str([got.get(k) for k in wrong]))
             if there:
                 driver.load(tensors)
-                y = driver.forward(case.tensors("input"))
-                out = y if out is None else out
-                close(f"output with {field} by the key {key!r}", y, out, "float32")
+                if out is None:
+                    out = formulas.output(method, case.base, case.tensors("base"), tensors, config,
+                                          case.tensors("input"))
+                close(f"output with {field} by the key {key!r}", driver.forward(case.tensors("input")), out, "float32")
             elif field != "alpha_pattern" and got == want:
                 raise Failure(f"{field} by the key {key!r}, which is no layer's, has an effect")
 

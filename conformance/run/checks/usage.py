@@ -577,8 +577,8 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
          ("shira/linear/plain", "lora/linear/plain"))
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning", "cartridge", "cpt", "multitask_prompt_tuning", "lora")
-FULL = ("all-dtypes", "as-lora-", "asked-otherwise", "card", "combine-others", "converted-p", "embeddings", "given-",
-        "life-with", "mixed-batches-refused", "other-file", "second-", "swapped",
+FULL = ("all-dtypes", "as-lora-", "asked-otherwise", "card", "combine-others", "converted-p", "defaults", "embeddings",
+        "frozen-factor", "given-", "life-with", "mixed-batches-refused", "other-file", "patterns", "second-", "swapped",
         "targets-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
