@@ -627,7 +627,7 @@ class Oracle(Driver):
                       self.kept)
         card = Path(path, "README.md")
         if not card.exists():
-            kind = {"CAUSAL_LM": "pipeline_tag: text-generation\n"}.get(config.get("task_type"), "")
+            kind = {"CAUSAL_LM": "pipeline_tag: text-generation\n"}.get(str(config.get("task_type")), "")
             card.write_text(f"---\nlibrary_name: peft\n{kind}tags:\n- {config['peft_type'].lower()}\n---\n")
 
     def save_with(self, path, options):
@@ -636,7 +636,8 @@ class Oracle(Driver):
         if "save_embedding_layers" in options:
             aimed = "embed_tokens" in self.adapters["default"][0]["target_modules"]
             whole = options["save_embedding_layers"]
-            more = ("model.embed_tokens.base_layer.weight",) if aimed else ("model.embed_tokens.weight", "head.weight")
+            more: tuple = ("model.embed_tokens.base_layer.weight",)
+            more = more if aimed else ("model.embed_tokens.weight", "head.weight")
             more = more if whole is True or (whole == "auto" and aimed) else ()
             write_tensors(file, {**read_tensors(file), **{
                 KEY + k: self.rounded(self.base_weights[k.replace(".base_layer", "")]) for k in more}}, self.dtype)
