@@ -169,16 +169,22 @@ def status(driver, case, method):
     check("after deleting the first", "other")
 
 
+def of_two(first, second):
+    """(method, tensors, config) of two cases' adapters, and a function that gives the output with some of these."""
+    def output(*adapters):
+        weights = first.tensors("base")
+        for method, tensors, config in adapters:
+            weights = formulas.adapted(method, first.base, weights, tensors, config)[0]
+        return run(first.base, weights, first.tensors("input"))
+
+    one, two = ((methods()[c.pack.data["method"]], c.tensors("adapter"), c.config) for c in (first, second))
+    return one, two, output
+
+
 def mixed_life(driver, first, second):
     """Adapters of two methods in one model: what is active and trained, merging by name, deleting."""
     base, inputs = first.tensors("base"), first.tensors("input")
-    one, two = ((methods()[c.pack.data["method"]], c.tensors("adapter"), c.config) for c in (first, second))
-
-    def output(*adapters):
-        weights = base
-        for method, tensors, config in adapters:
-            weights = formulas.adapted(method, first.base, weights, tensors, config)[0]
-        return run(first.base, weights, inputs)
+    one, two, output = of_two(first, second)
 
     def now(what, active, *adapters):
         close(f"output {what}", driver.forward(inputs), output(*adapters), "float32")

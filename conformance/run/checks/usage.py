@@ -340,13 +340,7 @@ def mixed(driver, first, second):
     The second one is put around the first.
     """
     base, inputs = first.tensors("base"), first.tensors("input")
-    one, two = ((methods()[c.pack.data["method"]], c.tensors("adapter"), c.config) for c in (first, second))
-
-    def output(*adapters):
-        weights = base
-        for method, tensors, config in adapters:
-            weights = formulas.adapted(method, first.base, weights, tensors, config)[0]
-        return run(first.base, weights, inputs)
+    one, two, output = several.of_two(first, second)
 
     def now(what, *adapters):
         close(f"output of {what}", driver.forward(inputs), output(*adapters), "float32")
