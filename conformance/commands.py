@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
@@ -18,15 +19,37 @@ from .run.reporting import side_by_side, terminal
 TABLES = {"config": config.record, "targets": targets.record, "beginnings": beginnings.record}  # which read the first
 
 
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"python -m conformance {command}", description=description)
+
+
+def alone(command: str, function):
+    """A command that takes no arguments."""
+    def run(args: list[str]) -> int:
+        parser(command, inspect.getdoc(function) or "").parse_args(args)
+        return function()
+
+    return run
+
+
 def do_record(args: list[str]) -> int:
-    """Record packs and tables anew, or `--new`: only cases that are not there yet; `--check` that it gives the same.
+    """Record packs and tables anew, or only cases that are not there yet, or check that it gives the same.
 
     `--formula MODULE:NAME FOLDER`: those of a method that no reference knows, out of its formula, into another folder.
     """
     if args[:1] == ["--formula"]:
         return own.do_record(args[1:])
-    check, new_ones = "--check" in args, "--new" in args
-    chosen = [a for a in args if not a.startswith("-")] or [*methods(), *TABLES]
+    options = parser("record", "Record golden data from the reference, over what is there.")
+    options.add_argument("names", nargs="*", metavar="NAME", help=f"methods, or {', '.join(TABLES)}; without: all")
+    how = options.add_mutually_exclusive_group()
+    how.add_argument("--check", action="store_true", help="write nothing; is what is there the same?")
+    how.add_argument("--new", action="store_true", help="only cases that are not there yet")
+    how.add_argument("--formula", nargs=2, metavar=("MODULE:NAME", "FOLDER"),
+                     help="those of a method that no reference knows, out of its formula")
+    asked = options.parse_args(args)
+    check, new_ones, chosen = asked.check, asked.new, asked.names or [*methods(), *TABLES]
+    if unknown := sorted({*chosen} - {*methods(), *TABLES}):
+        options.error(f"no method or table {', '.join(unknown)}; there are {', '.join([*methods(), *TABLES])}")
     driver, bad = open_driver("peft"), []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) if check else store.folder()
@@ -54,7 +77,7 @@ def do_record(args: list[str]) -> int:
     return 1 if bad else 0
 
 
-def do_freeze(args: list[str]) -> int:
+def do_freeze() -> int:
     """Note the meaning of new case ids; ids noted before stay as they are."""
     path = store.folder() / "ids.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -66,7 +89,7 @@ def do_freeze(args: list[str]) -> int:
 
 def do_compare(args: list[str]) -> int:
     """Lay reports side by side, on the terminal and on a page."""
-    options = argparse.ArgumentParser("python -m conformance compare", description="Lay reports side by side.")
+    options = parser("compare", "Lay reports side by side.")
     options.add_argument("reports", nargs="+", metavar="REPORT", help="what --json wrote")
     options.add_argument("--html", help="write one static page")
     chosen = options.parse_args(args)
@@ -82,7 +105,7 @@ def do_compare(args: list[str]) -> int:
 
 def do_explain(args: list[str]) -> int:
     """Print a case: config, formula, numbers, and the command that runs it alone."""
-    options = argparse.ArgumentParser("python -m conformance explain", description="Print a case, as Python.")
+    options = parser("explain", "Print a case, as Python.")
     options.add_argument("case", metavar="CASE[:CHECK]", help="for example lora/linear/rslora:merge")
     options.add_argument("--impl", default="minipeft", help="for the command that is printed")
     chosen = options.parse_args(args)
@@ -93,9 +116,10 @@ def do_explain(args: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"record": do_record, "freeze": do_freeze, "power": lambda args: power.main(),
-            "coverage": lambda args: coverage.main(), "disputed": lambda args: disputed.main(),
-            "compare": do_compare, "explain": do_explain, "laws": own.main}
+COMMANDS = {"record": do_record, "compare": do_compare, "explain": do_explain, "laws": own.main,
+            **{name: alone(name, function) for name, function in {
+                "freeze": do_freeze, "power": power.main, "coverage": coverage.main,
+                "disputed": disputed.main}.items()}}
 
 
 def main(argv=None) -> int:

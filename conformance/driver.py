@@ -184,6 +184,10 @@ class Driver:
         lies README.md, the model card."""
         raise Unsupported("options of saving")
 
+    def save_given(self, path: str, factor: float) -> None:
+        """Save not what the model holds but PEFT's `state_dict=`: all that is trained, `factor` times as large."""
+        raise Unsupported("save another state than the model's")
+
     def hotswap(self, path: str, name: str) -> None:
         """Put the adapter saved in `path` in the place of the one called `name`, which keeps its name."""
         raise Unsupported("put an adapter in the place of another")
@@ -219,6 +223,18 @@ class Driver:
         """As `restore`, with PEFT's own options of loading: `is_trainable`, `low_cpu_mem_usage`,
         `autocast_adapter_dtype`, `subfolder`, `adapter_name`, and `config`, as a dictionary."""
         raise Unsupported("options of loading")
+
+    def restore_routed(self, paths: list, general: list, base: dict, weights: dict, options: dict) -> None:
+        """Build the base model anew, and on it Arrow over the LoRA adapters saved in `paths`.
+
+        `general`: those of general knowledge; `options`: the fields of PEFT's `ArrowConfig`.
+        """
+        raise Unsupported("route between adapters")
+
+    def casting(self, on: bool) -> None:
+        """Bring a layer's input into the adapter's dtype, as ever, or leave it as it is: PEFT's
+        `disable_input_dtype_casting`."""
+        raise Unsupported("leave inputs in their dtype")
 
     def dtypes(self) -> dict:
         """Live parameter name -> the dtype that it has."""

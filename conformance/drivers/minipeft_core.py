@@ -20,7 +20,7 @@ from .peft_api import PeftApi, rejecting
 
 # what PeftApi does with a PeftModel, and the core has no function for
 ABSENT = ("active", "allocate", "build_from_data", "build_quantised", "build_with", "combine", "config_of", "generate",
-          "load_adapter_with", "read_config", "rescale", "save_converted")
+          "load_adapter_with", "read_config", "rescale", "restore_routed", "save_converted", "save_given")
 SHARED = "base_model."  # keys of tensors that belong to no single layer
 WHOLE = ("SHADOW", "XLORA")  # methods of a model as a whole
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..reference import beginnings, dropout, formulas, noise, rules, store
+from ..reference import arrow, beginnings, dropout, formulas, noise, rules, store
 from ..reference.combine import combined
 from ..reference.laws import rebuilt_inputs
 from ..reference.method import KEY, slots
@@ -24,7 +24,7 @@ from ..reference.methods import lora, methods, monteclora
 from ..reference.numpy_model import apply_layer, sites
 
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved",
-       "drawn", "taken", "rebuilding", "is_unsaved")  # what faults change besides operations
+       "drawn", "taken", "rebuilding", "is_unsaved", "likeness")  # what faults change besides operations
 
 
 class Oracle(Driver):
@@ -57,11 +57,17 @@ class Oracle(Driver):
         self.allocator: Any = None
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
         self.training, self.rng = False, np.random.default_rng(seed)
+        self.routed: Any = None
+        self.casts = True
         self.asked: dict[str, bool] = {}  # by adapter, where it was said by name whether it is trained
         self.begun, self.loose = "/beginnings/" in case, case.endswith("/defaults")
         if self.begun:
             method, _, id = case.split("/")
-            self.begin(next(r for r in store.rows("beginnings") if (r["method"], r["id"]) == (method, id)), config)
+            self.row = next(r for r in store.rows("beginnings") if (r["method"], r["id"]) == (method, id))
+            self.adapters, self.chosen = {"default": (config, self.begin(self.row, config))}, ["default"]
+            self.base_weights |= {k: beginnings.drawn(want, self.rng) for k, want in self.row["weights"].items()}
+            if self.row.get("data"):
+                self.take_from_base()
         elif config is not None:
             try:
                 self.add("default", {**store.defaults(config["peft_type"]), **config} if self.loose else config)
@@ -90,7 +96,7 @@ class Oracle(Driver):
     def build_from_data(self, base, weights, config, dtype, data, case="", seed=0):
         self.build(base, weights, config, dtype, case, seed)
 
-    def begin(self, row, config):
+    def begin(self, row, config) -> dict:
         """A new adapter as the row describes it: how it is drawn is convention, and no formula."""
         tensors: dict = {}
         for name, want in row["tensors"].items():
@@ -100,10 +106,7 @@ class Oracle(Driver):
                 rng = np.random.default_rng([config.get(row["key"], 0), own])
                 want = {k: v for k, v in want.items() if k != "at"}
             tensors[name] = beginnings.drawn(want, rng)
-        self.adapters, self.chosen = {"default": (config, tensors)}, ["default"]
-        self.base_weights |= {k: beginnings.drawn(want, self.rng) for k, want in row["weights"].items()}
-        if row.get("data"):
-            self.take_from_base()
+        return tensors
 
     def recorded(self, config) -> bool:
         """Is this the config of the recorded case, but for what it is made for?"""
@@ -155,6 +158,9 @@ class Oracle(Driver):
             raise Rejected("several adapters that train biases")
         if config.get("kasa_config"):
             self.base_weights = lora.truncated(self.base, self.base_weights, config["r"], self.targets(config))
+        if self.begun:
+            self.adapters[name] = config, self.begin(self.row, config)
+            return
         rng = np.random.default_rng(self.seed)
         whole = {**config, method.tensors.unsaved[0]: True} if method.tensors.unsaved else config
         shapes = formulas.expected_shapes(method, self.base, self.base_weights, whole, self.targets(config))
@@ -274,6 +280,11 @@ class Oracle(Driver):
     def forward(self, inputs, adapter_names=None):
         if "inputs_embeds" in inputs:
             inputs = self.with_ids(dict(inputs))
+        if not self.casts and self.kept != self.dtype:
+            raise Rejected(f"an input in {self.dtype} for an adapter in {self.kept}")
+        if self.routed:
+            return self.rounded(formulas.output(self.method, self.base, self.base_weights, {}, {}, inputs,
+                                                route=self.routed))
         if adapter_names is not None:
             if not self.method.laws.mixed_batch:
                 raise Unsupported("mixed batches of this method")
@@ -643,6 +654,26 @@ class Oracle(Driver):
                 KEY + k: self.rounded(self.base_weights[k.replace(".base_layer", "")]) for k in more}}, self.dtype)
         if not options.get("safe_serialization", True):
             file.rename(file.with_suffix(".bin"))
+
+    def save_given(self, path, factor):
+        config, tensors = self.adapters["default"]
+        self.adapters["default"] = config, {k: v if self.method.tensors.is_frozen(k) else factor * v
+                                            for k, v in tensors.items()}
+        self.write(path, "default")
+        self.adapters["default"] = config, tensors
+
+    def restore_routed(self, paths, general, base, weights, options):
+        read = [[self.read(path) for path in some] for some in (paths, general)]
+        config = read[0][0][0]
+        self.build(base, weights, config, "float32", self.case.id)
+        adapters, others = ([tensors for _, tensors in some] for some in read)
+        self.routed = arrow.route(adapters, others, config, options, self.likeness)
+
+    def likeness(self, x, V):
+        return arrow.likeness(x, V)
+
+    def casting(self, on):
+        self.casts = on
 
     def hotswap(self, path, name):
         config, tensors = self.read(path)

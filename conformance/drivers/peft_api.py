@@ -101,6 +101,7 @@ class PeftApi(Driver):
         """Another model: enabled, in evaluation mode."""
         self.training, self.disabled, self.mixes = False, [], False
         self.rescaled: Any = None
+        self.uncast: Any = None
 
     def info(self):
         return {"name": self.peft.__name__, "version": version_of(self.peft),
@@ -408,6 +409,12 @@ class PeftApi(Driver):
         with rejecting():
             self.model.save_pretrained(path, **options)
 
+    def save_given(self, path, factor):
+        trained = {p.data_ptr() for p in self.model.parameters() if p.requires_grad}  # which may have several names
+        given = {k: factor * v if v.data_ptr() in trained else v for k, v in self.model.state_dict().items()}
+        with rejecting():
+            self.model.save_pretrained(path, state_dict=given)
+
     def hotswap(self, path, name):
         with rejecting():
             self.found("hotswap_adapter")(self.model, path, name)
@@ -466,6 +473,24 @@ class PeftApi(Driver):
                 options = {**options, "config": self.config(options["config"])}
             self.model = self.peft.PeftModel.from_pretrained(net, path, **options)
         self.model.eval()
+
+    def restore_routed(self, paths, general, base, weights, options):
+        arrow, create = self.found("ArrowConfig"), self.found("create_arrow_model")
+        self.begin()
+        net = self.base(base, weights, "float32")
+        with rejecting():
+            self.model = create(net, paths, arrow(**options), general_adapter_paths=general or None)
+        self.model.eval()
+
+    def casting(self, on):
+        if on:
+            self.uncast.__exit__(None, None, None)
+            return
+        helpers = importlib.import_module(f"{self.peft.__name__}.helpers")
+        if not hasattr(helpers, "disable_input_dtype_casting"):
+            raise Unsupported("no disable_input_dtype_casting")
+        self.uncast = helpers.disable_input_dtype_casting(self.model)
+        self.uncast.__enter__()
 
     def dtypes(self):
         return {k: str(p.dtype).removeprefix("torch.") for k, p in self.model.named_parameters()}

@@ -76,7 +76,7 @@ TYPES = ("RefinedWeb", "RefinedWebModel", "bart", "bert", "blip-2", "bloom", "bt
          "deberta-v2", "electra", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo",
          "gpt_neox", "gptj", "layoutlm", "llama", "llama4", "mistral", "mixtral", "mpt", "mt5", "nemotron_h", "opt",
          "phi", "qwen2", "qwen3", "roberta", "rwkv7", "stablelm", "t5", "xlm-roberta")
-FEW = ("bert", "falcon", "gpt2", "llama", "opt", "t5")  # for other methods than LoRA
+FEW = ("bert", "dinov2", "falcon", "gpt2", "gpt_bigcode", "llama", "opt", "phi", "t5", "vit")  # for other methods
 BY_RULE = {"hira/ranks"}  # the reference does not do what its documentation says
 
 

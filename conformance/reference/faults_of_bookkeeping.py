@@ -22,6 +22,23 @@ def keep_going(o, right, *a):
     return None
 
 
+def routed(change):
+    """Arrow with other options."""
+    return {"restore_routed": lambda o, right, *a: right(*a[:-1], {**a[-1], **change(a[-1])})}
+
+
+def off_for_good(o, right, off):
+    right(off)
+    if not o.off:
+        o.asked = dict.fromkeys(o.adapters, False)
+
+
+def second_by_chance(o, right, name, config):
+    right(name, config)
+    own, tensors = o.adapters[name]
+    o.adapters[name] = own, {k: o.rng.permuted(v.reshape(-1)).reshape(v.shape) for k, v in tensors.items()}
+
+
 def mixed_strength(o, right, inputs, adapter_names=None):
     held = o.adapters
     if adapter_names is not None:
@@ -533,6 +550,25 @@ FAULTS = {
       ("usage/narrowing",)),
     f("patterns-of-names", "keys of rank_pattern and its like are names, not regular expressions",
       {"build": names_alone}, "usage", ("usage/patterns",)),
+    f("given-state-ignored", "a state dict that is given is not what is saved",
+      {"save_given": lambda o, right, path, factor: right(path, 1)}, "usage", ("usage/given-state",)),
+    f("always-cast", "inputs are brought into the adapter's dtype, though that is declined",
+      {"casting": keep_going}, "usage", ("usage/casting",)),
+    f("never-cast-again", "inputs stay as they are after that was declined for a while",
+      {"casting": lambda o, right, on: right(False)}, "usage", ("usage/casting",)),
+    f("enabled-untrained", "what was disabled and is enabled again is trained no longer",
+      {"disable": off_for_good}, "disable", PLAIN),
+    f("second-by-chance", "what a second adapter of the same config begins as is drawn otherwise",
+      {"add": second_by_chance}, "usage", ("usage/begins-beside",)),
+    f("routed-by-sign", "Arrow takes a token that points the other way for one that does not",
+      {"likeness": lambda o, right, x, V: x @ V.T}, "usage", ("usage/arrow-few", "usage/arrow-one")),
+    f("routed-to-one-more", "Arrow shares a token among one adapter more than top_k", routed(
+        lambda o: {"top_k": min(o["top_k"] + 1, 3)}), "usage", ("usage/arrow-few", "usage/arrow-one")),
+    f("routed-at-the-inverse-temperature", "Arrow multiplies likeness by its temperature",
+      routed(lambda o: {"router_temperature": 1 / o["router_temperature"]}), "usage",
+      ("usage/arrow-few", "usage/arrow-all")),
+    f("routed-with-general-knowledge", "Arrow leaves in its adapters what they have in common with the general ones",
+      routed(lambda o: {"use_gks": False}), "usage", ("usage/arrow-general",)),
     f("adding-unfreezes", "adding an adapter makes those trainable that were not to be", {"add": add_unfreezes},
       "usage", ("usage/require-grad",)),
     f("orthogonal-begins-somewhere", "new orthogonal factors change the model",

@@ -9,10 +9,28 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from conformance import commands
 from conformance.record import recorder
 from conformance.reference import bases, compare, draw, numpy_model
 from conformance.run import cli
 from conformance.run.checks.figures import figures
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+@pytest.mark.parametrize("argument", ["--nonsense", "--chekc"])
+def test_no_command_takes_what_it_does_not_know(command, argument, monkeypatch):
+    """Recording and freezing write over the golden data: a slip must not start them."""
+    for module, function in ((commands, "open_driver"), (recorder, "record_bases"), (commands.json, "loads")):
+        monkeypatch.setattr(module, function, lambda *a: pytest.fail(f"{command} began"))
+    with pytest.raises(SystemExit) as e:
+        commands.main([command, argument])
+    assert e.value.code == 2
+
+
+def test_recording_names_what_there_is(capsys):
+    with pytest.raises(SystemExit):
+        commands.main(["record", "lorra"])
+    assert "no method or table lorra" in capsys.readouterr().err
 
 
 def test_distance_is_per_row():

@@ -81,3 +81,18 @@ def check(driver, row):
         for name, want in row["tensors"].items():
             if "at" in want and "std" in want and np.array_equal(changed[name], state[name]):
                 raise Failure(f"{name} of a new adapter does not depend on {row['key']}")
+
+
+def beside(driver, case, method):
+    """A second adapter of the same config begins as the first does, in every row in which no base weight changes."""
+    torch = "torch" in driver.info()
+    for row in store.rows("beginnings"):
+        if row["method"] != method.name or row["weights"] or row.get("data"):
+            continue
+        begun(driver, row)
+        driver.add("other", store.resolved({"peft_type": method.peft_type, **row["config"], **method.laws.second}))
+        state = driver.state_dict("other")
+        same_set("saved keys of a second adapter", state, row["tensors"])
+        for name, want in row["tensors"].items():
+            if wrong := difference(state[name], want, bool(row.get("signs")), torch):
+                raise Failure(f"{name} of a second adapter, {row['id']}: {wrong[0]}", expected=wrong[1], got=wrong[2])

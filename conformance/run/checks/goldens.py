@@ -130,11 +130,20 @@ def unmerge(driver, case, dtype):
 
 def disable(driver, case, dtype):
     start(driver, case, dtype)
+    trained = trained_of(driver)
     driver.disable(True)
     close("output while disabled", driver.forward(case.tensors("input")), case.tensors("plain")["y"], dtype)
     driver.disable(False)
     close("output when enabled again", driver.forward(case.tensors("input")), case.tensors("out")["y"], dtype,
           other(case, "paper").get("y"))
+    same_set("what is trained when it was disabled and is enabled again", trained_of(driver), trained)
+
+
+def trained_of(driver) -> list:
+    try:
+        return [k for k, on in driver.names().items() if on]
+    except Unsupported:  # what has no live names can be disabled all the same
+        return []
 
 
 def save(driver, case, dtype):

@@ -15,6 +15,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.methods import lora, methods, monteclora
 from .config import OWN
 from .goldens import same_set
+from .reject import refuse
 
 
 def unsaved(driver, case, method):
@@ -155,6 +156,20 @@ def trained_adapters(driver, case):
             raise Failure(f"what is trained with use_trainable_adapters {on}", got=str(trained))
 
 
+def casting(driver, case, method):
+    """An input of other bits than the adapter has is brought to them, but for as long as that is declined."""
+    driver.build_with(case.base, case.tensors("base"), case.config, "bfloat16", {}, case=case.id)
+    driver.load(case.tensors("adapter"))
+    for what in ("", ", afterwards"):
+        close(f"output of an adapter in 32 bits on a base in bfloat16{what}", driver.forward(case.tensors("input")),
+              case.tensors("out")["y"], "bfloat16")
+        if not what:
+            driver.casting(False)
+            refuse("an input in bfloat16, for an adapter in 32 bits, that is left as it is,",
+                   partial(driver.forward, case.tensors("input")))
+            driver.casting(True)
+
+
 PATTERNS: dict[str, float] = {"rank_pattern": 2, "alpha_pattern": 7, "lambda_pattern": 3.5}
 EXPRESSIONS = ("lora", "dora", "bdlora", "velora", "monteclora", "delora", "loha", "lokr")  # others take other keys
 
@@ -210,5 +225,6 @@ def everything(first_case):
             yield m, "defaults", partial(defaults_act, case=case, method=m)
     yield known["lora"], "kasa", kasa
     yield known["lora"], "frozen-factor", partial(frozen_factor, case=first_case(known["lora"]), method=known["lora"])
+    yield known["lora"], "casting", partial(casting, case=first_case(known["lora"]), method=known["lora"])
     yield known["monteclora"], "divergence", divergence
     yield known["xlora"], "trained-adapters", partial(trained_adapters, case=first_case(known["xlora"]))

@@ -129,6 +129,19 @@ def other_file(driver, case, method):
     same_output(driver, case, "output of an adapter from adapter_model.bin")
 
 
+def given_state(driver, case, method):
+    """A state dict that is given is what is saved, and not what the model holds."""
+    start(driver, case, "float32")
+    held = driver.state_dict()
+    with tempfile.TemporaryDirectory() as path:
+        driver.save_given(path, 2.0)
+        same_output(driver, case, "output after another state was saved")
+        driver.restore(path, case.base, case.tensors("base"), "float32")
+    for k, got in driver.state_dict().items():
+        want = held[k] if method.tensors.is_frozen(k) else 2 * held[k]
+        close(f"{k} from a file of a state dict that was given", got, want, "float32")
+
+
 def card(driver, case, method):
     """README.md says what library and what method it is; what someone wrote there stays when it is saved again."""
     start(driver, case, "float32")
@@ -243,7 +256,8 @@ def of(method) -> dict:
     """Function -> whether it can be asked of a method."""
     layers = bool(method.formula or method.run)
     return {all_dtypes: layers and method.name != "ln_tuning", given_place: not method.files and layers,
-            other_file: not method.files, card: True}
+            other_file: not method.files, card: True,
+            given_state: layers and method.tensors.gauges is None and not method.files}
 
 
 def of_some():

@@ -4,10 +4,13 @@ library tells of the layers, and merging for good by name.
 
 from __future__ import annotations
 
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
+from ...reference import arrow as routing
 from ...reference import formulas
 from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, rng_of
@@ -230,6 +233,58 @@ def generate_mixed(driver, case, method, likeliest, count):
             if not np.array_equal(got, want):
                 raise Failure(f"ids generated for {names} in {beams} beams", expected=str(want.tolist()),
                               got=str(got.tolist()))
+
+
+def tokens(driver, case, method):
+    """Two adapters that train different words, both active: as they run, merged one after the other, and taken out."""
+    base, inputs = case.tensors("base"), case.tensors("input")
+    start(driver, case, "float32")
+    before, indices = driver.weights(), case.config["token_indices"]
+    config = {**case.config, "token_indices": [i + 1 for i in indices]}
+    driver.add("other", config)
+    drawn = draw_adapter(method, driver.state_dict("other"), set(), rng_of("tokens"))
+    driver.load(drawn, "other")
+    driver.switch(["default", "other"])
+    first = formulas.adapted(method, case.base, base, case.tensors("adapter"), case.config)[0]
+    want = formulas.output(method, case.base, first, drawn, config, inputs)
+    close("output of two adapters that train different words", driver.forward(inputs), want, "float32")
+    driver.merge(["default"])
+    driver.merge(["other"])
+    close("output of both, merged one after the other", driver.forward(inputs), want, "float32")
+    driver.unmerge()
+    for name, got in driver.weights().items():
+        close(f"{name} after unmerging both", got, before[name], "float32")
+    close("output after unmerging both", driver.forward(inputs), want, "float32")
+
+
+ARROWS: dict[str, dict] = {"few": {"top_k": 2, "router_temperature": 0.7}, "one": {"top_k": 1},
+                           "all": {"top_k": 3, "router_temperature": 2.0},
+                           "general": {"top_k": 2, "router_temperature": 1.5, "use_gks": True}}
+
+
+def arrow(driver, case, method, options):
+    """Arrow between saved adapters, each of which stretches one direction most."""
+    base, inputs, rng = case.tensors("base"), case.tensors("input"), rng_of("arrow")
+    driver.build(case.base, base, case.config, "float32", case=case.id)
+    shapes = {k: v.shape for k, v in sorted(driver.state_dict().items())}
+    made: dict[str, list] = {"task": [], "general": []}
+    options = {"top_k": 3, "router_temperature": 1.0, "use_gks": False, "rng_seed": 3, **options}
+    with tempfile.TemporaryDirectory() as folder:
+        paths: dict[str, list] = {kind: [] for kind in made}
+        for kind, count in (("task", 3), ("general", 2)):
+            for i in range(count):
+                size = 1 if kind == "task" else 0.02
+                tensors = {k: size * rng.normal(size=s) * (np.geomspace(1, 1e-3, min(s)) if "lora_B" in k else 1)
+                           for k, s in shapes.items()}
+                driver.build(case.base, base, case.config, "float32", case=case.id)
+                driver.load({k: v.astype(np.float32) for k, v in tensors.items()})
+                driver.save(str(Path(folder, f"{kind}-{i}")))
+                made[kind].append(tensors)
+                paths[kind].append(str(Path(folder, f"{kind}-{i}")))
+        driver.restore_routed(paths["task"], paths["general"] if options["use_gks"] else [], case.base, base, options)
+    want = formulas.output(method, case.base, base, {}, {}, inputs,
+                           route=routing.route(made["task"], made["general"], case.config, options))
+    close(f"output of a router, {options}", driver.forward(inputs), want, "float32")
 
 
 OWN_TENSORS = ("ln_tuning", "randlora")  # the base model's, or some that all adapters share

@@ -18,7 +18,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import LANGUAGE_MODELS, NO_LABEL, run
-from . import bookkeeping, options, saving, several, targets
+from . import beginnings, bookkeeping, options, saving, several, targets
 from .bookkeeping import for_use, same_output, trained
 from .combining import (
     COMBINED,
@@ -571,9 +571,9 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
          ("shira/linear/plain", "lora/linear/plain"))
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning", "cartridge", "cpt", "multitask_prompt_tuning", "lora")
-FULL = ("all-dtypes", "as-lora-", "asked-otherwise", "card", "combine-others", "converted-p", "defaults", "embeddings",
-        "frozen-factor", "given-", "life-with", "mixed-batches-refused", "other-file", "patterns", "second-", "swapped",
-        "targets-")  # LoRA's, not in the core profile
+FULL = ("all-dtypes", "arrow", "as-lora-", "asked-otherwise", "begins-beside", "card", "casting", "combine-others",
+        "converted-p", "defaults", "embeddings", "frozen-factor", "given-", "life-with", "mixed-batches-refused",
+        "other-file", "patterns", "second-", "swapped", "targets-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
@@ -595,6 +595,9 @@ def first_case(method):
     return next((c for c in cases if c.data.get("trace")), cases[0])
 
 
+NAMES = {beginnings.beside: "begins-beside"}
+
+
 def of_every_method():
     """(method, what, function(driver)) of what is asked of every method that it can concern."""
     for m in methods().values():
@@ -602,6 +605,8 @@ def of_every_method():
         applies: dict = {is_trainable: True, low_cpu_mem_usage: True,
                    autocast: layers and m.name != "ln_tuning",  # its tensors are the base's own
                    narrowing: bool(m.formula) and m.tensors.gauges is None and case.data["base_name"] == "mlp",
+                   beginnings.beside: not m.laws.single and set(m.laws.second) <= {"inference_mode"} and any(
+                       r["method"] == m.name for r in store.rows("beginnings")),
                    begins_as_base: fresh_is_identity.applies(m), merged_for_good: m.merges, mixed_batches: mixes(m),
                    mixed_batches_saved: mixes(m) and any(
                        c.config.get("modules_to_save") for c in store.packs()[m.name].cases),
@@ -611,7 +616,8 @@ def of_every_method():
                    **saving.of(m)}
         for function, does in applies.items():
             if does:
-                yield m, function.__name__.replace("_", "-"), partial(function, case=case, method=m)
+                what = NAMES.get(function, function.__name__.replace("_", "-"))
+                yield m, what, partial(function, case=case, method=m)
 
 
 def everything():
@@ -668,6 +674,10 @@ def everything():
     yield known["lora"], "combine-others-regex", partial(
         combine_others, case=plain, method=known["lora"], how="svd", regex=True)
     yield known["lora"], "combine-refused", partial(combine_refused, case=plain, method=known["lora"])
+    yield known["trainable_tokens"], "tokens", partial(
+        several.tokens, case=first_case(known["trainable_tokens"]), method=known["trainable_tokens"])
+    for what, fields in several.ARROWS.items():
+        yield known["lora"], f"arrow-{what}", partial(several.arrow, case=plain, method=known["lora"], options=fields)
     for id in MIXED_IN_TEXT:
         name = id.partition("/")[0]
         yield known[name], "generate-mixed", partial(
