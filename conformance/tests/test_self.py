@@ -19,8 +19,9 @@ def outcomes(driver, tasks, seconds=30.0):
     return runner.verdict(results), results
 
 
-def test_right():
-    (good, _), results = outcomes(Oracle(), plan.tasks("core", dtypes=["float32"]))
+@pytest.mark.parametrize("method", plan.all_methods())
+def test_right(method):
+    (good, _), results = outcomes(Oracle(), plan.tasks("core", [method], dtypes=["float32"]))
     assert good, [f"{r.id}: {r.message}" for r in results if r.outcome in ("fail", "error")]
 
 

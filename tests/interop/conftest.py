@@ -1,5 +1,6 @@
 """Which implementation is under test, and the reference it is compared with."""
 
+import functools
 import importlib
 import os
 import warnings
@@ -22,8 +23,11 @@ def lib():
 def ref():
     """peft, the reference."""
     peft = pytest.importorskip("peft", reason="peft is not installed: there is nothing to compare with")
+    from jinja2 import Environment
     from peft.tuners.adamss.layer import Linear
 
+    # each model card's template, of thousands, is the same
+    Environment.compile = functools.lru_cache(Environment.compile)
     # such a layer notes the dtype that it is made in, and fails when the model is moved to another
     Linear.dtype = property(lambda self: self.get_base_layer().weight.dtype, lambda self, made_in: None)
     return peft
