@@ -34,3 +34,6 @@ class BEFT(Activation, config=BeftConfig):
 
     def post(self, y: Tensor) -> Tensor:
         return y + self.beft_bias.flatten()  # (..., out)
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:  # not a bit of W is rounded
+        return W, self.post(W.new_zeros(W.shape[0]) if b is None else b)

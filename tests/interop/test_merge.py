@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from . import harness as H
-from .cases import each_case
+from .cases import each_case, firsts
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 mergeable = each_case(lambda c: c.merges and not c.prompt)
@@ -40,6 +40,17 @@ def test_merged_weights(case, lib, ref, is_ref):
         theirs.merge_adapter()
         H.close(frozen(ours), frozen(theirs), tolerance)
         assert H.differ(H.snapshot(theirs), before, 1e-6), "merging changed nothing: the case cannot fail"
+
+
+@each_case(lambda c: c.merges and not c.prompt and not c.disputed and c.id in firsts(2))
+def test_no_bit_changes_that_need_not(case, lib, ref):
+    """What merging leaves as it is in peft, such as the weight where an adapter only shifts, it leaves here."""
+    theirs, ours = H.pair(ref, lib, case)
+    before = H.snapshot(ours)
+    theirs.merge_adapter()
+    ours.merge_adapter()
+    left = [k for k, v in frozen(theirs).items() if torch.equal(v, before[k])]
+    H.identical({k: H.snapshot(ours)[k] for k in left}, {k: before[k] for k in left})
 
 
 @mergeable

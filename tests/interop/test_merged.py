@@ -10,22 +10,13 @@ import torch
 from . import bases as B
 from . import harness as H
 from . import processes
-from .cases import CASES, each_case
+from .cases import CASES, each_case, firsts
 
 mergeable = [c for c in CASES if c.merges and not c.prompt and not {"merge", "restore"} & set(c.disputed)]
-
-
-def firsts(cases, parts):
-    groups = {}
-    for case in cases:
-        groups.setdefault(tuple(case.id.split("/")[:parts]), case)
-    return {case.id for case in groups.values()}
-
-
 PLAIN = [c for c in mergeable if not c.base.transformers]
-EACH_METHOD = firsts(PLAIN, 1)
+EACH_METHOD = firsts(1, PLAIN)
 EACH_KIND = EACH_METHOD | {case.id for case in {case.base.name: case for case in PLAIN}.values()}
-SEVERAL = firsts([c for c in PLAIN if c.second is not None and c.stacks and "modules_to_save" not in c.kwargs], 2)
+SEVERAL = firsts(2, [c for c in PLAIN if c.second is not None and c.stacks and "modules_to_save" not in c.kwargs])
 
 
 @pytest.fixture(autouse=True)
@@ -335,7 +326,7 @@ def test_a_disabled_adapter_trains_again_as_it_was_told(lib):
 
 
 # ----------------------------------------------------------------------------------------------------------- sharded
-LINEAR = firsts([c for c in PLAIN if c.base.name in ("mlp", "mlp2d", "norms")], 1) | {"lora/targets/modules_to_save"}
+LINEAR = firsts(1, [c for c in PLAIN if c.base.name in ("mlp", "mlp2d", "norms")]) | {"lora/targets/modules_to_save"}
 IN_ALL_WAYS = ("lora", "dora", "ia3", "oft", "vera", "lokr")
 
 

@@ -8,18 +8,10 @@ import pytest
 import torch
 
 from . import harness as H
-from .cases import CASES, each_case
+from .cases import each_case, firsts
 
 HOOKED = {"shadow"}  # hooks on the base model keep its tuner, which keeps the base model
 KEPT_BY_PEFT = {"monteclora", "oft", "osf", "shira", "supertuning"}  # their layers there refer to themselves
-
-
-def firsts(parts: int):
-    """The first case of each method (1), or of each method on each kind of base model (2)."""
-    groups = {}
-    for case in CASES:
-        groups.setdefault(tuple(case.id.split("/")[:parts]), case)
-    return {case.id for case in groups.values()}
 
 
 EACH_METHOD, EACH_BASE = firsts(1), firsts(2)

@@ -27,3 +27,11 @@ def each_case(where=lambda case: True):
     """Parametrise a test over the rows for which `where` holds; the test takes a `case` argument."""
     rows = [c for c in CASES if where(c)]
     return pytest.mark.parametrize("case", rows, ids=[c.id for c in rows])
+
+
+def firsts(parts: int, cases=CASES) -> set[str]:
+    """The first of `cases` of each method (1), or of each method on each kind of base model (2)."""
+    groups: dict[tuple, Case] = {}
+    for case in cases:
+        groups.setdefault(tuple(case.id.split("/")[:parts]), case)
+    return {case.id for case in groups.values()}
