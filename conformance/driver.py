@@ -233,8 +233,12 @@ class Driver:
 
     def casting(self, on: bool) -> None:
         """Bring a layer's input into the adapter's dtype, as ever, or leave it as it is: PEFT's
-        `disable_input_dtype_casting`."""
+        `disable_input_dtype_casting`, which nests as `disable` does."""
         raise Unsupported("leave inputs in their dtype")
+
+    def cast_mixed(self, dtype: str) -> None:
+        """Bring what is trained to float32 and the rest to `dtype`: PEFT's `cast_mixed_precision_params`."""
+        raise Unsupported("cast what is trained and what is not")
 
     def dtypes(self) -> dict:
         """Live parameter name -> the dtype that it has."""
@@ -252,9 +256,9 @@ class Driver:
         """Divide the strength of the active adapters; None: what their configs say."""
         raise Unsupported("divide the scale of adapters")
 
-    def rescale(self, factor: float | None) -> None:
+    def rescale(self, factor: float | None, by_error: bool = False) -> None:
         """Make all LoRA adapters `factor` times as strong until it is called with None: PEFT's
-        `rescale_adapter_scale`."""
+        `rescale_adapter_scale`. `by_error`: it ends because what was done meanwhile failed."""
         raise Unsupported("rescale adapters for a while")
 
     def combine(self, names: list, weights: list, new: str, options: dict) -> None:

@@ -58,7 +58,7 @@ class Oracle(Driver):
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
         self.training, self.rng = False, np.random.default_rng(seed)
         self.routed: Any = None
-        self.casts = True
+        self.uncast = 0
         self.asked: dict[str, bool] = {}  # by adapter, where it was said by name whether it is trained
         self.begun, self.loose = "/beginnings/" in case, case.endswith("/defaults")
         if self.begun:
@@ -108,6 +108,14 @@ class Oracle(Driver):
             tensors[name] = beginnings.drawn(want, rng)
         return tensors
 
+    def like(self, config):
+        """The recorded case of this config on this base model, be it of another variant of the method."""
+        if self.recorded(config):
+            return self.case
+        if self.case is None or self.mixed or len(self.adapters) == 0:
+            return None
+        return next((c for c in store.all_cases() if c.config == config and c.base == self.base), None)
+
     def recorded(self, config) -> bool:
         """Is this the config of the recorded case, but for what it is made for?"""
         return self.case is not None and {**config, "inference_mode": None} == {
@@ -151,7 +159,8 @@ class Oracle(Driver):
         return row["types"][model_type]
 
     def add(self, name, config):
-        method = self.method_of(config)
+        like = self.like(config)
+        method = methods()[like.pack.data["method"]] if like else self.method_of(config)
         validate(config, method)
         if self.adapters and "bias" in config and sum(
                 c.get("bias", "none") != "none" for c, _ in [(config, None), *self.adapters.values()]) > 1:
@@ -164,8 +173,8 @@ class Oracle(Driver):
         rng = np.random.default_rng(self.seed)
         whole = {**config, method.tensors.unsaved[0]: True} if method.tensors.unsaved else config
         shapes = formulas.expected_shapes(method, self.base, self.base_weights, whole, self.targets(config))
-        if self.recorded(config):
-            shapes = self.case.keys
+        if like:
+            shapes = like.keys
         elif "model_type" in self.base and not config.get("target_modules"):
             shapes |= {k: v for k, v in self.by_type(self.base["model_type"]).items() if v is not None}
         elif "layers" in self.base:
@@ -259,7 +268,8 @@ class Oracle(Driver):
         config, tensors = self.adapters[name]
         field, factor = "alpha" if "alpha" in config else "lora_alpha", self.factors.get(name, 1.0)
         strong = config if factor == 1 else {**config, field: config.get(field, 8) * factor}
-        return self.method_of(config), tensors, strong
+        like = self.like(config)
+        return methods()[like.pack.data["method"]] if like else self.method_of(config), tensors, strong
 
     def method_of(self, config):
         return methods()[config["peft_type"].lower()] if self.mixed else self.method
@@ -280,7 +290,7 @@ class Oracle(Driver):
     def forward(self, inputs, adapter_names=None):
         if "inputs_embeds" in inputs:
             inputs = self.with_ids(dict(inputs))
-        if not self.casts and self.kept != self.dtype:
+        if self.uncast and self.kept != self.dtype:
             raise Rejected(f"an input in {self.dtype} for an adapter in {self.kept}")
         if self.routed:
             return self.rounded(formulas.output(self.method, self.base, self.base_weights, {}, {}, inputs,
@@ -523,7 +533,7 @@ class Oracle(Driver):
         for name in self.chosen:
             self.factors[name] = 1.0 if factor is None else self.factors.get(name, 1.0) / factor
 
-    def rescale(self, factor):
+    def rescale(self, factor, by_error=False):
         if factor is None:
             self.factors = self.before
         else:
@@ -544,6 +554,7 @@ class Oracle(Driver):
         if options.get("combination_type", "").startswith("dare") and options["density"] < 1:
             tensors = [{k: self.thinned(v, options["density"]) for k, v in t.items()} for t in tensors]
             options = {**options, "density": 1.0}
+        self.others[new] = self.others.get(names[0], self.kept)
         if self.method.name == "ia3":
             self.adapters[new] = (configs[0], {k: sum(w * t[k] for w, t in zip(weights, tensors)) for k in tensors[0]})
             return
@@ -590,7 +601,7 @@ class Oracle(Driver):
 
     def cast(self, dtype, options):
         """The dtype of adapters on a base of this one."""
-        small = dtype in ("bfloat16", "float16") and options.get("autocast_adapter_dtype", True)
+        small = dtype in ("bfloat16", "float16") and self.method.name != "ln_tuning" and options.get("autocast_adapter_dtype", True)
         return "float32" if small else dtype
 
     def dtypes(self):
@@ -673,7 +684,10 @@ class Oracle(Driver):
         return arrow.likeness(x, V)
 
     def casting(self, on):
-        self.casts = on
+        self.uncast += -1 if on else 1
+
+    def cast_mixed(self, dtype):
+        self.dtype, self.kept, self.others = dtype, "float32", dict.fromkeys(self.others, "float32")
 
     def hotswap(self, path, name):
         config, tensors = self.read(path)

@@ -101,7 +101,7 @@ class PeftApi(Driver):
         """Another model: enabled, in evaluation mode."""
         self.training, self.disabled, self.mixes = False, [], False
         self.rescaled: Any = None
-        self.uncast: Any = None
+        self.uncast: list = []
 
     def info(self):
         return {"name": self.peft.__name__, "version": version_of(self.peft),
@@ -484,13 +484,19 @@ class PeftApi(Driver):
 
     def casting(self, on):
         if on:
-            self.uncast.__exit__(None, None, None)
+            self.uncast.pop().__exit__(None, None, None)
             return
         helpers = importlib.import_module(f"{self.peft.__name__}.helpers")
         if not hasattr(helpers, "disable_input_dtype_casting"):
             raise Unsupported("no disable_input_dtype_casting")
-        self.uncast = helpers.disable_input_dtype_casting(self.model)
-        self.uncast.__enter__()
+        self.uncast.append(helpers.disable_input_dtype_casting(self.model))
+        self.uncast[-1].__enter__()
+
+    def cast_mixed(self, dtype):
+        helpers = importlib.import_module(f"{self.peft.__name__}.utils")
+        if not hasattr(helpers, "cast_mixed_precision_params"):
+            raise Unsupported("no cast_mixed_precision_params")
+        helpers.cast_mixed_precision_params(self.model, models.DTYPES[dtype])
 
     def dtypes(self):
         return {k: str(p.dtype).removeprefix("torch.") for k, p in self.model.named_parameters()}
@@ -515,9 +521,12 @@ class PeftApi(Driver):
         for layer in self.layers_with("unscale_layer"):
             layer.unscale_layer(factor)
 
-    def rescale(self, factor):
+    def rescale(self, factor, by_error=False):
         if factor is None:
-            self.rescaled.__exit__(None, None, None)
+            error = RuntimeError("what was done meanwhile failed")
+            ends = (type(error), error, None) if by_error else (None, None, None)
+            with contextlib.suppress(RuntimeError):
+                self.rescaled.__exit__(*ends)
             return
         helpers = importlib.import_module(f"{self.peft.__name__}.helpers")
         if not hasattr(helpers, "rescale_adapter_scale"):

@@ -285,7 +285,7 @@ def unscale_to_one(o, right, factor=None):
         o.scale(1 / strength(o))
 
 
-def rescale_for_good(o, right, factor):
+def rescale_for_good(o, right, factor, by_error=False):
     if factor is not None:
         right(factor)
 
@@ -445,8 +445,12 @@ USAGE = (
       ("usage/set-scale",)),
     f("rescaled-for-good", "the scale stays as it was for a while", {"rescale": rescale_for_good}, "usage",
       ("usage/rescale",)),
+    f("rescaled-where-it-fails", "the scale stays as it was for a while if what was done meanwhile failed",
+      {"rescale": lambda o, right, factor, by_error=False: None if by_error else right(factor)}, "usage",
+      ("usage/rescale",)),
     f("rescaled-from-alpha", "a multiplier for a while forgets what was set before",
-      {"rescale": lambda o, right, factor: (o.unscale(), right(factor))[1]}, "usage", ("usage/rescale",)),
+      {"rescale": lambda o, right, factor, by_error=False: (o.unscale(), right(factor))[1]}, "usage",
+      ("usage/rescale",)),
     f("combined-unscaled", "adapters are combined without their alpha / r", {"combine": combine_unscaled}, "usage",
       ("usage/combine-linear", "usage/combine-cat", "usage/combine-svd")),
     f("negative-weights-lost", "a negative weight counts as a positive one",

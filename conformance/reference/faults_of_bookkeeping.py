@@ -27,6 +27,35 @@ def routed(change):
     return {"restore_routed": lambda o, right, *a: right(*a[:-1], {**a[-1], **change(a[-1])})}
 
 
+def keeps_settings(o, right, name, config):
+    right(name, config)
+    own, tensors = o.adapters[name]
+    held = vars(o).setdefault("settings", {}).setdefault(name, own["lora_alpha"])
+    o.adapters[name] = {**own, "lora_alpha": held}, tensors
+
+
+def delete_leaves_none(o, right, name):
+    """Of several that are active, deleted one by one, the last leaves none."""
+    last = o.chosen == [name] and vars(o).get("several")
+    o.several = len(o.chosen) > 1
+    right(name)
+    if last:
+        o.chosen = []
+
+
+def combined_by_patterns(o, right, names, weights, new, options):
+    right(names, weights, new, options)
+    config, tensors = o.adapters[new]
+    pattern = {**config["alpha_pattern"], **o.adapters[names[0]][0].get("alpha_pattern", {})}
+    o.adapters[new] = {**config, "alpha_pattern": pattern}, tensors
+
+
+def by_beginnings(o, right, base, weights, config, *a, **more):
+    """The key of a pattern may be the beginning of a name."""
+    known = {f for f in config or () if f.endswith("_pattern") and isinstance(config[f], dict)}
+    right(base, weights, {**config, **{f: {k + r"\w*": v for k, v in config[f].items()} for f in known}}, *a, **more)
+
+
 def off_for_good(o, right, off):
     right(off)
     if not o.off:
@@ -550,6 +579,27 @@ FAULTS = {
       ("usage/narrowing",)),
     f("patterns-of-names", "keys of rank_pattern and its like are names, not regular expressions",
       {"build": names_alone}, "usage", ("usage/patterns",)),
+    f("name-keeps-its-settings", "an adapter has the alpha of the one that had its name before",
+      {"add": keeps_settings}, "usage", ("usage/reused-name",)),
+    f("delete-leaves-none", "deleting the last of several active adapters leaves none active",
+      {"delete": delete_leaves_none}, "usage", ("usage/one-of-several",)),
+    f("combined-in-32-bits", "an adapter made of others has 32 bits, whatever they have", {
+        "combine": lambda o, right, names, weights, new, options: (
+            right(names, weights, new, options), o.others.update({new: "float32"}))[0]}, "usage",
+      ("usage/combine-dtypes",)),
+    f("combined-by-patterns", "an adapter made of others has the first one's alpha_pattern",
+      {"combine": combined_by_patterns}, "usage", ("usage/combine-patterns",)),
+    f("patterns-of-beginnings", "the key of rank_pattern may be the beginning of a layer's name",
+      {"build": by_beginnings}, "usage", ("usage/patterns",)),
+    f("cast-but-for-the-trained", "cast_mixed_precision_params leaves what is trained in 16 bits",
+      {"cast_mixed": lambda o, right, dtype: setattr(o, "dtype", dtype)}, "usage", ("usage/cast-mixed-plain",)),
+    f("cast-again-at-once", "of nested calls that inputs stay as they are, the inner one ends both",
+      {"casting": lambda o, right, on: setattr(o, "uncast", 0) if on else right(on)}, "usage", ("usage/casting",)),
+    f("swapped-without-rslora", "an adapter of rsLoRA that takes another's place is divided by its rank", swapped_but(
+        lambda old, new: ({**new[0], "use_rslora": False}, new[1])), "usage", ("usage/swapped-rslora",)),
+    f("loaded-is-active", "in a model of several methods the adapter that is loaded becomes the active one",
+      {"load_adapter": lambda o, right, path, name: (right(path, name), setattr(o, "chosen", [name]))[0]}, "usage",
+      ("usage/life-with-loha",)),
     f("given-state-ignored", "a state dict that is given is not what is saved",
       {"save_given": lambda o, right, path, factor: right(path, 1)}, "usage", ("usage/given-state",)),
     f("always-cast", "inputs are brought into the adapter's dtype, though that is declined",

@@ -304,17 +304,23 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         return names
 
     def merge_new(self, names: list[str], safe: bool) -> None:
-        """The same for adapters of this layer that are not merged."""
+        """The same for adapters of this layer that are not merged.
+
+        One that takes the layer's place takes also that of one that is merged, and is merged alone.
+        """
         home, new = self._home, [self.adapters[name] for name in names]
+        if whole := new[0].of_modules():
+            if len(new) > 1:
+                raise MergeError(f"{', '.join(names)} each take the place of '{new[0].path}': merge one of them.")
         # what follows another layer is merged there
         sources = {} if home.base.apart else {a: a.tied_to for a in new if a.tied_to is not None}
         if own := [adapter for adapter in new if adapter not in sources]:
             home.base.check_written()
             home.check_folded(home.folded)
-            self._fold(home.folded + own, safe)
+            self._fold(own if whole else home.folded + own, safe)
         for source in sources.values():
             home.base.source = source.layer._home.base
-        self.merged_adapters = self.merged_adapters + names
+        self.merged_adapters = names if whole else self.merged_adapters + names
 
     def merges_in_place(self, names: list[str]) -> bool:
         """Whether `merge_in_place` can do what `merge_new` does."""

@@ -42,4 +42,4 @@ class IA3Model(BaseTuner, method="IA3"):
                 l.fill_(sum(map(float, weights)) - sum(w for w, _ in own))  # of the adapters that are not here
                 for w, adapter in own:
                     l += w * adapter.ia3_l.data
-        merging.accept(plan)
+        merging.accept(plan, parts)

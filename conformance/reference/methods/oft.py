@@ -98,6 +98,7 @@ ROWS = [
         "reference's series has the four that it has for four: I + 2 Q + 2 Q^2 + Q^3"),
     Row("linear/by-r", "mlp-even-tokens", by_r(2)),
     Row("linear/adjusted-block", "mlp", oft(oft_block_size=4)),
+    Row("linear/block-between-two", "tokens-mlp", oft(oft_block_size=6)),
     Row("linear/block-share", "mlp-even", oft(block_share=True, use_cayley_neumann=False), "core"),
     Row("linear/coft", "mlp-even", oft(coft=True, eps=0.5), disputed=PROJECTED,
         dtypes=("float32", "bfloat16"), note="the reference takes the bound's square root in float32"),

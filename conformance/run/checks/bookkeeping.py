@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 
 from ...driver import Rejected
-from ...reference import formulas
+from ...reference import formulas, store
 from ...reference.compare import Failure, close
+from ...reference.methods import methods
 from .goldens import same_set, start
 from .reject import refuse
 
@@ -78,6 +79,40 @@ def one_of_several(driver, case, method):
         close(f"output {what}", driver.forward(case.tensors("input")), output, "float32")
         same_set(f"what is trained {what}", trained(driver.names()), own)
         driver.add("third", second_of(case, method))
+    driver.switch(["other", "third"])
+    for name in ("third", "other"):
+        driver.delete(name)
+    if (active := list(driver.active())) != ["default"]:
+        raise Failure("the active adapters after deleting all that were active", expected="['default']",
+                      got=str(active))
+    same_output(driver, case, "output after deleting both adapters that were active")
+
+
+BESIDE = ("modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices")
+
+
+def reused_name(driver, case, method):
+    """A name under which another adapter was, of any settings that the method has, has nothing left of it."""
+    base, inputs = case.tensors("base"), case.tensors("input")
+    pool = [(c, methods()[name]) for name, pack in store.packs().items() for c in pack.cases
+            if methods()[name].peft_type == method.peft_type and c.base == case.base
+            and c.data["golden"] == "reference" and not c.data.get("disputed") and not c.data.get("live")
+            and c.config.get("bias", "none") == "none" and not any(c.config.get(k) for k in BESIDE)]
+    start(driver, case, "float32")
+    for c, own in pool + pool[:1]:
+        try:
+            driver.add("other", {**c.config, **method.laws.second})
+        except Rejected:  # what it shares with the first one is another
+            continue
+        what = f"of an adapter as in {c.id}, under a name that was another's"
+        same_set(f"keys {what}", driver.state_dict("other"), c.keys)
+        driver.load(c.tensors("adapter"), "other")
+        driver.switch(["other"])
+        close(f"output {what}", driver.forward(inputs),
+              formulas.output(own, case.base, base, c.tensors("adapter"), c.config, inputs), "float32")
+        driver.switch(["default"])
+        driver.delete("other")
+    same_output(driver, case, "output of the adapter that was there all the time")
 
 
 def unknown_name(driver, case, method):
@@ -190,7 +225,9 @@ def of(method) -> dict:
     """Function -> whether it can be asked of a method."""
     layers, several = bool(method.formula or method.run), not method.laws.single
     chosen = bool(method.rows[0].config.get("target_modules"))
-    return {deletion: several, one_of_several: several and method.laws.together and layers,
+    alike = layers and several and method.tensors.gauges is None and set(method.laws.second) <= {"inference_mode"} \
+        and method.name != "adamss"  # whose shapes depend on the weights
+    return {reused_name: alike, deletion: several, one_of_several: several and method.laws.together and layers,
             failed_add: layers and several and chosen, unknown_name: True, held_configs: True,
             for_use: layers, require_grad: layers and several,
             loading_modes: layers and several and not method.laws.second}

@@ -36,28 +36,44 @@ COMBINED: dict[str, tuple[list, dict]] = {
 COMBINED_TOO = [(kind, how) for kind in ("embedding", "conv2d") for how in ("linear-negative", "cat", "svd")]
 
 
-def combine(driver, case, method, how):
-    """Of two LoRA adapters of the same rank and other scales, one."""
+def combine(driver, case, method, how, patterns=None):
+    """Of two LoRA adapters of the same rank and other scales, one; `patterns`: fields of the first one's config."""
     weights, options = COMBINED[how]
     rng, adapter, base = rng_of(f"{case.id} second"), case.tensors("adapter"), case.tensors("base")
     second = {**case.config, "lora_alpha": 3 * case.config["lora_alpha"]}
     other = draw_adapter(method, adapter, set(), rng)
-    start(driver, case, "float32")
+    first = {**case.config, **(patterns or {})}
+    driver.build(case.base, base, first, "float32", case=case.id)
+    driver.load(adapter)
     driver.add("other", second)
     driver.load(other, "other")
     driver.combine(["default", "other"], weights, "both", options)
-    same_output(driver, case, "output after making another adapter, not yet active")
+    if not patterns:
+        same_output(driver, case, "output after making another adapter, not yet active")
     folded = dict(base)
     for path, site in sites(case.base, base).items():
         if path in case.targets:
             a, b = slots = lora.names(site)
             factors = [(t[f"{KEY}{path}.{a}"], t[f"{KEY}{path}.{b}"], lora.scaling(site, c))
-                       for t, c in ((adapter, case.config), (other, second))]
+                       for t, c in ((adapter, first), (other, second))]
             made = combined(factors, weights, **options)
             folded[site.weight] = stored(site, site.W + lora.delta(site, dict(zip(slots, made))))
     driver.switch(["both"])
     close("output of the adapter made of two", driver.forward(case.tensors("input")),
           run(case.base, folded, case.tensors("input")), "float32")
+
+
+def combined_dtypes(driver, case, method):
+    """An adapter made of others, factor by factor, has their dtype; what other ways give is not agreed upon."""
+    for how in ("linear", "ties", "magnitude-prune"):
+        for options, want in (({"autocast_adapter_dtype": False}, "bfloat16"), ({}, "float32")):
+            driver.build_with(case.base, case.tensors("base"), case.config, "bfloat16", options, case=case.id)
+            driver.load(case.tensors("adapter"))
+            driver.add_with("other", case.config, options)
+            driver.load(case.tensors("adapter"), "other")
+            driver.combine(["default", "other"], *COMBINED[how][:1], "both", COMBINED[how][1])
+            if wrong := {k: v for k, v in driver.dtypes().items() if ".both." in k and v != want}:
+                raise Failure(f"dtypes of an adapter made of two in {want}, {how}", expected=want, got=str(wrong))
 
 
 def combine_ia3(driver, case, method):

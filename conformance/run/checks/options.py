@@ -157,17 +157,20 @@ def trained_adapters(driver, case):
 
 
 def casting(driver, case, method):
-    """An input of other bits than the adapter has is brought to them, but for as long as that is declined."""
+    """An input of other bits than the adapter has is brought to them, but while that is declined, which nests."""
     driver.build_with(case.base, case.tensors("base"), case.config, "bfloat16", {}, case=case.id)
     driver.load(case.tensors("adapter"))
-    for what in ("", ", afterwards"):
-        close(f"output of an adapter in 32 bits on a base in bfloat16{what}", driver.forward(case.tensors("input")),
-              case.tensors("out")["y"], "bfloat16")
-        if not what:
-            driver.casting(False)
-            refuse("an input in bfloat16, for an adapter in 32 bits, that is left as it is,",
+    declined = 0
+    for change in (0, 1, 1, -1, -1):
+        if change:
+            driver.casting(change < 0)
+        declined += change
+        if declined:
+            refuse(f"an input in bfloat16, for an adapter in 32 bits, left as it is by {declined},",
                    partial(driver.forward, case.tensors("input")))
-            driver.casting(True)
+        else:
+            close("output of an adapter in 32 bits on a base in bfloat16", driver.forward(case.tensors("input")),
+                  case.tensors("out")["y"], "bfloat16")
 
 
 PATTERNS: dict[str, float] = {"rank_pattern": 2, "alpha_pattern": 7, "lambda_pattern": 3.5}
@@ -178,7 +181,7 @@ def patterns(driver, case, method, fields):
     """A key of a pattern is a regular expression for the end of a layer's path, from a dot on."""
     for field in fields:
         want, out = None, None
-        for key, there in (("mid", True), ("m.d", True), ("id", False)):
+        for key, there in (("mid", True), ("m.d", True), ("id", False), ("mi", False)):
             config = {**case.config, field: {key: PATTERNS[field]}}
             driver.build(case.base, case.tensors("base"), config, "float32", case=f"{method.name}/patterns")
             state = driver.state_dict()

@@ -265,7 +265,7 @@ def of_some():
     plain = store.find("lora/linear/plain")
     yield "lora", "given-config", given_config, {"case": plain}
     yield "lora", "embeddings", embeddings, {}
-    for kind in ("linear", "conv2d"):
-        yield "lora", f"swapped-{kind}", swapped, {"case": store.find(f"lora/{kind}/plain")}
+    for kind, id in (("linear", "linear/plain"), ("conv2d", "conv2d/plain"), ("rslora", "linear/rslora")):
+        yield "lora", f"swapped-{kind}", swapped, {"case": store.find(f"lora/{id}")}
     for id in ("prompt_tuning/causal-lm/masked", "prompt_tuning/encoder-decoder/plain"):
         yield "prompt_tuning", f"text-{id.split('/')[1]}", text, {"case": store.find(id)}

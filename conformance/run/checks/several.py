@@ -201,8 +201,17 @@ def mixed_life(driver, first, second):
                  [k for name in active for k in own[name] if names[k] or first.parameters.get(k)
                   or second.parameters.get(k.replace(".other", ".default"))])
 
-    driver.build_with(first.base, base, first.config, "float32", {"mixed": True}, case=first.id)
-    driver.load(first.tensors("adapter"))
+    with tempfile.TemporaryDirectory() as path:
+        start(driver, second, "float32")
+        driver.save(path)
+        driver.build_with(first.base, base, first.config, "float32", {"mixed": True}, case=first.id)
+        driver.load(first.tensors("adapter"))
+        driver.load_adapter(path, "other")
+        now("after loading an adapter of another method", ["default"], one)
+        driver.switch(["other"])
+        now("after switching to the one that was loaded", ["other"], two)
+        driver.delete("other")
+        now("after deleting the active one, which was loaded", ["default"], one)
     driver.add("other", second.config)
     driver.load(second.tensors("adapter"), "other")
     now("after adding an adapter of another method", ["default"], one)
@@ -255,6 +264,23 @@ def tokens(driver, case, method):
     for name, got in driver.weights().items():
         close(f"{name} after unmerging both", got, before[name], "float32")
     close("output after unmerging both", driver.forward(inputs), want, "float32")
+
+
+def merged_over(driver, case, method):
+    """Where one adapter takes the other's place, merging it undoes the other's merge first."""
+    start(driver, case, "float32")
+    before = driver.weights()
+    driver.add("other", bookkeeping.second_of(case, method))
+    drawn = draw_adapter(method, driver.state_dict("other"), set(), rng_of("over"))
+    driver.load(drawn, "other")
+    driver.merge(["default"])
+    driver.merge(["other"])
+    want, _ = formulas.adapted(method, case.base, case.tensors("base"), drawn, bookkeeping.second_of(case, method))
+    for name, got in driver.weights().items():
+        close(f"{name} with one adapter merged, over another that was", got, want[name], "float32")
+    driver.unmerge()
+    for name, got in driver.weights().items():
+        close(f"{name} after unmerging it", got, before[name], "float32")
 
 
 ARROWS: dict[str, dict] = {"few": {"top_k": 2, "router_temperature": 0.7}, "one": {"top_k": 1},

@@ -28,6 +28,7 @@ from .combining import (
     combine_ia3,
     combine_others,
     combine_refused,
+    combined_dtypes,
     dare,
 )
 from .goldens import other, same_set, start
@@ -76,12 +77,25 @@ def autocast(driver, case, method):
 
     for kind, keep in ((kind, keep) for kind in kinds for keep in (False, True)):
         options, want = ({"autocast_adapter_dtype": False}, kind) if keep else ({}, "float32")
+        if method.name == "ln_tuning":  # the base's own layers, copied
+            want = kind
         driver.build_with(case.base, base, case.config, kind, options, case=case.id)
         check("put", options, want, kind)
         with tempfile.TemporaryDirectory() as path:
             driver.save(path)
             driver.restore_with(path, case.base, base, kind, options)
         check("loaded", options, want, kind)
+
+
+def cast_mixed(driver, case, method):
+    """What is trained has 32 bits after `cast_mixed_precision_params`, the rest those that are asked for."""
+    driver.build_with(case.base, case.tensors("base"), case.config, "bfloat16", {"autocast_adapter_dtype": False},
+                      case=case.id)
+    driver.cast_mixed("bfloat16")
+    on = driver.names()
+    wrong = {k: v for k, v in driver.dtypes().items() if v != ("float32" if on[k] else "bfloat16")}
+    if wrong:
+        raise Failure("dtypes, what is trained being cast to 32 bits and the rest to 16", got=str(wrong))
 
 
 def narrowing(driver, case, method):
@@ -297,6 +311,9 @@ def rescale(driver, case, method):
     adds("at scale 2, rescaled to a quarter", 0.5)
     driver.rescale(None)
     adds("when it is rescaled no longer", 2)
+    driver.rescale(3.0)
+    driver.rescale(None, True)
+    adds("when it is rescaled no longer, after an error", 2)
 
 
 NEW_TOKENS = 4
@@ -571,9 +588,10 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
          ("shira/linear/plain", "lora/linear/plain"))
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning", "cartridge", "cpt", "multitask_prompt_tuning", "lora")
-FULL = ("all-dtypes", "arrow", "as-lora-", "asked-otherwise", "begins-beside", "card", "casting", "combine-others",
-        "converted-p", "defaults", "embeddings", "frozen-factor", "given-", "life-with", "mixed-batches-refused",
-        "other-file", "patterns", "second-", "swapped", "targets-")  # LoRA's, not in the core profile
+FULL = ("all-dtypes", "arrow", "as-lora-", "asked-otherwise", "begins-beside", "card", "cast", "combine-dtypes",
+        "combine-others", "combine-patterns", "converted-p", "defaults", "embeddings", "frozen-factor", "given-",
+        "life-with", "mixed-batches-refused", "other-file", "patterns", "reused-name", "second-", "swapped",
+        "targets-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
@@ -603,7 +621,7 @@ def of_every_method():
     for m in methods().values():
         case, layers = first_case(m), bool(m.formula or m.run)
         applies: dict = {is_trainable: True, low_cpu_mem_usage: True,
-                   autocast: layers and m.name != "ln_tuning",  # its tensors are the base's own
+                   autocast: layers,
                    narrowing: bool(m.formula) and m.tensors.gauges is None and case.data["base_name"] == "mlp",
                    beginnings.beside: not m.laws.single and set(m.laws.second) <= {"inference_mode"} and any(
                        r["method"] == m.name for r in store.rows("beginnings")),
@@ -663,6 +681,15 @@ def everything():
         yield known["lora"], f"second-{id}", partial(
             second_bias, case=store.find(f"lora/linear/{id}"), method=known["lora"])
     yield known["lora"], "targets-beside", partial(targets.beside, rows=store.rows("targets"))
+    for name, case in (("lora", plain), ("lora", store.find("lora/linear/modules-to-save")),
+                       ("ia3", first_case(known["ia3"]))):
+        yield known[name], f"cast-mixed-{case.id.rpartition('/')[2]}", partial(
+            cast_mixed, case=case, method=known[name])
+    yield known["lora"], "combine-dtypes", partial(combined_dtypes, case=plain, method=known["lora"])
+    yield known["lora"], "combine-patterns", partial(combine, case=plain, method=known["lora"], how="linear", patterns={
+        "alpha_pattern": {"mid": 7.5}})
+    yield known["ln_tuning"], "merged-over", partial(
+        several.merged_over, case=first_case(known["ln_tuning"]), method=known["ln_tuning"])
     yield known["lora"], "begins-orthogonal", partial(begins_orthogonal, case=plain, method=known["lora"])
     yield known["alora"], "invocation", partial(
         invocation, case=store.find("lora/causal-lm/masked"), method=known["alora"])

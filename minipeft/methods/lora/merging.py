@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...core.boxes import LOW_PRECISION
 from ...core.errors import AdapterNameError, ConfigError, MergeError, PeftWarning, UnsupportedFeatureError
 from ...core.layer import Layer, layers
 from ...model.plan import ModelPlan
@@ -199,11 +200,15 @@ def _union(targets: list[Any]) -> Any:
     return None if any(isinstance(t, str) for t in targets) else set().union(*targets)
 
 
-def accept(plan: ModelPlan) -> None:
-    """Put the planned adapter into the model, frozen and not active. Raises `MergeError` if a number is not finite."""
+def accept(plan: ModelPlan, parts: Parts) -> None:
+    """Put the planned adapter into the model, frozen and not active, in 32 bits where one of `parts` has them.
+
+    Raises `MergeError` if a number is not finite.
+    """
+    wide = any(p.dtype not in LOW_PRECISION for own in parts.values() for _, a in own for p in a.parameters())
     tensors = {entry.saved: entry.tensor for entry in plan.entries()}
     if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise MergeError(f"Combining gives numbers that are not finite, for example in '{broken[0]}'; nothing changed.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # whatever there is to say was said when it was planned
-        plan.tuner.add(plan.name, plan.config, autocast=True, weights=tensors)
+        plan.tuner.add(plan.name, plan.config, autocast=wide, weights=tensors)

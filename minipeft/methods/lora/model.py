@@ -141,7 +141,7 @@ class LoraModel(BaseTuner, method="LORA"):
             for _, scratch, joins in plan.new:
                 if joins is not None and not scratch.tied:
                     combine.fill(scratch.adapters[adapter_name], parts[joins])
-        merging.accept(plan)
+        merging.accept(plan, parts)
 
 
 class Combine:
