@@ -601,8 +601,9 @@ class Oracle(Driver):
 
     def cast(self, dtype, options):
         """The dtype of adapters on a base of this one."""
-        small = dtype in ("bfloat16", "float16") and self.method.name != "ln_tuning" and options.get("autocast_adapter_dtype", True)
-        return "float32" if small else dtype
+        copied = self.method.name == "ln_tuning"  # from the base
+        small = dtype in ("bfloat16", "float16") and not copied
+        return "float32" if small and options.get("autocast_adapter_dtype", True) else dtype
 
     def dtypes(self):
         def of(name):

@@ -55,6 +55,17 @@ class Matrix(nn.Module):
         return x @ self.weight.T
 
 
+class Pair(nn.Module):
+    """y = W_down tanh(W_up x), both bare parameters of one module, as experts have them. `shape`: of W_up."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.empty(*shape)), nn.Parameter(torch.empty(*shape[::-1]))
+
+    def forward(self, x):
+        return torch.tanh(x @ self.up.T) @ self.down.T
+
+
 class ScaledEmbedding(nn.Embedding):
     """An embedding that multiplies what it looks up, as those of Gemma do; PEFT reads `embed_scale`."""
 
@@ -71,8 +82,8 @@ def make_layer(kind, args):
         return ScaledEmbedding(**args)
     if kind == "Conv1D":
         return conv1d()(args["nf"], args["nx"])
-    if kind in ("Experts", "Matrix"):
-        return {"Experts": Experts, "Matrix": Matrix}[kind](**args)
+    if kind in ("Experts", "Matrix", "Pair"):
+        return {"Experts": Experts, "Matrix": Matrix, "Pair": Pair}[kind](**args)
     if kind == "MultiheadAttention":
         return nn.MultiheadAttention(batch_first=True, **args)
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}

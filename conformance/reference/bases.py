@@ -113,6 +113,8 @@ BASES = {
         "shape": [3, 8, 10], "is_transposed": True}], tanh("act2"), lin("head", 10, 4), shape=[5, 6]),
     "parameter": net(lin("into", 6, 8), tanh("act1"), ["router", "Matrix", {"shape": [10, 8]}], tanh("act2"),
                      lin("head", 10, 4), shape=[5, 6]),
+    "parameters": net(lin("into", 6, 8), tanh("act1"), ["pair", "Pair", {"shape": [10, 8]}], tanh("act2"),
+                      lin("head", 8, 4), shape=[5, 6]),
     "norm": net(lin("into", 6, 10), ["norm", "LayerNorm", {"normalized_shape": 10}], tanh("act1"),
                 lin("mid", 10, 8), ["norm2", "LayerNorm", {"normalized_shape": 8}], lin("head", 8, 4), shape=[5, 6]),
     "tokens-mlp": net(["embed_tokens", "Embedding", {"num_embeddings": 12, "embedding_dim": 8}], lin("up", 8, 10),

@@ -69,6 +69,9 @@ def sites(base, weights):
         if kind == "MultiheadAttention":
             put(name, "Linear", f"{name}.in_proj_weight", f"{name}.in_proj_bias", args)
             put(f"{name}.base_layer.out_proj", "Linear", f"{name}.out_proj.weight", f"{name}.out_proj.bias", args)
+        elif kind == "Pair":  # the wrapper of the second parameter is around that of the first
+            put(f"{name}.base_layer", "Matrix", f"{name}.up", "", args)
+            put(name, "Matrix", f"{name}.down", "", args)
         elif kind != "Tanh":
             put(name, kind, f"{name}.weight", f"{name}.bias", args)
     return found
@@ -168,6 +171,8 @@ def run(base, weights, inputs, special=None, prompt=None):
             into, out = at[name], at[f"{name}.base_layer.out_proj"]
             q, k, v = np.split(affine(x, into.W, into.b), 3, -1)
             x = affine(attend(q, k, v, args["num_heads"]), out.W, out.b)
+        elif kind == "Pair":
+            x = affine(np.tanh(affine(x, at[f"{name}.base_layer"].W, None)), at[name].W, None)
         else:
             x = special[name](at[name], x) if name in special else apply_layer(at[name], x)
     return x

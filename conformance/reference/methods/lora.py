@@ -150,6 +150,8 @@ ROWS = [
                  "out_proj.merge, which adds it again; forward merges likewise "
                  "(https://github.com/huggingface/peft/pull/3774)"),
     Row("parameter/matrix", "parameter", lora(target_modules=[], target_parameters=["router.weight"])),
+    Row("parameter/two-of-a-module", "parameters", lora(target_modules=[], target_parameters=[
+        "pair.up", "pair.down"])),
     Row("parameter/experts", "experts", lora(target_modules=[], target_parameters=["experts.weight"])),
     Row("parameter/experts-transposed", "experts-transposed", lora(target_modules=[], target_parameters=[
         "experts.weight"])),
