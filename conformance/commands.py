@@ -43,7 +43,7 @@ def do_record(args: list[str]) -> int:
     options.add_argument("names", nargs="*", metavar="NAME", help=f"methods, or {', '.join(TABLES)}; without: all")
     how = options.add_mutually_exclusive_group()
     how.add_argument("--check", action="store_true", help="write nothing; is what is there the same?")
-    how.add_argument("--new", action="store_true", help="only cases that are not there yet")
+    how.add_argument("--new", action="store_true", help="only cases and rows that are not there yet")
     how.add_argument("--formula", nargs=2, metavar=("MODULE:NAME", "FOLDER"),
                      help="those of a method that no reference knows, out of its formula")
     asked = options.parse_args(args)
@@ -57,7 +57,9 @@ def do_record(args: list[str]) -> int:
         if check and (folder / "bases.json").read_text() != (store.folder() / "bases.json").read_text():
             bad.append("bases.json: other base models, or other shapes")
         for name in [n for n in chosen if n in TABLES]:
-            rows = TABLES[name](driver)
+            rows, known = TABLES[name](driver), {(r["method"], r.get("id")): r for r in store.rows(name)}
+            if new_ones:
+                rows = [known.get((r["method"], r.get("id")), r) for r in rows]
             if check and rows != store.rows(name):
                 bad += [f"{name}: now {a}, stored {b}" for a, b in zip(rows, store.rows(name)) if a != b][:5] or [
                     f"{name}: another number of rows"]

@@ -149,6 +149,7 @@ BASES = {
     "encoder-types-features": language_model("encoder", task="FEATURE_EXTRACTION", positions=17, types=2),
     "encoder-decoder": language_model("encoder_decoder", positions=17),
     "decoder-llama": language_model("decoder", names="llama", kv_heads=1, depth=3),
+    "decoder-grouped": language_model("decoder", names="llama", heads=4, kv_heads=2, depth=3),
     "decoder-gpt2": language_model("decoder", names="gpt2", depth=3),
     "decoder-three": language_model("decoder", names="llama", kv_heads=1, depth=3,
                                     input={"shape": [3, 5], "below": 13}),

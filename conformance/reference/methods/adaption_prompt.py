@@ -5,7 +5,7 @@ import numpy as np
 from ..method import KEY, Fault, Laws, Method, Row, Tensors
 from ..numpy_model import apply_layer, heads_of, sites, softmax, turned
 
-DIM, HEADS, DEPTH = 8, 2, 3  # of the decoders
+DIM, DEPTH = 8, 3  # of the decoders
 PROMPT, GATE = "adaption_prompt", "adaption_gate"
 
 
@@ -16,9 +16,10 @@ def shared(c, sites):
     return {**{f"{path}{PROMPT}": (1, c["adapter_len"], DIM) for path in at}, **{f"{path}{GATE}": (1,) for path in at}}
 
 
-def route(base, weights, tensors, c, inputs, rotated=True, grouped=True, scale=True, together=False, projected=True):
+def route(base, weights, tensors, c, inputs, rotated=True, scale=True, together=False, projected=True,
+          shared_heads=lambda s, repeats: np.repeat(s, repeats, 1)):
     t = {k.removeprefix(KEY): np.asarray(v, np.float64) for k, v in tensors.items()}
-    at, llama = sites(base, weights), base["names"] == "llama"
+    at, llama, heads = sites(base, weights), base["names"] == "llama", base["heads"]
 
     def of(path):
         P, g = t[f"{path}.{PROMPT}"], t[f"{path}.{GATE}"]
@@ -26,17 +27,15 @@ def route(base, weights, tensors, c, inputs, rotated=True, grouped=True, scale=T
         def split(x, names):
             """Queries, keys and values that the frozen layers give for x."""
             if llama:
-                return [heads_of(apply_layer(at[f"{path}.{n}_proj"], x), DIM // HEADS) for n in names]
+                return [heads_of(apply_layer(at[f"{path}.{n}_proj"], x), DIM // heads) for n in names]
             parts = np.split(apply_layer(at[f"{path}.c_attn"], x), 3, -1)
-            return [heads_of(parts["qkv".index(n)], DIM // HEADS) for n in names]
+            return [heads_of(parts["qkv".index(n)], DIM // heads) for n in names]
 
         def run(own, x):
             (q,), (k, v) = split(x, "q"), split(P, "kv")
             if llama:
                 q = turned(q) if rotated else q
-                repeats = HEADS // k.shape[1]
-                k, v = (np.repeat(s, repeats, 1) if grouped else np.concatenate([s, *[0 * s] * (repeats - 1)], 1)
-                        for s in (k, v))
+                k, v = (shared_heads(s, heads // s.shape[1]) for s in (k, v))
             score = q @ k.swapaxes(-1, -2) / (np.sqrt(q.shape[-1]) if scale else 1)
             y = (softmax(score * g) if together else g * softmax(score)) @ v
             y = y.transpose(0, 2, 1, 3).reshape(x.shape)
@@ -60,6 +59,7 @@ ROWS = [
         dtypes=COARSE),
     Row("llama/two-layers", "decoder-llama", prompts(4, 2), dtypes=COARSE),
     Row("llama/one-token", "decoder-llama", prompts(1, 3, target_modules="self_attn"), dtypes=COARSE),
+    Row("llama/grouped", "decoder-grouped", prompts(3, 2), dtypes=COARSE),
     Row("llama/task", "decoder-llama", prompts(2, 3, task_type="CAUSAL_LM"), dtypes=COARSE),
     Row("gpt2/all-layers", "decoder-gpt2", prompts(3, 3, target_modules="attn"), "core", dtypes=COARSE),
     Row("gpt2/one-layer", "decoder-gpt2", prompts(4, 1, target_modules="attn"), dtypes=COARSE),
@@ -76,7 +76,10 @@ FAULTS = (
     Fault("unscaled", "scores are not divided by the root of a head's width", wrong(scale=False),
           caught_by=("forward",), spares=("llama/one-token",)),
     Fault("first-queries-only", "shared keys and values reach the first of the queries that share them",
-          wrong(grouped=False), caught_by=("forward",), cases=ROTATED),
+          wrong(shared_heads=lambda s, n: np.concatenate([s, *[0 * s] * (n - 1)], 1)), caught_by=("forward",),
+          cases=ROTATED),
+    Fault("heads-in-turns", "queries share keys and values in turns, not side by side",
+          wrong(shared_heads=lambda s, n: np.tile(s, (1, n, 1, 1))), caught_by=("forward",), cases=("llama/grouped",)),
     Fault("gate-inside", "the gate multiplies the scores, not what they give", wrong(together=True),
           caught_by=("forward",)),
     Fault("not-projected", "what the prompt gives does not go through o_proj", wrong(projected=False),

@@ -59,8 +59,21 @@ ROWS = [
     Row("encoder-decoder/loss", "encoder-decoder", tuning(3, "SEQ_2_SEQ_LM"), inputs={"labels": [[2, 4], 13]}),
 ]
 
+def head_stays(o, right, names, for_use=False):
+    """Switching leaves the first adapter's head where it is."""
+    head = {k: v for k, v in o.adapters["default"][1].items() if not k.startswith("prompt")}
+    for name in names:
+        config, tensors = o.adapters[name]
+        o.adapters[name] = config, {**tensors, **head}
+    right(names, for_use)
+
+
 FAULTS = (
     FIRST_TOKEN,
+    Fault("head-stays", "another prompt is run with the head of the first", {"switch": head_stays},
+          caught_by=("usage/with-its-head",)),
+    Fault("in-16-bits", "on a base in 16 bits a prompt has 16 bits", {"cast": lambda o, right, dtype, options: dtype},
+          caught_by=("usage/prompt-dtypes",)),
     Fault("token-types-lost", "token_type_ids do not reach the model", {"forward": without_types},
           caught_by=("forward",), cases=("encoder/token-types",)),
     Fault("reversed", "the virtual tokens stand in reverse order",

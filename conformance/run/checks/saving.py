@@ -70,6 +70,22 @@ def all_dtypes(driver, case, method):
             check("after merging for good", {})
 
 
+def prompt_dtypes(driver, case, method):
+    """On a base in 16 bits a prompt has 32, whatever it begins as, also in its file."""
+    begins = [{}, {"prompt_tuning_init": "SAMPLE_VOCAB"}] if method.name == "prompt_tuning" else [{}]
+    for kind, more in ((kind, more) for kind in ("bfloat16", "float16") for more in begins):
+        if kind not in driver.info()["dtypes"]:
+            continue
+        driver.build_with(case.base, case.tensors("base"), {**case.config, **more}, kind, {}, case=case.id)
+        names = [k for k in case.parameters if ".default" in k]
+        if wrong := {k: v for k, v in driver.dtypes().items() if k in names and v != "float32"}:
+            raise Failure(f"dtypes of a new prompt {more or ''} on a base in {kind}", "float32", str(wrong))
+        with tempfile.TemporaryDirectory() as path:
+            driver.save(path)
+            if wrong := {k: v for k, (v, _) in stored(path).items() if v[0] != "I" and v != "F32"}:
+                raise Failure(f"dtypes in the file of a prompt {more or ''} on a base in {kind}", "F32", str(wrong))
+
+
 SHARED = ("vblora", "unilora", "randlora", "vera", "tinylora", "pvera", "shadow")  # tensors of several adapters
 
 
@@ -255,8 +271,8 @@ def swapped(driver, case, method):
 def of(method) -> dict:
     """Function -> whether it can be asked of a method."""
     layers = bool(method.formula or method.run)
-    return {all_dtypes: layers and method.name != "ln_tuning", given_place: not method.files and layers,
-            other_file: not method.files, card: True,
+    return {all_dtypes: layers and method.name != "ln_tuning", prompt_dtypes: method.prompt is not None,
+            given_place: not method.files and layers, other_file: not method.files, card: True,
             given_state: layers and method.tensors.gauges is None and not method.files}
 
 

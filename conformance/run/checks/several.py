@@ -283,6 +283,25 @@ def merged_over(driver, case, method):
         close(f"{name} after unmerging it", got, before[name], "float32")
 
 
+def with_its_head(driver, case, method):
+    """A prompt's own head of the model goes with it, when it is switched to, off, on again, and deleted."""
+    base, inputs = case.tensors("base"), case.tensors("input")
+    start(driver, case, "float32")
+    others = {k: 0.75 * v for k, v in case.tensors("adapter").items()}
+    driver.add("other", case.config)
+    driver.load(others, "other")
+    own, other = (formulas.output(method, case.base, base, tensors, case.config, inputs)
+                  for tensors in (case.tensors("adapter"), others))
+    close("output of the first prompt, another being there", driver.forward(inputs), own, "float32")
+    driver.switch(["other"])
+    close("output after switching to the other", driver.forward(inputs), other, "float32")
+    driver.switch(["default"])
+    close("output after switching back", driver.forward(inputs), own, "float32")
+    driver.switch(["other"])
+    driver.delete("other")
+    close("output after deleting the other, which was active", driver.forward(inputs), own, "float32")
+
+
 ARROWS: dict[str, dict] = {"few": {"top_k": 2, "router_temperature": 0.7}, "one": {"top_k": 1},
                            "all": {"top_k": 3, "router_temperature": 2.0},
                            "general": {"top_k": 2, "router_temperature": 1.5, "use_gks": True}}

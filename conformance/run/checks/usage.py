@@ -703,6 +703,9 @@ def everything():
     yield known["lora"], "combine-refused", partial(combine_refused, case=plain, method=known["lora"])
     yield known["trainable_tokens"], "tokens", partial(
         several.tokens, case=first_case(known["trainable_tokens"]), method=known["trainable_tokens"])
+    for name in ("prompt_tuning", "prefix_tuning", "multitask_prompt_tuning"):
+        yield known[name], "with-its-head", partial(
+            several.with_its_head, case=store.find(f"{name}/encoder/sequence"), method=known[name])
     for what, fields in several.ARROWS.items():
         yield known["lora"], f"arrow-{what}", partial(several.arrow, case=plain, method=known["lora"], options=fields)
     for id in MIXED_IN_TEXT:
