@@ -231,6 +231,15 @@ class Driver:
         """
         raise Unsupported("route between adapters")
 
+    def compose(self, paths: list, path: str) -> None:
+        """Save into `path` one cartridge of those saved in `paths`, one after the other."""
+        raise Unsupported("compose cartridges")
+
+    def begin_as(self, cache: dict) -> None:
+        """Begin the prompt, one of keys and values, as a cache: "<layer>.keys" and "<layer>.values", (1, heads, tokens,
+        width of a head), which may have more tokens than the prompt."""
+        raise Unsupported("begin a prompt as a cache")
+
     def casting(self, on: bool) -> None:
         """Bring a layer's input into the adapter's dtype, as ever, or leave it as it is: PEFT's
         `disable_input_dtype_casting`, which nests as `disable` does."""

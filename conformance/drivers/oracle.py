@@ -21,6 +21,7 @@ from ..reference.combine import combined
 from ..reference.laws import rebuilt_inputs
 from ..reference.method import KEY, slots
 from ..reference.methods import lora, methods, monteclora
+from ..reference.methods.prefix_tuning import packed
 from ..reference.numpy_model import apply_layer, sites
 
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved",
@@ -683,6 +684,16 @@ class Oracle(Driver):
 
     def likeness(self, x, V):
         return arrow.likeness(x, V)
+
+    def compose(self, paths, path):
+        (config, _), *_ = read = [self.read(folder) for folder in paths]
+        whole = np.concatenate([tensors["prompt_embeddings"] for _, tensors in read])
+        self.adapters["default"] = {**config, "num_virtual_tokens": len(whole)}, {"prompt_embeddings": whole}
+        self.write(path, "default")
+
+    def begin_as(self, cache):
+        self.adapters["default"][1]["prompt_embeddings"] = packed(
+            cache, self.adapters["default"][0]["num_virtual_tokens"])
 
     def casting(self, on):
         self.uncast += -1 if on else 1

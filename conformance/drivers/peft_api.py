@@ -152,9 +152,9 @@ class PeftApi(Driver):
             return self.written(self.config(config))
 
     def found(self, function):
-        """A function or class of LoRA's, wherever a release or a library keeps it."""
+        """A function or class of a method, wherever a release or a library keeps it."""
         for place in ("", ".tuners.lora", ".tuners.lora.config", ".tuners.lora.corda", ".methods.lora.corda",
-                      ".utils.hotswap", ".compat.hotswap"):
+                      ".utils.hotswap", ".compat.hotswap", ".tuners.cartridge.utils", ".methods.prompts.prefixes"):
             with contextlib.suppress(ModuleNotFoundError, AttributeError):
                 return getattr(importlib.import_module(self.peft.__name__ + place), function)
         raise Unsupported(f"no {function}")
@@ -481,6 +481,16 @@ class PeftApi(Driver):
         with rejecting():
             self.model = create(net, paths, arrow(**options), general_adapter_paths=general or None)
         self.model.eval()
+
+    def compose(self, paths, path):
+        with rejecting():
+            self.found("compose_cartridge_adapters")(paths, output_path=path)
+
+    def begin_as(self, cache):
+        pairs = [tuple(to_torch(cache[f"{i}.{part}"], self.dtype) for part in ("keys", "values"))
+                 for i in range(len(cache) // 2)]
+        with rejecting():
+            self.found("initialize_kv_prefix_from_past_key_values")(self.model, past_key_values=pairs)
 
     def casting(self, on):
         if on:

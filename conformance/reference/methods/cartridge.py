@@ -3,7 +3,9 @@
 What is joined is a prefix as in prefix tuning; its own are the frozen tokens, the attention sinks of section 3.
 """
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -37,6 +39,13 @@ def all_trained(o, right, inputs, cotangent):
     return {k: o.rounded(v) for k, v in found.items()}
 
 
+def frozen_together(o, right, paths, path):
+    right(paths, path)
+    parts = [json.loads(Path(p, "adapter_config.json").read_text())["num_frozen_tokens"] for p in paths]
+    file = Path(path, "adapter_config.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_frozen_tokens": sum(parts)}))
+
+
 def cartridge(n, task="CAUSAL_LM", **more):
     return {"task_type": task, "num_virtual_tokens": n, **more}
 
@@ -51,6 +60,12 @@ ROWS = [
 ]
 
 FAULTS = (
+    Fault("composed-frozen-together", "a composed cartridge freezes as many tokens as its parts do together",
+          {"compose": frozen_together}, caught_by=("usage/composed",)),
+    Fault("begins-as-the-last", "a cartridge that begins as a longer cache takes its last keys and values",
+          {"begin_as": lambda o, right, cache: right({
+              k: v[:, :, -o.adapters["default"][0]["num_virtual_tokens"]:] for k, v in cache.items()})},
+          caught_by=("usage/begun-as-cache",)),
     Fault("all-tokens-trained", "the frozen tokens have gradients", {"gradients": all_trained},
           caught_by=("gradients",), spares=NONE_FROZEN, gradient_only=True),
     Fault("frozen-keys-empty", "the frozen tokens have values but no keys", {"prompt": without_scores},

@@ -32,6 +32,12 @@ def project(t, c, activation=np.tanh):
     return activation(E @ W.T + b) @ V.T + d
 
 
+def packed(cache, tokens):
+    """The rows of a prefix that holds the first of a cache's keys and values, layer by layer."""
+    parts = [cache[f"{i}.{part}"][0, :, :tokens] for i in range(len(cache) // 2) for part in ("keys", "values")]
+    return np.stack([np.asarray(part, np.float64).swapaxes(0, 1) for part in parts], 1).reshape(tokens, -1)
+
+
 def prompt(t, c, order=(0, 1), heads=HEADS, project=project):
     """The flat rows hold, for each layer, keys then values, each (heads, dim / heads)."""
     flat = t[KEY] if KEY in t else project(t, c)

@@ -15,6 +15,7 @@ from ...reference.bases import BASES
 from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.method import KEY
+from ...reference.methods import prefix_tuning
 from . import bookkeeping
 from .bookkeeping import same_output, trained
 from .goldens import same_set, start
@@ -70,9 +71,49 @@ def all_dtypes(driver, case, method):
             check("after merging for good", {})
 
 
+def composed(driver, case, method):
+    """A cartridge of two that were saved, one after the other; of its tokens as many are frozen as of the first's."""
+    base = case.tensors("base")
+    other = store.find(f"{method.name}/causal-lm/plain")
+    with tempfile.TemporaryDirectory() as path:
+        for part, c in (("first", case), ("second", other)):
+            driver.build(case.base, base, c.config, "float32", case=c.id)
+            driver.load(c.tensors("adapter"))
+            driver.save(str(Path(path, part)))
+        driver.compose([str(Path(path, part)) for part in ("first", "second")], str(Path(path, "both")))
+        driver.restore(str(Path(path, "both")), case.base, base, "float32")
+        both = {k: np.concatenate([v, other.tensors("adapter")[k]]) for k, v in case.tensors("adapter").items()}
+        config = {**case.config, "num_virtual_tokens": len(next(iter(both.values())))}
+        close("output of a composed cartridge", driver.forward(case.tensors("input")), formulas.output(
+            method, case.base, base, both, config, case.tensors("input")), "float32")
+        found = json.loads(Path(path, "both", "adapter_config.json").read_text())
+    for field in ("num_virtual_tokens", "num_frozen_tokens"):
+        if found[field] != config[field]:
+            raise Failure(f"{field} of a composed cartridge", expected=str(config[field]), got=str(found[field]))
+
+
+def begun_as_cache(driver, case, method):
+    """A prompt of keys and values that begins as those of a longer text begins as those of its first words."""
+    tokens, (heads, hidden) = case.config["num_virtual_tokens"], (case.base["heads"], case.base["hidden"])
+    rng = rng_of("cache")
+    cache = {f"{i}.{part}": rng.normal(size=(1, heads, tokens + 2, hidden // heads)).astype(np.float32)
+             for i in range(case.base["depth"]) for part in ("keys", "values")}
+    driver.build(case.base, case.tensors("base"), case.config, "float32", case=case.id)
+    driver.begin_as(cache)
+    want = {"prompt_embeddings": prefix_tuning.packed(cache, tokens)}
+    for k, got in driver.state_dict().items():
+        close(f"{k} of a prompt that begins as a cache", got, want[k], "float32")
+    close("output of a prompt that begins as a cache", driver.forward(case.tensors("input")), formulas.output(
+        method, case.base, case.tensors("base"), want, case.config, case.tensors("input")), "float32")
+
+
+FROM_WORDS: dict[str, list] = {"prompt_tuning": [{"prompt_tuning_init": "SAMPLE_VOCAB"}],
+                               "cpt": [{"inference_mode": False}]}
+
+
 def prompt_dtypes(driver, case, method):
     """On a base in 16 bits a prompt has 32, whatever it begins as, also in its file."""
-    begins = [{}, {"prompt_tuning_init": "SAMPLE_VOCAB"}] if method.name == "prompt_tuning" else [{}]
+    begins = [{}, *FROM_WORDS.get(method.name, ())]
     for kind, more in ((kind, more) for kind in ("bfloat16", "float16") for more in begins):
         if kind not in driver.info()["dtypes"]:
             continue
@@ -283,5 +324,8 @@ def of_some():
     yield "lora", "embeddings", embeddings, {}
     for kind, id in (("linear", "linear/plain"), ("conv2d", "conv2d/plain"), ("rslora", "linear/rslora")):
         yield "lora", f"swapped-{kind}", swapped, {"case": store.find(f"lora/{id}")}
+    yield "cartridge", "composed", composed, {"case": store.find("cartridge/causal-lm/two-frozen")}
+    for id in ("cartridge/causal-lm/plain", "prefix_tuning/causal-lm/plain"):
+        yield id.partition("/")[0], "begun-as-cache", begun_as_cache, {"case": store.find(id)}
     for id in ("prompt_tuning/causal-lm/masked", "prompt_tuning/encoder-decoder/plain"):
         yield "prompt_tuning", f"text-{id.split('/')[1]}", text, {"case": store.find(id)}
