@@ -439,3 +439,16 @@ def test_ia3_refuses_input_and_output_on_one_layer():
     with pytest.raises(PeftError, match="'0' some scale its input"):
         model.add_weighted_adapter(["one", "two"], [0.5, 0.5], "new")
     assert list(model.peft_config) == ["one", "two"]
+
+
+@pytest.mark.parametrize("kinds", [("bfloat16", "bfloat16"), ("float32", "float32"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("kind", TYPES)
+def test_of_as_many_bits_as_its_parts(kind, kinds):
+    """What is made of adapters of 16 bits has 16, as they have; with one of 32 bits among them it has 32."""
+    base = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)).to(torch.bfloat16)
+    config = minipeft.LoraConfig(r=2, target_modules=["0"])
+    model = minipeft.get_peft_model(base, config, autocast_adapter_dtype=kinds[0] == "float32")
+    model.add_adapter("other", copy.copy(config), autocast_adapter_dtype=kinds[1] == "float32")
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.25], "both", combination_type=kind, density=0.5)
+    found = {str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters() if ".both." in name}
+    assert found == {max(kinds, key=("bfloat16", "float32").index)}

@@ -173,3 +173,29 @@ def test_what_peft_does_not_merge(case, lib, is_ref):
         assert case.prompt, "a prompt has nothing to merge, other methods say why they refuse"
     else:
         H.close(H.run(model, batch), running, H.tolerance(case, torch.float64))
+
+
+def test_one_copy_of_a_layer_takes_the_place_of_another(lib, ref):
+    """LN tuning: merging takes out what was merged, as in peft, and two at once are refused."""
+    weights = {}
+    for module in (ref, lib):
+        H.seed(0)
+        config = module.LNTuningConfig(target_modules=["0"])
+        model = module.get_peft_model(torch.nn.Sequential(torch.nn.LayerNorm(6)), config)
+        model.add_adapter("other", module.LNTuningConfig(target_modules=["0"]))
+        H.move(model, only=adapter)
+        with pytest.raises(ValueError, match="merg"):
+            model.merge_adapter(["default", "other"])
+        model.merge_adapter(["default"])
+        model.merge_adapter(["other"])
+        (layer,) = [m for m in model.modules() if hasattr(m, "merged_adapters")]
+        assert list(layer.merged_adapters) == ["other"]
+        merged = layer.base_layer.weight.clone()
+        model.unmerge_adapter()
+        weights[module] = merged, layer.base_layer.weight.clone()
+    assert torch.equal(weights[lib][0], weights[ref][0])
+    assert torch.equal(weights[lib][1], torch.ones(6))
+
+
+def adapter(name, parameter):
+    return ".default." in name or ".other." in name
