@@ -61,11 +61,11 @@ ROWS = [
 
 FAULTS = (
     Fault("composed-frozen-together", "a composed cartridge freezes as many tokens as its parts do together",
-          {"compose": frozen_together}, caught_by=("usage/composed",)),
+          {"compose": frozen_together}, caught_by=("usage",), cases=("usage/composed",)),
     Fault("begins-as-the-last", "a cartridge that begins as a longer cache takes its last keys and values",
           {"begin_as": lambda o, right, cache: right({
               k: v[:, :, -o.adapters["default"][0]["num_virtual_tokens"]:] for k, v in cache.items()})},
-          caught_by=("usage/begun-as-cache",)),
+          caught_by=("usage",), cases=("usage/begun-as-cache",)),
     Fault("all-tokens-trained", "the frozen tokens have gradients", {"gradients": all_trained},
           caught_by=("gradients",), spares=NONE_FROZEN, gradient_only=True),
     Fault("frozen-keys-empty", "the frozen tokens have values but no keys", {"prompt": without_scores},

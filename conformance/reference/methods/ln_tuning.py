@@ -28,9 +28,10 @@ FAULTS = (
     Fault("bias-kept", "the old bias is used with the new weight", {"formula": lambda s, t, c: (t[W], s.b)}),
     Fault("added", "the trained weight is added to the old one", {"formula": lambda s, t, c: (s.W + t[W], t.get(B))}),
     Fault("merged-stays", "unmerging takes out the last of several adapters that were merged, and the others stay",
-          {"unmerge": lambda o, right: setattr(o, "merged", o.merged[:-1])}, caught_by=("usage/merged-over",)),
+          {"unmerge": lambda o, right: setattr(o, "merged", o.merged[:-1])}, caught_by=("usage",),
+          cases=("usage/merged-over",)),
     Fault("copies-in-32-bits", "the copies of a base's layers of 16 bits have 32",
-          {"cast": lambda o, right, dtype, options: "float32"}, caught_by=("usage/autocast",)),
+          {"cast": lambda o, right, dtype, options: "float32"}, caught_by=("usage",), cases=("usage/autocast",)),
 )
 
 METHOD = Method(

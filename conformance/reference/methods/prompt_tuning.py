@@ -71,9 +71,9 @@ def head_stays(o, right, names, for_use=False):
 FAULTS = (
     FIRST_TOKEN,
     Fault("head-stays", "another prompt is run with the head of the first", {"switch": head_stays},
-          caught_by=("usage/with-its-head",)),
+          caught_by=("usage",), cases=("usage/with-its-head",)),
     Fault("in-16-bits", "on a base in 16 bits a prompt has 16 bits", {"cast": lambda o, right, dtype, options: dtype},
-          caught_by=("usage/prompt-dtypes",)),
+          caught_by=("usage",), cases=("usage/prompt-dtypes",)),
     Fault("token-types-lost", "token_type_ids do not reach the model", {"forward": without_types},
           caught_by=("forward",), cases=("encoder/token-types",)),
     Fault("reversed", "the virtual tokens stand in reverse order",
