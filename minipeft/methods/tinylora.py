@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.adapter import Adapter, Factored
@@ -106,7 +107,8 @@ class TinyLoRA(Factored, config=TinyLoraConfig):
         return (up, down) if self.base.reads_vectors else (down.t(), up.t())
 
     def branch(self, x: Tensor) -> Tensor:
-        if self.base.reads_vectors:
-            return super().branch(x)
         R = self.R
+        if self.base.reads_vectors:  # factor by factor: of them R alone has a gradient, and B R would have one
+            h = F.linear(self.tinylora_dropout(self.cast(x, R)), self.tinylora_A.to(R))
+            return F.linear(F.linear(h, R), self.tinylora_B.to(R))
         return self.tinylora_dropout(self.base.apply(x, self.tinylora_B.to(R).t())) @ R @ self.tinylora_A.to(R)
