@@ -43,6 +43,11 @@ def delete_leaves_none(o, right, name):
         o.chosen = []
 
 
+def load_and_switch(o, right, path, name):
+    right(path, name)
+    o.chosen = [name]
+
+
 def combined_by_patterns(o, right, names, weights, new, options):
     right(names, weights, new, options)
     config, tensors = o.adapters[new]
@@ -598,8 +603,7 @@ FAULTS = {
     f("swapped-without-rslora", "an adapter of rsLoRA that takes another's place is divided by its rank", swapped_but(
         lambda old, new: ({**new[0], "use_rslora": False}, new[1])), "usage", ("usage/swapped-rslora",)),
     f("loaded-is-active", "in a model of several methods the adapter that is loaded becomes the active one",
-      {"load_adapter": lambda o, right, path, name: (right(path, name), setattr(o, "chosen", [name]))[0]}, "usage",
-      ("usage/life-with-loha",)),
+      {"load_adapter": load_and_switch}, "usage", ("usage/life-with-loha",)),
     f("given-state-ignored", "a state dict that is given is not what is saved",
       {"save_given": lambda o, right, path, factor: right(path, 1)}, "usage", ("usage/given-state",)),
     f("always-cast", "inputs are brought into the adapter's dtype, though that is declined",
