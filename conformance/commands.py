@@ -37,8 +37,6 @@ def do_record(args: list[str]) -> int:
 
     `--formula MODULE:NAME FOLDER`: those of a method that no reference knows, out of its formula, into another folder.
     """
-    if args[:1] == ["--formula"]:
-        return own.do_record(args[1:])
     options = parser("record", "Record golden data from the reference, over what is there.")
     options.add_argument("names", nargs="*", metavar="NAME", help=f"methods, or {', '.join(TABLES)}; without: all")
     how = options.add_mutually_exclusive_group()
@@ -47,6 +45,10 @@ def do_record(args: list[str]) -> int:
     how.add_argument("--formula", nargs=2, metavar=("MODULE:NAME", "FOLDER"),
                      help="those of a method that no reference knows, out of its formula")
     asked = options.parse_args(args)
+    if asked.formula:
+        if asked.names:
+            options.error("with --formula there is one method, and it is given there")
+        return own.do_record(asked.formula)
     check, new_ones, chosen = asked.check, asked.new, asked.names or [*methods(), *TABLES]
     if unknown := sorted({*chosen} - {*methods(), *TABLES}):
         options.error(f"no method or table {', '.join(unknown)}; there are {', '.join([*methods(), *TABLES])}")

@@ -160,8 +160,7 @@ class Oracle(Driver):
         return row["types"][model_type]
 
     def add(self, name, config):
-        like = self.like(config)
-        method = methods()[like.pack.data["method"]] if like else self.method_of(config)
+        like, method = self.like(config), self.method_of(config)
         validate(config, method)
         if self.adapters and "bias" in config and sum(
                 c.get("bias", "none") != "none" for c, _ in [(config, None), *self.adapters.values()]) > 1:
@@ -269,10 +268,11 @@ class Oracle(Driver):
         config, tensors = self.adapters[name]
         field, factor = "alpha" if "alpha" in config else "lora_alpha", self.factors.get(name, 1.0)
         strong = config if factor == 1 else {**config, field: config.get(field, 8) * factor}
-        like = self.like(config)
-        return methods()[like.pack.data["method"]] if like else self.method_of(config), tensors, strong
+        return self.method_of(config), tensors, strong
 
     def method_of(self, config):
+        if like := self.like(config):
+            return methods()[like.pack.data["method"]]
         return methods()[config["peft_type"].lower()] if self.mixed else self.method
 
     def folded(self, names):

@@ -152,9 +152,10 @@ class PeftApi(Driver):
             return self.written(self.config(config))
 
     def found(self, function):
-        """A function or class of a method, wherever a release or a library keeps it."""
-        for place in ("", ".tuners.lora", ".tuners.lora.config", ".tuners.lora.corda", ".methods.lora.corda",
-                      ".utils.hotswap", ".compat.hotswap", ".tuners.cartridge.utils", ".methods.prompts.prefixes"):
+        """A function or class, wherever a release or a library keeps it."""
+        for place in ("", ".helpers", ".utils", ".tuners.lora", ".tuners.lora.config", ".tuners.lora.corda",
+                      ".methods.lora.corda", ".utils.hotswap", ".compat.hotswap", ".tuners.cartridge.utils",
+                      ".methods.prompts.prefixes"):
             with contextlib.suppress(ModuleNotFoundError, AttributeError):
                 return getattr(importlib.import_module(self.peft.__name__ + place), function)
         raise Unsupported(f"no {function}")
@@ -496,17 +497,11 @@ class PeftApi(Driver):
         if on:
             self.uncast.pop().__exit__(None, None, None)
             return
-        helpers = importlib.import_module(f"{self.peft.__name__}.helpers")
-        if not hasattr(helpers, "disable_input_dtype_casting"):
-            raise Unsupported("no disable_input_dtype_casting")
-        self.uncast.append(helpers.disable_input_dtype_casting(self.model))
+        self.uncast.append(self.found("disable_input_dtype_casting")(self.model))
         self.uncast[-1].__enter__()
 
     def cast_mixed(self, dtype):
-        helpers = importlib.import_module(f"{self.peft.__name__}.utils")
-        if not hasattr(helpers, "cast_mixed_precision_params"):
-            raise Unsupported("no cast_mixed_precision_params")
-        helpers.cast_mixed_precision_params(self.model, models.DTYPES[dtype])
+        self.found("cast_mixed_precision_params")(self.model, models.DTYPES[dtype])
 
     def dtypes(self):
         return {k: str(p.dtype).removeprefix("torch.") for k, p in self.model.named_parameters()}
@@ -538,10 +533,7 @@ class PeftApi(Driver):
             with contextlib.suppress(RuntimeError):
                 self.rescaled.__exit__(*ends)
             return
-        helpers = importlib.import_module(f"{self.peft.__name__}.helpers")
-        if not hasattr(helpers, "rescale_adapter_scale"):
-            raise Unsupported("no rescale_adapter_scale")
-        self.rescaled = helpers.rescale_adapter_scale(self.model, factor)
+        self.rescaled = self.found("rescale_adapter_scale")(self.model, factor)
         with rejecting():
             self.rescaled.__enter__()
 

@@ -82,8 +82,8 @@ def make_layer(kind, args):
         return ScaledEmbedding(**args)
     if kind == "Conv1D":
         return conv1d()(args["nf"], args["nx"])
-    if kind in ("Experts", "Matrix", "Pair"):
-        return {"Experts": Experts, "Matrix": Matrix, "Pair": Pair}[kind](**args)
+    if own := {"Experts": Experts, "Matrix": Matrix, "Pair": Pair}.get(kind):
+        return own(**args)
     if kind == "MultiheadAttention":
         return nn.MultiheadAttention(batch_first=True, **args)
     args = {k: tuple(v) if isinstance(v, list) else v for k, v in args.items()}

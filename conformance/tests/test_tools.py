@@ -31,6 +31,9 @@ def test_recording_names_what_there_is(capsys):
     with pytest.raises(SystemExit):
         commands.main(["record", "lorra"])
     assert "no method or table lorra" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        commands.main(["record", "lora", "--formula", "package.module:METHOD", "folder"])
+    assert "with --formula there is one method" in capsys.readouterr().err
 
 
 def test_distance_is_per_row():

@@ -8,6 +8,7 @@ from .cases import each_case, firsts
 
 REFUSALS = (ValueError, TypeError, NotImplementedError, RuntimeError)
 mergeable = each_case(lambda c: c.merges and not c.prompt)
+EACH_BASE = firsts(2)
 
 
 def skip_reference(is_ref, case, what):
@@ -42,7 +43,7 @@ def test_merged_weights(case, lib, ref, is_ref):
         assert H.differ(H.snapshot(theirs), before, 1e-6), "merging changed nothing: the case cannot fail"
 
 
-@each_case(lambda c: c.merges and not c.prompt and not c.disputed and c.id in firsts(2))
+@each_case(lambda c: c.merges and not c.prompt and not c.disputed and c.id in EACH_BASE)
 def test_no_bit_changes_that_need_not(case, lib, ref):
     """What merging leaves as it is in peft, such as the weight where an adapter only shifts, it leaves here."""
     theirs, ours = H.pair(ref, lib, case)
@@ -183,7 +184,7 @@ def test_one_copy_of_a_layer_takes_the_place_of_another(lib, ref):
         config = module.LNTuningConfig(target_modules=["0"])
         model = module.get_peft_model(torch.nn.Sequential(torch.nn.LayerNorm(6)), config)
         model.add_adapter("other", module.LNTuningConfig(target_modules=["0"]))
-        H.move(model, only=adapter)
+        H.move(model, only=H.adapter_or_trainable)
         with pytest.raises(ValueError, match="merg"):
             model.merge_adapter(["default", "other"])
         model.merge_adapter(["default"])
@@ -195,7 +196,3 @@ def test_one_copy_of_a_layer_takes_the_place_of_another(lib, ref):
         weights[module] = merged, layer.base_layer.weight.clone()
     assert torch.equal(weights[lib][0], weights[ref][0])
     assert torch.equal(weights[lib][1], torch.ones(6))
-
-
-def adapter(name, parameter):
-    return ".default." in name or ".other." in name

@@ -83,7 +83,7 @@ def check(driver, row):
                 raise Failure(f"{name} of a new adapter does not depend on {row['key']}")
 
 
-def beside(driver, case, method):
+def begins_beside(driver, case, method):
     """A second adapter of the same config begins as the first does, in every row in which no base weight changes."""
     torch = "torch" in driver.info()
     for row in store.rows("beginnings"):

@@ -18,7 +18,8 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import LANGUAGE_MODELS, NO_LABEL, run
-from . import beginnings, bookkeeping, options, saving, several, targets
+from . import bookkeeping, options, saving, several, targets
+from .beginnings import begins_beside
 from .bookkeeping import for_use, same_output, trained
 from .combining import (
     COMBINED,
@@ -76,9 +77,8 @@ def autocast(driver, case, method):
             raise Failure(f"dtypes of an adapter {what} on a base in {kind}, with {options}", want, str(wrong))
 
     for kind, keep in ((kind, keep) for kind in kinds for keep in (False, True)):
-        options, want = ({"autocast_adapter_dtype": False}, kind) if keep else ({}, "float32")
-        if method.name == "ln_tuning":  # the base's own layers, copied
-            want = kind
+        options = {"autocast_adapter_dtype": False} if keep else {}
+        want = kind if keep or method.name == "ln_tuning" else "float32"  # that copies the base's own layers
         driver.build_with(case.base, base, case.config, kind, options, case=case.id)
         check("put", options, want, kind)
         with tempfile.TemporaryDirectory() as path:
@@ -613,9 +613,6 @@ def first_case(method):
     return next((c for c in cases if c.data.get("trace")), cases[0])
 
 
-NAMES = {beginnings.beside: "begins-beside"}
-
-
 def of_every_method():
     """(method, what, function(driver)) of what is asked of every method that it can concern."""
     for m in methods().values():
@@ -623,7 +620,7 @@ def of_every_method():
         applies: dict = {is_trainable: True, low_cpu_mem_usage: True,
                    autocast: layers,
                    narrowing: bool(m.formula) and m.tensors.gauges is None and case.data["base_name"] == "mlp",
-                   beginnings.beside: not m.laws.single and set(m.laws.second) <= {"inference_mode"} and any(
+                   begins_beside: not m.laws.single and set(m.laws.second) <= {"inference_mode"} and any(
                        r["method"] == m.name for r in store.rows("beginnings")),
                    begins_as_base: fresh_is_identity.applies(m), merged_for_good: m.merges, mixed_batches: mixes(m),
                    mixed_batches_saved: mixes(m) and any(
@@ -634,8 +631,7 @@ def of_every_method():
                    **saving.of(m)}
         for function, does in applies.items():
             if does:
-                what = NAMES.get(function, function.__name__.replace("_", "-"))
-                yield m, what, partial(function, case=case, method=m)
+                yield m, function.__name__.replace("_", "-"), partial(function, case=case, method=m)
 
 
 def everything():
