@@ -259,7 +259,7 @@ class Oracle(Driver):
 
     def pruned(self, config, tensors):
         """What is left of the ranks of an adapter that shrank; `rank_pattern` is then by the path of a layer."""
-        if self.method.budget is None or not config.get("rank_pattern"):
+        if self.method.budget is None or not self.method.budget.pruned or not config.get("rank_pattern"):
             return tensors
         return self.method.budget.pruned(tensors, {k: np.array(v) for k, v in config["rank_pattern"].items()})
 
@@ -401,22 +401,31 @@ class Oracle(Driver):
         return y
 
     def live_gradients(self, inputs, cotangent):
-        return self.gradients(inputs, cotangent)
+        return {k: v for k, v in self.gradients(inputs, cotangent).items() if not self.is_left_out(k)}
+
+    def is_left_out(self, key):
+        """Is this a tensor that is trained no longer?"""
+        return bool(self.allocator) and not self.method.budget.pruned and not self.allocator.kept.get(key, True)
 
     def gradients(self, inputs, cotangent):
         if self.dtype == "float64":
             raise Unsupported("gradients are finite differences, good to float32")
-        if self.training and noise.of(self.method) and self.drawn(self.base_weights, self.adapters[self.chosen[0]][0]):
-            raise Unsupported("gradients of what is drawn")
         config, tensors = self.adapters[self.chosen[0]]
-        asked = (tensors, cotangent, *inputs.values())
+        drawn = self.drawn_once(config)
+        asked = (tensors, cotangent, bool(drawn), *inputs.values())
         if not all(a is b or (isinstance(a, np.ndarray) and np.array_equal(a, b))
                    for a, b in itertools.zip_longest(asked, self.told[0])):
-            change = {**self.faulty, **self.rebuilding(tensors, config, inputs)}
+            change = {**self.faulty, **self.rebuilding(tensors, config, inputs), **drawn}
             found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
                                        **change)
             self.told = (asked, {k: self.rounded(v) for k, v in found.items()})
         return dict(self.told[1])
+
+    def drawn_once(self, config) -> dict:
+        """As `drawn`, of what is no dropout, and the same whenever it is asked for, as differences have to be."""
+        seed = int(self.rng.integers(2**32))
+        draw = partial(noise.drawn, self.method, self.base_weights, config, self.training)
+        return {k: lambda *args, k=k: draw(np.random.default_rng(seed))[k](*args) for k in draw(self.rng) or ()}
 
     def rebuilding(self, tensors, config, inputs):
         """What VeLoRA does to gradients in training; its direction is taken from the inputs, and held."""
@@ -440,7 +449,7 @@ class Oracle(Driver):
 
     def step(self, inputs, cotangent, rate):
         config, tensors = self.adapters[self.chosen[0]]
-        found = self.gradients(inputs, cotangent)
+        found = self.live_gradients(inputs, cotangent)
         self.adapters[self.chosen[0]] = (config, {k: v - rate * found.get(k, 0) for k, v in tensors.items()})
 
     def allocate(self, step):
@@ -450,6 +459,8 @@ class Oracle(Driver):
         if self.allocator is None:
             self.allocator = self.method.budget.allocator(config, tensors)
         tensors = self.allocator.step(tensors, self.told[1], step)
+        if not self.method.budget.pruned:
+            return
         pattern = {k: v.tolist() for k, v in self.allocator.kept.items()}
         self.adapters[self.chosen[0]] = ({**config, "rank_pattern": pattern}, tensors)
 
@@ -467,7 +478,7 @@ class Oracle(Driver):
             return dict.fromkeys(self.base_weights, False)
         found = {}
         for name, trained in self.case.parameters.items():
-            parts = name.split(".")
+            parts, trained = name.split("."), trained and not self.is_left_out(name.replace(".default", ""))
             if "default" not in parts:
                 found[name] = trained and self.for_training
                 continue

@@ -376,6 +376,42 @@ RANKS = (
     f("loss-without-orthogonality", "the loss lacks its further term", {"forward": plain_loss}, on("shrinking-ranks"),
       ()),
 )
+
+
+def never_at_the_last(o, right, step):
+    if step < o.adapters[o.chosen[0]][0].get("final_warmup", np.inf):
+        right(step)
+
+
+def linear_choice(a, step):
+    a.c = {**a.c, "asa_schedule_exponent": 1.0}
+    return type(a).budget(a, step)
+
+
+def never_forgotten(a, budget):
+    held = dict(a.average), dict(a.uncertainty)
+    type(a).choose(a, budget)
+    a.average, a.uncertainty = held
+
+
+def chosen_by_layer(a, budget):
+    """As many in each layer, whatever the others hold."""
+    whole = a.average
+    for path in sorted({k.rpartition(".adamss_")[0] for k in whole}):
+        a.average = {k: v for k, v in whole.items() if k.startswith(f"{path}.")}
+        held = a.uncertainty
+        type(a).choose(a, budget // 2)
+        a.uncertainty = held
+    a.average, a.uncertainty = {}, {}
+
+
+SUBSPACES = tuple(f(id, what, change, "usage", ("usage/subspaces",)) for id, what, change in (
+    ("last-choice-skipped", "no subspace is chosen in the last step of the warm-up", {"allocate": never_at_the_last}),
+    ("linear-choice", "the number of subspaces shrinks linearly", allocate(budget=linear_choice)),
+    ("importance-stays", "importance goes on from the choice before", allocate(choose=never_forgotten)),
+    ("choice-by-layer", "each layer keeps its share", allocate(choose=chosen_by_layer)),
+    ("subspaces-all-stay", "all subspaces stay trained", {"allocate": never}),
+))
 ROWS_DROPPED = (
     f("module-dropped-in-evaluation", "the delta is left out at random in evaluation, too", {"train": only_on,
       "build": lambda o, right, *a, **k: (right(*a, **k), o.train(True))[0]}, on("dropout"), ()),
@@ -425,6 +461,10 @@ def never_drawn(o, right, weights, config):
     return {}
 
 
+def logits_without(o, right, inputs, cotangent):
+    return {k: v * (not o.training or "logits" not in k) for k, v in right(inputs, cotangent).items()}
+
+
 def noisy(id, what, change):
     return Fault(id, what, change, ("law/noise",))
 
@@ -436,7 +476,9 @@ KEPT = noisy("noise-inverted", "the rate is that of what is kept", drawing(rate_
 REPEATED = noisy("noise-repeats", "every call draws the same", drawing(lambda c, rng: (c, np.random.default_rng(0))))
 PARTS = (Fault("parts-drop-alike", "both pairs read the same dropped input", {"drop": parts_alike},
                ("law/dropout-together",)),)
-NOISY = {"gralora": PARTS, "pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED),
+ROUTER = Fault("router-untrained", "what is drawn has no gradient in training", {"gradients": logits_without},
+               ("law/training-reaches-all",))
+NOISY = {"gralora": PARTS, "pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED, ROUTER),
          "monteclora": (HALF, NEVER, REPEATED), "shadow": (BATCH, NEVER, KEPT, REPEATED),
          "xlora": (BATCH, NEVER, KEPT, REPEATED), "p_tuning": (NEVER, KEPT, REPEATED)}
 def taken_never(o, right, how, known):
@@ -456,5 +498,5 @@ REBUILT = (
           {"taken": lambda o, right, how, known: {}}, ("law/rebuilt-inputs",)),
     Fault("rebuilt-unscaled", "scale is not read", {"rebuilding": rescaled_inputs}, ("law/rebuilt-inputs",)),
 )
-FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "loha": ROWS_DROPPED, "velora": REBUILT,
+FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "adamss": SUBSPACES, "loha": ROWS_DROPPED, "velora": REBUILT,
           **NOISY}

@@ -107,12 +107,12 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Budget:
-    """Ranks that shrink in training."""
+    """What is left of an adapter in training: ranks that shrink, subspaces that are trained no longer."""
 
     # allocator(config, tensors), with step(tensors, gradients, number of the step) -> tensors, and `kept`
     allocator: Callable
-    # pruned(tensors, kept) -> what a checkpoint holds
-    pruned: Callable
+    # pruned(tensors, kept) -> what a checkpoint holds, where that is less than all
+    pruned: Callable | None = None
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,11 @@ def of(method) -> list[Noise]:
     return [n for n in NOISES if n.method == method.name]
 
 
+def of_tensors(method) -> bool:
+    """Does training draw something, whatever rates of dropout there are?"""
+    return any(not any("dropout" in k for k in n.config) for n in of(method))
+
+
 def drawn(method, weights, config: dict, training: bool, rng) -> dict | None:
     """One draw with this config, for `formulas.output`; None where there is none."""
     whole = {**store.defaults(method.peft_type), **config}

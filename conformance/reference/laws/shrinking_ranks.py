@@ -15,7 +15,7 @@ SCHEDULE = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "deltaT": 2, "t
 
 
 def applies(method):
-    return method.budget is not None
+    return method.budget is not None and method.budget.pruned is not None
 
 
 def check(driver, sample):

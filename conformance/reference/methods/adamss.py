@@ -7,7 +7,7 @@ projection, which `random_seed` fixes; `r` and the seed of each row are such tha
 
 import numpy as np
 
-from ..method import Fault, Laws, Method, Row, Tensors
+from ..method import Budget, Fault, Laws, Method, Row, Tensors
 
 V = "adamss_newB"
 A, B = "adamss_A.{}".format, "adamss_B.{}".format
@@ -73,6 +73,45 @@ def fresh(site, t, c):
     return {V: decomposed(site, c)[2]}
 
 
+class Chosen:
+    """Which subspaces are trained: those of most importance since the choice before, out of all layers together.
+
+    Importance is AdaLoRA's: |parameter * gradient| and how much it varies, both averaged. As in the reference, one
+    subspace fewer than the schedule says is left, and one that is out stays out.
+    """
+
+    def __init__(self, c, tensors):
+        self.c, self.average, self.uncertainty = c, {}, {}
+        self.kept = {k: True for k in tensors if not k.endswith(V)}
+
+    def budget(self, step) -> int:
+        c, most = self.c, sum(".adamss_A." in k for k in self.kept)
+        left = 1 - (step - c["init_warmup"]) / (c["final_warmup"] - c["init_warmup"])
+        return int(c["asa_target_subspaces"] + (most - c["asa_target_subspaces"]) * left ** c["asa_schedule_exponent"])
+
+    def step(self, tensors, gradients, step) -> dict:
+        """The tensors as they are; `kept`, by saved key, is what is trained after step number `step`."""
+        c = self.c
+        if not c["init_warmup"] <= step <= c["final_warmup"]:
+            return tensors
+        for k in (k for k, on in self.kept.items() if on):
+            now, before = np.abs(tensors[k] * gradients[k]), self.average.get(k, 0)
+            b1, b2 = c["asa_importance_beta"], c["asa_uncertainty_beta"]
+            self.uncertainty[k] = b2 * self.uncertainty.get(k, 0) + (1 - b2) * np.abs(now - before)
+            self.average[k] = b1 * before + (1 - b1) * now
+        if step % c["mask_interval"] == 0:
+            self.choose(self.budget(step))
+        return tensors
+
+    def choose(self, budget):
+        mean = {k: (self.average[k] * self.uncertainty[k]).mean() for k in self.average}
+        score = {k: mean[k] + mean[k.replace("_A.", "_B.")] for k in mean if ".adamss_A." in k}
+        least = -np.inf if budget >= len(score) else sorted(score.values())[-budget]
+        for k, v in score.items():
+            self.kept[k] = self.kept[k.replace("_A.", "_B.")] = v > least
+        self.average, self.uncertainty = {}, {}
+
+
 def adamss(**more):
     return {"r": 3, "num_subspaces": 3, "target_modules": ["up", "mid"], **more}
 
@@ -118,6 +157,7 @@ METHOD = Method(
     name="adamss", peft_type="ADAMSS", title="AdaMSS", paper="https://openreview.net/forum?id=8ZdWmpYxT0",
     equation="[W' b'] = [W b] + S B A V", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
     tensors=Tensors(frozen=(V,), neutral={B(i): 0.0 for i in range(3)}, fresh=fresh),
+    budget=Budget(Chosen),
     laws=Laws(draw={"r": [2, 3], "num_subspaces": [1, 2, 3], "subspace_rank": [1, 2],
                     "target_modules": [["up", "mid"]]}),
 )

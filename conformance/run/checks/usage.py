@@ -18,7 +18,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import LANGUAGE_MODELS, NO_LABEL, run
-from . import bookkeeping, options, saving, several, targets
+from . import bookkeeping, options, saving, schedules, several, targets
 from .beginnings import begins_beside
 from .bookkeeping import for_use, same_output, trained
 from .combining import (
@@ -552,37 +552,6 @@ def quantised(driver, case, method, kind):
           formulas.output(method, base, held, tensors, config, inputs), "float32")
 
 
-SCHEDULES: tuple[dict, ...] = (
-    {"tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 6}, {"tinit": 3, "tfinal": 2, "deltaT": 2, "total_step": 15},
-    {"tinit": 1, "tfinal": 4, "deltaT": 3, "total_step": 12})
-
-
-SMOOTHING = {"beta1": 0.85, "beta2": 0.85}
-
-
-def schedule(driver, case, method):
-    """How many singular values are left after each step, of all layers together: a cubic between two numbers."""
-    base, inputs, ranks = case.tensors("base"), case.tensors("input"), {"init_r": 6, "target_r": 2}
-    for times in SCHEDULES:
-        rng = rng_of(f"schedule {times}")
-        driver.build(case.base, base, {**case.config, **ranks, **SMOOTHING, **times}, "float32",
-                     case=f"{method.name}/schedule")
-        driver.load({k: rng.normal(size=v.shape).astype(np.float32) for k, v in sorted(driver.state_dict().items())})
-        shape, layers = driver.forward(inputs).shape, len(case.config["target_modules"])
-        first, last = (layers * ranks[k] for k in ranks)
-        start, end = times["tinit"], times["total_step"] - times["tfinal"]
-        driver.train(True)
-        left = first
-        for step in range(1, times["total_step"] + 1):
-            driver.step(inputs, rng.normal(size=shape), 1e-3)
-            driver.allocate(step)
-            if step == end or (start < step < end and step % times["deltaT"] == 0):
-                left = int(last + (first - last) * (1 - (step - start) / (end - start)) ** 3)
-            got = sum(np.count_nonzero(v) for k, v in driver.state_dict().items() if k.endswith("lora_E"))
-            if got != left:
-                raise Failure(f"singular values that are left after step {step} of {times}", str(left), str(got))
-
-
 MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr/linear/plain"),
          ("lokr/linear/plain", "adalora/linear/plain"), ("adalora/linear/plain", "oft/linear/adjusted-block"),
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
@@ -660,9 +629,11 @@ def everything():
         yield known["lora"], name, partial(for_use, case=store.find(id), method=known["lora"], mixed=both)
     for name, what, function, more in saving.of_some():
         yield known[name], what, partial(function, method=known[name], **more)
-    for name, function in (("prompt_tuning", vocabulary), ("vblora", small_file), ("adalora", schedule)):
+    for name, function in (("prompt_tuning", vocabulary), ("vblora", small_file), ("adalora", schedules.schedule)):
         what = function.__name__.replace("_", "-")
         yield known[name], what, partial(function, case=first_case(known[name]), method=known[name])
+    yield known["adamss"], "subspaces", partial(
+        schedules.subspaces, case=store.find("adamss/linear/adaptive"), method=known["adamss"])
     for case in map(store.find, GENERATED):
         method = known[case.pack.data["method"]]
         yield method, f"generate-{case.id.rpartition('/')[2]}", partial(generate, case=case, method=method)
