@@ -22,7 +22,7 @@ from ..reference.laws import rebuilt_inputs
 from ..reference.method import KEY, slots
 from ..reference.methods import lora, methods, monteclora
 from ..reference.methods.prefix_tuning import packed
-from ..reference.numpy_model import apply_layer, sites
+from ..reference.numpy_model import apply_layer, parameters_of, sites
 
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved",
        "drawn", "taken", "rebuilding", "is_unsaved", "likeness")  # what faults change besides operations
@@ -418,7 +418,8 @@ class Oracle(Driver):
             change = {**self.faulty, **self.rebuilding(tensors, config, inputs), **drawn}
             found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
                                        **change)
-            self.told = (asked, {k: self.rounded(v) for k, v in found.items()})
+            still = self.case.data["frozen"] if self.recorded(config) else ()
+            self.told = (asked, {k: self.rounded(v) for k, v in found.items() if v.size and k not in still})
         return dict(self.told[1])
 
     def drawn_once(self, config) -> dict:
@@ -475,7 +476,7 @@ class Oracle(Driver):
         if self.method.route and (self.off or list(self.adapters) != ["default"]):
             raise Unsupported("live names of several adapters, and of one that is off, where the method is no layer's")
         if not self.adapters:
-            return dict.fromkeys(self.base_weights, False)
+            return dict.fromkeys(parameters_of(self.base, self.base_weights), False)
         found = {}
         for name, trained in self.case.parameters.items():
             parts, trained = name.split("."), trained and not self.is_left_out(name.replace(".default", ""))

@@ -133,7 +133,7 @@ class PeftApi(Driver):
             net = models.make(base).to(self.dtype).eval()
         except ModuleNotFoundError as e:
             raise Unsupported(f"its base model needs {e.name}") from e
-        self.base_names = [n for n, _ in net.named_parameters()]
+        self.base_names = list(weights)
         net.load_state_dict({k: to_torch(v, self.dtype) for k, v in weights.items()})
         return net
 

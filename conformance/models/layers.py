@@ -66,6 +66,18 @@ class Pair(nn.Module):
         return torch.tanh(x @ self.up.T) @ self.down.T
 
 
+class Centred(nn.Module):
+    """y = w * (x - centre), `centre` being a buffer, as running means are."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(features))
+        self.register_buffer("centre", torch.empty(features))
+
+    def forward(self, x):
+        return self.weight * (x - self.centre)
+
+
 class ScaledEmbedding(nn.Embedding):
     """An embedding that multiplies what it looks up, as those of Gemma do; PEFT reads `embed_scale`."""
 
@@ -82,7 +94,7 @@ def make_layer(kind, args):
         return ScaledEmbedding(**args)
     if kind == "Conv1D":
         return conv1d()(args["nf"], args["nx"])
-    if own := {"Experts": Experts, "Matrix": Matrix, "Pair": Pair}.get(kind):
+    if own := {"Experts": Experts, "Matrix": Matrix, "Pair": Pair, "Centred": Centred}.get(kind):
         return own(**args)
     if kind == "MultiheadAttention":
         return nn.MultiheadAttention(batch_first=True, **args)

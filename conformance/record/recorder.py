@@ -35,7 +35,8 @@ def record_bases(folder: Path) -> None:
 
     rows = []
     for name, base in BASES.items():
-        shapes = [[key, list(p.shape)] for key, p in models.make(base).named_parameters()]
+        net = models.make(base)
+        shapes = [[key, list(p.shape)] for key, p in (*net.named_parameters(), *net.named_buffers())]
         rows.append(json.dumps({"name": name, "base": base, "shapes": shapes}))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bases.json").write_text('{"bases": [\n' + ",\n".join(rows) + "\n]}\n")

@@ -117,6 +117,8 @@ BASES = {
                       lin("head", 8, 4), shape=[5, 6]),
     "norm": net(lin("into", 6, 10), ["norm", "LayerNorm", {"normalized_shape": 10}], tanh("act1"),
                 lin("mid", 10, 8), ["norm2", "LayerNorm", {"normalized_shape": 8}], lin("head", 8, 4), shape=[5, 6]),
+    "buffer": net(lin("up", 6, 10), ["norm", "Centred", {"features": 10}], tanh("act1"), lin("mid", 10, 10),
+                  tanh("act2"), lin("head", 10, 4), shape=[6]),
     "tokens-mlp": net(["embed_tokens", "Embedding", {"num_embeddings": 12, "embedding_dim": 8}], lin("up", 8, 10),
                       tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[5], below=12),
     "states": states("inputs_embeds", lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"),

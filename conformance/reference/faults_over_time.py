@@ -354,6 +354,9 @@ FILES = (
       {"state_dict": without_other_names}, on("names-of-adapters")),
     f("keys-without-substrings", "keys that hold another adapter's name anywhere are not saved",
       {"state_dict": without_substrings}, on("saved-side-by-side")),
+    f("buffers-unsaved", "of modules that are saved whole, buffers are not",
+      {"state_dict": lambda o, right, *a: {k: v for k, v in right(*a).items() if not k.endswith(".centre")}}, "keys",
+      ("linear/buffer-to-save",)),
     f("default-cut-out", "'default' is cut out of keys, also where it is a module", {"state_dict": without_default},
       on("names-of-modules")),
 )
@@ -412,6 +415,18 @@ SUBSPACES = tuple(f(id, what, change, "usage", ("usage/subspaces",)) for id, wha
     ("choice-by-layer", "each layer keeps its share", allocate(choose=chosen_by_layer)),
     ("subspaces-all-stay", "all subspaces stay trained", {"allocate": never}),
 ))
+
+
+def keeps_counts(o, right, name, config):
+    """How many numbers each layer has is found once for each name."""
+    if config.get("proportional_parameters"):
+        counts = vars(o).setdefault("counts", {})
+        config = {**config, "n_frequency": counts.setdefault(name, config["n_frequency"])}
+    right(name, config)
+
+
+COUNTS = (f("counts-stay", "an adapter has the proportional numbers of the one that had its name before",
+            {"add": keeps_counts}, "usage", ("usage/reused-name",)),)
 ROWS_DROPPED = (
     f("module-dropped-in-evaluation", "the delta is left out at random in evaluation, too", {"train": only_on,
       "build": lambda o, right, *a, **k: (right(*a, **k), o.train(True))[0]}, on("dropout"), ()),
@@ -499,4 +514,4 @@ REBUILT = (
     Fault("rebuilt-unscaled", "scale is not read", {"rebuilding": rescaled_inputs}, ("law/rebuilt-inputs",)),
 )
 FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "adamss": SUBSPACES, "loha": ROWS_DROPPED, "velora": REBUILT,
-          **NOISY}
+          "waveft": COUNTS, **NOISY}

@@ -65,7 +65,7 @@ def adapted(method: Method, base: dict, weights: dict, tensors: dict, config: di
     first = numpy_model.sites(base, frozen) if frozen and formula and asked(formula, frozen=frozen) else {}
     for path, site in numpy_model.sites(base, folded).items():
         t = slots(tensors, path)
-        t = {k: v for k, v in t.items() if k not in ("weight", "bias", "base_layer.weight", "base_layer.bias")
+        t = {k: v for k, v in t.items() if plain_name(f"{KEY}{path}.{k}") not in weights
              and not k.startswith("base_layer.out_proj")}
         if not t:
             continue

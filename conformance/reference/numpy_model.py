@@ -47,6 +47,12 @@ def layers_of(base):
     return base.get("layers", [])
 
 
+def parameters_of(base, weights) -> list:
+    """The weights but for those that are buffers, which are never trained."""
+    held = {f"{name}.centre" for name, kind, _ in layers_of(base) if kind == "Centred"}
+    return [k for k in weights if k not in held]
+
+
 def sites(base, weights):
     """Every adaptable weight of a base model, by its path."""
     found = {}
@@ -72,6 +78,8 @@ def sites(base, weights):
         elif kind == "Pair":  # the wrapper of the second parameter is around that of the first
             put(f"{name}.base_layer", "Matrix", f"{name}.up", "", args)
             put(name, "Matrix", f"{name}.down", "", args)
+        elif kind == "Centred":
+            put(name, kind, f"{name}.weight", f"{name}.centre", args)
         elif kind != "Tanh":
             put(name, kind, f"{name}.weight", f"{name}.bias", args)
     return found
@@ -147,6 +155,8 @@ def apply_layer(site, x, W=None, b=None):
         return conv(x, W, b, site.args)
     if site.kind == "LayerNorm":
         return norm(x, W, b)
+    if site.kind == "Centred":
+        return W * (x - b)
     if site.kind == "Experts":
         return np.einsum("...i,eoi->...eo", x, W).mean(-2)
     return affine(x, W, b)

@@ -126,6 +126,7 @@ ROWS = [
     Row("linear/all-linear", "mlp", lora(target_modules="all-linear")),
     Row("linear/exclude", "mlp", lora(target_modules="all-linear", exclude_modules=["mid"])),
     Row("linear/modules-to-save", "mlp", lora(modules_to_save=["head"]), "core"),
+    Row("linear/buffer-to-save", "buffer", lora(modules_to_save=["norm"])),
     Row("linear/rank-pattern", "blocks", lora(target_modules=["q_proj", "v_proj"], rank_pattern={
         "model.layers.1.q_proj": 3, "v_proj": 2}), "core"),
     Row("linear/alpha-pattern", "blocks", lora(target_modules=["q_proj", "v_proj"], alpha_pattern={

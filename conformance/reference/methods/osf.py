@@ -57,6 +57,7 @@ ROWS = [
     Row("linear/plain", "mlp", osf(), "core", **SINGLE),
     Row("linear/half", "mlp-tokens", osf(effective_rank=None), "core", **SINGLE),
     Row("linear/share", "mlp-nobias", osf(effective_rank=0.7), **SINGLE),
+    Row("linear/all-but-one-layer", "mlp", osf(effective_rank=1.0, rank_pattern={"mid": 0.5}), **SINGLE),
     Row("linear/pattern", "mlp", osf(rank_pattern={"mi": 6, "up": 2}), **SINGLE),
     Row("linear/modules-to-save", "mlp", osf(modules_to_save=["head"]), **SINGLE),
 ]

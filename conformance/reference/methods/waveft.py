@@ -87,6 +87,7 @@ ROWS = [
     Row("linear/pattern", "blocks", wave(target_modules=["q_proj", "v_proj"], n_frequency_pattern={
         "0.q_proj": 7, "v_proj": 30})),
     Row("linear/proportional", "mlp", wave(proportional_parameters=True)),
+    Row("linear/proportional-more", "mlp", wave(n_frequency=21, proportional_parameters=True)),
     Row("linear/modules-to-save", "mlp", wave(modules_to_save=["head"])),
     Row("conv1d-hf/db2", "gpt", wave("db2", target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
 ]
