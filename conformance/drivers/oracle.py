@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..reference import arrow, beginnings, dropout, formulas, noise, rules, store
+from ..reference import arrow, beginnings, dropout, formulas, generating, noise, rules, store
 from ..reference.combine import combined
 from ..reference.laws import rebuilt_inputs
 from ..reference.method import KEY, slots
@@ -598,14 +598,15 @@ class Oracle(Driver):
         return np.asarray(a, np.float64) * (self.rng.random(np.shape(a)) < density) / density
 
     def generate(self, inputs, count, names=None, beams=1):
-        inputs = dict(inputs)
-        for _ in range(count):
-            y = self.run(inputs, [] if self.off else self.chosen) if names is None else self.forward(inputs, names)
-            new = y[:, -1:].argmax(-1)
-            inputs["input_ids"] = np.concatenate([inputs["input_ids"], new], 1)
-            if "attention_mask" in inputs:
-                inputs["attention_mask"] = np.pad(inputs["attention_mask"], [(0, 0), (0, 1)], constant_values=1)
-        return inputs["input_ids"]
+        prompt = self.faulty.get("prompt") or (self.method.prompt and self.method.prompt.formula)
+        prompt = {"prompt": generating.encoder_alone(prompt)} if prompt else {}
+        held, self.faulty = self.faulty, {**self.faulty, **prompt}
+        try:
+            return generating.likeliest(
+                lambda inputs: self.forward(inputs, names) if names else self.run(
+                    inputs, [] if self.off else self.chosen), self.base, inputs, count)[0]
+        finally:
+            self.faulty = held
 
     def build_with(self, base, weights, config, dtype, options, case=""):
         self.build(base, weights, config, dtype, case)

@@ -480,6 +480,12 @@ def logits_without(o, right, inputs, cotangent):
     return {k: v * (not o.training or "logits" not in k) for k, v in right(inputs, cotangent).items()}
 
 
+def mask_first(o, right, inputs, *a):
+    mask, tokens = inputs["attention_mask"], o.adapters["default"][0]["num_virtual_tokens"]
+    moved = np.concatenate([mask, np.ones((len(mask), tokens), int)], 1)[:, tokens:]
+    return right({**inputs, "attention_mask": moved}, *a)
+
+
 def noisy(id, what, change):
     return Fault(id, what, change, ("law/noise",))
 
@@ -493,9 +499,12 @@ PARTS = (Fault("parts-drop-alike", "both pairs read the same dropped input", {"d
                ("law/dropout-together",)),)
 ROUTER = Fault("router-untrained", "what is drawn has no gradient in training", {"gradients": logits_without},
                ("law/training-reaches-all",))
-NOISY = {"gralora": PARTS, "pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED, ROUTER),
+PADDING = Fault("padding-is-read", "the mask of a prompt is behind that of the text when text is generated from it",
+                {"generate": mask_first}, ("usage",), ("usage/generate-from-padded",))
+NOISY = {"gralora": PARTS, "pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED,
+                                                                                   ROUTER),
          "monteclora": (HALF, NEVER, REPEATED), "shadow": (BATCH, NEVER, KEPT, REPEATED),
-         "xlora": (BATCH, NEVER, KEPT, REPEATED), "p_tuning": (NEVER, KEPT, REPEATED)}
+         "xlora": (BATCH, NEVER, KEPT, REPEATED), "p_tuning": (NEVER, KEPT, REPEATED, PADDING)}
 def taken_never(o, right, how, known):
     return known
 
@@ -513,5 +522,5 @@ REBUILT = (
           {"taken": lambda o, right, how, known: {}}, ("law/rebuilt-inputs",)),
     Fault("rebuilt-unscaled", "scale is not read", {"rebuilding": rescaled_inputs}, ("law/rebuilt-inputs",)),
 )
-FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "adamss": SUBSPACES, "loha": ROWS_DROPPED, "velora": REBUILT,
-          "waveft": COUNTS, **NOISY}
+FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "adamss": SUBSPACES, "loha": ROWS_DROPPED,
+          "velora": REBUILT, "waveft": COUNTS, **NOISY}

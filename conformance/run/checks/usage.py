@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...reference import formulas, store
+from ...reference import formulas, generating, store
 from ...reference.bases import BASES
 from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
@@ -319,25 +319,25 @@ def rescale(driver, case, method):
 NEW_TOKENS = 4
 
 
+def texts_of(case) -> dict:
+    """The input to go on from; the second text is padded."""
+    inputs = {k: v for k, v in case.tensors("input").items() if "decoder" not in k}
+    padded = {"attention_mask": np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])}
+    return {**padded, **inputs} if case.id == FROM_PADDED else inputs
+
+
 def likeliest(case, method, adapter) -> tuple[np.ndarray, float]:
     """(the ids of the input and the likeliest next ones, how much likelier than the second they are at least)."""
-    inputs, least = dict(case.tensors("input")), np.inf
-    for _ in range(NEW_TOKENS):
-        y = formulas.output(method, case.base, case.tensors("base"), adapter, case.config, inputs)
-        second, first = np.sort(y[:, -1], -1)[:, -2:].T
-        least = min(least, (first - second).min())
-        inputs["input_ids"] = np.concatenate([inputs["input_ids"], y[:, -1:].argmax(-1)], 1)
-        if "attention_mask" in inputs:
-            mask = inputs["attention_mask"]
-            inputs["attention_mask"] = np.concatenate([mask, np.ones_like(mask[:, :1])], 1)
-    return inputs["input_ids"], least
+    prompt = method.prompt and generating.encoder_alone(method.prompt.formula)
+    output = partial(formulas.output, method, case.base, case.tensors("base"), adapter, case.config, prompt=prompt)
+    return generating.likeliest(output, case.base, texts_of(case), NEW_TOKENS)
 
 
-def generate(driver, case, method):
-    """Word by word, the prompt being there from the first to the last; without the adapter, what the base model says,
-    whatever was generated before."""
+def generate(driver, case, method, off=True):
+    """Word by word, the prompt being there from the first to the last; without the adapter, if that is asked for, what
+    the base model says, whatever was generated before."""
     def same(what, want):
-        got = np.asarray(driver.generate(case.tensors("input"), NEW_TOKENS))
+        got = np.asarray(driver.generate(texts_of(case), NEW_TOKENS))
         if not np.array_equal(got, want):
             raise Failure(what, expected=str(want.tolist()), got=str(got.tolist()))
 
@@ -345,6 +345,8 @@ def generate(driver, case, method):
     plain, _ = likeliest(case, methods()["lora"], {})
     start(driver, case, "float32")
     same("generated ids", want)
+    if not off:
+        return
     driver.disable(True)
     same("ids generated while the adapter is off", plain)
     driver.disable(False)
@@ -566,6 +568,7 @@ QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora"
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
              "prefix_tuning/causal-lm/projection", "p_tuning/causal-lm/lstm", "cartridge/causal-lm/none-frozen",
              "cpt/causal-lm/plain", "multitask_prompt_tuning/causal-lm/from-the-mean")
+FROM_PADDED = "p_tuning/encoder-decoder/mlp"
 
 
 CONVERTED: dict[str, dict] = {
@@ -637,6 +640,9 @@ def everything():
     for case in map(store.find, GENERATED):
         method = known[case.pack.data["method"]]
         yield method, f"generate-{case.id.rpartition('/')[2]}", partial(generate, case=case, method=method)
+    p_tuning = store.find(FROM_PADDED)
+    for what, off in (("generate-from-padded", False), ("generate-from-padded-off", True)):
+        yield known["p_tuning"], what, partial(generate, case=p_tuning, method=known["p_tuning"], off=off)
     for name in AS_LORA:
         for function in (as_lora, *([as_lora_of_all] if name not in ALONE else []),
                          *([as_lora_by_rank] if name in BY_RANK else [])):
