@@ -224,6 +224,21 @@ class Driver:
         `autocast_adapter_dtype`, `subfolder`, `adapter_name`, and `config`, as a dictionary."""
         raise Unsupported("options of loading")
 
+    def set_routing(self, options: dict) -> None:
+        """Change X-LoRA's `top_k_lora`, `global_scaling_weight` or `scaling_pass_value`; None as the last of these is
+        one by the number of adapters."""
+        raise Unsupported("change how adapters are weighed")
+
+    def log_routing(self, batches: list) -> list:
+        """What X-LoRA's classifier gave in runs on these inputs, (batch, tokens, layers, adapters) for each, as its log
+        tells it, and nothing of the runs before or after."""
+        raise Unsupported("tell how adapters were weighed")
+
+    def best_conditioned(self, base: dict, weights: dict, options: dict) -> dict:
+        """KappaTune: which layers of the base model to adapt, {"target_modules": [...], "target_parameters": ...};
+        `options` as of PEFT's `find_kappa_target_modules`."""
+        raise Unsupported("choose layers by their condition")
+
     def restore_routed(self, paths: list, general: list, base: dict, weights: dict, options: dict) -> None:
         """Build the base model anew, and on it Arrow over the LoRA adapters saved in `paths`.
 

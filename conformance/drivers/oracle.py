@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..reference import arrow, beginnings, dropout, formulas, generating, noise, rules, store
+from ..reference import arrow, beginnings, dropout, formulas, generating, kappa, noise, rules, store, tying
 from ..reference.combine import combined
 from ..reference.laws import rebuilt_inputs
 from ..reference.method import KEY, slots
-from ..reference.methods import lora, methods, monteclora
+from ..reference.methods import lora, methods, monteclora, xlora
 from ..reference.methods.prefix_tuning import packed
 from ..reference.numpy_model import apply_layer, parameters_of, sites
 
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved",
-       "drawn", "taken", "rebuilding", "is_unsaved", "likeness")  # what faults change besides operations
+       "drawn", "taken", "rebuilding", "is_unsaved", "likeness", "ties")  # what faults change besides operations
 
 
 class Oracle(Driver):
@@ -149,10 +149,15 @@ class Oracle(Driver):
             found = rules.adapted(self.base, config, self.rules)
         else:
             wanted = config.get("target_modules") or []
+            wanted = [*wanted, "head"] if self.ties(config) and "embed_tokens" in wanted else wanted
             found = [p for p in sites(self.base, self.base_weights) if p.split(".")[-1] in wanted or p in wanted]
         if not found and not self.method.prompt and not self.method.route:
             raise Rejected(f"target_modules {config.get('target_modules')} match nothing")
         return found
+
+    def ties(self, config):
+        """Is the head's adapter the embedding's?"""
+        return self.base.get("tied") and config.get("ensure_weight_tying")
 
     def by_type(self, model_type) -> dict:
         """The tensors that a method has on such a model where nothing is said: a convention, and no rule."""
@@ -180,6 +185,8 @@ class Oracle(Driver):
         elif "layers" in self.base:
             for path in rules.saved(self.base, config, self.rules):
                 shapes |= {KEY + k: v.shape for k, v in self.base_weights.items() if k.rpartition(".")[0] == path}
+        elif self.ties(config):
+            shapes |= tying.shapes(self.base_weights, config)
         shapes = method.live(config) or shapes
         tensors = {}
         for key, shape in shapes.items():
@@ -206,6 +213,8 @@ class Oracle(Driver):
                        for k, v in tensors.items()}
         if config.get("prompt_tuning_init") == "SAMPLE_VOCAB":
             tensors = {k: self.words(len(v)) for k, v in tensors.items()}
+        if self.ties(config):
+            tensors = tying.both(tensors)
         self.adapters[name] = (copy.deepcopy(config), self.pruned(config, tensors))
         if config.get("inference_mode") and not method.prompt:
             self.asked[name] = False
@@ -232,6 +241,8 @@ class Oracle(Driver):
         if self.method.tensors.expanded:
             tensors = self.method.tensors.expanded(tensors, config)
         tensors = {**{k: v for k, v in own.items() if self.is_unsaved(k, config)}, **tensors}
+        if self.ties(config):
+            tensors = tying.both(tensors)
         problems = [f"missing {k}" for k in own if k not in tensors] + [f"unexpected {k}" for k in tensors
                                                                         if k not in own]
         problems += [f"{k} has shape {v.shape}, not {own[k].shape}" for k, v in tensors.items()
@@ -451,6 +462,8 @@ class Oracle(Driver):
     def step(self, inputs, cotangent, rate):
         config, tensors = self.adapters[self.chosen[0]]
         found = self.live_gradients(inputs, cotangent)
+        if self.ties(config):
+            found = tying.summed(found)
         self.adapters[self.chosen[0]] = (config, {k: v - rate * found.get(k, 0) for k, v in tensors.items()})
 
     def allocate(self, step):
@@ -697,6 +710,20 @@ class Oracle(Driver):
 
     def likeness(self, x, V):
         return arrow.likeness(x, V)
+
+    def set_routing(self, options):
+        config, tensors = self.adapters["default"]
+        given = {**options}
+        if "scaling_pass_value" in given and given["scaling_pass_value"] is None:
+            given["scaling_pass_value"] = 1 / len(config["adapters"])
+        self.adapters["default"] = {**config, **given}, tensors
+
+    def log_routing(self, batches):
+        config, tensors = self.adapters["default"]
+        return [self.rounded(xlora.routed(self.base, self.base_weights, tensors, config, x)[0]) for x in batches]
+
+    def best_conditioned(self, base, weights, options):
+        return kappa.chosen(base, weights, **options)
 
     def compose(self, paths, path):
         (config, _), *_ = read = [self.read(folder) for folder in paths]

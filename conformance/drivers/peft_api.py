@@ -483,6 +483,34 @@ class PeftApi(Driver):
             self.model = create(net, paths, arrow(**options), general_adapter_paths=general or None)
         self.model.eval()
 
+    def set_routing(self, options):
+        setters = {"top_k_lora": "set_topk_lora", "global_scaling_weight": "set_global_scaling_weight",
+                   "scaling_pass_value": "set_scaling_pass_value"}
+        for field, value in options.items():
+            if not hasattr(self.model, setters[field]):
+                raise Unsupported(f"no {setters[field]}")
+            getattr(self.model, setters[field])(value)
+
+    def log_routing(self, batches):
+        if not hasattr(self.model, "enable_scalings_logging"):
+            raise Unsupported("no log of scalings")
+        self.forward(batches[0])
+        self.model.enable_scalings_logging()
+        for inputs in batches:
+            self.forward(inputs)
+        self.model.disable_scalings_logging()
+        self.forward(batches[0])
+        log = self.model.get_scalings_log()
+        self.model.clear_scalings_log()
+        if self.model.get_scalings_log():
+            raise RuntimeError("the log is not empty when it was cleared")
+        return [to_numpy(each) for each in log]
+
+    def best_conditioned(self, base, weights, options):
+        find = self.found("find_kappa_target_modules")
+        with rejecting():
+            return find(self.base(base, weights, "float32"), show_progress=False, **options)
+
     def compose(self, paths, path):
         with rejecting():
             self.found("compose_cartridge_adapters")(paths, output_path=path)

@@ -146,6 +146,13 @@ class CausalLM(Layers):
         super().__init__(base, causal=True)
         self.head = nn.Linear(base["hidden"], base["vocab"], bias=False)
         self.generation_config = LMConfig()  # peft hands it on
+        if base.get("tied"):  # said as transformers says it
+            self.head.weight = self.embed_tokens.weight
+            self.config.tie_word_embeddings = True
+            self._tied_weights_keys = {"head.weight": "embed_tokens.weight"}
+
+    def get_output_embeddings(self):
+        return self.head
 
     @property
     def device(self):

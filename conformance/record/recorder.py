@@ -36,7 +36,8 @@ def record_bases(folder: Path) -> None:
     rows = []
     for name, base in BASES.items():
         net = models.make(base)
-        shapes = [[key, list(p.shape)] for key, p in (*net.named_parameters(), *net.named_buffers())]
+        weights = [*net.named_parameters(remove_duplicate=False), *net.named_buffers()]
+        shapes = [[key, list(p.shape)] for key, p in weights]
         rows.append(json.dumps({"name": name, "base": base, "shapes": shapes}))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "bases.json").write_text('{"bases": [\n' + ",\n".join(rows) + "\n]}\n")

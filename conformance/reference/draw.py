@@ -32,6 +32,8 @@ def draw_base(base, rng) -> dict:
         else:
             a *= 0.3
         found[name] = bf16(a)
+    if base.get("tied"):
+        found["head.weight"] = found["embed_tokens.weight"]
     return found
 
 

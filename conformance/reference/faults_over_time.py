@@ -486,6 +486,45 @@ def mask_first(o, right, inputs, *a):
     return right({**inputs, "attention_mask": moved}, *a)
 
 
+def step_apart(o, right, inputs, cotangent, rate):
+    config, tensors = o.adapters[o.chosen[0]]
+    found = o.gradients(inputs, cotangent)
+    o.adapters[o.chosen[0]] = (config, {k: v - rate * found.get(k, 0) for k, v in tensors.items()})
+
+
+def worst(right, base, weights, options):
+    everything = right(base, weights, {**options, "top_p": 1.0})
+    count = len(right(base, weights, options)["target_modules"])
+    return {**everything, "target_modules": everything["target_modules"][::-1][:count]}
+
+
+ROUTED = tuple(Fault(id, what, change, ("usage",), ("usage/rerouted",)) for id, what, change in (
+    ("routing-stays", "how adapters are weighed does not change on a model",
+     {"set_routing": lambda o, right, options: None}),
+    ("pass-value-by-layers", "the value of the first pass is one by the number of layers",
+     {"set_routing": lambda o, right, options: right({k: 1 / len(o.targets(o.adapters["default"][0])) if v is None and
+                                                      k == "scaling_pass_value" else v for k, v in options.items()})}),
+    ("log-of-the-last", "the log tells of the last run alone",
+     {"log_routing": lambda o, right, batches: right(batches[-1:])}),
+    ("log-is-weighed", "the log tells what is left of the weights in the end", {
+        "log_routing": lambda o, right, batches: [1.5 * each for each in right(batches)]}),
+))
+TIED = tuple(f(id, what, change, "usage", cases) for id, what, change, cases in (
+    ("ties-are-copies", "an adapter on a tied head is a copy of the embedding's, which goes its own way",
+     {"step": step_apart}, ("usage/tied-targets", "usage/tied-saved")),
+    ("ties-are-not-read", "ensure_weight_tying is not read", {"ties": lambda o, right, config: False},
+     ("usage/tied-targets", "usage/tied-saved", "usage/tied-tokens")),
+))
+CONDITIONED = (
+    f("worst-conditioned", "KappaTune chooses the layers that are conditioned worst",
+      {"best_conditioned": lambda o, right, base, weights, options: worst(right, base, weights, options)}, "usage",
+      ("usage/conditioned",)),
+    f("large-layers-too", "KappaTune chooses among layers of any size",
+      {"best_conditioned": lambda o, right, base, weights, options: right(
+          base, weights, {**options, "max_dim_size_to_analyze": 1000})}, "usage", ("usage/conditioned",)),
+)
+
+
 def noisy(id, what, change):
     return Fault(id, what, change, ("law/noise",))
 
@@ -504,7 +543,7 @@ PADDING = Fault("padding-is-read", "the mask of a prompt is behind that of the t
 NOISY = {"gralora": PARTS, "pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED,
                                                                                    ROUTER),
          "monteclora": (HALF, NEVER, REPEATED), "shadow": (BATCH, NEVER, KEPT, REPEATED),
-         "xlora": (BATCH, NEVER, KEPT, REPEATED), "p_tuning": (NEVER, KEPT, REPEATED, PADDING)}
+         "xlora": (BATCH, NEVER, KEPT, REPEATED, *ROUTED), "p_tuning": (NEVER, KEPT, REPEATED, PADDING)}
 def taken_never(o, right, how, known):
     return known
 
@@ -522,5 +561,5 @@ REBUILT = (
           {"taken": lambda o, right, how, known: {}}, ("law/rebuilt-inputs",)),
     Fault("rebuilt-unscaled", "scale is not read", {"rebuilding": rescaled_inputs}, ("law/rebuilt-inputs",)),
 )
-FAULTS = {"lora": (*TRAINING, *STATES, *FILES), "adalora": RANKS, "adamss": SUBSPACES, "loha": ROWS_DROPPED,
-          "velora": REBUILT, "waveft": COUNTS, **NOISY}
+FAULTS = {"lora": (*TRAINING, *STATES, *FILES, *CONDITIONED, *TIED), "adalora": RANKS, "adamss": SUBSPACES,
+          "loha": ROWS_DROPPED, "velora": REBUILT, "waveft": COUNTS, **NOISY}

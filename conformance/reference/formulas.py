@@ -33,7 +33,7 @@ def with_saved_modules(weights: dict, tensors: dict, config: dict) -> dict:
 
 
 def token_rows(site, t, c):
-    """The rows of an embedding that `trainable_token_indices` replaces. W: (dim, vocab)."""
+    """The rows of an embedding, W: (dim, vocab), or a head that `trainable_token_indices` replaces."""
     key = next((k for k in t if k.endswith(".trainable_tokens_delta")), None)
     if key is None:
         return None
@@ -41,7 +41,7 @@ def token_rows(site, t, c):
     if isinstance(chosen, dict):
         chosen = next(v for k, v in chosen.items() if (site.path + ".").endswith(k + "."))
     W = site.W.copy()
-    W[:, list(chosen)] = t[key].T
+    (W.T if site.kind == "Embedding" else W)[list(chosen)] = t[key]
     return W, site.b
 
 
@@ -121,8 +121,8 @@ def parameters(function) -> frozenset:
 def gradients(method, base, weights, tensors, config, inputs, cotangent, step=1e-6, **faulty) -> dict:
     """Central differences of sum(cotangent * y), for every tensor and a float input; relative error about 1e-9."""
     found = {}
-    tensors = {k: np.array(v, np.float64) for k, v in tensors.items()}
-    inputs = {k: np.array(v) for k, v in inputs.items()}
+    tensors = {k: np.array(v, np.float64, order="C") for k, v in tensors.items()}  # whose reshape(-1) is a view
+    inputs = {k: np.array(v, order="C") for k, v in inputs.items()}
     held = {k: v.copy() for k, v in {**inputs, **tensors}.items()}
 
     def loss():

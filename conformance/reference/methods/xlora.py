@@ -102,11 +102,9 @@ def weigh(p, c):
     return c.get("global_scaling_weight", 1.0) * p
 
 
-def route(base, weights, tensors, c, inputs, held=None, first=None, change=lambda p: p, weigh=weigh, **faulty):
-    """{path: function(site, x)} of the adapted layers, from a first pass of the whole model, without gradients."""
+def routed(base, weights, tensors, c, inputs, first=None, weigh=weigh, **faulty):
+    """(p, a function that makes {path: function(site, x)} of the layers' weights), p from a first pass."""
     t = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
-    if not t:
-        return {}
     adapters = loras(c)
     paths = [p for p in numpy_model.sites(base, weights) if any(p in each for each in adapters)]
 
@@ -123,8 +121,16 @@ def route(base, weights, tensors, c, inputs, held=None, first=None, change=lambd
 
     value = c.get("scaling_pass_value", 0.0) if first is None else first
     constant = weigh(np.full((1, 1, len(paths), len(adapters)), value), c)
-    h = numpy_model.run({**base, "layers": base["layers"][:-1]}, weights, held or inputs, layers(constant))
-    return layers(weigh(change(classify(t, c, h, len(paths), **faulty)), c))
+    h = numpy_model.run({**base, "layers": base["layers"][:-1]}, weights, inputs, layers(constant))
+    return classify(t, c, h, len(paths), **faulty), layers
+
+
+def route(base, weights, tensors, c, inputs, held=None, change=lambda p: p, weigh=weigh, **faulty):
+    """{path: function(site, x)} of the adapted layers, from a first pass of the whole model, without gradients."""
+    if not tensors:
+        return {}
+    p, layers = routed(base, weights, tensors, c, held or inputs, weigh=weigh, **faulty)
+    return layers(weigh(change(p), c))
 
 
 def xlora(*names, **more):

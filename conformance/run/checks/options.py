@@ -12,9 +12,9 @@ from ...reference import formulas, store
 from ...reference.bases import BASES
 from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
-from ...reference.methods import lora, methods, monteclora
+from ...reference.methods import lora, methods, monteclora, xlora
 from .config import OWN
-from .goldens import same_set
+from .goldens import same_set, start
 from .reject import refuse
 
 
@@ -173,6 +173,33 @@ def casting(driver, case, method):
                   case.tensors("out")["y"], "bfloat16")
 
 
+ROUTINGS: tuple[dict, ...] = (
+    {"top_k_lora": 2}, {"global_scaling_weight": 1.5}, {"top_k_lora": None}, {"scaling_pass_value": 0.25},
+    {"scaling_pass_value": None}, {"global_scaling_weight": 1.0, "scaling_pass_value": 0.0})
+
+
+def rerouted(driver, case, method):
+    """X-LoRA's way to weigh adapters is changed on the model itself; its log tells of runs."""
+    base, inputs = case.tensors("base"), case.tensors("input")
+    tensors, config = case.tensors("adapter"), dict(case.config)
+    start(driver, case, "float32")
+    driver.assign(tensors)
+    for change in ROUTINGS:
+        driver.set_routing(change)
+        config |= change
+        if config.get("scaling_pass_value", 0) is None:
+            config["scaling_pass_value"] = 1 / len(config["adapters"])
+        close(f"output after {change}", driver.forward(inputs),
+              formulas.output(method, case.base, base, tensors, config, inputs), "float32")
+    batches = [inputs, {k: v[:1] for k, v in inputs.items()}, {k: v[:, :2] for k, v in inputs.items()}]
+    log = driver.log_routing(batches)
+    if len(log) != len(batches):
+        raise Failure("how many runs the log tells of", expected=str(len(batches)), got=str(len(log)))
+    for i, (got, batch) in enumerate(zip(log, batches)):
+        want, _ = xlora.routed(case.base, base, tensors, config, batch)
+        close(f"what the log tells of run {i}", got, want, "float32")
+
+
 PATTERNS: dict[str, float] = {"rank_pattern": 2, "alpha_pattern": 7, "lambda_pattern": 3.5}
 EXPRESSIONS = ("lora", "dora", "bdlora", "velora", "monteclora", "delora", "loha", "lokr")  # others take other keys
 
@@ -230,4 +257,6 @@ def everything(first_case):
     yield known["lora"], "frozen-factor", partial(frozen_factor, case=first_case(known["lora"]), method=known["lora"])
     yield known["lora"], "casting", partial(casting, case=first_case(known["lora"]), method=known["lora"])
     yield known["monteclora"], "divergence", divergence
+    yield known["xlora"], "rerouted", partial(rerouted, case=store.find("xlora/linear/layerwise"),
+                                              method=known["xlora"])
     yield known["xlora"], "trained-adapters", partial(trained_adapters, case=first_case(known["xlora"]))

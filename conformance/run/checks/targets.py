@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...driver import Rejected
+from ...reference import kappa
 from ...reference.bases import BASES, of_type
 from ...reference.compare import Failure
 from ...reference.draw import draw_base, rng_of
@@ -85,3 +86,20 @@ def check(driver, row):
         for name, want in row["strengths"].items():
             if not np.isclose(found[name], want, rtol=1e-5):
                 raise Failure(f"strength of the adapter on {name}", expected=f"{want:.7g}", got=f"{found[name]:.7g}")
+
+
+EXPERTS = {"top_p": 0.5, "moe_param_suffixes": [".weight"]}
+CONDITIONED: tuple[tuple[str, dict], ...] = (
+    ("blocks", {"top_p": 0.2}), ("blocks", {"top_p": 0.6}), ("blocks", {"top_p": 0.1}), ("experts", EXPERTS),
+    ("experts", {**EXPERTS, "moe_param_suffixes": [".gate"]}), ("names", {"top_p": 1.0}),
+    ("names", {"top_p": 1.0, "max_dim_size_to_analyze": 10}), ("names", {"top_p": 1.0, "max_dim_size_to_analyze": 12}))
+
+
+def conditioned(driver):
+    """The layers that KappaTune chooses, the best conditioned first, and the parameters of experts."""
+    for name, options in CONDITIONED:
+        base = BASES[name]
+        weights = draw_base(base, rng_of(f"kappa {name}"))
+        got, want = driver.best_conditioned(base, weights, options), kappa.chosen(base, weights, **options)
+        if got != want:
+            raise Failure(f"layers that are chosen by their condition, {options}", expected=str(want), got=str(got))

@@ -18,7 +18,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import LANGUAGE_MODELS, NO_LABEL, run
-from . import bookkeeping, options, saving, schedules, several, targets
+from . import bookkeeping, options, saving, schedules, several, targets, tied
 from .beginnings import begins_beside
 from .bookkeeping import for_use, same_output, trained
 from .combining import (
@@ -610,6 +610,7 @@ def everything():
     """(method, what, function(driver)) of all these checks."""
     yield from of_every_method()
     yield from options.everything(first_case)
+    yield from tied.everything()
     known = methods()
     plain = store.find("lora/linear/plain")
     for how in COMBINED:
@@ -653,6 +654,7 @@ def everything():
     for id in ("bias-all", "bias-lora-only"):
         yield known["lora"], f"second-{id}", partial(
             second_bias, case=store.find(f"lora/linear/{id}"), method=known["lora"])
+    yield known["lora"], "conditioned", targets.conditioned
     yield known["lora"], "targets-beside", partial(targets.beside, rows=store.rows("targets"))
     for name, case in (("lora", plain), ("lora", store.find("lora/linear/modules-to-save")),
                        ("ia3", first_case(known["ia3"]))):
