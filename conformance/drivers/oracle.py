@@ -436,8 +436,12 @@ class Oracle(Driver):
     def drawn_once(self, config) -> dict:
         """As `drawn`, of what is no dropout, and the same whenever it is asked for, as differences have to be."""
         seed = int(self.rng.integers(2**32))
-        draw = partial(noise.drawn, self.method, self.base_weights, config, self.training)
-        return {k: lambda *args, k=k: draw(np.random.default_rng(seed))[k](*args) for k in draw(self.rng) or ()}
+
+        def draw() -> dict:
+            rng = np.random.default_rng(seed)
+            return noise.drawn(self.method, self.base_weights, config, self.training, rng) or {}
+
+        return {k: lambda *args, k=k: draw()[k](*args) for k in draw()}
 
     def rebuilding(self, tensors, config, inputs):
         """What VeLoRA does to gradients in training; its direction is taken from the inputs, and held."""

@@ -15,7 +15,7 @@ PAIRS = {"lora_embedding_A": ("lora_B.weight", True), "lora_embedding_B": ("lora
 
 def shapes(weights: dict, config: dict) -> dict:
     """Saved key -> shape of what is trained whole, and of tokens."""
-    found = {}
+    found: dict = {}
     if "embed_tokens" in (config.get("modules_to_save") or ()):
         found |= dict.fromkeys((f"{EMBEDDING}weight", f"{HEAD}weight"), weights["embed_tokens.weight"].shape)
     if chosen := config.get("trainable_token_indices"):
