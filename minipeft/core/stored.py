@@ -114,7 +114,7 @@ def fingerprint(tensor: Tensor) -> tuple[torch.dtype, int] | None:
     if over := flat.numel() % 8:
         flat = torch.cat([flat, flat.new_zeros(8 - over)])
     words = (flat.clone() if flat.storage_offset() % 8 else flat).view(torch.int64)
-    count, odd = len(words) // CHUNK, _odd(torch.arange(CHUNK, device=words.device))
+    count, odd = len(words) // CHUNK, _odd(torch.arange(min(CHUNK, len(words)), device=words.device))
     whole_rows, rest = words[: count * CHUNK].view(count, CHUNK), words[count * CHUNK :]
     rows = whole_rows.split(1 if words.device.type == "cpu" else 256)  # on a CPU, what its cache can hold
     sums = torch.cat([*[(part * odd).sum(1) for part in rows if len(part)], (rest * odd[: len(rest)]).sum()[None]])

@@ -440,10 +440,11 @@ def as_lora_by_rank(driver, case, method):
 
 
 def as_lora_of_all(driver, case, method):
-    """In every case of linear layers; what is saved whole goes with it."""
+    """In every case of linear layers; what is saved whole goes with it, but for buffers, which PEFT cannot convert."""
     for case in store.packs()[method.name].cases:
         c = case.config
         if case.id.split("/")[1] == "linear" and case.data["golden"] == "reference" and case.merges \
+                and case.data["base_name"] != "buffer" \
                 and not case.data.get("disputed") and c.get("bias", "none") == "none" and not c.get("lora_bias"):
             as_lora(driver, case, method)
 
