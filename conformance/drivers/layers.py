@@ -40,7 +40,7 @@ class LayerDriver(Driver):
         if "output" in base:
             raise Unsupported("layers only, no model that names its output layer")
         self.dtype, self.off, self.merged = models.DTYPES[dtype], False, False
-        torch.manual_seed(seed)
+        models.seed(seed)
         self.net = models.make(base).to(self.dtype)
         self.net.load_state_dict({k: to_torch(v, self.dtype) for k, v in weights.items()})
         self.net.requires_grad_(False)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-import torch
-
 from .. import models
 from ..driver import Driver, Unsupported
 from ..reference.method import KEY
@@ -48,7 +46,7 @@ class Core(PeftApi):
     def build(self, base, weights, config, dtype, case="", seed=0):
         self.begin()
         self.model = self.base(base, weights, dtype)
-        torch.manual_seed(seed)
+        models.seed(seed)
         if config is not None:
             with rejecting():
                 self.core.inject_adapter_in_model(self.config(config), self.model)

@@ -140,7 +140,7 @@ class PeftApi(Driver):
     def build(self, base, weights, config, dtype, case="", seed=0):
         self.begin()
         self.model = self.base(base, weights, dtype)
-        torch.manual_seed(seed)
+        models.seed(seed)
         if config is None:
             return
         with rejecting():
@@ -182,7 +182,7 @@ class PeftApi(Driver):
                 self.found("preprocess_loraga")(net, made, step)
             elif begins != "eva":
                 raise Unsupported(f"begin by data as {begins}")
-            torch.manual_seed(seed)
+            models.seed(seed)
             self.model = self.peft.get_peft_model(net, made)
             if begins == "eva":
                 self.found("initialize_lora_eva_weights")(

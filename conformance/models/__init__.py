@@ -104,6 +104,11 @@ def answer(output, has_labels=False):
     return getattr(output, "logits", getattr(output, "last_hidden_state", output))
 
 
+def seed(value):
+    """torch.manual_seed for models on the CPU, in a hundredth of its time."""
+    torch.default_generator.manual_seed(value)
+
+
 def make(base):
     """The base model of a case's description, its weights yet to be set."""
     if base.get("model") in language_models.KINDS:

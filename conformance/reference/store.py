@@ -93,8 +93,7 @@ class Case:
             raise AttributeError(name) from None
 
     def tensors(self, part: str) -> dict:
-        prefix = f"{self.data['id']}|{part}|"
-        return {k[len(prefix):]: v for k, v in self.pack.tensors.items() if k.startswith(prefix)}
+        return dict(self.pack.parts.get((self.data["id"], part), {}))
 
     def __repr__(self):
         return f"<Case {self.id}>"
@@ -112,6 +111,15 @@ class Pack:
         from safetensors.numpy import load_file
 
         return load_file(self.path.with_suffix(".safetensors"))
+
+    @cached_property
+    def parts(self) -> dict[tuple[str, str], dict]:
+        """The tensors by case and part."""
+        found: dict[tuple[str, str], dict] = {}
+        for name, value in self.tensors.items():
+            case, part, key = name.split("|", 2)
+            found.setdefault((case, part), {})[key] = value
+        return found
 
     @cached_property
     def cases(self) -> list[Case]:
