@@ -504,6 +504,8 @@ def unsupported(cls: type[Adapter], module: nn.Module, path: str) -> Unsupported
     kind, weight = type(leaf).__name__, leaf._parameters.get("weight")
     if weight is not None and type(weight) is not nn.Parameter:
         kind += f" with a weight of class {type(weight).__name__}"
+    elif kind in cls.bases:  # another library's class of that name
+        kind = f"{type(leaf).__module__}.{kind}"
     return UnsupportedLayerError(
         f"{cls.__name__} cannot adapt '{path}', a {kind}. It adapts layers of kind {', '.join(cls.bases)}."
     )

@@ -4,6 +4,8 @@ import dataclasses
 import warnings
 
 import pytest
+import torch
+from torch import nn
 
 from minipeft.core.adapter import Adapter, adapter_class
 from minipeft.core.errors import MergeError, PeftError
@@ -69,3 +71,27 @@ def test_taken_or_refused(case, base, lib, is_ref):
         except MergeError:
             return
     H.close(H.run(adapted, batch), running, 1e-4)
+
+
+class Linear(nn.Module):
+    """None of torch's, by the name alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8, 8))
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+@pytest.mark.parametrize("case", METHODS, ids=[case.id for case in METHODS])
+def test_another_class_of_a_known_name_is_called_by_its_whole_name(case, lib, is_ref):
+    """As torch's and other libraries' quantised layers have."""
+    if is_ref or "Linear" not in adapter_class(H.config(lib, case)).bases:
+        pytest.skip("does not say which kinds it adapts, or not that one")
+    kwargs = {key: value for key, value in case.kwargs.items() if key not in OF_THE_MODEL}
+    if "feedforward_modules" in case.kwargs:
+        kwargs["feedforward_modules"] = []
+    model = nn.Sequential(nn.Linear(8, 8), Linear())
+    with pytest.raises(lib.UnsupportedLayerError, match=rf"cannot adapt '1', a {__name__}\.Linear\. It adapts"):
+        lib.get_peft_model(model, getattr(lib, case.config)(**{**kwargs, "target_modules": ["1"]}))
