@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from . import harness as H
-from .cases import each_case
+from .cases import each_case, firsts
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+FIRST = firsts(2)  # of each method on each kind of base model
 
 
 def pair(ref, lib, case, dtype):
@@ -126,3 +127,18 @@ def test_half_precision_runs(case, lib, ref):
     got = H.run(ours, batch)
     if "outputs" not in case.disputed and case.id != "lora/targets/tying_embedding":  # there peft's cast breaks the tie
         H.close(got, H.run(theirs, batch), H.tolerance(case, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_case(lambda c: c.id in FIRST and not c.base.transformers and "/targets/" not in c.id)  # depth rounds more
+def test_gradients_under_autocast(case, dtype, lib):
+    """The backward pass of what ran under autocast runs outside: the same numbers up to bfloat16's rounding."""
+    model, batch = H.move(H.adapt(lib, case, dtype=dtype), case.scale), H.inputs(case, dtype)
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = H.tensors(H.call(model, batch))
+        model.zero_grad()
+        sum((v.float() * torch.sin(v.float() + 1)).sum() for v in out.values()).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad and p.grad is not None})
+    H.close(grads[1], grads[0], 0.1)

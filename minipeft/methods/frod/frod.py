@@ -157,6 +157,6 @@ class Middle(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         h, l, s, positions = ctx.saved_tensors
-        h_grad, n = grad @ middle(l, s, positions), len(l)
-        M_grad = grad.reshape(-1, n).t() @ h.reshape(-1, n)
+        h_grad, n = grad @ middle(l, s, positions).to(grad), len(l)  # autocast is not there to do that
+        M_grad = grad.reshape(-1, n).t() @ h.reshape(-1, n).to(grad)
         return h_grad, M_grad.diag(), M_grad[tuple(positions.long())], None
