@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.adapter import Transform
 from ..core.bases import Base
 from ..core.config import Count, PeftConfig, Share
-from ..core.errors import UnsupportedLayerError
+from ..core.errors import CheckpointError, UnsupportedLayerError
 from ..maths.rotations import FactorDropout, cayley
 
 
@@ -62,6 +62,17 @@ class BOFT(Transform, config=BOFTConfig):
                 f"With boft_n_butterfly_factor={m} the blocks must be of even size, and their number a multiple of "
                 f"{2 ** (m - 1)}, but '{path}' would have {d} blocks of size {b}."
             )
+
+    @classmethod
+    def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Without P, which follows from the configuration: peft < 0.13 saved it."""
+        m = config.boft_n_butterfly_factor
+        if m > 1 and any(key.endswith(".boft_R") and t.shape[:1] == (1,) for key, t in tensors.items()):
+            raise CheckpointError(
+                f"The checkpoint has one factor, and `boft_n_butterfly_factor` is {m}: PEFT trains one, and saves it, "
+                "where it has no CUDA kernel. Write 1 into the configuration."
+            )
+        return {key: t for key, t in tensors.items() if not key.endswith(".boft_P")}
 
     def build(self) -> None:
         c, n = self.config, self.base.patch

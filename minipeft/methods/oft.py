@@ -127,6 +127,6 @@ class OFT(Activation, config=OFTConfig):
 
     @classmethod
     def convert_for_load(cls, config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if any(".oft_r." in key for key in tensors):
+        if any(key.endswith(".oft_r") for key in tensors):
             raise CheckpointError("OFT tensors named `oft_r` are of peft <= 0.15 and mean another R. Train it again.")
         return tensors
