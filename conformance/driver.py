@@ -122,6 +122,11 @@ class Driver:
         """Run without adapters while `off`. It nests: what was disabled twice is enabled twice."""
         raise Unsupported("disable adapters")
 
+    def switch_off(self, off: bool) -> None:
+        """Adapters are off until they are switched on again, whatever `disable` does meanwhile: PEFT's
+        `disable_adapter_layers` and `enable_adapter_layers`."""
+        raise Unsupported("switch adapters off")
+
     def active(self) -> list:
         """The names of the active adapters, in their order."""
         raise Unsupported("tell the active adapters")

@@ -552,6 +552,9 @@ class Oracle(Driver):
         self.asked = {}
         self.off = max(self.off + (1 if off else -1), 0)
 
+    def switch_off(self, off):
+        self.disable(off)
+
     def scale(self, factor):
         for name in self.chosen:
             self.factors[name] = self.factors.get(name, 1.0) * factor

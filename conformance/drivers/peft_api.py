@@ -355,6 +355,12 @@ class PeftApi(Driver):
         elif self.disabled:
             self.disabled.pop().__exit__(None, None, None)
 
+    def switch_off(self, off):
+        name = f"{'disable' if off else 'enable'}_adapter_layers"
+        if not hasattr(self.model.base_model, name):
+            raise Unsupported(f"no {name}")
+        getattr(self.model.base_model, name)()
+
     def active(self):
         return list(self.model.active_adapters)
 

@@ -48,10 +48,12 @@ class States(Net):
     def forward(self, input_ids=None, inputs_embeds=None, output_hidden_states=False, return_dict=True):
         *others, last = self.order
         x = inputs_embeds if input_ids is None else input_ids
+        states = []
         for name in others:
             x = self.get_submodule(name)(x)
+            states.append(x)
         y = self.get_submodule(last)(x)
-        return language_models.Output(logits=y, hidden_states=(x,)) if output_hidden_states else y
+        return language_models.Output(logits=y, hidden_states=tuple(states)) if output_hidden_states else y
 
 
 class TellingNet(Net):

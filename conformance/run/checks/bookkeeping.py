@@ -115,6 +115,20 @@ def reused_name(driver, case, method):
     same_output(driver, case, "output of the adapter that was there all the time")
 
 
+def switched_off(driver, case, method):
+    """Adapters that were switched off are off until they are switched on again, whatever is off meanwhile."""
+    start(driver, case, "float32")
+    plain, names = case.tensors("plain")["y"], driver.names()
+    for what, change in (("that were switched off", lambda: driver.switch_off(True)),
+                         ("that were switched off, and are off by a context", lambda: driver.disable(True)),
+                         ("that were switched off, after that context", lambda: driver.disable(False))):
+        change()
+        close(f"output of adapters {what}", driver.forward(case.tensors("input")), plain, "float32")
+    driver.switch_off(False)
+    same_output(driver, case, "output of adapters that are switched on again")
+    same_set("what is trained when adapters are switched on again", trained(driver.names()), trained(names))
+
+
 def unknown_name(driver, case, method):
     """Of several names to save, one is not there: nothing is written."""
     start(driver, case, "float32")
@@ -228,6 +242,6 @@ def of(method) -> dict:
     alike = layers and several and method.tensors.gauges is None and set(method.laws.second) <= {"inference_mode"} \
         and method.name != "adamss"  # whose shapes depend on the weights
     return {reused_name: alike, deletion: several, one_of_several: several and method.laws.together and layers,
-            failed_add: layers and several and chosen, unknown_name: True, held_configs: True,
+            switched_off: layers, failed_add: layers and several and chosen, unknown_name: True, held_configs: True,
             for_use: layers, require_grad: layers and several,
             loading_modes: layers and several and not method.laws.second}
