@@ -9,13 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from ..core import registry, state
+from ..core import registry
 from ..core.config import PeftConfig, PeftType, check_config
 from ..core.errors import AdapterNameError, ConfigError, UnsupportedFeatureError
-from ..core.files import of_one_version
 from ..core.layer import Layer
-from . import status
-from .peft_model import PeftModel, configuration
+from .adapted import AdaptedModel
 from .tuner import BaseTuner
 
 COMPATIBLE = ("LORA", "LOHA", "LOKR", "ADALORA", "OFT", "SHIRA")
@@ -44,7 +42,7 @@ class MixedModel(BaseTuner):
         super()._merge(todo, safe, names and self.in_order(names), progress, for_good)
 
 
-class PeftMixedModel(nn.Module):
+class PeftMixedModel(AdaptedModel):
     """A model with adapters of different methods, several active at once; made by `get_peft_model(..., mixed=True)`.
 
     Adapters act in the order in which they were added, whatever order `set_adapter` names them in. It cannot be saved:
@@ -62,28 +60,11 @@ class PeftMixedModel(nn.Module):
         self.base_model = tuner
         self.training = model.training
         if getattr(model, "is_gradient_checkpointing", True):
-            PeftModel._prepare_model_for_gradient_checkpointing(self, model)  # type: ignore[arg-type]
+            self._prepare_model_for_gradient_checkpointing(model)
 
     peft_config = property(lambda self: self.base_model.peft_config, doc="Configurations by adapter name.")
     active_adapter = property(lambda self: self.base_model.active_adapter, doc="Name or names of the active adapters.")
     active_adapters = property(lambda self: self.base_model.active_adapters, doc="Names of the active adapters.")
-    modules_to_save = PeftModel.modules_to_save
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters."""
-        return status.count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print both numbers and the percentage."""
-        status.print_parameters(self)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_model, name)
 
     # --------------------------------------------------------------------------------------------------------- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,42 +126,12 @@ class PeftMixedModel(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ loading, saving
     @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        **kwargs: Any,
-    ) -> PeftMixedModel:
-        """`model` with a saved adapter, like PeftModel.from_pretrained; adapters of other methods may be added."""
-        offload, device = kwargs.pop("ephemeral_gpu_offload", False), kwargs.pop("torch_device", None) or "cpu"
-
-        def read() -> tuple[Any, Any]:
-            own = configuration(model_id, config, offload, **kwargs)
-            _check_compatible(own)
-            return own, state.load_peft_weights(model_id, device, **kwargs)
-
-        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
-        config.inference_mode = not is_trainable
-        mixed = cls.__new__(cls)
-        nn.Module.__init__(mixed)
-        options: dict[str, Any] = {key: kwargs[key] for key in ("low_cpu_mem_usage", "strict") if key in kwargs}
-        options["ignore"] = kwargs.get("ignore_mismatched_sizes", False)
-        autocast = kwargs.get("autocast_adapter_dtype", True)
-        mixed._setup(model, config, adapter_name, weights=weights, autocast=autocast, **options)
-        return mixed if is_trainable else mixed.eval()
-
-    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Add a saved adapter, or load it into the adapter of that name; arguments as PeftModel.load_adapter."""
-        return PeftModel.load_adapter(self, model_id, adapter_name, *args, **kwargs)  # type: ignore[arg-type]
+    def _check_loads(cls, config: PeftConfig, is_trainable: bool) -> None:
+        _check_compatible(config)
 
     def _add(self, name: str, config: Any, **options: Any) -> Any:
         _check_compatible(config)
         return self.base_model.add(name, config, **options)
-
-    _check_new_adapter_config = PeftModel._check_new_adapter_config
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Not possible, as in PEFT: save each adapter from a PeftModel of its own."""

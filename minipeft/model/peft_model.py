@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -16,19 +15,17 @@ from torch import Tensor, nn
 from ..core import state
 from ..core.adapter import adapter_class
 from ..core.config import PeftConfig, check_config
-from ..core.errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
-from ..core.files import make_folder, of_one_version, write_checkpoint, write_text
-from ..core.targets import embedding
+from ..core.errors import AdapterNameError, CheckpointError, ConfigError, UnsupportedFeatureError
+from ..core.files import make_folder, write_checkpoint, write_text
 from ..core.tuner import FORWARD_ONLY, Tuner
-from ..core.walk import walk
 from . import card, checkpoint, on_layers, prompt, status
+from .adapted import AdaptedModel
 from .hub import push_to_hub
-from .utils import require_grad
 
 TASKS: dict[str, type[PeftModel]] = {}  # task_type -> class; tasks.py fills it
 
 
-class PeftModel(nn.Module):
+class PeftModel(AdaptedModel):
     """A model with one or more adapters of one method.
 
     `model` is changed in place: adapted layers are replaced, everything else is frozen. Attributes: `base_model` (the
@@ -40,7 +37,6 @@ class PeftModel(nn.Module):
     """
 
     _joins = prompt.Joins()  # how prompts are joined to the input
-    base_model: Any
 
     def __init__(
         self,
@@ -74,6 +70,15 @@ class PeftModel(nn.Module):
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1
 
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
+        return TASKS.get(config.task_type or "", cls)
+
+    @classmethod
+    def _check_loads(cls, config: PeftConfig, is_trainable: bool) -> None:
+        if config.is_prompt_learning and is_trainable:
+            raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+
     def _complete(self, config: Any) -> None:
         """Add to a configuration what the class of the model implies, before it is used."""
 
@@ -104,15 +109,6 @@ class PeftModel(nn.Module):
         if name not in self.peft_config:
             raise AdapterNameError("The model has no active adapter; add one, or set one with `set_adapter`.")
         return self.peft_config[name]
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """Names of the modules that are trained in full and saved with the adapters."""
-        names: set[str] = set()
-        for config in self.peft_config.values():
-            own = getattr(config, "modules_to_save", None) or ()
-            names.update([own] if isinstance(own, str) else own)
-        return names or None
 
     @property
     def has_active_enabled_adapter(self) -> bool:
@@ -203,37 +199,11 @@ class PeftModel(nn.Module):
         """The model's own `generate`, with the active adapters; takes `adapter_names` as `forward` does."""
         return self._adapters.generate(self, *args, **kwargs)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
-                raise
-            return getattr(self.base_model, name)
-
-    def _prepare_model_for_gradient_checkpointing(self, model: Any) -> nn.Module:
-        """Let gradients begin at the embeddings' output, as reentrant checkpointing needs."""
-        flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
-        quantised = any(getattr(model, flag, False) for flag in flags)
-        if not quantised and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        elif not quantised and (words := embedding(model)) is not None:
-            words.register_forward_hook(require_grad)
-        return model
-
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """See `_prepare_model_for_gradient_checkpointing`; kept under PEFT's public name."""
         self._prepare_model_for_gradient_checkpointing(model)
 
     # ---------------------------------------------------------------------------------------------------------- counts
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) numbers of parameters; packed 4-bit weights count as the numbers they stand for."""
-        return status.count_parameters(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print both numbers and the percentage."""
-        status.print_parameters(self)
-
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
         """One record for each adapted layer; see `minipeft.get_layer_status`."""
         return status.get_layer_status(self)
@@ -329,138 +299,3 @@ class PeftModel(nn.Module):
         """
         if (text := card.model_card(self, Path(output_dir, "README.md"))) is not None:
             write_text(output_dir, "README.md", text)
-
-    # --------------------------------------------------------------------------------------------------------- loading
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: nn.Module,
-        model_id: str | os.PathLike,
-        adapter_name: str = "default",
-        is_trainable: bool = False,
-        config: PeftConfig | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> PeftModel:
-        """`model` with a saved adapter, frozen and in eval mode unless `is_trainable`.
-
-        `model_id` is a folder, or a hub id when huggingface_hub is installed. `config` takes the place of the saved
-        configuration. `strict=False` warns about missing and unexpected tensors instead of raising, and
-        `ignore_mismatched_sizes=True` about those of another shape, which keep their initial values. No frozen tensor
-        of `model` changes, but for whole embedding layers that the checkpoint holds as the model's own
-        (`save_embedding_layers`): those are written into it.
-
-        Raises `CheckpointError` when the files cannot be read or do not fit; `model` is then as it was.
-        """
-
-        def read() -> tuple[Any, dict[str, Tensor]]:
-            own, mapping = configuration(model_id, config, ephemeral_gpu_offload, **kwargs), key_mapping
-            _check_trainable(own, is_trainable)
-            if mapping is None and not own.is_prompt_learning:
-                mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-            return own, state.load_peft_weights(model_id, device, mapping, **kwargs)
-
-        device = kwargs.pop("torch_device", None) or "cpu"
-        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
-        config.inference_mode = not is_trainable
-        peft_model = TASKS.get(config.task_type or "", cls)._loaded(
-            model,
-            config,
-            adapter_name,
-            autocast=autocast_adapter_dtype,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            weights=weights,
-            **_leniency(kwargs),
-        )
-        if not is_trainable:
-            peft_model.eval()
-        return peft_model
-
-    @classmethod
-    def _loaded(cls, model: nn.Module, config: PeftConfig, name: str, **options: Any) -> PeftModel:
-        peft_model = cls.__new__(cls)
-        nn.Module.__init__(peft_model)
-        peft_model._setup(model, config, name, **options)
-        return peft_model
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike,
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Add a saved adapter under `adapter_name`, or load it into the adapter of that name.
-
-        It does not become active. The model goes into eval mode unless `is_trainable`. Further options are those of
-        `from_pretrained`. Returns the missing and the unexpected keys. Raises `CheckpointError` when the files do not
-        fit; the model is then as it was.
-        """
-        if adapter_name in self.peft_config:
-            weights = state.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
-            options = _leniency(kwargs)
-            report = checkpoint.set_peft_model_state_dict(
-                self, weights, adapter_name, options["ignore"], strict=options["strict"]
-            )
-        else:
-
-            def read() -> tuple[Any, dict[str, Tensor]]:
-                own = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
-                _check_trainable(own, is_trainable)
-                return own, state.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
-
-            config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
-            config.inference_mode = not is_trainable
-            self._check_new_adapter_config(config)
-            options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast": autocast_adapter_dtype}
-            report = self._add(adapter_name, config, weights=weights, **options, **_leniency(kwargs))
-            if is_trainable:
-                self.set_requires_grad(adapter_name)
-        if not is_trainable and any(module.training for _, _, module in walk(self)):  # adapters are as their layers
-            self.eval()
-        return report
-
-    def _check_new_adapter_config(self, config: PeftConfig, is_trainable: bool = False) -> None:
-        other: Any
-        beside = [config, *self.peft_config.values()] if not config.is_prompt_learning and self.peft_config else []
-        for other in (c for c in beside if isinstance(getattr(c, "init_lora_weights", None), str)):
-            kind = adapter_class(other)
-            if not kind.rewrites and kind.changes_base(other):
-                warnings.warn(
-                    f"init_lora_weights={other.init_lora_weights!r} changes the base weights, so it should not be used "
-                    "beside other adapters. Save it with path_initial_model_for_weight_conversion to make a plain LoRA "
-                    "of it.",
-                    PeftWarning,
-                )
-                return
-
-
-def _check_trainable(config: PeftConfig, is_trainable: bool) -> None:
-    if config.is_prompt_learning and is_trainable:
-        raise ConfigError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
-
-
-def _leniency(options: Mapping[str, Any]) -> dict[str, bool]:
-    """What the options of loading say of tensors that do not fit."""
-    return {"strict": options.get("strict", True), "ignore": options.get("ignore_mismatched_sizes", False)}
-
-
-def configuration(model_id: Any, config: PeftConfig | None, offload: bool, **kwargs: Any) -> Any:
-    if config is None:
-        own = ("torch_device", "strict", "ignore_mismatched_sizes", "use_safetensors")
-        options = {k: v for k, v in kwargs.items() if k not in own}
-        config = PeftConfig.from_pretrained(model_id, **options)
-    check_config(config)
-    if hasattr(config, "runtime_config"):
-        config.runtime_config.ephemeral_gpu_offload = offload
-    elif offload:
-        warnings.warn("Ephemeral GPU offloading is not supported for this method. Ignoring.", PeftWarning)
-    return config

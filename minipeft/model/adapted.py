@@ -1,0 +1,199 @@
+"""What a PeftModel and a PeftMixedModel have in common: they come from files, and stand for the model inside."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from ..core import state
+from ..core.adapter import adapter_class
+from ..core.config import PeftConfig, check_config
+from ..core.errors import PeftWarning
+from ..core.files import of_one_version
+from ..core.targets import embedding
+from ..core.walk import walk
+from . import checkpoint, status
+from .utils import require_grad
+
+M = TypeVar("M", bound="AdaptedModel")
+
+
+class AdaptedModel(nn.Module):
+    """A model with adapters, which knows their configurations by name.
+
+    A class gives `peft_config`, `_setup` (put the first adapter on), `_add` (a further one), `set_requires_grad` and
+    `_check_loads` (whether it takes an adapter from a file at all).
+    """
+
+    base_model: Any
+    peft_config: Any
+
+    def _setup(self, model: Any, config: PeftConfig, name: str, **options: Any) -> None:
+        raise NotImplementedError
+
+    def _add(self, name: str, config: Any, **options: Any) -> Any:
+        raise NotImplementedError
+
+    @classmethod
+    def _class_for(cls, config: PeftConfig) -> type[Any]:
+        """The class of a model that is loaded with this configuration."""
+        return cls
+
+    @classmethod
+    def _check_loads(cls, config: PeftConfig, is_trainable: bool) -> None:
+        """Raise `ConfigError` where an adapter of this configuration is not to be loaded."""
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that are trained in full and saved with the adapters."""
+        names: set[str] = set()
+        for config in self.peft_config.values():
+            own = getattr(config, "modules_to_save", None) or ()
+            names.update([own] if isinstance(own, str) else own)
+        return names or None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+    def _prepare_model_for_gradient_checkpointing(self, model: Any) -> nn.Module:
+        """Let gradients begin at the embeddings' output, as reentrant checkpointing needs."""
+        flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
+        quantised = any(getattr(model, flag, False) for flag in flags)
+        if not quantised and hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        elif not quantised and (words := embedding(model)) is not None:
+            words.register_forward_hook(require_grad)
+        return model
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters; packed 4-bit weights count as the numbers they stand for."""
+        return status.count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print both numbers and the percentage."""
+        status.print_parameters(self)
+
+    # --------------------------------------------------------------------------------------------------------- loading
+    @classmethod
+    def from_pretrained(
+        cls: type[M],
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> M:
+        """`model` with a saved adapter, frozen and in eval mode unless `is_trainable`.
+
+        `model_id` is a folder, or a hub id when huggingface_hub is installed. `config` takes the place of the saved
+        configuration. `strict=False` warns about missing and unexpected tensors instead of raising, and
+        `ignore_mismatched_sizes=True` about those of another shape, which keep their initial values. No frozen tensor
+        of `model` changes, but for whole embedding layers that the checkpoint holds as the model's own
+        (`save_embedding_layers`): those are written into it.
+
+        Raises `CheckpointError` when the files cannot be read or do not fit; `model` is then as it was.
+        """
+
+        def read() -> tuple[Any, dict[str, Tensor]]:
+            own, mapping = configuration(model_id, config, ephemeral_gpu_offload, **kwargs), key_mapping
+            cls._check_loads(own, is_trainable)
+            if mapping is None and not own.is_prompt_learning:
+                mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+            return own, state.load_peft_weights(model_id, device, mapping, **kwargs)
+
+        device = kwargs.pop("torch_device", None) or "cpu"
+        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
+        config.inference_mode = not is_trainable
+        adapted = object.__new__(cls._class_for(config))
+        nn.Module.__init__(adapted)
+        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast": autocast_adapter_dtype}
+        adapted._setup(model, config, adapter_name, weights=weights, **options, **_leniency(kwargs))
+        return adapted if is_trainable else adapted.eval()
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Add a saved adapter under `adapter_name`, or load it into the adapter of that name.
+
+        It does not become active. The model goes into eval mode unless `is_trainable`. Further options are those of
+        `from_pretrained`. Returns the missing and the unexpected keys. Raises `CheckpointError` when the files do not
+        fit; the model is then as it was.
+        """
+        if adapter_name in self.peft_config:
+            weights = state.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
+            options = _leniency(kwargs)
+            report = checkpoint.set_peft_model_state_dict(
+                self, weights, adapter_name, options["ignore"], strict=options["strict"]
+            )
+        else:
+
+            def read() -> tuple[Any, dict[str, Tensor]]:
+                own = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
+                self._check_loads(own, is_trainable)
+                return own, state.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
+
+            config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
+            config.inference_mode = not is_trainable
+            self._check_new_adapter_config(config)
+            options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast": autocast_adapter_dtype}
+            report = self._add(adapter_name, config, weights=weights, **options, **_leniency(kwargs))
+            if is_trainable:
+                self.set_requires_grad(adapter_name)
+        if not is_trainable and any(module.training for _, _, module in walk(self)):  # adapters are as their layers
+            self.eval()
+        return report
+
+    def _check_new_adapter_config(self, config: PeftConfig, is_trainable: bool = False) -> None:
+        other: Any
+        beside = [config, *self.peft_config.values()] if not config.is_prompt_learning and self.peft_config else []
+        for other in (c for c in beside if isinstance(getattr(c, "init_lora_weights", None), str)):
+            kind = adapter_class(other)
+            if not kind.rewrites and kind.changes_base(other):
+                warnings.warn(
+                    f"init_lora_weights={other.init_lora_weights!r} changes the base weights, so it should not be used "
+                    "beside other adapters. Save it with path_initial_model_for_weight_conversion to make a plain LoRA "
+                    "of it.",
+                    PeftWarning,
+                )
+                return
+
+
+def _leniency(options: Mapping[str, Any]) -> dict[str, bool]:
+    """What the options of loading say of tensors that do not fit."""
+    return {"strict": options.get("strict", True), "ignore": options.get("ignore_mismatched_sizes", False)}
+
+
+def configuration(model_id: Any, config: PeftConfig | None, offload: bool, **kwargs: Any) -> Any:
+    if config is None:
+        own = ("torch_device", "strict", "ignore_mismatched_sizes", "use_safetensors")
+        options = {k: v for k, v in kwargs.items() if k not in own}
+        config = PeftConfig.from_pretrained(model_id, **options)
+    check_config(config)
+    if hasattr(config, "runtime_config"):
+        config.runtime_config.ephemeral_gpu_offload = offload
+    elif offload:
+        warnings.warn("Ephemeral GPU offloading is not supported for this method. Ignoring.", PeftWarning)
+    return config
