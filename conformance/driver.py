@@ -95,6 +95,10 @@ class Driver:
         """Live parameter name -> is it trainable, for the whole adapted model."""
         raise Unsupported("live parameter names")
 
+    def held(self) -> list:
+        """Live names of all that the adapted model holds: parameters and buffers."""
+        raise Unsupported("live names of buffers")
+
     def count(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters."""
         raise Unsupported("parameter counts")

@@ -20,12 +20,12 @@ from ..reference import arrow, beginnings, dropout, formulas, generating, kappa,
 from ..reference.combine import combined
 from ..reference.laws import rebuilt_inputs
 from ..reference.method import KEY, slots
-from ..reference.methods import lora, methods, monteclora, xlora
+from ..reference.methods import lily, lora, methods, monteclora, xlora
 from ..reference.methods.prefix_tuning import packed
 from ..reference.numpy_model import apply_layer, parameters_of, sites
 
-OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved",
-       "drawn", "taken", "rebuilding", "is_unsaved", "likeness", "ties")  # what faults change besides operations
+OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved", "drawn",
+       "taken", "rebuilding", "is_unsaved", "likeness", "ties", "shared_by")  # what faults change besides operations
 
 
 class Oracle(Driver):
@@ -43,8 +43,8 @@ class Oracle(Driver):
                 "dtypes": ["float64", "float32", "bfloat16", "float16"]}
 
     def build(self, base, weights, config, dtype, case="", seed=0):
-        if base.get("model") == "skeleton":
-            raise Unsupported("models without values")
+        if base.get("model") == "skeleton" or case.endswith("/decomposed"):
+            raise Unsupported("models without values, and randomised decompositions")
         self.method: Any = methods()[case.split("/")[0]] if case else None
         self.case: Any = next((c for c in store.all_cases() if c.id == case), None)
         self.base, self.dtype, self.seed = base, dtype, seed
@@ -145,6 +145,8 @@ class Oracle(Driver):
         if "model_type" in self.base and not config.get("target_modules"):
             keys = self.by_type(self.base["model_type"])
             return [p for p, _, _ in self.base["layers"] if any(k.startswith(f"{KEY}{p}.") for k in keys)]
+        if self.method.name == "trainable_tokens" and not config.get("target_modules") and "input_layer" in self.base:
+            return [self.base["input_layer"]]
         if "layers" in self.base:
             found = rules.adapted(self.base, config, self.rules)
         else:
@@ -215,9 +217,23 @@ class Oracle(Driver):
             tensors = {k: self.words(len(v)) for k, v in tensors.items()}
         if self.ties(config):
             tensors = tying.both(tensors)
+        for keys in self.shared(config, tensors):
+            tensors |= dict.fromkeys(keys, tensors[keys[0]])
         self.adapters[name] = (copy.deepcopy(config), self.pruned(config, tensors))
         if config.get("inference_mode") and not method.prompt:
             self.asked[name] = False
+
+    def shared(self, config, tensors) -> list:
+        """Groups of keys under which there is one tensor of Lily's."""
+        groups: dict = {}
+        for slot, stride in ((lily.A, config.get("stride_A", 1)), (lily.B, len(tensors))):
+            for i, key in enumerate(k for k in tensors if k.endswith(slot)):
+                groups.setdefault((np.shape(tensors[key]), slot, self.shared_by(i, stride)), []).append(key)
+        return list(groups.values())
+
+    def shared_by(self, i, stride):
+        """Which layers of a kind share A: a number for each."""
+        return i // stride
 
     def embedding(self):
         return next(v for k, v in self.base_weights.items() if "emb" in k and len(v) == self.base["vocab"])
@@ -468,6 +484,8 @@ class Oracle(Driver):
         found = self.live_gradients(inputs, cotangent)
         if self.ties(config):
             found = tying.summed(found)
+        for keys in self.shared(config, tensors):
+            found |= dict.fromkeys(keys, sum(np.asarray(found[k], np.float64) for k in keys))
         self.adapters[self.chosen[0]] = (config, {k: v - rate * found.get(k, 0) for k, v in tensors.items()})
 
     def allocate(self, step):
@@ -485,7 +503,8 @@ class Oracle(Driver):
     def state_dict(self, name="default"):
         if self.begun:
             return {k: self.rounded(v) for k, v in self.adapters[name][1].items()}
-        return {k: self.rounded(v) for k, v in self.saved(name).items()}
+        return {k: v.astype(np.int32) if self.method.tensors.is_whole(k) else self.rounded(v)
+                for k, v in self.saved(name).items()}
 
     def names(self):
         if self.case is None:
@@ -505,6 +524,9 @@ class Oracle(Driver):
                 on = self.asked.get(adapter, on)
                 found[".".join(adapter if p == "default" else p for p in parts)] = trained and on and self.for_training
         return found
+
+    def held(self):
+        return list(self.names())
 
     def active(self):
         return list(self.chosen)
@@ -589,7 +611,11 @@ class Oracle(Driver):
             options = {**options, "density": 1.0}
         self.others[new] = self.others.get(names[0], self.kept)
         if self.method.name == "ia3":
-            self.adapters[new] = (configs[0], {k: sum(w * t[k] for w, t in zip(weights, tensors)) for k in tensors[0]})
+            several = ("target_modules", "feedforward_modules")
+            fields = {f: sorted({m for c in configs for m in c.get(f) or ()}) for f in several if configs[0].get(f)}
+            keys = {k for t in tensors for k in t}
+            self.adapters[new] = ({**configs[0], **fields}, {
+                k: sum(w * t[k] for w, t in zip(weights, tensors) if k in t) for k in sorted(keys)})
             return
         if self.method.name != "lora":
             raise Unsupported("make an adapter of others of this method")

@@ -220,7 +220,7 @@ class PeftApi(Driver):
     def tensors(self, tensors):
         return {k: to_torch(v, self.dtype) for k, v in tensors.items()}
 
-    def held(self, name="default"):
+    def saved(self, name="default"):
         """What a checkpoint holds, as it is now."""
         return self.peft.get_peft_model_state_dict(self.model, adapter_name=name)
 
@@ -296,20 +296,23 @@ class PeftApi(Driver):
         try:
             for p in params:
                 p.data = torch.full_like(p, float("nan"))
-            trained = {k: torch.isnan(v) for k, v in self.held().items()}
+            trained = {k: torch.isnan(v) for k, v in self.saved().items()}
             for p, new in zip(params, made):
                 p.data = new
-            state = self.held()
+            state = self.saved()
             return {k: to_numpy(v * trained[k]) for k, v in state.items() if trained[k].any()}
         finally:
             for p, old in zip(params, kept):
                 p.data = old
 
     def state_dict(self, name="default"):
-        return {k: to_numpy(v) for k, v in self.held(name).items()}
+        return {k: to_numpy(v) for k, v in self.saved(name).items()}
 
     def names(self):
         return {k: p.requires_grad for k, p in self.model.named_parameters()}
+
+    def held(self):
+        return [name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())]
 
     def count(self):
         return tuple(self.model.get_nb_trainable_parameters())

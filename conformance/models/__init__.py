@@ -57,17 +57,17 @@ class States(Net):
 
 
 class TellingNet(Net):
-    """A Net that says itself what its output layer is, as models of transformers do."""
+    """A Net that says itself what its first and its output layer are, as models of transformers do."""
 
     def __init__(self, base):
         super().__init__(base["layers"])
-        self.output = base["output"]
+        self.input, self.output = base.get("input_layer"), base["output"]
 
     def get_output_embeddings(self):
         return self.get_submodule(self.output) if self.output else None
 
     def get_input_embeddings(self):
-        return None
+        return self.get_submodule(self.input) if self.input else None
 
 
 def pretrained(base):
@@ -91,7 +91,7 @@ def pretrained(base):
             return self.get_submodule(base["output"]) if base["output"] else None
 
         def get_input_embeddings(self):
-            return None
+            return self.get_submodule(base["input_layer"]) if "input_layer" in base else None
 
     return PretrainedNet()
 

@@ -127,5 +127,8 @@ class DecoderLM(nn.Module):
     def prepare_inputs_for_generation(self, *args, **kwargs):
         return kwargs
 
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **unused):
-        return Output(logits=self.head(self.model(input_ids, attention_mask, inputs_embeds).last_hidden_state))
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **unused):
+        logits, loss = self.head(self.model(input_ids, attention_mask, inputs_embeds).last_hidden_state), None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return Output(logits=logits, loss=loss)

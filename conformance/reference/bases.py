@@ -121,6 +121,8 @@ BASES = {
                   tanh("act2"), lin("head", 10, 4), shape=[6]),
     "tokens-mlp": net(["embed_tokens", "Embedding", {"num_embeddings": 12, "embedding_dim": 8}], lin("up", 8, 10),
                       tanh("act1"), lin("mid", 10, 10), tanh("act2"), lin("head", 10, 4), shape=[5], below=12),
+    "words": {**net(["wte", "Embedding", {"num_embeddings": 12, "embedding_dim": 8}], tanh("act1"), lin("mid", 8, 8),
+                    tanh("act2"), lin("head", 8, 4), shape=[5], below=12), "output": "head", "input_layer": "wte"},
     "states": states("inputs_embeds", lin("up", 6, 10), tanh("act1"), lin("mid", 10, 10), tanh("act2"),
                      lin("head", 10, 4), shape=[5, 6]),
     "states-words": states("input_ids", ["emb", "Embedding", {"num_embeddings": 12, "embedding_dim": 6}],

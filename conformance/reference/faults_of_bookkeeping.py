@@ -34,6 +34,11 @@ def keeps_settings(o, right, name, config):
     o.adapters[name] = {**own, "lora_alpha": held}, tensors
 
 
+def deletes_and_tells(o, right, name):
+    o.deleted = True
+    right(name)
+
+
 def delete_leaves_none(o, right, name):
     """Of several that are active, deleted one by one, the last leaves none."""
     last = o.chosen == [name] and vars(o).get("several")
@@ -584,6 +589,9 @@ FAULTS = {
       ("usage/narrowing",)),
     f("patterns-of-names", "keys of rank_pattern and its like are names, not regular expressions",
       {"build": names_alone}, "usage", ("usage/patterns",)),
+    f("deleting-leaves-buffers", "a deleted adapter leaves a buffer",
+      {"held": lambda o, right: [*right(), *(f"up.norm.{a}" for a in ("other",) if vars(o).get("deleted"))],
+       "delete": deletes_and_tells}, "usage", ("usage/deleted-whole",)),
     f("off-until-a-context-ends", "what was switched off is on when a context ends in which it was off, too",
       {"disable": lambda o, right, off: right(off) if off else setattr(o, "off", 0)}, "usage",
       ("usage/switched-off",)),

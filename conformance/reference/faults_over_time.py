@@ -417,6 +417,12 @@ SUBSPACES = tuple(f(id, what, change, "usage", ("usage/subspaces",)) for id, wha
 ))
 
 
+def inputs_of_the_first(o, right, names, weights, new, options):
+    right(names, weights, new, options)
+    config, tensors = o.adapters[new]
+    o.adapters[new] = {**config, "feedforward_modules": o.adapters[names[0]][0].get("feedforward_modules")}, tensors
+
+
 def keeps_counts(o, right, name, config):
     """How many numbers each layer has is found once for each name."""
     if config.get("proportional_parameters"):
@@ -425,6 +431,15 @@ def keeps_counts(o, right, name, config):
     right(name, config)
 
 
+COMBINED = (f("combined-inputs-of-the-first", "an adapter made of others scales those inputs that the first one scales",
+              {"combine": inputs_of_the_first}, "usage", ("usage/combine-other-layers",)),)
+NAMED = (f("merges-what-is-active", "the active adapter is merged for good, whichever is named",
+           {"unload": lambda o, right, merge, names=None: right(merge)}, "usage", ("usage/merged-over",)),)
+SHARED = (f("shares-in-strides", "layers share A with every second one, not with the next",
+            {"shared_by": lambda o, right, i, stride: i % stride}, "usage", ("usage/shared-factors",)),)
+CAST = (f("whole-numbers-are-cast", "indices get the dtype of the base", {
+    "state_dict": lambda o, right, *a: {k: np.asarray(v, np.float32) for k, v in right(*a).items()}}, "usage",
+          ("usage/autocast",)),)
 COUNTS = (f("counts-stay", "an adapter has the proportional numbers of the one that had its name before",
             {"add": keeps_counts}, "usage", ("usage/reused-name",)),)
 ROWS_DROPPED = (
@@ -525,6 +540,16 @@ CONDITIONED = (
 )
 
 
+def without_own_loss(o, right, inputs, cotangent):
+    config, tensors = o.adapters["default"]
+    o.adapters["default"] = {**config, "auxiliary_loss_weight": 0.0}, tensors
+    try:
+        return right(inputs, cotangent)
+    finally:
+        o.adapters["default"] = config, tensors
+        o.told = ((), {})
+
+
 def noisy(id, what, change):
     return Fault(id, what, change, ("law/noise",))
 
@@ -538,11 +563,13 @@ PARTS = (Fault("parts-drop-alike", "both pairs read the same dropped input", {"d
                ("law/dropout-together",)),)
 ROUTER = Fault("router-untrained", "what is drawn has no gradient in training", {"gradients": logits_without},
                ("law/training-reaches-all",))
+UNHEARD = Fault("own-loss-untrained", "the small decoder's own loss has no gradient",
+                {"live_gradients": without_own_loss}, ("usage",), ("usage/auxiliary-loss",))
 PADDING = Fault("padding-is-read", "the mask of a prompt is behind that of the text when text is generated from it",
                 {"generate": mask_first}, ("usage",), ("usage/generate-from-padded",))
 NOISY = {"gralora": PARTS, "pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED,
                                                                                    ROUTER),
-         "monteclora": (HALF, NEVER, REPEATED), "shadow": (BATCH, NEVER, KEPT, REPEATED),
+         "monteclora": (HALF, NEVER, REPEATED), "shadow": (BATCH, NEVER, KEPT, REPEATED, UNHEARD),
          "xlora": (BATCH, NEVER, KEPT, REPEATED, *ROUTED), "p_tuning": (NEVER, KEPT, REPEATED, PADDING)}
 def taken_never(o, right, how, known):
     return known
@@ -562,4 +589,5 @@ REBUILT = (
     Fault("rebuilt-unscaled", "scale is not read", {"rebuilding": rescaled_inputs}, ("law/rebuilt-inputs",)),
 )
 FAULTS = {"lora": (*TRAINING, *STATES, *FILES, *CONDITIONED, *TIED), "adalora": RANKS, "adamss": SUBSPACES,
-          "loha": ROWS_DROPPED, "velora": REBUILT, "waveft": COUNTS, **NOISY}
+          "loha": ROWS_DROPPED, "velora": REBUILT, "waveft": COUNTS, "ia3": COMBINED,
+          "ln_tuning": NAMED, "lily": SHARED, "supertuning": CAST, "shira": CAST, **NOISY}

@@ -103,7 +103,10 @@ def output(method, base, weights, tensors, config, inputs, held=None, formula=No
         return y
     loss = loss or (method.prompt.loss if method.prompt else None)
     own = loss is not None and joined
-    penalty = method.penalty(tensors, config) if method.penalty and tensors else 0.0
+    penalty = 0.0
+    if method.penalty and tensors:
+        more = asked(method.penalty, base=base, weights=weights, inputs=inputs)
+        penalty = method.penalty(tensors, config, **more)
     return np.array([penalty + (loss(y, inputs, config) if own else numpy_model.loss(base, y, inputs["labels"]))])
 
 

@@ -68,6 +68,7 @@ class Tensors:
     # (field of the config, slots or whole keys): where the field is False, a checkpoint lacks these
     unsaved: tuple = ()
     exact: bool = False  # those are not rounded to 8 bits: the reference computes others from its own, not from them
+    whole: tuple = ()  # slots whose numbers are whole, whatever dtype the others have
     # fixed(key, shape, config) -> True where an entry of a saved tensor is not trained though others are
     fixed: Callable | None = None
     # fresh(site, tensors, config) -> tensors that a new adapter takes from the base (DoRA's magnitude, copied rows)
@@ -85,6 +86,10 @@ class Tensors:
     # gauges(config, paths) -> the choices that an implementation has, each {key: array}: multiplying the adapter's
     # tensors by it undoes the choice. The checks take the one that comes closest to the golden
     gauges: Callable | None = None
+
+    def is_whole(self, key: str) -> bool:
+        """Is this a tensor of whole numbers?"""
+        return key.endswith(self.whole)
 
     def is_frozen(self, key: str) -> bool:
         """Is this saved tensor one that is not trained?"""
@@ -159,7 +164,8 @@ class Method:
     tensors: Tensors = Tensors()
     faults: tuple = ()
     merges: bool = True
-    penalty: Callable | None = None  # penalty(tensors by key, config) -> what is added to the model's own loss
+    # penalty(tensors by key, config[, base][, weights][, inputs]) -> what is added to the model's own loss
+    penalty: Callable | None = None
     budget: Budget | None = None
     # files(folder): write what configs name by path, into `folder`/adapters
     files: Callable | None = None

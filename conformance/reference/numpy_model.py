@@ -319,6 +319,6 @@ def loss(base, logits, labels):
         return cross_entropy(logits, labels)
     missing = np.full((len(labels), logits.shape[1] - labels.shape[1]), NO_LABEL)
     labels = np.concatenate([missing, labels], 1)
-    if base["model"] == "causal_lm":
+    if base["model"] in ("causal_lm", "decoder"):
         return cross_entropy(logits[:, :-1], labels[:, 1:])
     return cross_entropy(logits, labels)

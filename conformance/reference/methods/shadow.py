@@ -5,7 +5,7 @@ from math import erf
 import numpy as np
 
 from ..method import KEY, Fault, Laws, Method, Row, Tensors
-from ..numpy_model import apply_layer, decode, sites
+from ..numpy_model import apply_layer, decode, loss, sites
 
 DIM, HEADS, KV_HEADS, DEPTH, VOCAB = 8, 2, 1, 3, 13  # of the decoders; KV_HEADS of that with Llama's names
 HEAD = DIM // HEADS
@@ -80,6 +80,15 @@ def start(base, weights, t, c, inputs):
     s = decode(small, sites(small, {f"model.{k}": v for k, v in own.items()}), np.asarray(words)[inputs["input_ids"]],
                {})
     return s @ t[PROJECTION].T if PROJECTION in t else s
+
+
+def own_loss(tensors, c, base, weights, inputs):
+    """What the small decoder's own prediction, by the model's head, is worth: eq. 8 and 9."""
+    if c.get("task_type") != "CAUSAL_LM":
+        return 0.0
+    t = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
+    logits = start(base, weights, t, c, inputs) @ weights["head.weight"].T
+    return c.get("auxiliary_loss_weight", 0.05) * loss(base, logits, inputs["labels"])
 
 
 def advance(s, t, g):
@@ -159,7 +168,7 @@ def idle(key, c):
 METHOD = Method(
     name="shadow", peft_type="SHADOW", title="Shadow", paper="https://arxiv.org/abs/2604.19254",
     equation="h_l = F_l(h + a U D (h - s)), s_l = (1 - g) s + g t", rows=ROWS, shapes=lambda site, c: {}, route=route,
-    faults=FAULTS, merges=False,
+    faults=FAULTS, merges=False, penalty=own_loss,
     tensors=Tensors(shared=shared, perturb=perturb, neutral={f"{UP}.weight": 0.0}),
     laws=Laws(draw={"r": [1, 3], "shadow_alpha": [0.5, 1.0], "update_hidden_size": [None, 2],
                     "shadow_hidden_size": [None, 4], "share_embeddings": [True, False]}, stacks=False,

@@ -64,6 +64,7 @@ FAULTS = (
 METHOD = Method(
     name="shira", peft_type="SHIRA", title="SHiRA", paper="https://arxiv.org/abs/2406.13175",
     equation="W' = W + D, D of r (in + out) entries", rows=ROWS, shapes=shapes, formula=formula, faults=FAULTS,
-    tensors=Tensors(perturb=perturb, fresh=fresh, frozen=("shira_indices",), neutral={"shira_weight": 0.0}),
+    tensors=Tensors(whole=("shira_indices",), perturb=perturb, fresh=fresh, frozen=("shira_indices",),
+                    neutral={"shira_weight": 0.0}),
     laws=Laws(draw={"r": [1, 3], "target_modules": [["up", "mid"]]}, mixed_batch=True),
 )

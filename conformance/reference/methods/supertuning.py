@@ -73,7 +73,7 @@ METHOD = Method(
     name="supertuning", peft_type="SUPERTUNING", title="Super-Tuning", paper="https://arxiv.org/abs/2607.09287",
     equation="W' = W + D + (alpha / r) B A, D where |W| is largest", rows=ROWS, shapes=shapes, formula=formula,
     faults=FAULTS,
-    tensors=Tensors(perturb=perturb, fresh=fresh, frozen=("supertuning_indices",),
+    tensors=Tensors(whole=("supertuning_indices",), perturb=perturb, fresh=fresh, frozen=("supertuning_indices",),
                     unsaved=("save_precomputed_indices", ("supertuning_indices",)),
                     neutral={"supertuning_values": 0.0, "supertuning_lora_B.weight": 0.0}),
     laws=Laws(draw={"sparsity": [0.5, 0.9], "r": [None, 2], "target_modules": [["up", "mid"]]}, mixed_batch=True),

@@ -57,6 +57,15 @@ def deletion(driver, case, method):
     same_output(driver, case, "output of the adapter that is left")
 
 
+def deleted_whole(driver, case, method):
+    """Nothing is left of an adapter that is deleted: no parameter, and no buffer."""
+    driver.build(case.base, case.tensors("base"), case.config, "float32", case=case.id)
+    before = driver.held()
+    driver.add("other", second_of(case, method))
+    driver.delete("other")
+    same_set("what the model holds after an adapter was added and deleted", driver.held(), before)
+
+
 def one_of_several(driver, case, method):
     """Deleting one of two active adapters leaves the other one active, though a third came before it."""
     start(driver, case, "float32")
@@ -241,7 +250,8 @@ def of(method) -> dict:
     chosen = bool(method.rows[0].config.get("target_modules"))
     alike = layers and several and method.tensors.gauges is None and set(method.laws.second) <= {"inference_mode"} \
         and method.name != "adamss"  # whose shapes depend on the weights
-    return {reused_name: alike, deletion: several, one_of_several: several and method.laws.together and layers,
-            switched_off: layers, failed_add: layers and several and chosen, unknown_name: True, held_configs: True,
+    return {reused_name: alike, deletion: several, deleted_whole: several, switched_off: layers,
+            one_of_several: several and method.laws.together and layers,
+            failed_add: layers and several and chosen, unknown_name: True, held_configs: True,
             for_use: layers, require_grad: layers and several,
             loading_modes: layers and several and not method.laws.second}

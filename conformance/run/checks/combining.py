@@ -90,6 +90,34 @@ def combine_ia3(driver, case, method):
         method, case.base, case.tensors("base"), sums, case.config, case.tensors("input")), "float32")
 
 
+def combine_ia3_others(driver, case, method):
+    """Of adapters on different layers: all of these, those of the input as well as those of the output.
+
+    On a layer that only one is on, the other one counts as 0, as in PEFT, or as 1, which is what it does there.
+    """
+    base = case.tensors("base")
+    configs = [{**case.config, "target_modules": targets, "feedforward_modules": inputs} for targets, inputs in (
+        (["up"], ["up"]), (["mid", "head"], ["head"]))]
+    driver.build(case.base, base, configs[0], "float32", case=f"{method.name}/combined")
+    driver.add("other", configs[1])
+    drawn: list[dict] = []
+    for name in ("default", "other"):
+        drawn.append(draw_adapter(method, driver.state_dict(name), set(), rng_of(f"ia3 {name}")))
+        driver.load(drawn[-1], name)
+    driver.combine(["default", "other"], [0.75, 0.5], "both", {})
+    whole = {"target_modules": ["up", "mid", "head"], "feedforward_modules": ["up", "head"]}
+    for field, want in whole.items():
+        if sorted(got := driver.config_of("both").get(field) or ()) != sorted(want):
+            raise Failure(f"{field} in the config of an adapter made of two", expected=str(want), got=str(got))
+    driver.switch(["both"])
+    parts = {k: w * v for w, tensors in zip((0.75, 0.5), drawn) for k, v in tensors.items()}
+    neutral = {k: v + (0.75 if k in drawn[1] else 0.5) for k, v in parts.items()}  # the one that is not there is 1
+    alone, beside = (formulas.output(method, case.base, base, tensors, {**case.config, **whole}, case.tensors("input"))
+                     for tensors in (parts, neutral))
+    close("output of the adapter made of two on different layers", driver.forward(case.tensors("input")), alone,
+          "float32", also=beside)
+
+
 OTHER_LAYERS: dict[str, dict] = {
     "linear": {"combination_type": "linear"}, "cat": {"combination_type": "cat"},
     "svd": {"combination_type": "svd"}, "ties-svd": {"combination_type": "ties_svd", "density": 0.8},

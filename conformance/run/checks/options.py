@@ -12,7 +12,8 @@ from ...reference import formulas, store
 from ...reference.bases import BASES
 from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
-from ...reference.methods import lora, methods, monteclora, xlora
+from ...reference.method import KEY
+from ...reference.methods import lily, lora, methods, monteclora, xlora
 from .config import OWN
 from .goldens import same_set, start
 from .reject import refuse
@@ -173,6 +174,63 @@ def casting(driver, case, method):
                   case.tensors("out")["y"], "bfloat16")
 
 
+def shared_factors(driver, case, method):
+    """Of Lily's layers of one kind all have one B, and as many as `stride_A` says, one after the other, one A."""
+    base, rng = BASES["blocks"], rng_of("shared factors")
+    weights, inputs = draw_base(base, rng), draw_inputs(base, {}, rng)
+    for stride, groups in ((1, [0, 1, 2]), (2, [0, 0, 2]), (3, [0, 0, 0])):
+        config = {"peft_type": "LILY", "r": 2, "num_B": 2, "stride_A": stride, "target_modules": ["q_proj"]}
+        driver.build(base, weights, config, "float32", case=f"{method.name}/shared")
+        keys = [[f"{KEY}model.layers.{i}.q_proj.{slot}" for i in range(3)] for slot in (lily.A, lily.B)]
+        tensors = draw_adapter(method, driver.state_dict(), set(), rng)
+        tensors |= {key: tensors[keys[0][group]] for key, group in zip(keys[0], groups)}
+        tensors |= dict.fromkeys(keys[1], tensors[keys[1][0]])
+        driver.load(tensors)
+        close(f"output of layers that share A, {stride} by {stride}", driver.forward(inputs),
+              formulas.output(method, base, weights, tensors, config, inputs), "float32")
+        driver.step(inputs, rng.normal(size=(3, 4)), 0.1)
+        got = driver.state_dict()
+        for key, own in ((k, [v for v in range(3) if groups[v] == groups[i]]) for i, k in enumerate(keys[0])):
+            alike = [i for i in range(3) if np.array_equal(got[keys[0][i]], got[key])]
+            if alike != own:
+                raise Failure(f"layers that have one A after a step, with stride_A {stride}", str(own), str(alike))
+
+
+def decomposed_by_seed(driver, case, method):
+    """PSOFT's randomised decomposition, which no checkpoint holds, is that of `random_seed`."""
+    base, rng, outputs = BASES["wide"], rng_of("decomposed"), {}
+    weights, inputs = draw_base(base, rng), draw_inputs(base, {}, rng)
+    for seed, again in ((3, 0), (3, 1), (4, 0)):
+        config = {"peft_type": "PSOFT", "r": 8, "target_modules": ["up", "mid"], "psoft_svd": "lowrank",
+                  "psoft_svd_lowrank_niter": 0, "random_seed": seed}
+        driver.build(base, weights, config, "float32", case=f"{method.name}/decomposed", seed=again)
+        driver.load(draw_adapter(method, driver.state_dict(), set(), rng_of("decomposed tensors")))
+        outputs[seed, again] = driver.forward(inputs)
+    close("output by the same random_seed, another global one", outputs[3, 1], outputs[3, 0], "float32")
+    if np.allclose(outputs[4, 0], outputs[3, 0], rtol=1e-3):
+        raise Failure("the output does not depend on random_seed, with psoft_svd 'lowrank'")
+
+
+def auxiliary_loss(driver, case, method):
+    """Shadow's small decoder is trained by its own prediction, too: the loss, and how it changes with all tensors."""
+    base, weights, rng = case.base, case.tensors("base"), rng_of("auxiliary")
+    words = case.tensors("input")["input_ids"]
+    inputs = {"input_ids": words, "labels": rng.integers(0, base["vocab"], words.shape)}
+    tensors = {k: np.asarray(v, np.float64) for k, v in case.tensors("adapter").items()}
+    direction = {k: rng.normal(size=v.shape) for k, v in tensors.items()}
+    for weight in (0.0, 0.75):
+        config = {**case.config, "task_type": "CAUSAL_LM", "auxiliary_loss_weight": weight}
+        driver.build(base, weights, config, "float32", case=f"{method.name}/auxiliary")
+        driver.load(tensors)
+        loss = partial(formulas.output, method, base, weights, config=config, inputs=inputs)
+        close(f"the loss with auxiliary_loss_weight {weight}", driver.forward(inputs), loss(tensors), "float32")
+        up, down = (loss({k: v + h * direction[k] for k, v in tensors.items()}) for h in (1e-6, -1e-6))
+        found = driver.live_gradients(inputs, np.ones(1))
+        slope = sum((np.asarray(found[k], np.float64) * v).sum() for k, v in direction.items())
+        close(f"slope of the loss with auxiliary_loss_weight {weight}", np.array([slope]), (up - down) / 2e-6,
+              "float32", floor=1)
+
+
 ROUTINGS: tuple[dict, ...] = (
     {"top_k_lora": 2}, {"global_scaling_weight": 1.5}, {"top_k_lora": None}, {"scaling_pass_value": 0.25},
     {"scaling_pass_value": None}, {"global_scaling_weight": 1.0, "scaling_pass_value": 0.0})
@@ -257,6 +315,11 @@ def everything(first_case):
     yield known["lora"], "frozen-factor", partial(frozen_factor, case=first_case(known["lora"]), method=known["lora"])
     yield known["lora"], "casting", partial(casting, case=first_case(known["lora"]), method=known["lora"])
     yield known["monteclora"], "divergence", divergence
+    yield known["psoft"], "decomposed-by-seed", partial(
+        decomposed_by_seed, case=first_case(known["psoft"]), method=known["psoft"])
+    yield known["lily"], "shared-factors", partial(shared_factors, case=first_case(known["lily"]), method=known["lily"])
+    yield known["shadow"], "auxiliary-loss", partial(
+        auxiliary_loss, case=store.find("shadow/llama/plain"), method=known["shadow"])
     yield known["xlora"], "rerouted", partial(rerouted, case=store.find("xlora/linear/layerwise"),
                                               method=known["xlora"])
     yield known["xlora"], "trained-adapters", partial(trained_adapters, case=first_case(known["xlora"]))

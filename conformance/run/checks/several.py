@@ -12,8 +12,10 @@ import numpy as np
 
 from ...reference import arrow as routing
 from ...reference import formulas
+from ...reference.bases import BASES
 from ...reference.compare import Failure, close
-from ...reference.draw import draw_adapter, rng_of
+from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
+from ...reference.method import KEY
 from ...reference.methods import methods
 from ...reference.numpy_model import run
 from . import bookkeeping
@@ -266,6 +268,19 @@ def tokens(driver, case, method):
     close("output after unmerging both", driver.forward(inputs), want, "float32")
 
 
+def embedding_found(driver, case, method):
+    """Where no module is named, tokens are those of the model's own embedding, whatever that is called."""
+    base, rng = BASES["words"], rng_of("words")
+    weights, inputs, config = draw_base(base, rng), draw_inputs(base, {}, rng), {**case.config}
+    del config["target_modules"]
+    driver.build(base, weights, config, "float32", case=f"{method.name}/words")
+    tensors = draw_adapter(method, driver.state_dict(), set(), rng)
+    same_set("saved keys where no module is named", tensors, [f"{KEY}wte.trainable_tokens_delta"])
+    driver.load(tensors)
+    close("output where no module is named", driver.forward(inputs),
+          formulas.output(method, base, weights, tensors, config, inputs), "float32")
+
+
 def merged_over(driver, case, method):
     """Where one adapter takes the other's place, merging it undoes the other's merge first."""
     start(driver, case, "float32")
@@ -281,6 +296,9 @@ def merged_over(driver, case, method):
     driver.unmerge()
     for name, got in driver.weights().items():
         close(f"{name} after unmerging it", got, before[name], "float32")
+    driver.unload(True, ["other"])
+    for name, got in driver.weights().items():
+        close(f"{name}, the adapter that is not active merged for good", got, want[name], "float32")
 
 
 def with_its_head(driver, case, method):

@@ -5,12 +5,14 @@ that are there already.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ...driver import Rejected
 from ...reference import formulas, generating, store
 from ...reference.bases import BASES
 from ...reference.compare import Failure, close
@@ -27,6 +29,7 @@ from .combining import (
     OTHER_LAYERS,
     combine,
     combine_ia3,
+    combine_ia3_others,
     combine_others,
     combine_refused,
     combined_dtypes,
@@ -85,6 +88,9 @@ def autocast(driver, case, method):
             driver.save(path)
             driver.restore_with(path, case.base, base, kind, options)
         check("loaded", options, want, kind)
+        for key, value in driver.state_dict().items():
+            if method.tensors.is_whole(key) and value.dtype.kind not in "iu":
+                raise Failure(f"{key}, on a base in {kind}, with {options}", "whole numbers", str(value.dtype))
 
 
 def cast_mixed(driver, case, method):
@@ -449,6 +455,14 @@ def as_lora_of_all(driver, case, method):
             as_lora(driver, case, method)
 
 
+def as_lora_or_not(driver, case, method):
+    """An adapter on Conv1D that is saved as one of LoRA does the same, where that is not refused."""
+    for case in store.packs()[method.name].cases:
+        if case.id.split("/")[1] == "conv1d-hf" and case.merges:
+            with contextlib.suppress(Rejected):
+                as_lora(driver, case, method)
+
+
 def asked_otherwise(driver, case, method):
     """In every case of a language model: with positions that are the usual ones, with a mask that hides nothing, with
     words that are embedded already; and labels of which some count for nothing."""
@@ -622,6 +636,8 @@ def everything():
         case = store.find(f"lora/{kind}/plain")
         yield known["lora"], f"combine-{how}-{kind}", partial(combine, case=case, method=known["lora"], how=how)
     yield known["ia3"], "combine", partial(combine_ia3, case=first_case(known["ia3"]), method=known["ia3"])
+    yield known["ia3"], "combine-other-layers", partial(
+        combine_ia3_others, case=store.find("ia3/linear/feedforward"), method=known["ia3"])
     for how in ("dare_linear", "dare_ties"):
         name = f"combine-{how.replace('_', '-')}"
         yield known["lora"], name, partial(dare, case=plain, method=known["lora"], how=how)
@@ -650,6 +666,9 @@ def everything():
                          *([as_lora_by_rank] if name in BY_RANK else [])):
             what = function.__name__.replace("_", "-")
             yield known[name], what, partial(function, case=first_case(known[name]), method=known[name])
+        if any(c.id.split("/")[1] == "conv1d-hf" for c in store.packs()[name].cases):
+            yield known[name], "as-lora-or-not", partial(
+                as_lora_or_not, case=first_case(known[name]), method=known[name])
     for name in PROMPTS:
         yield known[name], "asked-otherwise", partial(asked_otherwise, case=first_case(known[name]), method=known[name])
     for id in ("bias-all", "bias-lora-only"):
@@ -679,6 +698,8 @@ def everything():
     yield known["lora"], "combine-refused", partial(combine_refused, case=plain, method=known["lora"])
     yield known["trainable_tokens"], "tokens", partial(
         several.tokens, case=first_case(known["trainable_tokens"]), method=known["trainable_tokens"])
+    yield known["trainable_tokens"], "embedding-found", partial(
+        several.embedding_found, case=first_case(known["trainable_tokens"]), method=known["trainable_tokens"])
     for name in ("prompt_tuning", "prefix_tuning", "multitask_prompt_tuning"):
         yield known[name], "with-its-head", partial(
             several.with_its_head, case=store.find(f"{name}/encoder/sequence"), method=known[name])
