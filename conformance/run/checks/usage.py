@@ -575,9 +575,10 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("shira/linear/plain", "lora/linear/plain"))
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning", "cartridge", "cpt", "multitask_prompt_tuning", "lora")
 FULL = ("all-dtypes", "arrow", "as-lora-", "asked-otherwise", "begins-beside", "card", "cast", "combine-dtypes",
-        "combine-others", "combine-patterns", "converted-p", "defaults", "embeddings", "frozen-factor", "given-",
+        "combine-others", "combine-patterns", "conditioned", "converted-p", "defaults", "deleted-whole", "embeddings",
+        "frozen-factor", "given-",
         "life-with", "mixed-batches-refused", "other-file", "patterns", "reused-name", "second-", "swapped",
-        "targets-")  # LoRA's, not in the core profile
+        "targets-", "tied-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
