@@ -238,9 +238,9 @@ class Driver:
         one by the number of adapters."""
         raise Unsupported("change how adapters are weighed")
 
-    def log_routing(self, batches: list) -> list:
-        """What X-LoRA's classifier gave in runs on these inputs, (batch, tokens, layers, adapters) for each, as its log
-        tells it, and nothing of the runs before or after."""
+    def log_routing(self, inputs: dict, runs: int):
+        """What X-LoRA's classifier gave in so many runs on these inputs, (runs, batch, tokens, layers, adapters), as its
+        log tells it, and nothing of the runs before or after."""
         raise Unsupported("tell how adapters were weighed")
 
     def best_conditioned(self, base: dict, weights: dict, options: dict) -> dict:

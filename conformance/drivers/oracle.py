@@ -751,9 +751,9 @@ class Oracle(Driver):
             given["scaling_pass_value"] = 1 / len(config["adapters"])
         self.adapters["default"] = {**config, **given}, tensors
 
-    def log_routing(self, batches):
+    def log_routing(self, inputs, runs):
         config, tensors = self.adapters["default"]
-        return [self.rounded(xlora.routed(self.base, self.base_weights, tensors, config, x)[0]) for x in batches]
+        return np.stack(runs * [self.rounded(xlora.routed(self.base, self.base_weights, tensors, config, inputs)[0])])
 
     def best_conditioned(self, base, weights, options):
         return kappa.chosen(base, weights, **options)

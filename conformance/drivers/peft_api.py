@@ -500,20 +500,20 @@ class PeftApi(Driver):
                 raise Unsupported(f"no {setters[field]}")
             getattr(self.model, setters[field])(value)
 
-    def log_routing(self, batches):
+    def log_routing(self, inputs, runs):
         if not hasattr(self.model, "enable_scalings_logging"):
             raise Unsupported("no log of scalings")
-        self.forward(batches[0])
+        self.forward(inputs)
         self.model.enable_scalings_logging()
-        for inputs in batches:
+        for _ in range(runs):
             self.forward(inputs)
         self.model.disable_scalings_logging()
-        self.forward(batches[0])
+        self.forward(inputs)
         log = self.model.get_scalings_log()
         self.model.clear_scalings_log()
         if self.model.get_scalings_log():
             raise RuntimeError("the log is not empty when it was cleared")
-        return [to_numpy(each) for each in log]
+        return np.stack([to_numpy(each) for each in log])
 
     def best_conditioned(self, base, weights, options):
         find = self.found("find_kappa_target_modules")

@@ -520,9 +520,9 @@ ROUTED = tuple(Fault(id, what, change, ("usage",), ("usage/rerouted",)) for id, 
      {"set_routing": lambda o, right, options: right({k: 1 / len(o.targets(o.adapters["default"][0])) if v is None and
                                                       k == "scaling_pass_value" else v for k, v in options.items()})}),
     ("log-of-the-last", "the log tells of the last run alone",
-     {"log_routing": lambda o, right, batches: right(batches[-1:])}),
+     {"log_routing": lambda o, right, inputs, runs: right(inputs, 1)}),
     ("log-is-weighed", "the log tells what is left of the weights in the end", {
-        "log_routing": lambda o, right, batches: [1.5 * each for each in right(batches)]}),
+        "log_routing": lambda o, right, inputs, runs: 1.5 * right(inputs, runs)}),
 ))
 TIED = tuple(f(id, what, change, "usage", cases) for id, what, change, cases in (
     ("ties-are-copies", "an adapter on a tied head is a copy of the embedding's, which goes its own way",
