@@ -239,8 +239,8 @@ class Driver:
         raise Unsupported("change how adapters are weighed")
 
     def log_routing(self, inputs: dict, runs: int):
-        """What X-LoRA's classifier gave in so many runs on these inputs, (runs, batch, tokens, layers, adapters), as its
-        log tells it, and nothing of the runs before or after."""
+        """What X-LoRA's classifier gave in so many runs on these inputs, as its log tells it, and nothing of the runs
+        before or after: (runs, batch, tokens, layers, adapters)."""
         raise Unsupported("tell how adapters were weighed")
 
     def best_conditioned(self, base: dict, weights: dict, options: dict) -> dict:
