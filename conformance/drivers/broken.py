@@ -35,6 +35,12 @@ class AlwaysWrong(Oracle):
     def status(self):
         return {"layers": {}, "model": {}}
 
+    def held(self):
+        return ["nothing"]
+
+    def best_conditioned(self, base, weights, options):
+        return {"target_modules": [], "target_parameters": []}
+
     def state_dict(self, name="default"):
         return {k + "_": v for k, v in super().state_dict(name).items()}
 
@@ -91,7 +97,7 @@ class Raising(Driver):
     def build(self, *args, **kwargs):
         raise IndexError("list index out of range")
 
-    full_config = build_with = build_quantised = build_from_data = read_config = build
+    full_config = build_with = build_quantised = build_from_data = read_config = best_conditioned = build
 
 
 class Dying(Raising):

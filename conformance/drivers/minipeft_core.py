@@ -74,7 +74,7 @@ class Core(PeftApi):
         with self.core.mixed_batch(self.model, **more):
             return models.answer(self.model(**{self.argument: first}) if self.argument else self.model(first))
 
-    def held(self, name="default"):
+    def saved(self, name="default"):
         found = self.core.get_peft_model_state_dict(self.model, name)
         return {k if k.startswith(SHARED) else KEY + k: v for k, v in found.items()}
 

@@ -227,8 +227,12 @@ class Oracle(Driver):
         """Groups of keys under which there is one tensor of Lily's."""
         groups: dict = {}
         for slot, stride in ((lily.A, config.get("stride_A", 1)), (lily.B, len(tensors))):
-            for i, key in enumerate(k for k in tensors if k.endswith(slot)):
-                groups.setdefault((np.shape(tensors[key]), slot, self.shared_by(i, stride)), []).append(key)
+            kinds: dict = {}
+            for key in (k for k in tensors if k.endswith(slot)):
+                kinds.setdefault((key.removesuffix(slot).split(".")[-2], np.shape(tensors[key])), []).append(key)
+            for kind, keys in kinds.items():
+                for i, key in enumerate(keys):
+                    groups.setdefault((kind, slot, self.shared_by(i, stride)), []).append(key)
         return list(groups.values())
 
     def shared_by(self, i, stride):

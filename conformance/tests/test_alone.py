@@ -37,7 +37,9 @@ def test_the_example_passes_where_there_is_no_torch(name):
 
 def test_shapes_of_base_models_are_those_of_the_models():
     for name, base in bases.BASES.items():
-        made = {key: tuple(p.shape) for key, p in models.make(base).named_parameters()}
+        net = models.make(base)
+        held = (*net.named_parameters(remove_duplicate=False), *net.named_buffers())
+        made = {key: tuple(p.shape) for key, p in held}
         assert list(made.items()) == list(store.base_shapes(base).items()), name
     assert len(store.bases()) == len(bases.BASES)
 

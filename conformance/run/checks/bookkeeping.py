@@ -61,6 +61,7 @@ def deleted_whole(driver, case, method):
     """Nothing is left of an adapter that is deleted: no parameter, and no buffer."""
     driver.build(case.base, case.tensors("base"), case.config, "float32", case=case.id)
     before = driver.held()
+    same_set("live names of parameters that the model holds", set(before) & set(case.parameters), case.parameters)
     driver.add("other", second_of(case, method))
     driver.delete("other")
     same_set("what the model holds after an adapter was added and deleted", driver.held(), before)

@@ -44,6 +44,8 @@ def schedule(driver, case, method):
 SUBSPACES: tuple[dict, ...] = (
     {"init_warmup": 1, "final_warmup": 6, "mask_interval": 1, "asa_target_subspaces": 2, "asa_schedule_exponent": 3.0,
      "asa_importance_beta": 0.85, "asa_uncertainty_beta": 0.85},
+    {"init_warmup": 2, "final_warmup": 6, "mask_interval": 2, "asa_target_subspaces": 3, "asa_schedule_exponent": 1.0,
+     "asa_importance_beta": 0.3, "asa_uncertainty_beta": 0.6},
     {"init_warmup": 2, "final_warmup": 6, "mask_interval": 2, "asa_target_subspaces": 2, "asa_schedule_exponent": 1.0,
      "asa_importance_beta": 0.3, "asa_uncertainty_beta": 0.6})
 RATE, STEPS = 0.05, 8
