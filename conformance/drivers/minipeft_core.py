@@ -54,9 +54,12 @@ class Core(PeftApi):
         self.model.to(self.dtype).eval()
 
     def add(self, name, config):
+        trained = {k: p.requires_grad for k, p in self.model.named_parameters()}
         with rejecting():
             self.core.inject_adapter_in_model(self.config(config), self.model, name)
         self.switch(self.chosen)
+        for k, p in self.model.named_parameters():
+            p.requires_grad_(trained.get(k, p.requires_grad))
         self.model.to(self.dtype).train(self.training)
 
     def delete(self, name):
@@ -118,6 +121,12 @@ class Core(PeftApi):
             self.disabled[-1].__enter__()
         elif self.disabled:
             self.disabled.pop().__exit__(None, None, None)
+
+    def switch_off(self, off):
+        raise Unsupported("switch adapters off but in a context")
+
+    def held(self):
+        return [KEY + name for name in super().held()]
 
     def require_grad(self, names, on):
         self.core.set_requires_grad(self.model, names, on)

@@ -26,6 +26,8 @@ def with_noise(each, driver, sample):
         tensors = each.chosen(sample.start(driver))
         driver.load(tensors)
         live = method.tensors.shared(config, []) if method.route else {}
+    else:
+        sample.build(driver)
     if not live.keys() <= driver.state_dict().keys():  # a checkpoint does not hold all
         sample.build(driver)
         tensors = {k: 0.6 * sample.rng.normal(size=shape) for k, shape in live.items()}
