@@ -125,6 +125,9 @@ class Core(PeftApi):
     def switch_off(self, off):
         raise Unsupported("switch adapters off but in a context")
 
+    def penalty(self):
+        raise Unsupported("further terms of the loss")
+
     def held(self):
         return [KEY + name for name in super().held()]
 
