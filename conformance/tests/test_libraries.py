@@ -12,13 +12,14 @@ from conformance.reference import store
 LIBRARIES = {"loralib": "lora", "lycoris": "lora,dora,ia3", "torchtune": "lora,dora", "adapters": "lora,dora,ia3"}
 
 
-@pytest.mark.parametrize("chosen", [("--methods", "lora,vblora", "--cases", "linear/plain"),
-                                    ("--methods", "lora", "--checks", "usage", "--in-process")], ids=("cases", "usage"))
-def test_the_core_of_minipeft_passes(chosen):
+@pytest.mark.parametrize(("least", "chosen"), [
+    (20, ("--methods", "lora,vblora", "--cases", "linear/plain")),
+    (12, ("--methods", "lora", "--checks", "usage", "--in-process"))], ids=("cases", "usage"))
+def test_the_core_of_minipeft_passes(least, chosen):
     command = [sys.executable, "-m", "conformance", "--impl", "minipeft-core", "--profile", "core", *chosen]
     seen = subprocess.run(command, capture_output=True, text=True, cwd=store.folder().parent, timeout=120)
     assert seen.returncode == 0, seen.stdout[-2000:] + seen.stderr[-2000:]
-    assert int(re.findall(r"(\d+) pass\b", seen.stdout)[0]) >= 12
+    assert int(re.findall(r"(\d+) pass\b", seen.stdout)[0]) >= least
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
