@@ -34,6 +34,11 @@ def keeps_settings(o, right, name, config):
     o.adapters[name] = {**own, "lora_alpha": held}, tensors
 
 
+def trained_if_cast(o, right, path, base, weights, dtype, options):
+    right(path, base, weights, dtype, options)
+    o.for_training = o.for_training or o.kept != dtype
+
+
 def deletes_and_tells(o, right, name):
     o.deleted = True
     right(name)
@@ -592,6 +597,8 @@ FAULTS = {
     f("deleting-leaves-buffers", "a deleted adapter leaves a buffer",
       {"held": lambda o, right: [*right(), *(f"up.norm.{a}" for a in ("other",) if vars(o).get("deleted"))],
        "delete": deletes_and_tells}, "usage", ("usage/deleted-whole",)),
+    f("cast-is-trained", "an adapter for use is trained where it is cast to 32 bits", {"restore_with": trained_if_cast},
+      "usage", ("usage/used-in-16-bits",)),
     f("off-until-a-context-ends", "what was switched off is on when a context ends in which it was off, too",
       {"disable": lambda o, right, off: right(off) if off else setattr(o, "off", 0)}, "usage",
       ("usage/switched-off",)),

@@ -93,15 +93,25 @@ def autocast(driver, case, method):
                 raise Failure(f"{key}, on a base in {kind}, with {options}", "whole numbers", str(value.dtype))
 
 
+def used_in_16_bits(driver, case, method):
+    """Of an adapter that is loaded for use nothing is trained, also where its tensors are cast to 32 bits."""
+    start(driver, case, "bfloat16")
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        driver.restore_with(path, case.base, case.tensors("base"), "bfloat16", {})
+    same_set("what is trained of an adapter for use, on a base in bfloat16", trained(driver.names()), [])
+
+
 def cast_mixed(driver, case, method):
     """What is trained has 32 bits after `cast_mixed_precision_params`, the rest those that are asked for."""
-    driver.build_with(case.base, case.tensors("base"), case.config, "bfloat16", {"autocast_adapter_dtype": False},
-                      case=case.id)
-    driver.cast_mixed("bfloat16")
-    on = driver.names()
-    wrong = {k: v for k, v in driver.dtypes().items() if v != ("float32" if on[k] else "bfloat16")}
-    if wrong:
-        raise Failure("dtypes, what is trained being cast to 32 bits and the rest to 16", got=str(wrong))
+    for kind in (k for k in ("bfloat16", "float16") if k in driver.info()["dtypes"]):
+        driver.build_with(case.base, case.tensors("base"), case.config, kind, {"autocast_adapter_dtype": False},
+                          case=case.id)
+        driver.cast_mixed(kind)
+        on = driver.names()
+        wrong = {k: v for k, v in driver.dtypes().items() if v != ("float32" if on[k] else kind)}
+        if wrong:
+            raise Failure(f"dtypes, what is trained being cast to 32 bits and the rest to {kind}", got=str(wrong))
 
 
 def narrowing(driver, case, method):
@@ -578,7 +588,7 @@ FULL = ("all-dtypes", "arrow", "as-lora-", "asked-otherwise", "begins-beside", "
         "combine-others", "combine-patterns", "conditioned", "converted-p", "defaults", "deleted-whole", "embeddings",
         "frozen-factor", "given-",
         "life-with", "mixed-batches-refused", "other-file", "patterns", "reused-name", "second-", "swapped",
-        "targets-", "tied-")  # LoRA's, not in the core profile
+        "targets-", "tied-", "used-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
@@ -606,7 +616,7 @@ def of_every_method():
     for m in methods().values():
         case, layers = first_case(m), bool(m.formula or m.run)
         applies: dict = {is_trainable: True, low_cpu_mem_usage: True,
-                   autocast: layers,
+                   autocast: layers, used_in_16_bits: layers and m.name != "ln_tuning",
                    narrowing: bool(m.formula) and m.tensors.gauges is None and case.data["base_name"] == "mlp",
                    begins_beside: not m.laws.single and set(m.laws.second) <= {"inference_mode"} and any(
                        r["method"] == m.name for r in store.rows("beginnings")),
