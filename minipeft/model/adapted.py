@@ -107,22 +107,42 @@ class AdaptedModel(nn.Module):
 
         Raises `CheckpointError` when the files cannot be read or do not fit; `model` is then as it was.
         """
-
-        def read() -> tuple[Any, dict[str, Tensor]]:
-            own, mapping = configuration(model_id, config, ephemeral_gpu_offload, **kwargs), key_mapping
-            cls._check_loads(own, is_trainable)
-            if mapping is None and not own.is_prompt_learning:
-                mapping = getattr(model, "_checkpoint_conversion_mapping", None)
-            return own, state.load_peft_weights(model_id, device, mapping, **kwargs)
-
-        device = kwargs.pop("torch_device", None) or "cpu"
-        config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
-        config.inference_mode = not is_trainable
+        device = kwargs.pop("torch_device", None)
+        of_file = (model_id, config, is_trainable, device, ephemeral_gpu_offload, key_mapping)
+        config, weights = cls._read(*of_file, renamed=model, **kwargs)
         adapted = object.__new__(cls._class_for(config))
         nn.Module.__init__(adapted)
         options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast": autocast_adapter_dtype}
         adapted._setup(model, config, adapter_name, weights=weights, **options, **_leniency(kwargs))
         return adapted if is_trainable else adapted.eval()
+
+    @classmethod
+    def _read(
+        cls,
+        model_id: Any,
+        config: PeftConfig | None,
+        is_trainable: bool,
+        device: str | None,
+        offload: bool,
+        key_mapping: Mapping[str, str] | None,
+        renamed: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The configuration, or the one given, and the tensors of one version of a folder.
+
+        Without a `key_mapping`, that of the model `renamed` counts.
+        """
+
+        def read() -> tuple[Any, dict[str, Tensor]]:
+            own, mapping = configuration(model_id, config, offload, **kwargs), key_mapping
+            cls._check_loads(own, is_trainable)
+            if mapping is None and not own.is_prompt_learning:
+                mapping = getattr(renamed, "_checkpoint_conversion_mapping", None)
+            return own, state.load_peft_weights(model_id, device or "cpu", mapping, **kwargs)
+
+        found, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
+        found.inference_mode = not is_trainable
+        return found, weights
 
     def load_adapter(
         self,
@@ -149,14 +169,8 @@ class AdaptedModel(nn.Module):
                 self, weights, adapter_name, options["ignore"], strict=options["strict"]
             )
         else:
-
-            def read() -> tuple[Any, dict[str, Tensor]]:
-                own = configuration(model_id, None, ephemeral_gpu_offload, **kwargs)
-                self._check_loads(own, is_trainable)
-                return own, state.load_peft_weights(model_id, torch_device or "cpu", key_mapping, **kwargs)
-
-            config, weights = of_one_version(model_id, kwargs.get("subfolder"), read)
-            config.inference_mode = not is_trainable
+            of_file = (model_id, None, is_trainable, torch_device, ephemeral_gpu_offload, key_mapping)
+            config, weights = self._read(*of_file, **kwargs)
             self._check_new_adapter_config(config)
             options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast": autocast_adapter_dtype}
             report = self._add(adapter_name, config, weights=weights, **options, **_leniency(kwargs))
