@@ -595,7 +595,7 @@ FAULTS = {
     f("patterns-of-names", "keys of rank_pattern and its like are names, not regular expressions",
       {"build": names_alone}, "usage", ("usage/patterns",)),
     f("deleting-leaves-buffers", "a deleted adapter leaves a buffer",
-      {"held": lambda o, right: [*right(), *(f"up.norm.{a}" for a in ("other",) if vars(o).get("deleted"))],
+      {"held": lambda o, right: [*right(), *(["up.norm.other"] if "deleted" in vars(o) else [])],
        "delete": deletes_and_tells}, "usage", ("usage/deleted-whole",)),
     f("cast-is-trained", "an adapter for use is trained where it is cast to 32 bits", {"restore_with": trained_if_cast},
       "usage", ("usage/used-in-16-bits",)),

@@ -502,9 +502,11 @@ def mask_first(o, right, inputs, *a):
 
 
 def step_apart(o, right, inputs, cotangent, rate):
-    config, tensors = o.adapters[o.chosen[0]]
-    found = o.gradients(inputs, cotangent)
-    o.adapters[o.chosen[0]] = (config, {k: v - rate * found.get(k, 0) for k, v in tensors.items()})
+    ties, o.ties = o.ties, lambda config: False
+    try:
+        right(inputs, cotangent, rate)
+    finally:
+        o.ties = ties
 
 
 def worst(right, base, weights, options):
@@ -567,9 +569,9 @@ UNHEARD = Fault("own-loss-untrained", "the small decoder's own loss has no gradi
                 {"live_gradients": without_own_loss}, ("usage",), ("usage/auxiliary-loss",))
 PADDING = Fault("padding-is-read", "the mask of a prompt is behind that of the text when text is generated from it",
                 {"generate": mask_first}, ("usage",), ("usage/generate-from-padded",))
-NOISY = {"gralora": PARTS, "pvera": (HALF, BATCH, NEVER, KEPT, REPEATED), "poly": (HALF, BATCH, NEVER, REPEATED,
-                                                                                   ROUTER),
-         "monteclora": (HALF, NEVER, REPEATED), "shadow": (BATCH, NEVER, KEPT, REPEATED, UNHEARD),
+NOISY = {"gralora": PARTS, "pvera": (HALF, BATCH, NEVER, KEPT, REPEATED),
+         "poly": (HALF, BATCH, NEVER, REPEATED, ROUTER), "monteclora": (HALF, NEVER, REPEATED),
+         "shadow": (BATCH, NEVER, KEPT, REPEATED, UNHEARD),
          "xlora": (BATCH, NEVER, KEPT, REPEATED, *ROUTED), "p_tuning": (NEVER, KEPT, REPEATED, PADDING)}
 def taken_never(o, right, how, known):
     return known

@@ -26,8 +26,7 @@ def likeliest(output, base, inputs, count) -> tuple[np.ndarray, float]:
     inputs, least, said = dict(inputs), np.inf, "input_ids"
     if base["model"] == "encoder_decoder":
         said = "decoder_input_ids"
-        inputs = {k: v for k, v in inputs.items() if "decoder" not in k} | {
-            said: np.full((len(inputs["input_ids"]), 1), START)}
+        inputs[said] = np.full((len(inputs["input_ids"]), 1), START)
     for _ in range(count):
         y = output(inputs)
         second, first = np.sort(y[:, -1], -1)[:, -2:].T
