@@ -34,7 +34,7 @@ def driver(request):
 
     option = request.config.getoption
     python = None if option("--impl-in-process") else option("--impl-python") or sys.executable
-    driver = open_driver(option("--impl"), python)
+    driver = open_driver(option("--impl"), python, None if option("--impl-python") else option("--profile"))
     yield driver
     driver.close()
 

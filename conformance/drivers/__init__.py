@@ -11,18 +11,20 @@ SHIPPED = {"adapters": "adapters:AdapterHub", "loralib": "loralib:LoraLib", "lyc
            "minipeft-core": "minipeft_core:Core", "oracle": "oracle:Oracle", "torchtune": "torchtune:TorchTune"}
 
 
-def open_driver(name: str, python: str | None = None) -> Driver:
+def open_driver(name: str, python: str | None = None, profile: str | None = None) -> Driver:
     """A driver by name: shipped, `cmd:<command line>` for a program that speaks JSON lines, `module:Class` for a driver
     of your own, else any importable module with PEFT's API. `python`: run it in that interpreter, as a process of its
-    own, whose crash or hang takes nothing else along. A copy of a part of minipeft has the API of minipeft's core."""
+    own, whose crash or hang takes nothing else along; `profile`: whole checks of it are run there, for which that
+    interpreter must have all that the suite needs. A copy of a part of minipeft has the API of minipeft's core."""
     if name.startswith("cmd:"):
         from .process import Process
 
         return Process(shlex.split(name[4:]))
     if python:
-        from .process import Process
+        from .process import Process, WholeChecks
 
-        return Process([python, "-m", "conformance.serve", name])
+        command = [python, "-m", "conformance.serve", name]
+        return WholeChecks(command, profile) if profile else Process(command)
     if ":" in name:
         module, cls = name.split(":")
         return getattr(importlib.import_module(module), cls)()

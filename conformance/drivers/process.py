@@ -125,7 +125,10 @@ class Process(Driver):
         names = Driver.__dict__[op].__code__.co_varnames[1:]
         given = {**dict(zip(names, arguments)), **named}
         self.number += 1
-        args = {k: pack(v, Path(self.exchange.name, f"{self.number}-{k}.safetensors")) for k, v in given.items()}
+        return self.ask(op, {k: pack(v, Path(self.exchange.name, f"{self.number}-{k}.safetensors"))
+                             for k, v in given.items()})
+
+    def ask(self, op: str, args: dict):
         try:
             if self.program is None:
                 self.start()
@@ -206,6 +209,18 @@ class Process(Driver):
         self.stop()
         for folder in (self.exchange, self.own):
             folder.cleanup()
+
+
+class WholeChecks(Process):
+    """A process of `conformance.serve`, where a check of a profile can run as a whole: that spares the files of each
+    operation."""
+
+    def __init__(self, command: list[str], profile: str):
+        super().__init__(command)
+        self.profile = profile
+
+    def _passes(self, task):
+        return self.ask("check", {"task": task, "profile": self.profile})
 
 
 def operation(op):

@@ -70,7 +70,7 @@ def main(argv=None) -> int:
         near = difflib.get_close_matches(a.cases, known, 1, 0.3)
         options.error(f"no case's name contains {a.cases!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
     checks = names(a.checks, dict.fromkeys(t.check for t in tasks), "check of these cases", options.error)
-    driver = open_driver(a.impl, None if a.in_process else a.python or sys.executable)
+    driver = open_driver(a.impl, None if a.in_process else a.python or sys.executable, None if a.python else a.profile)
     try:
         try:
             info = described(driver)

@@ -77,7 +77,12 @@ def run_one(driver: Driver, task: Task, seconds: float = 30.0) -> Result:
     begun = time.perf_counter()
     try:
         with driver._within(seconds):
-            task.call(driver)
+            there = driver._passes(task.id)
+        if there != "":  # what does not pass there is done again from here: that answer is trusted, and its values seen
+            with driver._within(seconds):
+                task.call(driver)
+            if there is not None:
+                raise Failure(f"passes when it is done again; the first time: {there}")
     except Failure as e:
         result.raised, result.outcome, result.message = e, "fail", e.message
         result.expected, result.got, result.by = clean(e.expected), clean(e.got), e.by

@@ -1,11 +1,15 @@
 """The suite, run on implementations of known quality, reports each as it should."""
 
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from conformance.drivers import broken
+from conformance import serve
+from conformance.driver import Driver
+from conformance.drivers import broken, open_driver
 from conformance.drivers.oracle import Oracle
 from conformance.drivers.process import Process
 from conformance.run import plan, runner
@@ -107,6 +111,47 @@ def test_serve_gives_the_same_as_in_process():
     driver = Process([sys.executable, "-m", "conformance.serve", "oracle"])
     (good, counts), _ = outcomes(driver, tasks)
     assert good and counts["pass"] == len(tasks)
+
+
+def test_whole_checks_in_the_process_find_what_operations_find():
+    tasks = [t for t in LORA if t.check in ("keys", "forward", "merge", "laws", "usage", "reject")][::6]
+    for name in ("oracle", "conformance.drivers.broken:AlwaysWrong", "conformance.drivers.broken:AlwaysUnsupported"):
+        _, whole = outcomes(open_driver(name, sys.executable, "core"), tasks)
+        _, steps = outcomes(open_driver(name, sys.executable), tasks)
+        one, other = ([(r.id, r.outcome, runner.masked(re.sub(r"\btmp\w+", "", r.message))) for r in results]
+                      for results in (whole, steps))
+        assert one == other
+
+
+def test_whole_checks_that_crash_or_hang_are_reported():
+    for name, said in (("Dying", "ended with status 139"), ("Hanging", "hung"), ("Raising", "crashed")):
+        driver = open_driver(f"conformance.drivers.broken:{name}", sys.executable, "core")
+        _, results = outcomes(driver, LORA[:2], seconds=3.0)
+        assert {r.outcome for r in results} == {"error"} and said in results[0].message
+
+
+def test_a_failure_that_does_not_come_again_is_one():
+    class Once(Oracle):
+        def _passes(self, task):
+            return "fail: by chance"
+
+    (good, _), results = outcomes(Once(), LORA[:1])
+    assert not good and "the first time: fail: by chance" in results[0].message
+
+
+def test_what_a_check_gives_and_gets_in_the_process_is_its_own():
+    """As over the protocol: a driver that changes its arguments or hands out its own arrays changes nothing here."""
+    class Changes(Driver):
+        kept = np.zeros(2)
+
+        def forward(self, inputs, adapter_names=None):
+            inputs["x"][:] = 7
+            adapter_names.append("more")
+            return self.kept
+
+    given, names, driver = {"x": np.ones(2)}, ["a"], serve.AsIfApart(Changes())
+    driver.forward(given, names)[:] = 5
+    assert given["x"].tolist() == [1, 1] and names == ["a"] and Changes.kept.tolist() == [0, 0]
 
 
 def test_numpy_example():
