@@ -53,8 +53,9 @@ class Driver:
         raise Unsupported("tell the config of an adapter")
 
     def build_from_data(self, base: dict, weights: dict, config: dict, dtype: str, data: dict, case: str = "",
-                        seed: int = 0) -> None:
-        """As `build`, for a config whose adapter begins by what layers see: the model is run on `data`, its inputs.
+                        seed: int = 0, batches: int = 1) -> None:
+        """As `build`, for a config whose adapter begins by what layers see: the model is run on `data`, its inputs, in
+        so many batches of one size, in their order.
 
         With a cotangent among `data`, the gradients of sum(cotangent * output) are what it begins by.
         """
@@ -157,6 +158,34 @@ class Driver:
         """One step of plain gradient descent on sum(cotangent * output), over all that is trained."""
         raise Unsupported("a step of training")
 
+    def optimise(self, kind: str, options: dict, inputs: dict, cotangent, steps: int) -> None:
+        """Steps on sum(cotangent * output) by an optimizer of LoRA's own: `kind` is loraplus or riemannian, both over
+        plain gradient descent, or lorafa; `options` as of PEFT's function that makes it."""
+        raise Unsupported("optimizers of LoRA's own")
+
+    def reduce_intruders(self, options: dict) -> None:
+        """Make an adapter of "default" with weaker intruder dimensions, and switch to it: PEFT's
+        `reduce_intruder_dimension`."""
+        raise Unsupported("intruder dimensions")
+
+    def prepare_hotswap(self, rank: int) -> None:
+        """Give all LoRA adapters this rank, filled up with zeros: PEFT's `prepare_model_for_compiled_hotswap`."""
+        raise Unsupported("make the ranks of adapters equal")
+
+    def base_state(self) -> dict:
+        """The frozen base model's tensors under its own names, while an adapter is on it: PEFT's
+        `get_base_model_state_dict`."""
+        raise Unsupported("read the base model's state under an adapter")
+
+    def set_base_state(self, tensors: dict) -> None:
+        """The opposite of `base_state`, all of them at once: PEFT's `set_base_model_state_dict`."""
+        raise Unsupported("set the base model's state under an adapter")
+
+    def adapted_like(self, base: dict, weights: dict, config: dict, tensors: dict, case: str = "") -> list:
+        """The names, without PEFT's prefix, of the tensors of an adapter that is put into the bare base model where the
+        names of `tensors` say: PEFT's `inject_adapter_in_model` with a `state_dict`."""
+        raise Unsupported("put an adapter where a state dict says")
+
     def allocate(self, step: int) -> None:
         """AdaLoRA's allocator, after training step number `step` and with that step's gradients."""
         raise Unsupported("AdaLoRA's allocator")
@@ -230,7 +259,8 @@ class Driver:
 
     def restore_with(self, path: str, base: dict, weights: dict, dtype: str, options: dict) -> None:
         """As `restore`, with PEFT's own options of loading: `is_trainable`, `low_cpu_mem_usage`,
-        `autocast_adapter_dtype`, `subfolder`, `adapter_name`, and `config`, as a dictionary."""
+        `autocast_adapter_dtype`, `subfolder`, `adapter_name`, `key_mapping`, and `config`, as a dictionary. With
+        `mixed`, a model that takes adapters of several methods."""
         raise Unsupported("options of loading")
 
     def set_routing(self, options: dict) -> None:

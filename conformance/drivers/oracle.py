@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..driver import OPERATIONS, Driver, Rejected, Unsupported
-from ..reference import arrow, beginnings, dropout, formulas, generating, kappa, noise, rules, store, tying
+from ..reference import arrow, beginnings, dropout, formulas, generating, kappa, noise, optimizers, rules, store, tying
 from ..reference.combine import combined
 from ..reference.laws import rebuilt_inputs
 from ..reference.method import KEY, slots
@@ -24,8 +25,9 @@ from ..reference.methods import lily, lora, methods, monteclora, xlora
 from ..reference.methods.prefix_tuning import packed
 from ..reference.numpy_model import apply_layer, parameters_of, sites
 
+# what faults change besides operations
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved", "drawn",
-       "taken", "rebuilding", "is_unsaved", "likeness", "ties", "shared_by")  # what faults change besides operations
+       "taken", "rebuilding", "is_unsaved", "likeness", "ties", "shared_by", "mapped")
 
 
 class Oracle(Driver):
@@ -59,6 +61,8 @@ class Oracle(Driver):
         self.told: tuple = ((), {})  # the gradients that were asked for last, and what of
         self.training, self.rng = False, np.random.default_rng(seed)
         self.routed: Any = None
+        self.mapping: dict[str, str] = {}
+        self.still: tuple = ()  # slots that an optimizer freezes
         self.uncast = 0
         self.asked: dict[str, bool] = {}  # by adapter, where it was said by name whether it is trained
         self.begun, self.loose = "/beginnings/" in case, case.endswith("/defaults")
@@ -94,7 +98,7 @@ class Oracle(Driver):
         """What a new adapter adds, the base weights lose."""
         self.base_weights = {k: 2 * v - self.folded(["default"])[k] for k, v in self.base_weights.items()}
 
-    def build_from_data(self, base, weights, config, dtype, data, case="", seed=0):
+    def build_from_data(self, base, weights, config, dtype, data, case="", seed=0, batches=1):
         self.build(base, weights, config, dtype, case, seed)
 
     def begin(self, row, config) -> dict:
@@ -492,6 +496,47 @@ class Oracle(Driver):
             found |= dict.fromkeys(keys, sum(np.asarray(found[k], np.float64) for k in keys))
         self.adapters[self.chosen[0]] = (config, {k: v - rate * found.get(k, 0) for k, v in tensors.items()})
 
+    def optimise(self, kind, options, inputs, cotangent, steps):
+        config, tensors = self.adapters["default"]
+        if kind == "lorafa":
+            step, self.still = optimizers.LoraFA(options, partial(lora.strength_of, config)).step, ("lora_A",)
+        else:
+            plain = {"loraplus": optimizers.lora_plus, "riemannian": optimizers.riemannian}[kind]
+            step = lambda tensors, slopes: plain(tensors, slopes, options)
+        for _ in range(steps):
+            tensors = step(tensors, self.gradients(inputs, cotangent))
+            self.adapters["default"] = config, tensors
+
+    def reduce_intruders(self, options):
+        config, tensors = self.adapters["default"]
+        merged, found = sites(self.base, self.folded(["default"])), dict(tensors)
+        for path, site in sites(self.base, self.base_weights).items():
+            if path in self.targets(config):
+                a, b = (f"{KEY}{path}.{slot}" for slot in lora.names(site))
+                rank = len(tensors[a])
+                B, A = optimizers.without_intruders(site.W, merged[path].W, rank, options["top_k"],
+                                                    options["threshold_epsilon"], options["mitigation_lambda"])
+                found[a], found[b] = A, B / lora.scaling(site, config)
+        self.adapters[options["new_adapter_name"]] = config, found
+        self.chosen = [options["new_adapter_name"]]
+
+    def prepare_hotswap(self, rank):
+        if any(config["r"] > rank for config, _ in self.adapters.values()):
+            raise Rejected(f"an adapter of more ranks than {rank}")
+
+    def base_state(self):
+        return {k: self.rounded(v) for k, v in self.base_weights.items()}
+
+    def set_base_state(self, tensors):
+        if wrong := tensors.keys() ^ self.base_weights.keys():
+            raise Rejected(f"missing or unexpected: {wrong}")
+        self.base_weights = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
+
+    def adapted_like(self, base, weights, config, tensors, case=""):
+        named = [path for path, _, _ in base["layers"] if any(k.startswith(f"{path}.") for k in tensors)]
+        self.build(base, weights, {**config, "target_modules": named}, "float32", f"{case.split('/')[0]}/like")
+        return [k.removeprefix(KEY) for k in self.adapters["default"][1]]
+
     def allocate(self, step):
         config, tensors = self.adapters[self.chosen[0]]
         if self.method.budget is None:
@@ -520,6 +565,7 @@ class Oracle(Driver):
         found = {}
         for name, trained in self.case.parameters.items():
             parts, trained = name.split("."), trained and not self.is_left_out(name.replace(".default", ""))
+            trained = trained and not set(parts) & set(self.still)
             if "default" not in parts:
                 found[name] = trained and self.for_training
                 continue
@@ -551,7 +597,7 @@ class Oracle(Driver):
     def count(self):
         if self.case is None:
             raise Unsupported("counts outside of recorded cases")
-        return tuple(self.case.count)
+        return self.case.count[0] if self.for_training else 0, self.case.count[1]
 
     def weights(self):
         return {k: self.rounded(v) for k, v in self.folded(self.merged).items()}
@@ -662,6 +708,9 @@ class Oracle(Driver):
         self.build(base, weights, config, dtype, case)
         self.mixed = options.get("mixed", False)
         self.kept = self.cast(dtype, options)
+        if "revision" in options:
+            config, tensors = self.adapters["default"]
+            self.adapters["default"] = {**config, "revision": options["revision"]}, tensors
 
     def cast(self, dtype, options):
         """The dtype of adapters on a base of this one."""
@@ -683,7 +732,9 @@ class Oracle(Driver):
     def restore_with(self, path, base, weights, dtype, options):
         if self.method.prompt and options.get("is_trainable"):
             raise Rejected("a prompt is loaded for use alone")
+        self.mapping = options.get("key_mapping", {})
         self.restore(Path(path, options.get("subfolder", "")), base, weights, dtype)
+        self.mixed = options.get("mixed", False)
         self.kept = self.cast(dtype, options)
         self.for_training = options.get("is_trainable", False)
         config, tensors = self.adapters.pop("default")
@@ -742,8 +793,8 @@ class Oracle(Driver):
         read = [[self.read(path) for path in some] for some in (paths, general)]
         config = read[0][0][0]
         self.build(base, weights, config, "float32", self.case.id)
-        adapters, others = ([tensors for _, tensors in some] for some in read)
-        self.routed = arrow.route(adapters, others, config, options, self.likeness)
+        self.routing = [[tensors for _, tensors in some] for some in read], config, options
+        self.routed = arrow.route(*self.routing[0], config, options, self.likeness)
 
     def likeness(self, x, V):
         return arrow.likeness(x, V)
@@ -799,6 +850,7 @@ class Oracle(Driver):
             raise Rejected(f"{type(e).__name__}: {e}") from e
         if not isinstance(config, dict):
             raise Rejected("adapter_config.json holds no object")
+        tensors = {self.mapped(k): v for k, v in tensors.items()}
         known = store.defaults(config.get("peft_type"))  # another type is refused as a whole
         config = {k: v for k, v in {**known, **config}.items() if v is not None and (k in known or not known)}
         if self.case is not None and same_as(self.case, config, known):
@@ -806,8 +858,18 @@ class Oracle(Driver):
                 else self.case.config
         return config, tensors
 
+    def mapped(self, key):
+        """A saved key, its name in the model by the first of the expressions that are given and fit it."""
+        name = key.removeprefix(KEY)
+        new = next((re.sub(old, new, name) for old, new in self.mapping.items() if re.search(old, name)), name)
+        return KEY + new if key.startswith(KEY) else key
+
     def load_adapter(self, path, name):
         config, tensors = self.read(path)
+        if self.routed:
+            (experts, others), config, options = self.routing
+            self.routed = arrow.route([*experts, tensors], others, config, options, self.likeness)
+            return
         self.add(name, config)
         self.load(tensors, name)
 

@@ -153,25 +153,29 @@ class PeftApi(Driver):
 
     def found(self, function):
         """A function or class, wherever a release or a library keeps it."""
-        for place in ("", ".helpers", ".utils", ".tuners.lora", ".tuners.lora.config", ".tuners.lora.corda",
+        for place in ("", ".helpers", ".utils", ".optimizers", ".compat.optimizers", ".compat.intruders",
+                      ".tuners.lora.intruders", ".tuners.lora", ".tuners.lora.config", ".tuners.lora.corda",
                       ".methods.lora.corda", ".utils.hotswap", ".compat.hotswap", ".tuners.cartridge.utils",
                       ".methods.prompts.prefixes"):
             with contextlib.suppress(ModuleNotFoundError, AttributeError):
                 return getattr(importlib.import_module(self.peft.__name__ + place), function)
         raise Unsupported(f"no {function}")
 
-    def build_from_data(self, base, weights, config, dtype, data, case="", seed=0):
+    def build_from_data(self, base, weights, config, dtype, data, case="", seed=0, batches=1):
         self.begin()
         net = self.model = self.base(base, weights, dtype)
-        first, more = self.kwargs({k: v for k, v in data.items() if k != "cotangent"})
+        parts = [dict(zip(data, part)) for part in zip(*(np.split(np.asarray(v), batches) for v in data.values()))]
+        given = [self.kwargs({k: v for k, v in part.items() if k != "cotangent"}) for part in parts]
 
         def step():
-            net.zero_grad()
-            (self.run(first, more) * to_torch(data["cotangent"], self.dtype)).sum().backward()
+            for (first, more), part in zip(given, parts):
+                net.zero_grad()
+                (self.run(first, more) * to_torch(part["cotangent"], self.dtype)).sum().backward()
 
         def look():
             with torch.no_grad():
-                self.run(first, more)
+                for first, more in given:
+                    self.run(first, more)
 
         begins = config["init_lora_weights"]
         with rejecting():
@@ -185,10 +189,11 @@ class PeftApi(Driver):
             models.seed(seed)
             self.model = self.peft.get_peft_model(net, made)
             if begins == "eva":
+                more = given[0][1]
                 self.found("initialize_lora_eva_weights")(
-                    self.model, [first], forward_fn=lambda model, x: model(x, **more), prepare_model_inputs_fn=None,
-                    prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2),
-                    show_progress_bar=False)
+                    self.model, [first for first, _ in given], forward_fn=lambda model, x: model(x, **more),
+                    prepare_model_inputs_fn=None, show_progress_bar=False,
+                    prepare_layer_inputs_fn=lambda x, *_: (x[0] if isinstance(x, tuple) else x).flatten(0, -2))
         self.model.to(self.dtype).eval()
 
     def written(self, config):
@@ -237,10 +242,9 @@ class PeftApi(Driver):
     def run(self, first, more):
         model = self.model
         if not hasattr(model, "peft_config"):
-            more = {k: v for k, v in more.items() if k != "alora_offsets"}  # for adapters alone
-        if "task_ids" in more and not hasattr(model, "prompt_encoder"):
-            # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
-            model, more = (model.base_model, more) if hasattr(model, "peft_config") else (model, {})
+            more = {k: v for k, v in more.items() if k not in ("alora_offsets", "task_ids")}  # for adapters alone
+        elif "task_ids" in more and type(model) is self.peft.PeftModel:
+            model = model.base_model  # PEFT's task-less PeftModel.forward does not pass them on, its tuner does
         given = {} if first is None else {self.argument: first}  # words may be embedded already
         out = model(**given, **more) if self.argument or first is None else model(first, **more)
         return models.answer(out, "labels" in more)
@@ -391,6 +395,39 @@ class PeftApi(Driver):
         self.backward(inputs, cotangent)
         torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=rate).step()
 
+    def optimise(self, kind, options, inputs, cotangent, steps):
+        create = self.found(f"create_{kind}_optimizer")
+        with rejecting():
+            optimizer = create(self.model, *([] if kind == "lorafa" else [torch.optim.SGD]), **options)
+        for _ in range(steps):
+            self.backward(inputs, cotangent)
+            optimizer.step()
+
+    def reduce_intruders(self, options):
+        with rejecting():
+            self.found("reduce_intruder_dimension")(self.model, **options, logging_sink=None)
+        self.model.eval()
+
+    def prepare_hotswap(self, rank):
+        with rejecting():
+            self.found("prepare_model_for_compiled_hotswap")(self.model, target_rank=rank)
+
+    def base_state(self):
+        return {k: to_numpy(v) for k, v in self.found("get_base_model_state_dict")(self.model).items()}
+
+    def set_base_state(self, tensors):
+        with rejecting():
+            self.found("set_base_model_state_dict")(self.model, self.tensors(tensors))
+
+    def adapted_like(self, base, weights, config, tensors, case=""):
+        net = self.base(base, weights, "float32")
+        inject = self.peft.inject_adapter_in_model
+        if "state_dict" not in inspect.signature(inject).parameters:
+            raise Unsupported("inject_adapter_in_model takes no state_dict")
+        with rejecting():
+            self.model = inject(self.config(config), net, state_dict=self.tensors(tensors))
+        return list(self.saved())
+
     def allocate(self, step):
         self.model.base_model.update_and_allocate(step)
 
@@ -481,7 +518,9 @@ class PeftApi(Driver):
         with rejecting():
             if "config" in options:
                 options = {**options, "config": self.config(options["config"])}
-            self.model = self.peft.PeftModel.from_pretrained(net, path, **options)
+            options = dict(options)
+            kind = self.peft.PeftMixedModel if options.pop("mixed", False) else self.peft.PeftModel
+            self.model = kind.from_pretrained(net, path, **options)
         self.model.eval()
 
     def restore_routed(self, paths, general, base, weights, options):

@@ -49,6 +49,11 @@ MORE: dict[str, dict[str, tuple[str, dict]]] = {
         "eva-data": ("wide", {"init_lora_weights": "eva", "eva_config": {"rho": 1.0, "tau": 0.999}}),
         "eva-data-redistributed": ("wide", {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.999},
                                             "lora_alpha": 24}),
+        "eva-data-plain": ("wide", {"init_lora_weights": "eva", "eva_config": {
+            "rho": 1.0, "tau": 0.999, "whiten": True, "adjust_scaling_factors": False}}),
+        "eva-data-batches": ("wide", {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99}}),
+        "corda-batches": ("wide", corda("kpm")),
+        "lora-ga-batches": ("wide", lora_ga("ArB2r", "stable")),
         "corda-ipm": ("wide", corda("ipm")), "corda-kpm": ("wide", corda("kpm")),
         "corda-scaled": ("wide", corda("ipm", lora_alpha=48)),
         "lora-ga-arb2r-stable": ("wide", lora_ga("ArB2r", "stable")),
@@ -113,6 +118,8 @@ def row_of(driver, method, id, base, changes) -> dict:
                            "config": {**config, **changes}, "weights": {"all": {}}}
     if id.startswith(FROM_DATA):
         row |= {"data": True, "strengths": {}}
+    if id.endswith("-batches"):
+        row["batches"] = 4
     signs = id.startswith(SIGNS) or method.name in ("psoft", "osf", "tinylora", "adamss", "frod")
     if signs:
         row["signs"] = True

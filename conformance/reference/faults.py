@@ -2,7 +2,8 @@
 
 Each is the oracle, wrong in one way. A change is `replacement(oracle, right operation, *arguments)`. Faults of one
 method's formula stand in that method's file, those of training, states and several adapters in `faults_over_time.py`,
-those of configs in `faults_of_configs.py`, those of bookkeeping in `faults_of_bookkeeping.py`.
+those of configs in `faults_of_configs.py`, those of bookkeeping in `faults_of_bookkeeping.py`, those of what there is
+around adapters in `faults_of_tools.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import faults_of_bookkeeping, faults_of_configs, faults_over_time, formulas
+from . import faults_of_bookkeeping, faults_of_configs, faults_of_tools, faults_over_time, formulas
 from .method import KEY, Fault
 from .methods import lora, methods
 
@@ -502,6 +503,7 @@ def all_faults():
     found = [(m, fault) for m in methods().values() for fault in m.faults]
     found += [(m, ALL_SAVED) for m in methods().values() if m.tensors.unsaved]
     found += [(methods()["monteclora"], NO_DIVERGENCE), (methods()["hra"], NOT_TWICE)]
-    for more in (faults_over_time.FAULTS, faults_of_configs.FAULTS, faults_of_bookkeeping.FAULTS):
+    for more in (faults_over_time.FAULTS, faults_of_configs.FAULTS, faults_of_bookkeeping.FAULTS,
+                 faults_of_tools.FAULTS):
         found += [(methods()[name], fault) for name, faults in more.items() for fault in faults]
     return [*((methods()["lora"], fault) for fault in (*GENERAL, *USAGE)), *found]

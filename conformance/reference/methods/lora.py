@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..bases import TYPES
-from ..method import Fault, Laws, Method, Row, Tensors
+from ..method import KEY, Fault, Laws, Method, Row, Tensors
 from ..numpy_model import sites, stored
 from ..rules import of_pattern
 
@@ -13,7 +13,13 @@ def rank(site, c):
 
 
 def scaling(site, c):
-    r, alpha = rank(site, c), of_pattern(c.get("alpha_pattern"), site.path, c.get("lora_alpha", 8))
+    return strength_of(c, site.path, rank(site, c))
+
+
+def strength_of(c, path, r):
+    """The scale on a layer whose factors have the rank r; `path` may be the saved key of one of them."""
+    path = path.removeprefix(KEY).rpartition(".lora_")[0] or path
+    alpha = of_pattern(c.get("alpha_pattern"), path, c.get("lora_alpha", 8))
     return alpha / (np.sqrt(r) if c.get("use_rslora") else r)
 
 

@@ -5,6 +5,7 @@ import numpy as np
 from ..method import Fault, Laws, Method, Row, Tensors
 from ..numpy_model import apply_layer
 
+EXACT = ("float64", "float32")  # language models are compared in these
 EPSILON = 1e-12  # the reference adds it to the sum
 A, B, LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 
@@ -43,10 +44,24 @@ def poly(**more):
 
 
 TASKS = {"task_ids": [[3], 4]}
+TEXT_TASKS = {"task_ids": [[2], 4], "attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}
+
+
+def task(kind, **more):
+    return poly(target_modules=["q_proj", "v_proj", "mlp"], task_type=kind, **more)
+
+
 ROWS = [
     Row("linear/plain", "mlp-tokens", poly(), "core", inputs=TASKS, second={}),
     Row("linear/splits", "mlp-tokens", poly(n_splits=2, r=2), "core", inputs=TASKS),
     Row("linear/two-skills", "mlp-tokens", poly(n_skills=2, r=1), inputs=TASKS),
+    Row("causal-lm/tasks", "causal-lm", task("CAUSAL_LM", r=2), dtypes=EXACT, inputs=TEXT_TASKS),
+    Row("encoder/features", "encoder", task("FEATURE_EXTRACTION"), dtypes=EXACT, inputs=TEXT_TASKS),
+    Row("encoder/sequence", "encoder-sequence", task("SEQ_CLS"), dtypes=EXACT, inputs=TEXT_TASKS),
+    Row("encoder/tokens", "encoder-tokens", task("TOKEN_CLS"), dtypes=EXACT, inputs=TEXT_TASKS),
+    Row("encoder/answers", "encoder-answers", task("QUESTION_ANS"), dtypes=EXACT, inputs=TEXT_TASKS),
+    Row("encoder-decoder/plain", "encoder-decoder", task("SEQ_2_SEQ_LM"), dtypes=EXACT, inputs={
+        **TEXT_TASKS, "decoder_input_ids": [[2, 4], 13]}),
 ]
 
 FAULTS = (

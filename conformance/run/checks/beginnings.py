@@ -33,7 +33,8 @@ def begun(driver, row, seed=0, **more) -> tuple[dict, dict]:
     config = store.resolved({"peft_type": methods()[row["method"]].peft_type, **row["config"], **more})
     weights = draw_base(base, rng_of(row["base"]))
     if row.get("data"):
-        driver.build_from_data(base, weights, config, "float32", data_of(base), case=case, seed=seed)
+        driver.build_from_data(base, weights, config, "float32", data_of(base), case=case, seed=seed,
+                               **({"batches": row["batches"]} if "batches" in row else {}))
     else:
         driver.build(base, weights, config, "float32", case=case, seed=seed)
     return driver.state_dict(), driver.weights() if row["weights"] else {}

@@ -322,11 +322,13 @@ def with_its_head(driver, case, method):
 
 ARROWS: dict[str, dict] = {"few": {"top_k": 2, "router_temperature": 0.7}, "one": {"top_k": 1},
                            "all": {"top_k": 3, "router_temperature": 2.0},
-                           "general": {"top_k": 2, "router_temperature": 1.5, "use_gks": True}}
+                           "general": {"top_k": 2, "router_temperature": 1.5, "use_gks": True},
+                           "added": {"top_k": 2}, "added-general": {"top_k": 2, "use_gks": True}}
 
 
-def arrow(driver, case, method, options):
-    """Arrow between saved adapters, each of which stretches one direction most."""
+def arrow(driver, case, method, options, added=False):
+    """Arrow between saved adapters, each of which stretches one direction most; `added`: the last of them joins when
+    the others have run."""
     base, inputs, rng = case.tensors("base"), case.tensors("input"), rng_of("arrow")
     driver.build(case.base, base, case.config, "float32", case=case.id)
     shapes = {k: v.shape for k, v in sorted(driver.state_dict().items())}
@@ -344,10 +346,19 @@ def arrow(driver, case, method, options):
                 driver.save(str(Path(folder, f"{kind}-{i}")))
                 made[kind].append(tensors)
                 paths[kind].append(str(Path(folder, f"{kind}-{i}")))
-        driver.restore_routed(paths["task"], paths["general"] if options["use_gks"] else [], case.base, base, options)
-    want = formulas.output(method, case.base, base, {}, {}, inputs,
-                           route=routing.route(made["task"], made["general"], case.config, options))
-    close(f"output of a router, {options}", driver.forward(inputs), want, "float32")
+        count = len(paths["task"]) - added
+        general = paths["general"] if options["use_gks"] else []
+        driver.restore_routed(paths["task"][:count], general, case.base, base, options)
+
+        def now(what, experts):
+            want = formulas.output(method, case.base, base, {}, {}, inputs,
+                                   route=routing.route(experts, made["general"], case.config, options))
+            close(f"output of a router, {options}{what}", driver.forward(inputs), want, "float32")
+
+        now("", made["task"][:count])
+        if added:
+            driver.load_adapter(paths["task"][-1], f"task_{count}")
+            now(", when another expert was added", made["task"])
 
 
 OWN_TENSORS = ("ln_tuning", "randlora")  # the base model's, or some that all adapters share

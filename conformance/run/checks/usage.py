@@ -20,7 +20,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.laws import fresh_is_identity
 from ...reference.methods import methods
 from ...reference.numpy_model import LANGUAGE_MODELS, NO_LABEL, run
-from . import bookkeeping, options, saving, schedules, several, targets, tied
+from . import bookkeeping, options, saving, schedules, several, targets, tied, tools
 from .beginnings import begins_beside
 from .bookkeeping import for_use, same_output, trained
 from .combining import (
@@ -163,6 +163,34 @@ def begins_orthogonal(driver, case, method):
               "float32")
 
 
+def safely_merged(driver, case, method):
+    """In every case of a method that merges, merging safely gives what merging gives."""
+    for case in store.packs()[method.name].cases:
+        if case.merges:
+            start(driver, case, "float32")
+            driver.safe_merge()
+            got, also = driver.weights(), other(case, "paper_merged")
+            for name, want in case.tensors("merged").items():
+                close(f"{name} of {case.id}, safely merged", got[name], want, "float32", also.get(name))
+
+
+def taken_off(driver, case, method):
+    """In every case, the base model is as it was when its adapter is taken off: its output, its weights and the names
+    of its parameters."""
+    for case in store.packs()[method.name].cases:
+        base = case.tensors("base")
+        driver.build(case.base, base, None, "float32", case=case.id)
+        names = driver.names()
+        start(driver, case, "float32")
+        driver.unload(False)
+        same_set(f"parameters of {case.id}, taken off", driver.names(), names)
+        if not any(formulas.plain_name(k) in base for k in case.keys):
+            close(f"output of {case.id}, taken off", driver.forward(case.tensors("input")), case.tensors("plain")["y"],
+                  "float32")
+            for name, got in driver.weights().items():
+                close(f"{name} of {case.id}, taken off", got, base[name], "float32")
+
+
 def merged_for_good(driver, case, method):
     """In every case of a method that merges: the weights that are left when the adapter is merged and gone."""
     for case in store.packs()[method.name].cases:
@@ -236,6 +264,9 @@ def sixteen_bits(driver, case, method):
             close(what, y, case.tensors("out")["y"], "bfloat16")
             if not in_bfloat16(y):
                 raise Failure(what, expected="numbers of bfloat16", got="others, of more bits")
+            wide = {k: v for k, v in driver.dtypes().items() if v != "bfloat16" and "default" not in k.split(".")}
+            if merged and wide:
+                raise Failure(f"dtypes of the base's parameters in {case.id}, merged", "bfloat16", str(wide))
 
 
 def in_bfloat16(a) -> bool:
@@ -584,16 +615,18 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
          ("shira/linear/plain", "lora/linear/plain"))
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning", "cartridge", "cpt", "multitask_prompt_tuning", "lora")
-FULL = ("all-dtypes", "arrow", "as-lora-", "asked-otherwise", "begins-beside", "card", "cast", "combine-dtypes",
-        "combine-others", "combine-patterns", "conditioned", "converted-p", "defaults", "deleted-whole", "embeddings",
-        "frozen-factor", "given-",
-        "life-with", "mixed-batches-refused", "other-file", "patterns", "reused-name", "second-", "swapped",
-        "targets-", "tied-", "used-")  # LoRA's, not in the core profile
+FULL = ("all-dtypes", "arrow", "as-lora-", "asked-otherwise", "base-state", "begins-beside", "card", "cast",
+        "combine-dtypes", "combine-others", "combine-patterns", "conditioned", "converted-p", "defaults",
+        "deleted-whole", "embeddings", "frozen-factor", "given-", "life-with", "mixed-batches-refused", "other-file",
+        "patterns", "reused-name", "safely-merged", "second-", "swapped", "taken-off", "targets-", "tied-", "tool-",
+        "used-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
              "prefix_tuning/causal-lm/projection", "p_tuning/causal-lm/lstm", "cartridge/causal-lm/none-frozen",
-             "cpt/causal-lm/plain", "multitask_prompt_tuning/causal-lm/from-the-mean")
+             "cpt/causal-lm/plain", "multitask_prompt_tuning/causal-lm/from-the-mean", "lora/encoder-decoder/plain",
+             "prompt_tuning/encoder-decoder/plain", "poly/causal-lm/tasks",
+             "poly/encoder-decoder/plain")
 FROM_PADDED = "p_tuning/encoder-decoder/mlp"
 
 
@@ -620,13 +653,14 @@ def of_every_method():
                    narrowing: bool(m.formula) and m.tensors.gauges is None and case.data["base_name"] == "mlp",
                    begins_beside: not m.laws.single and set(m.laws.second) <= {"inference_mode"} and any(
                        r["method"] == m.name for r in store.rows("beginnings")),
-                   begins_as_base: fresh_is_identity.applies(m), merged_for_good: m.merges, mixed_batches: mixes(m),
+                   begins_as_base: fresh_is_identity.applies(m), merged_for_good: m.merges, safely_merged: m.merges,
+                   taken_off: layers and not m.route, mixed_batches: mixes(m),
                    mixed_batches_saved: mixes(m) and any(
                        c.config.get("modules_to_save") for c in store.packs()[m.name].cases),
                    sixteen_bits: layers and m.name != "ln_tuning" and m.tensors.gauges is None,
                    safe_merge: m.merges, set_scale: m.merges and (m.laws.scales or m.name in SCALED),
                    rescale: m.merges and m.laws.scales, **bookkeeping.of(m), **several.of(m),
-                   **saving.of(m)}
+                   **saving.of(m), **tools.of(m)}
         for function, does in applies.items():
             if does:
                 yield m, function.__name__.replace("_", "-"), partial(function, case=case, method=m)
@@ -637,6 +671,7 @@ def everything():
     yield from of_every_method()
     yield from options.everything(first_case)
     yield from tied.everything()
+    yield from tools.everything(first_case)
     known = methods()
     plain = store.find("lora/linear/plain")
     for how in COMBINED:
@@ -668,7 +703,8 @@ def everything():
         schedules.subspaces, case=store.find("adamss/linear/adaptive"), method=known["adamss"])
     for case in map(store.find, GENERATED):
         method = known[case.pack.data["method"]]
-        yield method, f"generate-{case.id.rpartition('/')[2]}", partial(generate, case=case, method=method)
+        kind, what = case.id.split("/")[1:]
+        yield method, f"generate-{what if kind == 'causal-lm' else kind}", partial(generate, case=case, method=method)
     p_tuning = store.find(FROM_PADDED)
     for what, off in (("generate-from-padded", False), ("generate-from-padded-off", True)):
         yield known["p_tuning"], what, partial(generate, case=p_tuning, method=known["p_tuning"], off=off)
@@ -715,7 +751,8 @@ def everything():
         yield known[name], "with-its-head", partial(
             several.with_its_head, case=store.find(f"{name}/encoder/sequence"), method=known[name])
     for what, fields in several.ARROWS.items():
-        yield known["lora"], f"arrow-{what}", partial(several.arrow, case=plain, method=known["lora"], options=fields)
+        yield known["lora"], f"arrow-{what}", partial(
+            several.arrow, case=plain, method=known["lora"], options=fields, added="added" in what)
     for id in MIXED_IN_TEXT:
         name = id.partition("/")[0]
         yield known[name], "generate-mixed", partial(

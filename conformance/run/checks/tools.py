@@ -1,0 +1,224 @@
+"""What a library offers around adapters: optimizers of LoRA's own, intruder dimensions, swapping adapters of other
+ranks, the base model's state, names of a file mapped to others, layers found by a state dict.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from ...reference import formulas, optimizers, store
+from ...reference.bases import BASES
+from ...reference.compare import Failure, close
+from ...reference.draw import draw_adapter, rng_of
+from ...reference.method import KEY
+from ...reference.methods import lora, methods
+from ...reference.numpy_model import run
+from . import bookkeeping
+from .goldens import same_set, start
+from .reject import refuse
+
+PLUS = {"lr": 0.25, "loraplus_lr_ratio": 4.0, "loraplus_lr_embedding": 0.75, "loraplus_weight_decay": 0.125}
+
+
+def stepped(driver, case, kind, options, want):
+    """One step from the case's tensors is what `want(tensors, slopes, options)` makes of them."""
+    start(driver, case, "float32")
+    inputs, cotangent = case.tensors("input"), case.tensors("cotangent")["y"]
+    before, slopes = driver.state_dict(), driver.gradients(inputs, cotangent)
+    driver.optimise(kind, options, inputs, cotangent, 1)
+    after = driver.state_dict()
+    for key, value in want(before, slopes, options).items():
+        close(f"{key} after a step, {kind}", after[key], value, "float32", floor=1)
+
+
+def lora_plus(driver, case, method):
+    """LoRA+: each kind of tensor at its own rate, with decay or without."""
+    stepped(driver, case, "loraplus", PLUS, optimizers.lora_plus)
+
+
+def riemannian(driver, case, method):
+    """Gradients of A and B, each multiplied by the inverse of the other's Gram matrix; others as they are."""
+    stepped(driver, case, "riemannian", {"lr": 0.125, "reg": 0.5}, optimizers.riemannian)
+
+
+SMALL = 1e-6  # such gradients are near Adam's epsilon, where it sees of what size they are
+STEPS = 3
+
+
+def lora_fa(driver, case, method):
+    """LoRA-FA over some steps. PEFT multiplies gradients and Gram matrix in bfloat16."""
+    inputs, cotangent = case.tensors("input"), SMALL * case.tensors("cotangent")["y"]
+    options = {"r": case.config["r"], "lora_alpha": case.config["lora_alpha"], "lr": 0.0625, "weight_decay": 0.25}
+    start(driver, case, "float32")
+    first = tensors = {k: np.asarray(v, np.float64) for k, v in driver.state_dict().items()}
+    driver.optimise("lorafa", options, inputs, cotangent, STEPS)
+    got, way = driver.state_dict(), optimizers.LoraFA(options, partial(lora.strength_of, case.config))
+    for _ in range(STEPS):
+        tensors = way.step(tensors, formulas.gradients(method, case.base, case.tensors("base"), tensors, case.config,
+                                                       inputs, cotangent))
+    for key, value in tensors.items():
+        allowed = 0.05 * np.abs(value - first[key]).max()
+        if np.abs(got[key] - value).max() > allowed:
+            raise Failure(f"{key} after {STEPS} steps of LoRA-FA", str(value.ravel()[:5]), str(got[key].ravel()[:5]))
+    same_set("factors A that LoRA-FA trains", [k for k, on in driver.names().items() if on and ".lora_A." in k], [])
+
+
+def intruders(driver, case, method):
+    """Directions of the adapted weight that the frozen one has not are weakened; the rest of the adapter stays, to its
+    rank, in a new adapter, which is then active."""
+    for top, part in ((10, 0.75), (2, 0.25)):
+        start(driver, case, "float32")
+        both = {path: [np.asarray(case.tensors(part)[f"{path}.weight"], np.float64) for part in ("base", "merged")]
+                for path in case.targets}
+        in_order = np.sort(np.concatenate([optimizers.likeness(*pair, top) for pair in both.values()]))
+        gap = int(np.diff(in_order).argmax())  # a threshold that nothing is near to
+        limit = float(in_order[gap : gap + 2].mean())
+        driver.reduce_intruders({"new_adapter_name": "reduced", "top_k": top, "threshold_epsilon": limit,
+                                 "mitigation_lambda": part})
+        if list(driver.active()) != ["reduced"]:
+            raise Failure("the active adapters after intruders were reduced", "['reduced']", str(driver.active()))
+        driver.merge()
+        got = driver.weights()
+        for path, (W, merged) in both.items():
+            rank = len(case.tensors("adapter")[f"{KEY}{path}.lora_A.weight"])
+            B, A = optimizers.without_intruders(W, merged, rank, top, limit, part)
+            close(f"{path}.weight, of whose {top} first directions those less like than {limit:.3g} are weakened to "
+                  f"{part}", got[f"{path}.weight"], W + B @ A, "float32", floor=1)
+
+
+def swapped_ranks(driver, case, method):
+    """Where ranks are made equal first, an adapter of a smaller or larger rank takes the place of one that is there."""
+    base, inputs, rng = case.tensors("base"), case.tensors("input"), rng_of("swapped ranks")
+    rank = case.config["r"]
+    with tempfile.TemporaryDirectory() as path:
+        for other in (rank - 1, rank + 2):
+            config = {**case.config, "r": other, "lora_alpha": 7}
+            driver.build(case.base, base, config, "float32", case=f"{method.name}/swapped")
+            tensors = draw_adapter(method, driver.state_dict(), set(), rng)
+            driver.load(tensors)
+            driver.save(str(Path(path, str(other))))
+            start(driver, case, "float32")
+            driver.prepare_hotswap(rank + 2)
+            close("output after ranks were made equal", driver.forward(inputs), case.tensors("out")["y"], "float32")
+            driver.hotswap(str(Path(path, str(other))), "default")
+            close(f"output after an adapter of rank {other} took the place of one of rank {rank}",
+                  driver.forward(inputs), formulas.output(method, case.base, base, tensors, config, inputs), "float32")
+        start(driver, case, "float32")
+        refuse("making ranks equal that are larger", lambda: driver.prepare_hotswap(rank - 1))
+
+
+def base_state(driver, case, method):
+    """The frozen model's own tensors under its own names, read and set while an adapter is on it."""
+    start(driver, case, "float32")
+    base = case.tensors("base")
+    got = driver.base_state()
+    same_set("names in the base model's state", got, base)
+    for name, value in base.items():
+        close(f"{name} in the base model's state", got[name], value, "float32")
+    changed = {k: (0.5 * v).astype(np.float32) for k, v in base.items()}
+    driver.set_base_state(changed)
+    if not any(formulas.plain_name(k) in base for k in case.keys):
+        want = formulas.output(method, case.base, changed, case.tensors("adapter"), case.config, case.tensors("input"))
+        if method.tensors.fresh is None and method.tensors.made is None:
+            close("output after the base model's tensors were set", driver.forward(case.tensors("input")), want,
+                  "float32")
+    driver.disable(True)
+    close("output without adapter after the base model's tensors were set", driver.forward(case.tensors("input")),
+          run(case.base, changed, case.tensors("input")), "float32")
+    driver.disable(False)
+    first = sorted(changed)[0]
+    refuse("a state of the base model that lacks a tensor",
+           lambda: driver.set_base_state({k: v for k, v in changed.items() if k != first}))
+    refuse("a state of the base model with a tensor that it does not have",
+           lambda: driver.set_base_state({**changed, "no.such": changed[first]}))
+
+
+def mapped_names(driver, case, method):
+    """Names in a file that are those of another release of the model, brought to this one's by regular expressions."""
+    start(driver, case, "float32")
+    from safetensors.numpy import load_file, save_file
+
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        file = Path(path, "adapter_model.safetensors")
+        tensors = {k.replace("model.up.", "model.old.layer_up."): v for k, v in load_file(file).items()}
+        save_file(tensors, file)
+        driver.restore_with(path, case.base, case.tensors("base"), "float32",
+                            {"key_mapping": {r"^old\.layer_(\w+)\.": r"\1.", r"up\.lora_A": "never"}})
+    bookkeeping.same_output(driver, case, "output of an adapter whose names were mapped")
+
+
+def revision(driver, case, method):
+    """What is said of the base model's revision is kept in the config."""
+    driver.build_with(case.base, case.tensors("base"), case.config, "float32", {"revision": "v7"}, case=case.id)
+    if driver.config_of().get("revision") != "v7":
+        raise Failure("revision in the config", expected="v7", got=str(driver.config_of().get("revision")))
+
+
+def found_by_state(driver, case, method):
+    """Where a state dict is given, its keys say which layers are adapted, whatever the config targets."""
+    start(driver, case, "float32")
+    tensors, base = case.tensors("adapter"), case.tensors("base")
+    plain = {k.removeprefix(KEY): v for k, v in tensors.items()}
+    last = case.targets[-1]
+    fewer = {k: v for k, v in plain.items() if not k.startswith(f"{last}.")}
+    config = {**case.config, "target_modules": [last]}
+    for what, held in (("all its layers", plain), ("fewer layers", fewer)):
+        got = driver.adapted_like(case.base, base, config, held, case=case.id)
+        same_set(f"tensors of an adapter put where a state of {what} says", got, held)
+
+
+def loaded_mixed(driver, case, method, on=True):
+    """A model that takes adapters of several methods, made from a saved one of one method."""
+    start(driver, case, "float32")
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        driver.restore_with(path, case.base, case.tensors("base"), "float32", {"mixed": True, "is_trainable": on})
+    bookkeeping.same_output(driver, case, "output of an adapter loaded into a model for several methods")
+    wanted = bookkeeping.trained(case.parameters) if on else []
+    same_set(f"what is trained of it with is_trainable {on}", bookkeeping.trained(driver.names()), wanted)
+    want = [sum(int(np.prod(case.keys[k.replace(".default", "")])) for k in wanted), case.count[1]]
+    if (got := list(driver.count())) != want:
+        raise Failure(f"parameter counts of such a model with is_trainable {on}", expected=str(want), got=str(got))
+
+
+def loaded_mixed_for_use(driver, case, method):
+    """`loaded_mixed`, where nothing is to be trained."""
+    loaded_mixed(driver, case, method, False)
+
+
+def of(method) -> dict:
+    """Function -> whether it can be asked of a method."""
+    first = method.rows[0]
+    layers = bool(method.formula or method.run) and "layers" in BASES[first.base]
+    return {base_state: layers and not method.route}
+
+
+def everything(first_case):
+    """(method, what, function(driver)) of these checks."""
+    known = methods()
+
+    def each(function, name, *ids):
+        for id in ids:
+            case = store.find(f"{name}/{id}") if id else first_case(known[name])
+            what = function.__name__.replace("_", "-") + (f"-{id.replace('/', '-')}" if id else "")
+            yield known[name], f"tool-{what}", partial(function, case=case, method=known[name])
+
+    yield from each(lora_plus, "lora", "linear/plain", "linear/bias-lora-only", "linear/modules-to-save",
+                    "embedding/plain")
+    yield from each(lora_plus, "dora", "linear/plain")
+    yield from each(riemannian, "lora", "linear/rank-pattern", "linear/bias-lora-only")
+    yield from each(lora_fa, "lora", "linear/rank-pattern", "linear/rslora", "linear/bias-lora-only")
+    yield from each(intruders, "lora", "linear/plain", "linear/rank-pattern", "linear/rslora")
+    yield from each(swapped_ranks, "lora", "linear/plain", "linear/rslora", "conv2d/plain")
+    yield from each(mapped_names, "lora", "linear/plain")
+    yield from each(revision, "lora", "linear/plain")
+    for name in ("lora", "ia3", "loha", "oft", "boft"):
+        yield from each(found_by_state, name, "")
+    for name in ("lora", "loha", "lokr", "shira", "adalora"):
+        yield from each(loaded_mixed, name, "")
+        yield from each(loaded_mixed_for_use, name, "")
