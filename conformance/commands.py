@@ -10,13 +10,14 @@ import tempfile
 from pathlib import Path
 
 from .drivers import open_driver
-from .record import beginnings, config, coverage, disputed, own, recorder, states, targets
+from .record import beginnings, config, coverage, disputed, own, recorder, refused, states, targets
 from .reference import store
 from .reference.methods import methods
 from .run import cli, explain, power
 from .run.reporting import side_by_side, terminal
 
-TABLES = {"config": config.record, "targets": targets.record, "beginnings": beginnings.record}  # which read the first
+TABLES = {"config": config.record, "targets": targets.record, "beginnings": beginnings.record,
+          "refused": refused.record}  # which read the first
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:

@@ -27,7 +27,8 @@ from ..reference.numpy_model import apply_layer, parameters_of, sites
 
 # what faults change besides operations
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved", "drawn",
-       "taken", "rebuilding", "is_unsaved", "likeness", "ties", "shared_by", "mapped")
+       "taken", "rebuilding", "is_unsaved", "likeness", "ties", "shared_by", "mapped",
+       "is_refused")
 
 
 class Oracle(Driver):
@@ -50,6 +51,8 @@ class Oracle(Driver):
         self.method: Any = methods()[case.split("/")[0]] if case else None
         self.case: Any = next((c for c in store.all_cases() if c.id == case), None)
         self.base, self.dtype, self.seed = base, dtype, seed
+        if self.case and config and self.is_refused(config):
+            raise Rejected("a field out of range")
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
         self.adapters: dict = {}
         self.chosen, self.merged, self.off = [], [], 0
@@ -121,6 +124,11 @@ class Oracle(Driver):
             return None
         return next((c for c in store.all_cases() if c.config == config and c.base == self.base), None)
 
+    def is_refused(self, config) -> bool:
+        """Is it the config of a recorded case with one field out of range? Which these are is convention."""
+        rows = [r for r in store.rows("refused") if r["case"] == self.case.id]
+        return any(config == {**self.case.config, field: value} for r in rows for field, value in r["refused"])
+
     def recorded(self, config) -> bool:
         """Is this the config of the recorded case, but for what it is made for?"""
         return self.case is not None and {**config, "inference_mode": None} == {
@@ -157,7 +165,7 @@ class Oracle(Driver):
             wanted = config.get("target_modules") or []
             wanted = [*wanted, "head"] if self.ties(config) and "embed_tokens" in wanted else wanted
             found = [p for p in sites(self.base, self.base_weights) if p.split(".")[-1] in wanted or p in wanted]
-        if not found and not self.method.prompt and not self.method.route:
+        if not found and not self.method.prompt and not (self.method.route and not config.get("target_modules")):
             raise Rejected(f"target_modules {config.get('target_modules')} match nothing")
         return found
 
@@ -792,6 +800,9 @@ class Oracle(Driver):
     def restore_routed(self, paths, general, base, weights, options):
         read = [[self.read(path) for path in some] for some in (paths, general)]
         config = read[0][0][0]
+        if any({k: np.shape(v) for k, v in tensors.items()} != {k: np.shape(v) for k, v in read[0][0][1].items()}
+               for some in read for _, tensors in some):
+            raise Rejected("adapters of other layers or ranks")
         self.build(base, weights, config, "float32", self.case.id)
         self.routing = [[tensors for _, tensors in some] for some in read], config, options
         self.routed = arrow.route(*self.routing[0], config, options, self.likeness)

@@ -15,6 +15,9 @@ ALL: dict[str, dict] = {  # for every method whose config has the fields
               "modules_to_save": ["head"]},
     "regex": {"target_modules": r".*layers\.\d\.(up|mid)", "exclude_modules": r"model\.layers\.0\.m\w+"},
     "layers": {"target_modules": ["up", "setup"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "linear": {"target_modules": "all-linear", "exclude_modules": ["head"]},
+    "one-layer": {"target_modules": ["up", "mid"], "layers_to_transform": 1},
+    "nowhere": {"target_modules": ["nowhere"]},
     "ranks": {"target_modules": ["up"], "rank_pattern": {"layers.1.up": 3, r"model\.\w+\.1\.up": 5, "0.up": 1}},
     "strengths": {"target_modules": ["up"], "alpha_pattern": {"layers.1.up": 3, "h.1.up": 5, "setup": 7, "^up": 11}},
 }
@@ -71,6 +74,7 @@ OTHER: dict[str, tuple[str, str, dict]] = {  # row: method, base, changes
         "layers.1.up": 4, "up": 2}}),
     "all-linear-spares-the-classifier": ("lora", "decoys-classifier", {"target_modules": "all-linear",
                                                                        "task_type": "SEQ_CLS"}),
+    "all-linear-without-a-task": ("lora", "decoys-classifier", {"target_modules": "all-linear"}),
 }
 TYPES = ("RefinedWeb", "RefinedWebModel", "bart", "bert", "blip-2", "bloom", "btlm", "chatglm", "codegen", "deberta",
          "deberta-v2", "electra", "falcon", "gemma", "gemma2", "gemma3_text", "gpt2", "gpt_bigcode", "gpt_neo",
@@ -129,7 +133,7 @@ def record(driver) -> list[dict]:
                     if row["keys"].get(key, shape) != shape:
                         row["keys"][key] = None
         except Exception as e:
-            if id in LORA and isinstance(e, Rejected):
+            if id in (*LORA, "nowhere") and isinstance(e, Rejected):
                 found.append({**row, "refused": True})
             else:
                 print(f"left out, {method}/targets/{id}: {type(e).__name__}: {e}"[:300])

@@ -185,6 +185,8 @@ def stay_trainable(o, right, path, *a):
 CONFIGS = ("config/defaults", "config/given", "config/file")
 FILE, GIVEN = ("config/file",), ("config/given",)
 FILES = (
+    f("any-value", "fields out of range are taken", {"is_refused": lambda o, right, config: False}, "refused",
+      ("refused/linear", "refused/conv2d", "refused/parameter")),
     f("another-default", "a default is another one", filled(lambda full, given: {"r": 16} | full | (
         {} if "r" in given else {"r": 16})), "config", CONFIGS[:1]),
     f("default-of-the-method", "lora_dropout is 0.05 where it is not given",

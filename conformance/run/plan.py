@@ -6,7 +6,7 @@ from functools import partial
 
 from ..reference import laws, store
 from ..reference.methods import methods as all_methods
-from .checks import beginnings, config, figures, goldens, lifecycle, reject, states, targets, usage
+from .checks import beginnings, config, figures, goldens, lifecycle, refused, reject, states, targets, usage
 from .runner import Task
 
 PROFILES = ("core", "full")
@@ -139,6 +139,7 @@ def tasks(profile: str, methods=None, pattern=None, dtypes=DTYPES, laws=True):
              *usage_tasks(profile, methods, pattern),
              *row_tasks("targets", store.rows("targets"), targets.check, profile, methods, pattern),
              *row_tasks("beginnings", store.rows("beginnings"), beginnings.check, profile, methods, pattern),
+             *row_tasks("refused", store.rows("refused"), refused.check, profile, methods, pattern),
              *config_tasks(profile, methods, pattern),
              *(figure_tasks(methods, pattern) if profile == "full" else ())]
     return [t for t in found if t.case == pattern] or found

@@ -222,12 +222,12 @@ class Plan:
             if isinstance(base, Attention):
                 out = base.leaf.out_proj
                 found.append((path, f"{live}.base_layer.out_proj", out, base_of(out)))
+        parameters = self.find_parameters(outer)
         for *_, base in found if hasattr(config, "fan_in_fan_out") else ():
             if isinstance(base, Linear) and config.fan_in_fan_out != isinstance(base, Conv1D):
                 config.fan_in_fan_out = isinstance(base, Conv1D)
                 value = config.fan_in_fan_out
                 warnings.warn(f"fan_in_fan_out set to {value}, as the layers are {base.label}.", PeftWarning)
-        parameters = self.find_parameters(outer)
         self.parameters = [path for path, *_ in parameters]
         if keys is not None:  # which do not tell a layer from its parameter
             of_parameters = {path.rpartition(".")[0] for path in self.parameters}

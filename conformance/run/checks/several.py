@@ -361,6 +361,19 @@ def arrow(driver, case, method, options, added=False):
             now(", when another expert was added", made["task"])
 
 
+def arrow_refused(driver, case, method):
+    """A router's adapters have the same layers and the same rank."""
+    base, last = case.tensors("base"), case.targets[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, more in {"plain": {}, "rank": {"r": case.config["r"] + 1}, "layers": {"target_modules": [last]}}.items():
+            driver.build(case.base, base, {**case.config, **more}, "float32", case=f"{method.name}/routed")
+            driver.save(str(Path(folder, name)))
+        for name in ("rank", "layers"):
+            paths = [str(Path(folder, each)) for each in ("plain", name)]
+            refuse(f"a router of adapters of other {name}", partial(
+                driver.restore_routed, paths, [], case.base, base, {"top_k": 2, "router_temperature": 1.0}))
+
+
 OWN_TENSORS = ("ln_tuning", "randlora")  # the base model's, or some that all adapters share
 TELL_OTHERWISE = ("ln_tuning", "osf", "tinylora", "unilora", "vblora")  # every layer holds what all layers share
 

@@ -750,6 +750,7 @@ def everything():
     for name in ("prompt_tuning", "prefix_tuning", "multitask_prompt_tuning"):
         yield known[name], "with-its-head", partial(
             several.with_its_head, case=store.find(f"{name}/encoder/sequence"), method=known[name])
+    yield known["lora"], "arrow-refused", partial(several.arrow_refused, case=plain, method=known["lora"])
     for what, fields in several.ARROWS.items():
         yield known["lora"], f"arrow-{what}", partial(
             several.arrow, case=plain, method=known["lora"], options=fields, added="added" in what)

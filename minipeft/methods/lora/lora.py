@@ -162,9 +162,10 @@ class Summed(LowRank):
 class LoRA(Summed, config=LoraConfig):
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
-        given = [field for field in ("lora_dropout", "lora_bias") if getattr(config, field)]
+        given = [field for field in ("lora_dropout", "lora_bias", "fan_in_fan_out") if getattr(config, field)]
         if given and isinstance(base, Param):
-            raise ConfigError(f"`{given[0]}` is not for bare parameters such as '{path}': A never sees the input.")
+            why = "A never sees the input" if given[0] != "fan_in_fan_out" else "`is_transposed` says how they are laid out"
+            raise ConfigError(f"`{given[0]}` is not for bare parameters such as '{path}': {why}.")
 
     def tie_to(self, source: Any, fresh: bool = False) -> None:
         A, B = source.lora_A, source.lora_B  # (r, tokens), (dim, r)
