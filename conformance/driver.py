@@ -181,6 +181,13 @@ class Driver:
         """The opposite of `base_state`, all of them at once: PEFT's `set_base_model_state_dict`."""
         raise Unsupported("set the base model's state under an adapter")
 
+    def auto(self, kind: str, config: dict, words: int = 0) -> dict:
+        """Save a small base model of transformers and an adapter of it, and load both by PEFT's `AutoPeftModel<kind>`,
+        the adapter's folder being all that is given: the output on the same input `before` and `after`, the class
+        of the model that was loaded (`task`), what is trained of it (`trained`), once more with is_trainable
+        (`trainable`), and the `rows` of its embedding. `words`: beside the adapter lies a tokenizer of so many."""
+        raise Unsupported("load the base model with its adapter")
+
     def adapted_like(self, base: dict, weights: dict, config: dict, tensors: dict, case: str = "") -> list:
         """The names, without PEFT's prefix, of the tensors of an adapter that is put into the bare base model where the
         names of `tensors` say: PEFT's `inject_adapter_in_model` with a `state_dict`."""

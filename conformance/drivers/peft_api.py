@@ -419,6 +419,37 @@ class PeftApi(Driver):
         with rejecting():
             self.found("set_base_model_state_dict")(self.model, self.tensors(tensors))
 
+    def auto(self, kind, config, words=0):
+        try:
+            base, ids = models.of_transformers(kind)
+        except ModuleNotFoundError as e:
+            raise Unsupported(f"no {e.name}") from e
+        load = getattr(self.peft, f"AutoPeftModel{kind}", None)
+        if load is None:
+            raise Unsupported(f"no AutoPeftModel{kind}")
+        more = {"decoder_input_ids": ids} if base.config.is_encoder_decoder else {}
+
+        def run(model):
+            with torch.no_grad():
+                return to_numpy(models.answer(model.eval()(input_ids=ids, **more)))
+
+        with tempfile.TemporaryDirectory() as folder, rejecting():
+            base.save_pretrained(folder)
+            model = self.peft.get_peft_model(type(base).from_pretrained(folder), self.config(config))
+            models.seed(1)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.normal_(0, 0.2)
+            before, adapter = run(model), str(Path(folder, "adapter"))
+            model.save_pretrained(adapter)
+            if words:
+                models.tokenizer(words).save_pretrained(adapter)
+            loaded = [load.from_pretrained(adapter, is_trainable=on) for on in (False, True)]
+            trained, trainable = ([n for n, p in m.named_parameters() if p.requires_grad] for m in loaded)
+            return {"task": type(loaded[0]).__name__, "trained": trained, "trainable": trainable,
+                    "rows": len(loaded[0].get_base_model().get_input_embeddings().weight),
+                    "before": before.tolist(), "after": run(loaded[0]).tolist()}
+
     def adapted_like(self, base, weights, config, tensors, case=""):
         net = self.base(base, weights, "float32")
         inject = self.peft.inject_adapter_in_model

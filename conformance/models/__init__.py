@@ -96,6 +96,36 @@ def pretrained(base):
     return PretrainedNet()
 
 
+TRANSFORMERS = {  # the class of a small base model of transformers, for AutoPeftModel<kind>
+    "ForCausalLM": "GPT2LMHeadModel", "ForSeq2SeqLM": "T5ForConditionalGeneration",
+    "ForSequenceClassification": "GPT2ForSequenceClassification",
+    "ForTokenClassification": "GPT2ForTokenClassification", "ForQuestionAnswering": "GPT2ForQuestionAnswering",
+    "ForFeatureExtraction": "GPT2Model", "": "GPT2Model"}
+VOCABULARY = 16
+
+
+def of_transformers(kind: str):
+    """(a small model of transformers, always with the same weights; ids for it)."""
+    import transformers
+
+    cls = getattr(transformers, TRANSFORMERS[kind])
+    sizes = {"n_embd": 8, "n_head": 2, "n_layer": 1} if kind != "ForSeq2SeqLM" else {
+        "d_model": 8, "d_kv": 4, "d_ff": 12, "num_heads": 2, "num_layers": 1}
+    seed(0)
+    model = cls(cls.config_class(vocab_size=VOCABULARY, pad_token_id=0, decoder_start_token_id=0, **sizes))
+    return model, torch.tensor([[1, 2, 3, 5], [4, 3, 2, 1]])
+
+
+def tokenizer(words: int):
+    """One of so many words."""
+    import tokenizers
+    import transformers
+
+    known = {f"w{i}": i for i in range(words)}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="w0")))
+
+
 def answer(output, has_labels=False):
     """What a case compares of a model's output: the loss (1,) if labels were given, else logits or hidden states."""
     if has_labels:

@@ -96,6 +96,11 @@ def left_on(o, right, merge, names=None):
     o.base_weights = o.base_weights if merge else kept
 
 
+def switch_if_on(o, right, *a):
+    if not o.off:
+        right(*a)
+
+
 def added_is_ignored(o, right, path, name):
     if not o.routed:
         right(path, name)
@@ -154,6 +159,8 @@ FAULTS = {"lora": (
       {"adapted_like": by_targets}, "usage", ("usage/tool-found-by-state",)),
     f("mixed-is-for-use", "is_trainable is lost on the way to a model for several methods",
       {"restore_with": mixed_for_use}, "usage", ("usage/tool-loaded-mixed",)),
+    f("switched-while-off-is-lost", "switching while adapters are off does nothing", {"switch": switch_if_on}, "usage",
+      ("usage/switched-while-off",)),
     f("taken-off-stays", "an adapter that is taken off stays in the weights", {"unload": left_on}, "usage",
       ("usage/taken-off",)),
     f("router-without-the-new", "a router does not see an expert that joins", {"load_adapter": added_is_ignored},

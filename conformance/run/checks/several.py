@@ -115,6 +115,30 @@ def merged_by_name(driver, case, method):
           "float32")
 
 
+def switched_while_off(driver, case, method):
+    """An adapter that is switched to, or deleted, while adapters are off is on, or gone, when they are on again."""
+    start(driver, case, "float32")
+    config = bookkeeping.second_of(case, method)
+    driver.add("other", config)
+    driver.switch(["other"])
+    state = driver.state_dict("other")
+    tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng_of("off"))
+    driver.load(tensors, "other")
+    driver.switch(["default"])
+    inputs = case.tensors("input")
+    want = formulas.output(method, case.base, case.tensors("base"), tensors, config, inputs)
+    driver.disable(True)
+    driver.switch(["other"])
+    driver.disable(False)
+    close("output when adapters are on again, another having been switched to while they were off",
+          driver.forward(inputs), want, "float32")
+    driver.switch(["default"])
+    driver.disable(True)
+    driver.delete("other")
+    driver.disable(False)
+    bookkeeping.same_output(driver, case, "output when they are on again, the other one having been deleted meanwhile")
+
+
 def told(adapters: dict, paths, active, merged=(), on=True, trains=True) -> dict:
     """What is to be told of layers at `paths`: `adapters` names those that each adapter is on."""
     def trained(name):
@@ -365,7 +389,8 @@ def arrow_refused(driver, case, method):
     """A router's adapters have the same layers and the same rank."""
     base, last = case.tensors("base"), case.targets[-1]
     with tempfile.TemporaryDirectory() as folder:
-        for name, more in {"plain": {}, "rank": {"r": case.config["r"] + 1}, "layers": {"target_modules": [last]}}.items():
+        others: dict = {"plain": {}, "rank": {"r": case.config["r"] + 1}, "layers": {"target_modules": [last]}}
+        for name, more in others.items():
             driver.build(case.base, base, {**case.config, **more}, "float32", case=f"{method.name}/routed")
             driver.save(str(Path(folder, name)))
         for name in ("rank", "layers"):
@@ -386,4 +411,6 @@ def of(method) -> dict:
     plain = several and method.tensors.gauges is None and method.name not in OWN_TENSORS
     mixes = plain and method.laws.mixed_batch and not method.laws.whole_batch
     return {mixed_batches_of_many: mixes, mixed_batches_refused: mixes, mixed_batches_refused_unchanged: mixes,
-            merged_by_name: plain and method.merges, status: several and method.name not in TELL_OTHERWISE}
+            merged_by_name: plain and method.merges,
+            switched_while_off: not method.laws.single and not method.laws.second and method.tensors.gauges is None,
+            status: several and method.name not in TELL_OTHERWISE}

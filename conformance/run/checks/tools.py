@@ -13,7 +13,7 @@ import numpy as np
 from ...reference import formulas, optimizers, store
 from ...reference.bases import BASES
 from ...reference.compare import Failure, close
-from ...reference.draw import draw_adapter, rng_of
+from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.method import KEY
 from ...reference.methods import lora, methods
 from ...reference.numpy_model import run
@@ -195,6 +195,74 @@ def loaded_mixed_for_use(driver, case, method):
     loaded_mixed(driver, case, method, False)
 
 
+ORDER = [0, 1, 1, 2]  # of the layers that [[0, 2], [1, 3]] makes of three
+
+
+def replicated(driver):
+    """Layers that are run again share their weights, and have adapters of their own."""
+    method, base, rng = methods()["lora"], BASES["decoder-llama"], rng_of("replicated")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj"],
+              "layer_replication": [[0, 2], [1, 3]]}
+    weights, inputs = draw_base(base, rng), draw_inputs(base, {}, rng)
+    deep = {**base, "depth": len(ORDER)}
+
+    def deepened(weights):
+        layers = {f"model.layers.{new}.{name}": weights[f"model.layers.{old}.{name}"]
+                  for new, old in enumerate(ORDER)
+                  for name in (k.removeprefix("model.layers.0.") for k in weights if k.startswith("model.layers.0."))}
+        return {k: v for k, v in weights.items() if "layers." not in k} | layers
+
+    def now(what, tensors, weights):
+        close(what, driver.forward(inputs),
+              formulas.output(method, deep, deepened(weights), tensors, config, inputs), "float32")
+
+    driver.build(base, weights, config, "float32", case="lora/replicated")
+    tensors = draw_adapter(method, driver.state_dict(), set(), rng)
+    same_set("tensors of replicated layers", tensors, [
+        f"{KEY}model.layers.{i}.self_attn.q_proj.lora_{x}.weight" for i in range(4) for x in "AB"])
+    driver.load(tensors)
+    now("output of replicated layers", tensors, weights)
+    own, whole = (sum(np.size(v) for v in held.values()) for held in (tensors, {**tensors, **weights}))
+    numbers = [own, whole]
+    if list(driver.count()) != numbers:
+        raise Failure("parameter counts, weights that layers share counting once", str(numbers), str(driver.count()))
+    name = "model.layers.1.mlp.weight"
+    driver.assign({f"{KEY}{name}": 1.5 * weights[name]})
+    now("output when a weight of a replicated layer has changed", tensors, {**weights, name: 1.5 * weights[name]})
+    driver.assign({f"{KEY}{name}": weights[name]})
+    with tempfile.TemporaryDirectory() as path:
+        driver.save(path)
+        driver.restore(path, base, weights, "float32")
+    now("output of replicated layers, saved and loaded", tensors, weights)
+    driver.disable(True)
+    now("output of replicated layers without adapter", {}, weights)
+    driver.disable(False)
+
+
+AUTO = {"ForCausalLM": "CAUSAL_LM", "ForSeq2SeqLM": "SEQ_2_SEQ_LM", "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS", "ForQuestionAnswering": "QUESTION_ANS",
+        "ForFeatureExtraction": "FEATURE_EXTRACTION", "": None}
+
+
+def auto(driver, kind):
+    """The base model is found by the adapter's config, made of the class that the task asks for, and gets the adapter;
+    where a tokenizer with more words lies beside it, the embedding grows."""
+    target, own = ("q", {}) if kind == "ForSeq2SeqLM" else ("c_attn", {"fan_in_fan_out": True})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": [target], "task_type": AUTO[kind], **own}
+    for words in (0, 19) if kind == "ForCausalLM" else (0,):
+        got = driver.auto(kind, config, words)
+        before, after = np.array(got["before"]), np.array(got["after"])
+        close("output of a model loaded by its adapter's folder", after[..., : before.shape[-1]], before, "float32")
+        if got["task"] != f"PeftModel{kind}":
+            raise Failure("class of that model", expected=f"PeftModel{kind}", got=got["task"])
+        if got["trained"] or not any("lora_A" in name for name in got["trainable"]):
+            raise Failure("what is trained of that model, and with is_trainable", got=str(
+                (got["trained"], got["trainable"])))
+        rows = words or 16
+        if got["rows"] != rows:
+            raise Failure(f"rows of its embedding, the tokenizer having {words} words", str(rows), str(got["rows"]))
+
+
 def of(method) -> dict:
     """Function -> whether it can be asked of a method."""
     first = method.rows[0]
@@ -219,6 +287,9 @@ def everything(first_case):
     yield from each(lora_fa, "lora", "linear/rank-pattern", "linear/rslora", "linear/bias-lora-only")
     yield from each(intruders, "lora", "linear/plain", "linear/rank-pattern", "linear/rslora")
     yield from each(swapped_ranks, "lora", "linear/plain", "linear/rslora", "conv2d/plain")
+    yield known["lora"], "tool-replicated", replicated
+    for kind, task in AUTO.items():
+        yield known["lora"], f"tool-auto-{(task or 'none').lower().replace('_', '-')}", partial(auto, kind=kind)
     yield from each(mapped_names, "lora", "linear/plain")
     yield from each(revision, "lora", "linear/plain")
     for name in ("lora", "ia3", "loha", "oft", "boft"):

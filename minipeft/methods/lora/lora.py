@@ -164,7 +164,8 @@ class LoRA(Summed, config=LoraConfig):
     def check_layer(cls, config: Any, path: str, base: Any) -> None:
         given = [field for field in ("lora_dropout", "lora_bias", "fan_in_fan_out") if getattr(config, field)]
         if given and isinstance(base, Param):
-            why = "A never sees the input" if given[0] != "fan_in_fan_out" else "`is_transposed` says how they are laid out"
+            laid_out = "`is_transposed` of their module says how they are laid out"
+            why = laid_out if given[0] == "fan_in_fan_out" else "A never sees the input"
             raise ConfigError(f"`{given[0]}` is not for bare parameters such as '{path}': {why}.")
 
     def tie_to(self, source: Any, fresh: bool = False) -> None:
