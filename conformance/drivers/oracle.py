@@ -51,8 +51,6 @@ class Oracle(Driver):
         self.method: Any = methods()[case.split("/")[0]] if case else None
         self.case: Any = next((c for c in store.all_cases() if c.id == case), None)
         self.base, self.dtype, self.seed = base, dtype, seed
-        if self.case and config and self.is_refused(config):
-            raise Rejected("a field out of range")
         self.base_weights = {k: np.asarray(v, np.float64) for k, v in weights.items()}
         self.adapters: dict = {}
         self.chosen, self.merged, self.off = [], [], 0
@@ -125,9 +123,12 @@ class Oracle(Driver):
         return next((c for c in store.all_cases() if c.config == config and c.base == self.base), None)
 
     def is_refused(self, config) -> bool:
-        """Is it the config of a recorded case with one field out of range? Which these are is convention."""
-        rows = [r for r in store.rows("refused") if r["case"] == self.case.id]
-        return any(config == {**self.case.config, field: value} for r in rows for field, value in r["refused"])
+        """Is it the config of a recorded case with one field out of range, in itself or beside the adapter that is
+        there? Which these are is convention."""
+        rows = [r for r in store.rows("refused") if r["case"] == self.case.id and bool(self.adapters) == (
+            "beside" in r)]
+        own = {**self.case.config, **(self.method.laws.second if self.adapters else {})}
+        return any(config == {**own, field: value} for r in rows for field, value in r["refused"])
 
     def recorded(self, config) -> bool:
         """Is this the config of the recorded case, but for what it is made for?"""
@@ -181,6 +182,8 @@ class Oracle(Driver):
     def add(self, name, config):
         like, method = self.like(config), self.method_of(config)
         validate(config, method)
+        if self.case and self.is_refused(config):
+            raise Rejected("a field out of range")
         if self.adapters and "bias" in config and sum(
                 c.get("bias", "none") != "none" for c, _ in [(config, None), *self.adapters.values()]) > 1:
             raise Rejected("several adapters that train biases")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,10 @@ from ..reference.beginnings import described
 from ..reference.draw import draw_base, rng_of
 from ..reference.methods import methods
 from ..run.checks.beginnings import begun, strengths
+from .config import another
 
 STARTS = 8
+NOT_ASKED = {"peft_type", "task_type", "revision", "inference_mode", "peft_version"}
 KEYS = {"adamss": "random_seed", "frod": "projection_prng_key", "psoft": "random_seed", "shira": "random_seed",
         "pvera": "projection_prng_key", "randlora": "projection_prng_key", "tinylora": "projection_seed",
         "unilora": "proj_seed", "vera": "projection_prng_key"}
@@ -144,6 +148,52 @@ def row_of(driver, method, id, base, changes) -> dict:
     return row
 
 
+def offered(driver, method) -> dict[str, list]:
+    """Field of a method's config -> other values that it may take: both of a flag, all that are listed of a word, and
+    another number."""
+    kinds = typing.get_type_hints(driver.peft.PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type])
+    found: dict[str, list] = {}
+    for field, value in store.configs()[method.name]["defaults"].items():
+        if field in NOT_ASKED or field not in kinds:
+            continue
+        words = [w for kind in (kinds[field], *typing.get_args(kinds[field])) for w in typing.get_args(kind)
+                 if typing.get_origin(kind) is typing.Literal]
+        found[field] = [v for v in (*words, another(value)) if v is not None and v != value]
+    return found
+
+
+def by_options(driver, method, plain, known) -> Iterator[dict]:
+    """Rows of single fields by which a new adapter's tensors differ, but for those that other rows are about."""
+    for field, values in offered(driver, method).items():
+        for value in values:
+            if any(row["config"].get(field) == value for row in known):
+                continue
+            changes = {**{k: v for k, v in plain["config"].items() if k not in method.rows[0].config}, field: value}
+            id = f"with-{field}-{value}".lower().replace("_", "-").replace(".", "-")
+            try:
+                row = row_of(driver, method, id, plain["base"], changes)
+            except Exception:
+                continue  # not for such a layer, or not alone
+            if any(want.get("std", 0) > 1e3 for want in row["tensors"].values()):
+                continue  # nothing is put there
+            shapes = [{k: v["shape"] for k, v in r["tensors"].items()} for r in (row, plain)]
+            if shapes[0] == shapes[1] and not alike(row, plain):
+                yield {**row, "profile": "full"}
+
+
+def alike(row, plain) -> bool:
+    """Are the tensors of two rows described by the same numbers, as far as those of drawn tensors can tell?"""
+    for name, want in plain["tensors"].items():
+        got = row["tensors"][name]
+        if ("at" in got) != ("at" in want) or ("rows" in got, "columns" in got) != ("rows" in want, "columns" in want):
+            return False
+        if "at" in got and not np.allclose(got["at"], want["at"], 1e-3, 1e-6):
+            return False
+        if "at" not in got and not np.isclose(got["std"], want["std"], 0.2):
+            return False
+    return True
+
+
 def record(driver) -> list[dict]:
     found = []
     for method in (m for m in methods().values() if m.name != "xlora"):  # whose classifier the reference does not save
@@ -167,4 +217,7 @@ def record(driver) -> list[dict]:
                 found.append(row_of(driver, method, id, where, changes))
             except Exception as e:
                 print(f"left out, {method.name}/beginnings/{id}: {type(e).__name__}: {e}"[:250])
+        own = [row for row in found if row["method"] == method.name]
+        if own and method.name == method.peft_type.lower():
+            found += by_options(driver, method, own[0], own)
     return found

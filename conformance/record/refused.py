@@ -23,10 +23,13 @@ def others(value) -> list:
     return ["nonsense"] if isinstance(value, str) else [0, -1, "nonsense", 1] if value is None else []
 
 
-def refuses(driver, case, config) -> bool:
-    """On purpose: by a ValueError, which PEFT raises where it looks at a config."""
+def refuses(driver, case, config, beside=None) -> bool:
+    """On purpose: by a ValueError, which PEFT raises where it looks at a config. `beside`: another adapter's, which is
+    there already."""
     try:
-        driver.build(case.base, case.tensors("base"), config, "float32", case=case.id)
+        driver.build(case.base, case.tensors("base"), beside or config, "float32", case=case.id)
+        if beside:
+            driver.add("other", config)
     except Rejected as e:
         return str(e).startswith("ValueError")
     except (Unsupported, Exception):  # it crashes
@@ -49,4 +52,13 @@ def record(driver) -> list[dict]:
                      and refuses(driver, case, {**case.config, field: other})]
             if found:
                 rows.append({"method": method.name, "id": kind, "profile": "full", "case": case.id, "refused": found})
+            if len(kinds) > 1 or method.laws.single:
+                continue
+            second = [[field, other] for field, value in {**known, **case.config, **method.laws.second}.items()
+                      if field not in NOT_ASKED for other in others(value)
+                      if other != value and [field, other] not in found
+                      and refuses(driver, case, {**case.config, **method.laws.second, field: other}, case.config)]
+            if second:
+                rows.append({"method": method.name, "id": "second", "profile": "full", "case": case.id,
+                             "refused": second, "beside": True})
     return rows

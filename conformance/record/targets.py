@@ -58,6 +58,8 @@ OTHER: dict[str, tuple[str, str, dict]] = {  # row: method, base, changes
                                                     "layer_replication": [[0, 2], [1, 3]]}),
     "feedforward": ("ia3", "decoys", {"target_modules": ["up", "head"], "feedforward_modules": ["up"]}),
     "feedforward-regex": ("ia3", "decoys", {"target_modules": ".*(up|mid)", "feedforward_modules": r".*\.up"}),
+    "feedforward-regex-is-the-whole-path": ("ia3", "decoys", {"target_modules": ".*(up|mid)",
+                                                              "feedforward_modules": r"layers\.1\.up"}),
     "all-linear-conv1d": ("lora", "gpt", {"target_modules": "all-linear"}),
     "many-names": ("lora", "decoys-many", {"target_modules": [
         f"model.layers.{i}.{name}" for i in range(7) for name in ("q", "k")] + [f"encoder.layers.{i}.q"

@@ -43,14 +43,20 @@ def same_keys(got, keys, where=""):
             raise Failure(f"shape of {key}{where}", expected=str(shape), got=str(list(got[key].shape)))
 
 
+ALONE = ("bdlora", "frod", "ln_tuning", "randlora", "trainable_tokens")  # choose layers otherwise, or hold what is theirs
+
+
 def first_beside(row) -> dict | None:
     """The config of an adapter that is there first, on every linear layer; None: the row is about something else."""
     base, config = BASES[row["base"]], config_of(row)
-    if row["method"] != "lora" or "layers" not in base or {"target_parameters", "modules_to_save", "task_type",
-                                                            "layer_replication"} & config.keys():
+    if "layers" not in base or row["method"] in ALONE or {
+            "target_parameters", "modules_to_save", "task_type", "layer_replication", "feedforward_modules"} & {
+            k for k, v in config.items() if v}:
         return None
     named = [name for name, kind, _ in base["layers"] if kind == "Linear"]
-    return {"peft_type": "LORA", "r": 3, "lora_alpha": 2, "target_modules": named}
+    if row["method"] == "lora":
+        return {"peft_type": "LORA", "r": 3, "lora_alpha": 2, "target_modules": named}
+    return {**methods()[row["method"]].rows[0].config, "peft_type": config["peft_type"], "target_modules": named}
 
 
 def beside(driver, rows):
@@ -61,7 +67,7 @@ def beside(driver, rows):
         weights = draw_base(BASES[row["base"]], rng_of("targets"))
         driver.build(BASES[row["base"]], weights, first, "float32", case=f"{row['method']}/targets-beside/{row['id']}")
         own = {k: list(v.shape) for k, v in driver.state_dict().items()}
-        driver.add("other", config_of(row))
+        driver.add("other", {**config_of(row), **methods()[row["method"]].laws.second})
         same_keys(driver.state_dict("other"), row["keys"], f" of a second adapter, row {row['id']}")
         same_keys(driver.state_dict(), own, f" of the first adapter, beside row {row['id']}")
 

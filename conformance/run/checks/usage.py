@@ -722,7 +722,10 @@ def everything():
         yield known["lora"], f"second-{id}", partial(
             second_bias, case=store.find(f"lora/linear/{id}"), method=known["lora"])
     yield known["lora"], "conditioned", targets.conditioned
-    yield known["lora"], "targets-beside", partial(targets.beside, rows=store.rows("targets"))
+    for name, method in known.items():
+        rows = [r for r in store.rows("targets") if r["method"] == name and targets.first_beside(r)]
+        if rows and not method.laws.single:
+            yield method, "targets-beside", partial(targets.beside, rows=rows)
     for name, case in (("lora", plain), ("lora", store.find("lora/linear/modules-to-save")),
                        ("ia3", first_case(known["ia3"]))):
         yield known[name], f"cast-mixed-{case.id.rpartition('/')[2]}", partial(
