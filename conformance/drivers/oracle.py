@@ -28,7 +28,7 @@ from ..reference.numpy_model import apply_layer, parameters_of, sites
 # what faults change besides operations
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved", "drawn",
        "taken", "rebuilding", "is_unsaved", "likeness", "ties", "shared_by", "mapped",
-       "is_refused")
+       "is_refused", "unpadded")
 
 
 class Oracle(Driver):
@@ -464,9 +464,21 @@ class Oracle(Driver):
             change = {**self.faulty, **self.rebuilding(tensors, config, inputs), **drawn}
             found = formulas.gradients(self.method, self.base, self.base_weights, tensors, config, inputs, cotangent,
                                        **change)
+            found = self.unpadded(found, config)
             still = self.case.data["frozen"] if self.recorded(config) else ()
             self.told = (asked, {k: self.rounded(v) for k, v in found.items() if v.size and k not in still})
         return dict(self.told[1])
+
+    def unpadded(self, found, config):
+        """Gradients, without those of words that pad: torch gives their embeddings none."""
+        for path, _, args in self.base.get("layers", ()):
+            if (word := args.get("padding_idx")) is None:
+                continue
+            if (A := f"{KEY}{path}.lora_embedding_A") in found:
+                found[A][:, word] = 0
+            if (rows := f"{KEY}{path}.trainable_tokens_delta") in found and word in config["token_indices"]:
+                found[rows][config["token_indices"].index(word)] = 0
+        return found
 
     def drawn_once(self, config) -> dict:
         """As `drawn`, of what is no dropout, and the same whenever it is asked for, as differences have to be."""
@@ -616,7 +628,11 @@ class Oracle(Driver):
     def merge(self, names=None):
         if not self.method.merges:
             raise Unsupported("this method depends on the input")
-        self.merged += [n for n in names or self.chosen if n not in self.merged]
+        names = [n for n in names or self.chosen if n not in self.merged]
+        taken = [i for n in (*self.merged, *names) for i in self.adapters[n][0].get("token_indices") or ()]
+        if len(taken) != len(set(taken)):
+            raise Rejected("adapters of the same words")
+        self.merged += names
 
     def unmerge(self):
         self.merged = []
@@ -666,6 +682,9 @@ class Oracle(Driver):
         if unknown := set(names) - self.adapters.keys():
             raise Rejected(f"no adapter {unknown}")
         configs = [self.adapters[name][0] for name in names]
+        whole = [module for c in configs for module in c.get("modules_to_save") or ()]
+        if len(whole) != len(set(whole)):
+            raise Rejected("adapters that save the same module")
         tensors = [self.adapters[name][1] for name in names]
         if options.get("combination_type", "").startswith("dare") and options["density"] < 1:
             tensors = [{k: self.thinned(v, options["density"]) for k, v in t.items()} for t in tensors]

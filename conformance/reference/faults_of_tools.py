@@ -96,6 +96,27 @@ def left_on(o, right, merge, names=None):
     o.base_weights = o.base_weights if merge else kept
 
 
+def saves_and_enables(o, right, *a):
+    right(*a)
+    o.off = 0
+
+
+def first_rank(o, right, names, weights, new, options):
+    right(names, weights, new, {"svd_rank": o.adapters[names[0]][0]["r"], **options})
+
+
+def saves_nothing(o, right, names, *a):
+    held = dict(o.adapters)
+    o.adapters |= {n: ({**held[n][0], "modules_to_save": None}, held[n][1]) for n in names if n in held}
+    right(names, *a)
+    o.adapters |= {n: held[n] for n in names}
+
+
+def add_and_train(o, right, name, config):
+    right(name, config)
+    o.asked[name] = True
+
+
 def switch_if_on(o, right, *a):
     if not o.off:
         right(*a)
@@ -161,6 +182,16 @@ FAULTS = {"lora": (
       {"restore_with": mixed_for_use}, "usage", ("usage/tool-loaded-mixed",)),
     f("switched-while-off-is-lost", "switching while adapters are off does nothing", {"switch": switch_if_on}, "usage",
       ("usage/switched-while-off",)),
+    f("padding-is-trained", "the word that pads is trained as others are",
+      {"unpadded": lambda o, right, found, config: found}, "usage", ("usage/unpadded",)),
+    f("saved-and-on", "saving switches adapters on", {"save_adapters": saves_and_enables}, "usage",
+      ("usage/saved-while-off",)),
+    f("svd-of-the-first-rank", "by svd, the first adapter's rank counts, not the largest", {"combine": first_rank},
+      "usage", ("usage/combine-smaller-first",)),
+    f("saved-twice-combined", "adapters that save the same module are made into one", {"combine": saves_nothing},
+      "usage", ("usage/combine-with-saved",)),
+    f("second-is-trained", "an adapter that is added is trained, though another one is active", {"add": add_and_train},
+      "usage", ("usage/second-untrained",)),
     f("taken-off-stays", "an adapter that is taken off stays in the weights", {"unload": left_on}, "usage",
       ("usage/taken-off",)),
     f("router-without-the-new", "a router does not see an expert that joins", {"load_adapter": added_is_ignored},

@@ -69,11 +69,11 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
         return self.rows(rows.index_copy(0, self.index(rows), self.trainable_tokens_delta.to(rows.dtype))), b
 
     def check_overlap(self) -> None:
-        """Raise `ConfigError` when two adapters that are on together train the same token."""
+        """Raise `ConfigError` when two adapters that are on, or merged, together train the same token."""
         merged, active = self.layer.merged_adapters, self.layer.active_adapters
-        together = [name for name in dict.fromkeys([*merged, *active]) if name in self.layer.adapters]
+        others = [*merged, *active] if self.name in active else merged
         taken: set[int] = set()
-        for name in together if self.name in together else ():
+        for name in dict.fromkeys([*(name for name in others if name in self.layer.adapters), self.name]):
             indices = self.layer.take("token_indices", name)
             if taken & set(indices):
                 both = sorted(taken & set(indices))

@@ -63,6 +63,26 @@ def combine(driver, case, method, how, patterns=None):
           run(case.base, folded, case.tensors("input")), "float32")
 
 
+def combine_with_saved(driver, case, method):
+    """Two adapters that save the same module whole are refused; what becomes of one's is not agreed upon."""
+    start(driver, case, "float32")
+    driver.add("other", {**case.config, "modules_to_save": ["head"]})
+    driver.add("third", {**case.config, "modules_to_save": ["head"]})
+    refuse("an adapter made of two that save the same module", partial(
+        driver.combine, ["other", "third"], [0.5, 0.5], "both",
+        {"combination_type": "linear"} if method.name == "lora" else {}))
+
+
+def combine_smaller_first(driver, case, method):
+    """By "svd", and without a rank, the new adapter has the largest one."""
+    driver.build(case.base, case.tensors("base"), {**case.config, "r": 2}, "float32", case=f"{method.name}/smaller")
+    driver.add("other", case.config)
+    driver.combine(["default", "other"], [0.5, 0.5], "both", {"combination_type": "svd"})
+    ranks = {min(v.shape) for k, v in driver.state_dict("both").items()}
+    if ranks != {case.config["r"]}:
+        raise Failure("ranks of an adapter made of two by svd", expected=str(case.config["r"]), got=str(ranks))
+
+
 def combined_dtypes(driver, case, method):
     """An adapter made of others, factor by factor, has their dtype; what other ways give is not agreed upon."""
     for how in ("linear", "ties", "magnitude-prune"):

@@ -179,7 +179,13 @@ def shared_factors(driver, case, method):
     base, rng = BASES["blocks"], rng_of("shared factors")
     weights, inputs = draw_base(base, rng), draw_inputs(base, {}, rng)
     for stride, groups in ((1, [0, 1, 2]), (2, [0, 0, 2]), (3, [0, 0, 0])):
-        config = {"peft_type": "LILY", "r": 2, "num_B": 2, "stride_A": stride, "target_modules": ["q_proj"]}
+        both = {"peft_type": "LILY", "r": 2, "num_B": 2, "stride_A": stride, "target_modules": ["q_proj", "v_proj"]}
+        driver.build(base, weights, both, "float32", case=f"{method.name}/shared")
+        driver.step(inputs, rng.normal(size=(3, 4)), 0.1)
+        B = [driver.state_dict()[f"{KEY}model.layers.0.{name}.{lily.B}"] for name in both["target_modules"]]
+        if np.array_equal(*B):
+            raise Failure("layers of two kinds have one B, though their shapes are all that they share")
+        config = {**both, "target_modules": ["q_proj"]}
         driver.build(base, weights, config, "float32", case=f"{method.name}/shared")
         keys = [[f"{KEY}model.layers.{i}.q_proj.{slot}" for i in range(3)] for slot in (lily.A, lily.B)]
         tensors = draw_adapter(method, driver.state_dict(), set(), rng)
@@ -254,6 +260,29 @@ def rerouted(driver, case, method):
         close(f"what the log tells of {runs} runs", driver.log_routing(batch, runs), np.stack(runs * [want]), "float32")
 
 
+UNPADDED: dict[str, tuple[dict, str, int]] = {  # config, a tensor of a row or column for each word, and which of these
+    "lora": ({"target_modules": ["emb"]}, "emb.lora_embedding_A", 1),
+    "dora": ({"target_modules": ["emb"]}, "emb.lora_embedding_A", 1),
+    "trainable_tokens": ({"target_modules": ["emb"], "token_indices": [0, 3]}, "emb.trainable_tokens_delta", 0)}
+
+
+def unpadded(driver, case, method):
+    """The word that pads a text is not trained, though others are: its embedding has no gradient."""
+    base, rng = BASES["embedding-padded"], rng_of("unpadded")
+    weights, inputs = draw_base(base, rng), {"x": np.array([[0, 3, 1, 0, 5], [2, 3, 0, 7, 3]])}
+    changes, slot, axis = UNPADDED[method.name]
+    config = {**case.config, **changes}
+    driver.build(base, weights, config, "float32", case=f"{method.name}/unpadded")
+    tensors = draw_adapter(method, driver.state_dict(), set(), rng)
+    driver.load(tensors)
+    cotangent = rng.normal(size=(2, 5, 4))
+    got = driver.gradients(inputs, cotangent)[KEY + slot]
+    want = formulas.gradients(method, base, weights, tensors, config, inputs, cotangent)[KEY + slot]
+    got, want = (np.moveaxis(a, axis, 0) for a in (got, want))
+    want[0] = 0
+    close(f"gradient of {slot}, the first word being what pads", got, want, "float32", floor=1)
+
+
 PATTERNS: dict[str, float] = {"rank_pattern": 2, "alpha_pattern": 7, "lambda_pattern": 3.5}
 EXPRESSIONS = ("lora", "dora", "bdlora", "velora", "monteclora", "delora", "loha", "lokr")  # others take other keys
 
@@ -307,6 +336,8 @@ def everything(first_case):
             yield m, "patterns", partial(patterns, case=case, method=m, fields=fields)
         if not m.live(case.config):
             yield m, "defaults", partial(defaults_act, case=case, method=m)
+    for name in UNPADDED:
+        yield known[name], "unpadded", partial(unpadded, case=first_case(known[name]), method=known[name])
     yield known["lora"], "kasa", kasa
     yield known["lora"], "frozen-factor", partial(frozen_factor, case=first_case(known["lora"]), method=known["lora"])
     yield known["lora"], "casting", partial(casting, case=first_case(known["lora"]), method=known["lora"])

@@ -139,6 +139,31 @@ def switched_while_off(driver, case, method):
     bookkeeping.same_output(driver, case, "output when they are on again, the other one having been deleted meanwhile")
 
 
+def saved_while_off(driver, case, method):
+    """Saving all adapters while they are off leaves them off, and the active one active."""
+    start(driver, case, "float32")
+    driver.add("other", bookkeeping.second_of(case, method))
+    driver.disable(True)
+    with tempfile.TemporaryDirectory() as path:
+        driver.save_adapters(path)
+    close("output after saving while adapters are off", driver.forward(case.tensors("input")),
+          case.tensors("plain")["y"], "float32")
+    driver.disable(False)
+    bookkeeping.same_output(driver, case, "output when they are on again after that")
+
+
+def second_untrained(driver, case, method):
+    """Of another adapter nothing is trained until it is switched to, and then of the first one nothing."""
+    start(driver, case, "float32")
+    own = bookkeeping.trained(driver.names())
+    driver.add("other", {**case.config, **method.laws.second})
+    same_set("what is trained after adding another adapter", bookkeeping.trained(driver.names()), own)
+    driver.switch(["other"])
+    left = sorted(set(bookkeeping.trained(driver.names())) & set(own))
+    if left:
+        raise Failure("what is trained of the first adapter after switching to another one", "nothing", str(left))
+
+
 def told(adapters: dict, paths, active, merged=(), on=True, trains=True) -> dict:
     """What is to be told of layers at `paths`: `adapters` names those that each adapter is on."""
     def trained(name):
@@ -232,6 +257,7 @@ def mixed_life(driver, first, second):
         driver.save(path)
         driver.build_with(first.base, base, first.config, "float32", {"mixed": True}, case=first.id)
         driver.load(first.tensors("adapter"))
+        now("of a new model", ["default"], one)
         driver.load_adapter(path, "other")
         now("after loading an adapter of another method", ["default"], one)
         driver.switch(["other"])
@@ -252,6 +278,48 @@ def mixed_life(driver, first, second):
     now("after switching back", ["default"], one)
     driver.delete("other")
     now("after deleting the other", ["default"], one)
+
+
+def mixed_apart(driver, first, second):
+    """Three adapters of two methods in one model, each on other layers: deleting one of the active ones, and merging
+    for good one that is not active."""
+    base, inputs, targets = first.tensors("base"), first.tensors("input"), list(first.config["target_modules"])
+    one, two = (methods()[case.pack.data["method"]] for case in (first, second))
+    places = {"default": (one, {**first.config, "target_modules": targets[:1]}), "other": (two, second.config),
+              "third": (one, {**first.config, "target_modules": targets[-1:]})}
+    made: dict = {}
+
+    def put():
+        for name, (method, config) in places.items():
+            if name == "default":
+                driver.build_with(first.base, base, config, "float32", {"mixed": True}, case=f"{one.name}/apart")
+            else:
+                driver.add(name, config)
+            state = driver.state_dict(name)
+            frozen = {k for k in state if method.tensors.is_frozen(k)}
+            made[name] = method, draw_adapter(method, state, frozen, rng_of(f"apart {name}")), config
+            driver.load(made[name][1], name)
+
+    def now(what, *names):
+        weights = base
+        for name in names:
+            weights = formulas.adapted(made[name][0], first.base, weights, *made[name][1:])[0]
+        close(f"output {what}", driver.forward(inputs), run(first.base, weights, inputs), "float32")
+
+    put()
+    for name in places:
+        driver.switch([name])
+        now(f"of the adapter {name}", name)
+    driver.switch(list(places))
+    now("of all three", *places)
+    driver.delete("other")
+    if (left := sorted(driver.active())) != ["default", "third"]:
+        raise Failure("the active adapters after one of three was deleted", "['default', 'third']", str(left))
+    now("of the two that are left", "default", "third")
+    put()
+    driver.switch(["default"])
+    driver.unload(merge=True, names=["other"])
+    now("after merging for good one that was not active", "other")
 
 
 def generate_mixed(driver, case, method, likeliest, count):
@@ -290,6 +358,9 @@ def tokens(driver, case, method):
     for name, got in driver.weights().items():
         close(f"{name} after unmerging both", got, before[name], "float32")
     close("output after unmerging both", driver.forward(inputs), want, "float32")
+    driver.add("same", case.config)
+    driver.merge(["default"])
+    refuse("merging an adapter of words that are merged already", partial(driver.merge, ["same"]))
 
 
 def embedding_found(driver, case, method):
@@ -412,5 +483,7 @@ def of(method) -> dict:
     mixes = plain and method.laws.mixed_batch and not method.laws.whole_batch
     return {mixed_batches_of_many: mixes, mixed_batches_refused: mixes, mixed_batches_refused_unchanged: mixes,
             merged_by_name: plain and method.merges,
+            second_untrained: not method.laws.single and not method.prompt and method.name != "adaption_prompt",
+            saved_while_off: not method.laws.single and not method.laws.second and method.tensors.gauges is None,
             switched_while_off: not method.laws.single and not method.laws.second and method.tensors.gauges is None,
             status: several and method.name not in TELL_OTHERWISE}

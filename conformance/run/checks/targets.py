@@ -43,7 +43,8 @@ def same_keys(got, keys, where=""):
             raise Failure(f"shape of {key}{where}", expected=str(shape), got=str(list(got[key].shape)))
 
 
-ALONE = ("bdlora", "frod", "ln_tuning", "randlora", "trainable_tokens")  # choose layers otherwise, or hold what is theirs
+# they choose layers otherwise, or hold what is there for all layers
+ALONE = ("bdlora", "frod", "ln_tuning", "randlora", "trainable_tokens")
 
 
 def first_beside(row) -> dict | None:

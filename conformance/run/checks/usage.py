@@ -32,6 +32,8 @@ from .combining import (
     combine_ia3_others,
     combine_others,
     combine_refused,
+    combine_smaller_first,
+    combine_with_saved,
     combined_dtypes,
     dare,
 )
@@ -47,7 +49,7 @@ def is_trainable(driver, case, method):
         load = lambda **options: driver.restore_with(path, case.base, case.tensors("base"), "float32", options)
         load(is_trainable=False)
         same_output(driver, case, "output of an adapter loaded for use")
-        if method.formula or method.run:  # what is trained of others is not agreed upon
+        if method.formula or method.run or method.name == "cartridge":  # of other prompts that is not agreed upon
             same_set("what is trained of an adapter loaded for use", trained(driver.names()), [])
         if method.prompt:
             refuse("a prompt that is loaded with is_trainable", lambda: load(is_trainable=True))
@@ -58,11 +60,19 @@ def is_trainable(driver, case, method):
 
 
 def low_cpu_mem_usage(driver, case, method):
-    """An adapter that is made without memory at first is the same in the end."""
+    """An adapter that is made without memory at first is the same in the end, also in its dtype."""
     start(driver, case, "float32")
     state = driver.state_dict()
     with tempfile.TemporaryDirectory() as path:
         driver.save(path)
+        kinds = []
+        for low in (False, True) if method.formula else ():
+            driver.restore_with(path, case.base, case.tensors("base"), "bfloat16", {
+                "low_cpu_mem_usage": low, "autocast_adapter_dtype": False})
+            kinds.append(driver.dtypes())
+        if wrong := {k: v for k, v in kinds[-1].items() if kinds[0].get(k) != v} if kinds else {}:
+            raise Failure("dtypes of an adapter loaded with low_cpu_mem_usage on a base in bfloat16",
+                          expected=str({k: kinds[0].get(k) for k in wrong}), got=str(wrong))
         driver.restore_with(path, case.base, case.tensors("base"), "float32", {"low_cpu_mem_usage": True})
     same_output(driver, case, "output of an adapter loaded with low_cpu_mem_usage")
     same_set("saved keys", driver.state_dict(), state)
@@ -615,11 +625,12 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
          ("lora/linear/plain", "oft/linear/adjusted-block"), ("oft/linear/adjusted-block", "lora/linear/plain"),
          ("shira/linear/plain", "lora/linear/plain"))
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning", "cartridge", "cpt", "multitask_prompt_tuning", "lora")
-FULL = ("all-dtypes", "arrow", "as-lora-", "asked-otherwise", "base-state", "begins-beside", "card", "cast",
-        "combine-dtypes", "combine-others", "combine-patterns", "conditioned", "converted-p", "defaults",
-        "deleted-whole", "embeddings", "frozen-factor", "given-", "life-with", "mixed-batches-refused", "other-file",
-        "patterns", "reused-name", "safely-merged", "second-", "swapped", "taken-off", "targets-", "tied-", "tool-",
-        "used-")  # LoRA's, not in the core profile
+FULL = ("all-dtypes", "apart-with", "arrow", "as-lora-", "asked-otherwise", "base-state", "begins-beside", "card",
+        "cast", "combine-dtypes", "combine-others", "combine-patterns", "combine-smaller", "combine-with",
+        "conditioned", "converted-p", "defaults", "deleted-whole", "embeddings", "frozen-factor", "given-", "life-with",
+        "mixed-batches-refused", "other-file", "patterns", "reused-name", "safely-merged", "saved-while", "second-",
+        "swapped", "switched-while", "taken-off", "targets-", "tied-", "tool-",
+        "unpadded", "used-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
@@ -678,6 +689,10 @@ def everything():
         yield known["lora"], f"combine-{how}", partial(combine, case=plain, method=known["lora"], how=how)
     rslora = partial(set_scale, case=store.find("lora/linear/rslora"), method=known["lora"])
     yield known["lora"], "set-scale-rslora", rslora
+    for name in ("lora", "ia3"):
+        yield known[name], "combine-with-saved", partial(
+            combine_with_saved, case=first_case(known[name]), method=known[name])
+    yield known["lora"], "combine-smaller-first", partial(combine_smaller_first, case=plain, method=known["lora"])
     for kind, how in COMBINED_TOO:
         case = store.find(f"lora/{kind}/plain")
         yield known["lora"], f"combine-{how}-{kind}", partial(combine, case=case, method=known["lora"], how=how)
@@ -765,8 +780,10 @@ def everything():
         name = b.partition("/")[0]
         pair = partial(mixed, first=store.find(a), second=store.find(b))
         yield known[a.partition("/")[0]], f"mixed-with-{name}", pair
-        yield known[a.partition("/")[0]], f"life-with-{name}", partial(
-            several.mixed_life, first=store.find(a), second=store.find(b))
+        ways = {"life": several.mixed_life, "apart": several.mixed_apart}
+        for what, function in ways.items() if a.partition("/")[0] in ("lora", "loha", "lokr") else [*ways.items()][:1]:
+            yield known[a.partition("/")[0]], f"{what}-with-{name}", partial(
+                function, first=store.find(a), second=store.find(b))
     for name in QUANTISED:
         for kind in KINDS if name == "lora" else KINDS[:1]:
             yield known[name], kind, partial(quantised, case=first_case(known[name]), method=known[name], kind=kind)
