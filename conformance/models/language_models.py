@@ -37,34 +37,38 @@ class Attention(nn.Module):
     v_proj: nn.Module
     o_proj: nn.Module
 
-    def __init__(self, hidden, heads):
+    def __init__(self, hidden, heads, kv_heads=None, head_dim=None):
         super().__init__()
-        self.heads = heads
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(hidden, hidden))
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        width = head_dim or hidden // heads
+        self.q_proj = nn.Linear(hidden, heads * width)
+        self.k_proj, self.v_proj = (nn.Linear(hidden, self.kv_heads * width) for _ in "kv")
+        self.o_proj = nn.Linear(heads * width, hidden)
 
     def forward(self, x, source, past=None, mask=None, causal=False):
         """Attention of x to `past` and `source`; `mask` (batch, past + source) is 0 where a token is hidden."""
 
-        def split(t):
-            return t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        def split(t, heads):
+            return t.unflatten(-1, (heads, -1)).transpose(1, 2)
 
-        q, k, v = split(self.q_proj(x)), split(self.k_proj(source)), split(self.v_proj(source))
+        q = split(self.q_proj(x), self.heads)
+        k, v = (split(proj(source), self.kv_heads) for proj in (self.k_proj, self.v_proj))
         if past is not None:
-            k, v = torch.cat([past[0].to(k), k], 2), torch.cat([past[1].to(v), v], 2)
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         shown = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device)
         if causal:
             shown = shown.tril(k.shape[2] - q.shape[2])
         if mask is not None:
             shown = shown & mask.bool()[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, shown)
+        each = self.heads // self.kv_heads  # queries that share a key
+        y = F.scaled_dot_product_attention(q, k.repeat_interleave(each, 1), v.repeat_interleave(each, 1), shown)
         return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)
 
 
 class Block(nn.Module):
-    def __init__(self, hidden, heads, cross):
+    def __init__(self, hidden, heads, cross, **grouped):
         super().__init__()
-        self.norm, self.attn = nn.LayerNorm(hidden), Attention(hidden, heads)
+        self.norm, self.attn = nn.LayerNorm(hidden), Attention(hidden, heads, **grouped)
         if cross:
             self.cross_norm, self.cross_attn = nn.LayerNorm(hidden), Attention(hidden, heads)
         self.mlp = nn.Linear(hidden, hidden)
@@ -86,10 +90,14 @@ class Layers(nn.Module):
             model_type="tiny", is_encoder_decoder=False, tie_word_embeddings=False, pad_token_id=0,
             decoder_start_token_id=1, problem_type=None,
             use_return_dict=True)  # which peft asked for up to 0.19
+        grouped = {k: base[k] for k in ("kv_heads", "head_dim") if k in base}
+        if grouped:
+            self.config.num_key_value_heads = base["kv_heads"]
+            self.config.head_dim = base["head_dim"]
         self.embed_tokens = nn.Embedding(base["vocab"], hidden) if words else None
         self.embed_positions = nn.Embedding(base["positions"], hidden) if "positions" in base else None
         self.embed_types = nn.Embedding(base["types"], hidden) if "types" in base else None
-        self.layers = nn.ModuleList(Block(hidden, heads, cross) for _ in range(depth))
+        self.layers = nn.ModuleList(Block(hidden, heads, cross, **grouped) for _ in range(depth))
         self.causal = causal
 
     def get_input_embeddings(self):

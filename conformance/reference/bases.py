@@ -145,6 +145,7 @@ BASES = {
         "up_proj", "v", "v_proj", "value", "value_proj", "w2", "wi", "wi_0", "wi_1", "wo")), "block.1.output.dense"),
     "conv1d-hf-wide": net(["c_attn", "Conv1D", {"nf": 60, "nx": 36}], tanh("act1"), lin("head", 60, 4), shape=[36]),
     "causal-lm": language_model("causal_lm"),
+    "causal-lm-grouped": language_model("causal_lm", kv_heads=1, head_dim=6),
     "causal-lm-tied": language_model("causal_lm", tied=True),
     "encoder": language_model("encoder", task="FEATURE_EXTRACTION", positions=17),
     "encoder-sequence": language_model("encoder", task="SEQ_CLS", positions=17),

@@ -192,12 +192,10 @@ def run_language_model(base, at, inputs, special, prompt):
     """`prompt["tokens"]`: (tokens, dim), or (batch, tokens, dim), before the embedded input; `prompt["decoder_tokens"]`
     before that of a decoder; `prompt["past"]`: per layer (keys, values), each (heads, tokens, dim / heads)."""
     heads = base["heads"]
+    kv_heads = base.get("kv_heads", heads)
 
     def layer(path, x):
         return special[path](at[path], x) if path in special else apply_layer(at[path], x)
-
-    def split(t):
-        return t.reshape(*t.shape[:2], heads, -1).transpose(0, 2, 1, 3)
 
     def in_front(tokens, ids):
         x = layer("encoder.embed_tokens" if base["model"] == "encoder" else "embed_tokens", ids)
@@ -217,9 +215,10 @@ def run_language_model(base, at, inputs, special, prompt):
             at_i = f"{path}layers.{i}."
             h = layer(f"{at_i}norm", x)
             q, k, v = (layer(f"{at_i}attn.{n}_proj", h) for n in "qkv")
-            k, v = split(k), split(v)
+            k, v = (heads_of(t, t.shape[-1] // kv_heads) for t in (k, v))
             if past is not None:
                 k, v = (np.concatenate([np.repeat(p[None], len(x), 0), t], 2) for p, t in zip(past[i], (k, v)))
+            k, v = (np.repeat(t, heads // kv_heads, 1) for t in (k, v))  # queries share keys
             y = attend(q, k, v, heads, seen if causal else None, shown(mask, k.shape[2]))
             x = x + layer(f"{at_i}attn.o_proj", y)
             if memory is not None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import formulas
 from ..method import Fault, Laws, Method, Prompt, Row, Tensors
-from .prefix_tuning import DIM, LAYERS, prompt, shared
+from .prefix_tuning import DIM, GROUPED, LAYERS, prompt, shared
 
 
 def fixed(key, shape, c):
@@ -22,7 +22,7 @@ def fixed(key, shape, c):
 
 def without_scores(t, c):
     """Keys of the frozen tokens without direction: attention sees them, but not what they are."""
-    P = t["prompt_embeddings"].copy().reshape(-1, LAYERS, 2, DIM)
+    P = t["prompt_embeddings"].copy().reshape(-1, LAYERS, 2, c.get("token_dim", DIM))
     P[: c.get("num_frozen_tokens", 1), :, 0] = 0
     return prompt({**t, "prompt_embeddings": P.reshape(len(P), -1)}, c)
 
@@ -55,6 +55,7 @@ ROWS = [
     Row("causal-lm/plain", "causal-lm", cartridge(3), "core", second={}),
     Row("causal-lm/two-frozen", "causal-lm", cartridge(5, num_frozen_tokens=2), "core"),
     Row("causal-lm/none-frozen", "causal-lm", cartridge(4, num_frozen_tokens=0)),
+    Row("causal-lm/grouped", "causal-lm-grouped", cartridge(4, **GROUPED)),
     Row("encoder/features", "encoder", cartridge(3, "FEATURE_EXTRACTION"),
         inputs={"attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}),
 ]

@@ -15,7 +15,7 @@ DIM, HEADS, LAYERS = 8, 2, 2  # of the language models
 
 
 def shared(c, sites):
-    return {KEY: (c["num_virtual_tokens"], LAYERS * 2 * DIM)}
+    return {KEY: (c["num_virtual_tokens"], LAYERS * 2 * c.get("token_dim", DIM))}
 
 
 def live(c):
@@ -38,10 +38,10 @@ def packed(cache, tokens):
     return np.stack([np.asarray(part, np.float64).swapaxes(0, 1) for part in parts], 1).reshape(tokens, -1)
 
 
-def prompt(t, c, order=(0, 1), heads=HEADS, project=project):
+def prompt(t, c, order=(0, 1), heads=None, project=project):
     """The flat rows hold, for each layer, keys then values, each (heads, dim / heads)."""
-    flat = t[KEY] if KEY in t else project(t, c)
-    P = flat.reshape(len(flat), LAYERS, 2, heads, DIM // heads).transpose(1, 2, 3, 0, 4)
+    flat, heads = t[KEY] if KEY in t else project(t, c), heads or c.get("num_attention_heads", HEADS)
+    P = flat.reshape(len(flat), LAYERS, 2, heads, -1).transpose(1, 2, 3, 0, 4)
     return {"past": [(layer[order[0]], layer[order[1]]) for layer in P]}
 
 
@@ -49,6 +49,7 @@ def tuning(n, task="CAUSAL_LM", **more):
     return {"task_type": task, "num_virtual_tokens": n, **more}
 
 
+GROUPED = {"token_dim": 6, "num_attention_heads": 1}  # of the keys: PEFT finds these by itself, and saves them
 MASK = {"attention_mask": {"values": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]}}
 REPEATED = "in an encoder-decoder the keys and values of every other layer go to two layers each, the others to none"
 
@@ -57,6 +58,7 @@ ROWS = [
     Row("causal-lm/one-token", "causal-lm", tuning(1)),
     Row("causal-lm/seven-tokens", "causal-lm", tuning(7)),
     Row("causal-lm/masked", "causal-lm", tuning(3), inputs=MASK),
+    Row("causal-lm/grouped", "causal-lm-grouped", tuning(3, **GROUPED)),
     Row("causal-lm/loss", "causal-lm", tuning(5), inputs={"labels": [[2, 5], 13]}),
     Row("causal-lm/projection", "causal-lm", tuning(3, prefix_projection=True, encoder_hidden_size=5), "core",
         live=True),
