@@ -112,7 +112,7 @@ FROM_WORDS: dict[str, list] = {"prompt_tuning": [{"prompt_tuning_init": "SAMPLE_
 
 
 def prompt_dtypes(driver, case, method):
-    """On a base in 16 bits a prompt has 32, whatever it begins as, also in its file."""
+    """On a base in 16 bits a prompt has 32, whatever it begins as, also in its file; the model computes in 16."""
     begins = [{}, *FROM_WORDS.get(method.name, ())]
     for kind, more in ((kind, more) for kind in ("bfloat16", "float16") for more in begins):
         if kind not in driver.info()["dtypes"]:
@@ -121,6 +121,9 @@ def prompt_dtypes(driver, case, method):
         names = [k for k in case.parameters if ".default" in k]
         if wrong := {k: v for k, v in driver.dtypes().items() if k in names and v != "float32"}:
             raise Failure(f"dtypes of a new prompt {more or ''} on a base in {kind}", "float32", str(wrong))
+        y = np.asarray(driver.forward(case.tensors("input")), np.float32)
+        if kind == "bfloat16" and (y.view(np.uint32) & 0xFFFF).any():
+            raise Failure(f"output with a prompt on a base in {kind}", "numbers of bfloat16", "others, of more bits")
         with tempfile.TemporaryDirectory() as path:
             driver.save(path)
             if wrong := {k: v for k, (v, _) in stored(path).items() if v[0] != "I" and v != "F32"}:
