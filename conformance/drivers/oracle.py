@@ -131,9 +131,9 @@ class Oracle(Driver):
         return any(config == {**own, field: value} for r in rows for field, value in r["refused"])
 
     def recorded(self, config) -> bool:
-        """Is this the config of the recorded case, but for what it is made for?"""
-        return self.case is not None and {**config, "inference_mode": None} == {
-            **self.case.config, "inference_mode": None}
+        """Is this the config of the recorded case, but for what it is made for, and what a layer says itself?"""
+        other = {"inference_mode": None, "fan_in_fan_out": None}
+        return self.case is not None and {**config, **other} == {**self.case.config, **other}
 
     def full_config(self, config):
         known = store.defaults(config["peft_type"])

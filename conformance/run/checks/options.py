@@ -260,6 +260,18 @@ def rerouted(driver, case, method):
         close(f"what the log tells of {runs} runs", driver.log_routing(batch, runs), np.stack(runs * [want]), "float32")
 
 
+def layout(driver, case, method):
+    """How a layer's weight is stored is seen from the layer, where fan_in_fan_out says otherwise."""
+    for case in store.packs()[method.name].cases:
+        agreed = case.data["golden"] == "reference" and not case.data.get("disputed")
+        if agreed and case.id.split("/")[1] in ("linear", "conv1d-hf"):
+            config = {**case.config, "fan_in_fan_out": not case.config.get("fan_in_fan_out")}
+            driver.build(case.base, case.tensors("base"), config, "float32", case=case.id)
+            driver.load(case.tensors("adapter"))
+            y = driver.forward(case.tensors("input"))
+            close(f"output of {case.id} where fan_in_fan_out is wrong", y, case.tensors("out")["y"], "float32")
+
+
 UNPADDED: dict[str, tuple[dict, str, int]] = {  # config, a tensor of a row or column for each word, and which of these
     "lora": ({"target_modules": ["emb"]}, "emb.lora_embedding_A", 1),
     "dora": ({"target_modules": ["emb"]}, "emb.lora_embedding_A", 1),
@@ -334,6 +346,8 @@ def everything(first_case):
         fields = [f for f in PATTERNS if f in store.configs().get(m.name, {}).get("defaults", {})]
         if fields and m.name in EXPRESSIONS:
             yield m, "patterns", partial(patterns, case=case, method=m, fields=fields)
+        if "fan_in_fan_out" in store.configs()[m.name]["defaults"] and m.tensors.gauges is None:
+            yield m, "layout", partial(layout, case=case, method=m)
         if not m.live(case.config):
             yield m, "defaults", partial(defaults_act, case=case, method=m)
     for name in UNPADDED:
