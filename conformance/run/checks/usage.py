@@ -629,7 +629,8 @@ FULL = ("all-dtypes", "apart-with", "arrow", "as-lora-", "asked-otherwise", "bas
         "cast", "combine-dtypes", "combine-others", "combine-patterns", "combine-smaller", "combine-with",
         "conditioned", "converted-p", "defaults", "deleted-whole", "embeddings", "frozen-factor", "given-", "layout",
         "life-with", "mixed-batches-refused", "other-file", "patterns", "reused-name", "safely-merged", "saved-while",
-        "second-", "swapped", "switched-while", "taken-off", "targets-", "tied-", "tool-", "unpadded", "used-")  # not in the core profile
+        "second-", "swapped", "switched-while", "taken-off", "targets-", "tied-", "tool-", "unpadded",
+        "used-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
