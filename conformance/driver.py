@@ -249,8 +249,9 @@ class Driver:
         """Put the adapter saved in `path` on the model as `name`, for use; the active one stays."""
         raise Unsupported("load a saved adapter beside others")
 
-    def load_adapter_with(self, path: str, name: str, options: dict) -> None:
-        """As `load_adapter`, with PEFT's own options of loading; the model is in whatever mode PEFT leaves it in."""
+    def load_adapter_with(self, path: str, name: str, options: dict):
+        """As `load_adapter`, with PEFT's own options of loading; the model is in whatever mode PEFT leaves it in. Where
+        the library tells them, the keys that the file lacked and those it had too many: {"missing", "unexpected"}."""
         raise Unsupported("options of loading an adapter beside others")
 
     def restore(self, path: str, base: dict, weights: dict, dtype: str) -> None:

@@ -515,7 +515,9 @@ class PeftApi(Driver):
 
     def load_adapter_with(self, path, name, options):
         with rejecting():
-            self.model.load_adapter(path, name, **options)
+            told = self.model.load_adapter(path, name, **options)
+        if told is not None:
+            return {"missing": list(told.missing_keys), "unexpected": list(told.unexpected_keys)}
 
     def save_converted(self, path, begun):
         if "path_initial_model_for_weight_conversion" not in inspect.getsource(self.peft.PeftModel.save_pretrained):
