@@ -28,7 +28,7 @@ from ..reference.numpy_model import apply_layer, parameters_of, sites
 # what faults change besides operations
 OWN = ("drop", "keep", "thinned", "by_type", "take_from_base", "words", "text", "cast", "saved", "drawn",
        "taken", "rebuilding", "is_unsaved", "likeness", "ties", "shared_by", "mapped",
-       "is_refused", "unpadded")
+       "is_refused", "unpadded", "write")
 
 
 class Oracle(Driver):
@@ -133,6 +133,7 @@ class Oracle(Driver):
     def recorded(self, config) -> bool:
         """Is this the config of the recorded case, but for what it is made for, and what a layer says itself?"""
         other = {"inference_mode": None, "fan_in_fan_out": None}
+        other |= {k: None for k in config if "dropout" in k and not self.case.config.get(k)} if self.case else {}
         return self.case is not None and {**config, **other} == {**self.case.config, **other}
 
     def full_config(self, config):

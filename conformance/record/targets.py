@@ -60,6 +60,8 @@ OTHER: dict[str, tuple[str, str, dict]] = {  # row: method, base, changes
     "feedforward-regex": ("ia3", "decoys", {"target_modules": ".*(up|mid)", "feedforward_modules": r".*\.up"}),
     "feedforward-regex-is-the-whole-path": ("ia3", "decoys", {"target_modules": ".*(up|mid)",
                                                               "feedforward_modules": r"layers\.1\.up"}),
+    "feedforward-regex-is-no-beginning": ("ia3", "decoys", {"target_modules": ".*(up|mid)",
+                                                            "feedforward_modules": r"model\.layers\.1"}),
     "all-linear-conv1d": ("lora", "gpt", {"target_modules": "all-linear"}),
     "many-names": ("lora", "decoys-many", {"target_modules": [
         f"model.layers.{i}.{name}" for i in range(7) for name in ("q", "k")] + [f"encoder.layers.{i}.q"

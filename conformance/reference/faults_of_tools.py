@@ -117,6 +117,34 @@ def add_and_train(o, right, name, config):
     o.asked[name] = True
 
 
+def last_alone(o, right, *a):
+    held = o.chosen
+    o.chosen = held[-1:]
+    try:
+        return right(*a)
+    finally:
+        o.chosen = held
+
+
+def without_steps(o, right, *a):
+    held = o.base
+    o.base = {**held, "layers": [[name, kind, {**args, "stride": 1} if "stride" in args else args]
+                                 for name, kind, args in held["layers"]]} if "layers" in held else held
+    try:
+        return right(*a)
+    finally:
+        o.base = held
+
+
+def writes_active(o, right, path, name):
+    held = o.adapters[name]
+    o.adapters[name] = held[0], o.adapters[o.chosen[0]][1]
+    try:
+        right(path, name)
+    finally:
+        o.adapters[name] = held
+
+
 def switch_if_on(o, right, *a):
     if not o.off:
         right(*a)
@@ -182,6 +210,11 @@ FAULTS = {"lora": (
       {"restore_with": mixed_for_use}, "usage", ("usage/tool-loaded-mixed",)),
     f("switched-while-off-is-lost", "switching while adapters are off does nothing", {"switch": switch_if_on}, "usage",
       ("usage/switched-while-off",)),
+    f("second-of-active-counts", "of several active adapters the last one alone counts", {"forward": last_alone},
+      "usage", ("usage/stacked",)),
+    f("steps-ignored", "the steps of a convolution are left out", {"forward": without_steps}, "usage", ("usage/gaps",)),
+    f("saves-the-active", "saving an adapter that is not active saves the active one", {"write": writes_active},
+      "usage", ("usage/saved-inactive",)),
     f("padding-is-trained", "the word that pads is trained as others are",
       {"unpadded": lambda o, right, found, config: found}, "usage", ("usage/unpadded",)),
     f("saved-and-on", "saving switches adapters on", {"save_adapters": saves_and_enables}, "usage",

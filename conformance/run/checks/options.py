@@ -272,6 +272,52 @@ def layout(driver, case, method):
             close(f"output of {case.id} where fan_in_fan_out is wrong", y, case.tensors("out")["y"], "float32")
 
 
+def undropped(driver, case, method):
+    """In evaluation, no dropout that a config asks for acts, in any case of the method."""
+    rates = [f for f, v in store.configs()[method.name]["defaults"].items() if "dropout" in f and isinstance(v, float)]
+    for case in store.packs()[method.name].cases:
+        config = {**case.config, **dict.fromkeys(rates, 0.5)}
+        if case.config.get("target_parameters") or case.data["golden"] != "reference" or case.data.get("disputed"):
+            continue  # of parameters an adapter never sees the input
+        driver.build(case.base, case.tensors("base"), config, "float32", case=case.id)
+        (driver.assign if case.data.get("live") else driver.load)(case.tensors("adapter"))
+        close(f"output of {case.id} in evaluation, with dropout", driver.forward(case.tensors("input")),
+              case.tensors("out")["y"], "float32")
+
+
+GAPS = ("conv1d", "conv2d", "conv3d")
+WITHOUT_GAPS = ("boft", "hra", "oft")  # they take no convolutions with gaps
+
+
+def gaps(driver, case, method):
+    """On convolutions with other steps, gaps and edges than those of the cases."""
+    for kind in GAPS:
+        like = next((c for c in store.packs()[method.name].cases if c.id.split("/")[1] == kind and c.merges), None)
+        if like is None:
+            continue
+        base, rng = BASES[f"{kind}-gaps"], rng_of(f"{method.name} {kind} gaps")
+        named = [f for f in ("target_modules", "feedforward_modules") if like.config.get(f)]
+        config = {**like.config, **{f: ["c1"] for f in named}}
+        weights, inputs = draw_base(base, rng), draw_inputs(base, {}, rng)
+        driver.build(base, weights, config, "float32", case=f"{method.name}/gaps")
+        state = driver.state_dict()
+        tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
+        driver.load(tensors)
+        close(f"output of an adapter on {kind} with steps, gaps and edges", driver.forward(inputs),
+              formulas.output(method, base, weights, tensors, config, inputs), "float32")
+
+
+def tasks_again(driver, case, method):
+    """A run does not go on with the tasks of the run before."""
+    start(driver, case, "float32")
+    inputs = case.tensors("input")
+    for _ in range(2):
+        for shift in (1, 0):
+            given = {**inputs, "task_ids": (inputs["task_ids"] + shift) % case.config["n_tasks"]}
+            want = formulas.output(method, case.base, case.tensors("base"), case.tensors("adapter"), case.config, given)
+            close("output for other tasks than in the run before", driver.forward(given), want, "float32")
+
+
 UNPADDED: dict[str, tuple[dict, str, int]] = {  # config, a tensor of a row or column for each word, and which of these
     "lora": ({"target_modules": ["emb"]}, "emb.lora_embedding_A", 1),
     "dora": ({"target_modules": ["emb"]}, "emb.lora_embedding_A", 1),
@@ -346,12 +392,19 @@ def everything(first_case):
         fields = [f for f in PATTERNS if f in store.configs().get(m.name, {}).get("defaults", {})]
         if fields and m.name in EXPRESSIONS:
             yield m, "patterns", partial(patterns, case=case, method=m, fields=fields)
+        if any("dropout" in f for f in store.configs()[m.name]["defaults"]) and m.tensors.gauges is None and (
+                m.name != "xlora"):  # whose dropout is a layer of its own
+            yield m, "undropped", partial(undropped, case=case, method=m)
+        if m.formula and m.name not in WITHOUT_GAPS and any(
+                c.id.split("/")[1] in GAPS for c in store.packs()[m.name].cases):
+            yield m, "gaps", partial(gaps, case=case, method=m)
         if "fan_in_fan_out" in store.configs()[m.name]["defaults"] and m.tensors.gauges is None:
             yield m, "layout", partial(layout, case=case, method=m)
         if not m.live(case.config):
             yield m, "defaults", partial(defaults_act, case=case, method=m)
     for name in UNPADDED:
         yield known[name], "unpadded", partial(unpadded, case=first_case(known[name]), method=known[name])
+    yield known["poly"], "tasks-again", partial(tasks_again, case=first_case(known["poly"]), method=known["poly"])
     yield known["lora"], "kasa", kasa
     yield known["lora"], "frozen-factor", partial(frozen_factor, case=first_case(known["lora"]), method=known["lora"])
     yield known["lora"], "casting", partial(casting, case=first_case(known["lora"]), method=known["lora"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ...reference import arrow as routing
-from ...reference import formulas
+from ...reference import formulas, store
 from ...reference.bases import BASES
 from ...reference.compare import Failure, close
 from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
@@ -19,6 +19,7 @@ from ...reference.method import KEY
 from ...reference.methods import methods
 from ...reference.numpy_model import run
 from . import bookkeeping
+from .bookkeeping import trained
 from .goldens import same_set, start
 from .reject import refuse
 
@@ -152,6 +153,47 @@ def saved_while_off(driver, case, method):
     bookkeeping.same_output(driver, case, "output when they are on again after that")
 
 
+def saved_inactive(driver, case, method):
+    """Saving an adapter that is not the active one saves that one's tensors."""
+    start(driver, case, "float32")
+    config = bookkeeping.second_of(case, method)
+    driver.add("other", config)
+    driver.switch(["other"])
+    state = driver.state_dict("other")
+    tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng_of("inactive"))
+    driver.load(tensors, "other")
+    inputs = case.tensors("input")
+    want = driver.forward(inputs)
+    driver.switch(["default"])
+    with tempfile.TemporaryDirectory() as path:
+        driver.save_adapters(path, ["other"])
+        bookkeeping.same_output(driver, case, "output after saving an adapter that is not active")
+        driver.restore(str(Path(path, "other")), case.base, case.tensors("base"), "float32")
+    close("output of the adapter that was saved while it was not active", driver.forward(inputs), want, "float32")
+
+
+def stacked(driver, case, method):
+    """In every case, two active adapters add up, and so they do merged."""
+    for case in store.packs()[method.name].cases:
+        c = case.config
+        beside = {"modules_to_save", "trainable_token_indices", "task_type"} & {k for k, v in c.items() if v}
+        if beside or c.get("bias", "none") != "none" or case.data["golden"] != "reference" or not case.merges or (
+                case.data.get("disputed") or case.data["base_name"] == "parameters"):
+            continue
+        start(driver, case, "float32")
+        driver.add("other", bookkeeping.second_of(case, method))
+        tensors = {k: v if method.tensors.is_frozen(k) else 0.75 * v for k, v in case.tensors("adapter").items()}
+        driver.load(tensors, "other")
+        driver.switch(["default", "other"])
+        base = case.tensors("base")
+        weights = formulas.adapted(method, case.base, base, case.tensors("adapter"), c)[0]
+        want = formulas.output(method, case.base, weights, tensors, bookkeeping.second_of(case, method),
+                               case.tensors("input"), frozen=base)
+        close(f"output of {case.id} with two active adapters", driver.forward(case.tensors("input")), want, "float32")
+        driver.merge()
+        close(f"output of {case.id} with two merged adapters", driver.forward(case.tensors("input")), want, "float32")
+
+
 def second_untrained(driver, case, method):
     """Of another adapter nothing is trained until it is switched to, and then of the first one nothing."""
     start(driver, case, "float32")
@@ -276,6 +318,13 @@ def mixed_life(driver, first, second):
     now("after merging one of them, and unmerging", ["default", "other"], one, two)
     driver.switch(["default"])
     now("after switching back", ["default"], one)
+    driver.merge(["default"])
+    driver.switch(["other"])
+    now("after switching to the other, the first one being merged", ["other"], two)
+    driver.switch(["default"], True)
+    if on := trained(driver.names()):
+        raise Failure("what is trained after switching to an adapter for use", "nothing", str(on))
+    driver.switch(["default"])
     driver.delete("other")
     now("after deleting the other", ["default"], one)
 
@@ -351,6 +400,9 @@ def tokens(driver, case, method):
     first = formulas.adapted(method, case.base, base, case.tensors("adapter"), case.config)[0]
     want = formulas.output(method, case.base, first, drawn, config, inputs)
     close("output of two adapters that train different words", driver.forward(inputs), want, "float32")
+    driver.merge(["default", "other"])
+    close("output of both, merged at once", driver.forward(inputs), want, "float32")
+    driver.unmerge()
     driver.merge(["default"])
     driver.merge(["other"])
     close("output of both, merged one after the other", driver.forward(inputs), want, "float32")
@@ -483,6 +535,9 @@ def of(method) -> dict:
     mixes = plain and method.laws.mixed_batch and not method.laws.whole_batch
     return {mixed_batches_of_many: mixes, mixed_batches_refused: mixes, mixed_batches_refused_unchanged: mixes,
             merged_by_name: plain and method.merges,
+            saved_inactive: not method.laws.single and not method.laws.second and method.tensors.gauges is None,
+            stacked: bool(method.formula) and method.laws.stacks and method.merges and not method.laws.single
+            and not method.laws.second and method.tensors.gauges is None,
             second_untrained: not method.laws.single and not method.prompt and method.name != "adaption_prompt",
             saved_while_off: not method.laws.single and not method.laws.second and method.tensors.gauges is None,
             switched_while_off: not method.laws.single and not method.laws.second and method.tensors.gauges is None,

@@ -627,10 +627,10 @@ MIXED = (("lora/linear/plain", "loha/linear/plain"), ("loha/linear/plain", "lokr
 PROMPTS = ("prompt_tuning", "prefix_tuning", "p_tuning", "cartridge", "cpt", "multitask_prompt_tuning", "lora")
 FULL = ("all-dtypes", "apart-with", "arrow", "as-lora-", "asked-otherwise", "base-state", "begins-beside", "card",
         "cast", "combine-dtypes", "combine-others", "combine-patterns", "combine-smaller", "combine-with",
-        "conditioned", "converted-p", "defaults", "deleted-whole", "embeddings", "frozen-factor", "given-", "layout",
-        "life-with", "mixed-batches-refused", "other-file", "patterns", "reused-name", "safely-merged", "saved-while",
-        "second-", "swapped", "switched-while", "taken-off", "targets-", "tied-", "tool-", "unpadded",
-        "used-")  # LoRA's, not in the core profile
+        "conditioned", "converted-p", "defaults", "deleted-whole", "embeddings", "frozen-factor", "gaps", "given-",
+        "layout", "life-with", "mixed-batches-refused", "other-file", "patterns", "reused-name", "safely-merged",
+        "saved-", "second-", "stacked", "swapped", "switched-while", "taken-off", "targets-", "tied-", "tool-",
+        "undropped", "unpadded", "used-")  # LoRA's, not in the core profile
 KINDS = ("nf4", "fp4")
 QUANTISED = ("lora", "dora", "adalora", "ia3", "vera", "oft", "boft", "randlora", "road", "miss", "vblora", "waveft")
 GENERATED = ("lora/causal-lm/masked", "prompt_tuning/causal-lm/masked", "prefix_tuning/causal-lm/masked",
