@@ -307,6 +307,23 @@ def gaps(driver, case, method):
               formulas.output(method, base, weights, tensors, config, inputs), "float32")
 
 
+SEEDS = {"frod": "projection_prng_key", "pvera": "projection_prng_key", "randlora": "projection_prng_key",
+         "shira": "random_seed", "tinylora": "projection_seed", "unilora": "proj_seed", "vera": "projection_prng_key"}
+
+
+def another_seed(driver, case, method):
+    """What a seed determines, and a checkpoint holds, is the checkpoint's, whatever the seed of the config that it is
+    loaded into."""
+    key = SEEDS[method.name]
+    for case in store.packs()[method.name].cases:
+        if case.data["golden"] == "reference" and not case.data.get("disputed"):
+            config = {**case.config, key: case.config.get(key, 0) + 11}
+            driver.build(case.base, case.tensors("base"), config, "float32", case=case.id)
+            driver.load(case.tensors("adapter"))
+            close(f"output of {case.id} in a model made with another {key}", driver.forward(case.tensors("input")),
+                  case.tensors("out")["y"], "float32")
+
+
 def tasks_again(driver, case, method):
     """A run does not go on with the tasks of the run before."""
     start(driver, case, "float32")
@@ -404,6 +421,8 @@ def everything(first_case):
             yield m, "defaults", partial(defaults_act, case=case, method=m)
     for name in UNPADDED:
         yield known[name], "unpadded", partial(unpadded, case=first_case(known[name]), method=known[name])
+    for name in SEEDS:
+        yield known[name], "another-seed", partial(another_seed, case=first_case(known[name]), method=known[name])
     yield known["poly"], "tasks-again", partial(tasks_again, case=first_case(known["poly"]), method=known["poly"])
     yield known["lora"], "kasa", kasa
     yield known["lora"], "frozen-factor", partial(frozen_factor, case=first_case(known["lora"]), method=known["lora"])
