@@ -549,7 +549,7 @@ class Oracle(Driver):
             raise Rejected(f"an adapter of more ranks than {rank}")
 
     def base_state(self):
-        return {k: self.rounded(v) for k, v in self.base_weights.items()}
+        return self.weights()
 
     def set_base_state(self, tensors):
         if wrong := tensors.keys() ^ self.base_weights.keys():

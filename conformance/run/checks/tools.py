@@ -18,7 +18,7 @@ from ...reference.method import KEY
 from ...reference.methods import lora, methods
 from ...reference.numpy_model import run
 from . import bookkeeping
-from .goldens import same_set, start
+from .goldens import other, same_set, start
 from .reject import refuse
 
 PLUS = {"lr": 0.25, "loraplus_lr_ratio": 4.0, "loraplus_lr_embedding": 0.75, "loraplus_weight_decay": 0.125}
@@ -96,20 +96,20 @@ def swapped_ranks(driver, case, method):
     base, inputs, rng = case.tensors("base"), case.tensors("input"), rng_of("swapped ranks")
     rank = case.config["r"]
     with tempfile.TemporaryDirectory() as path:
-        for other in (rank - 1, rank + 2):
-            config = {**case.config, "r": other, "lora_alpha": 7}
+        for another in (rank - 1, rank + 2):
+            config = {**case.config, "r": another, "lora_alpha": 7}
             driver.build(case.base, base, config, "float32", case=f"{method.name}/swapped")
             tensors = draw_adapter(method, driver.state_dict(), set(), rng)
             driver.load(tensors)
-            driver.save(str(Path(path, str(other))))
+            driver.save(str(Path(path, str(another))))
             want = formulas.output(method, case.base, base, tensors, config, inputs)
             for equal in (False, True):
                 start(driver, case, "float32")
                 if equal:
                     driver.prepare_hotswap(rank + 2)
                     bookkeeping.same_output(driver, case, "output after ranks were made equal")
-                driver.hotswap(str(Path(path, str(other))), "default")
-                close(f"output after an adapter of rank {other} took the place of one of rank {rank}",
+                driver.hotswap(str(Path(path, str(another))), "default")
+                close(f"output after an adapter of rank {another} took the place of one of rank {rank}",
                       driver.forward(inputs), want, "float32")
         start(driver, case, "float32")
         refuse("making ranks equal that are larger", lambda: driver.prepare_hotswap(rank - 1))
@@ -139,6 +139,17 @@ def base_state(driver, case, method):
            lambda: driver.set_base_state({k: v for k, v in changed.items() if k != first}))
     refuse("a state of the base model with a tensor that it does not have",
            lambda: driver.set_base_state({**changed, "no.such": changed[first]}))
+
+
+def merged_state(driver, case, method):
+    """With a merged adapter, the base model's own state is whole, and holds the merged weights."""
+    start(driver, case, "float32")
+    driver.merge()
+    got = driver.base_state()
+    same_set("names in the base model's state, the adapter being merged", got, case.tensors("base"))
+    for name, want in case.tensors("merged").items():
+        close(f"{name} in the base model's state, the adapter being merged", got[name], want, "float32",
+              other(case, "paper_merged").get(name))
 
 
 def mapped_names(driver, case, method):
@@ -287,6 +298,7 @@ def everything(first_case):
     yield from each(lora_fa, "lora", "linear/rank-pattern", "linear/rslora", "linear/bias-lora-only")
     yield from each(intruders, "lora", "linear/plain", "linear/rank-pattern", "linear/rslora")
     yield from each(swapped_ranks, "lora", "linear/plain", "linear/rslora", "conv2d/plain")
+    yield from each(merged_state, "lora", "linear/plain", "attention/plain", "conv2d/plain", "embedding/plain")
     yield known["lora"], "tool-replicated", replicated
     for kind, task in AUTO.items():
         yield known["lora"], f"tool-auto-{(task or 'none').lower().replace('_', '-')}", partial(auto, kind=kind)
