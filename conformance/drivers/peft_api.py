@@ -220,7 +220,9 @@ class PeftApi(Driver):
             with rejecting():
                 self.model.delete_adapter(name)
         except AttributeError as e:  # where the method has no such thing, PEFT asks the base model for it
-            if not str(e).endswith("object has no attribute 'delete_adapter'"):
+            base = self.model.get_base_model()  # of early releases' Poly, its tuner
+            asked = {type(module).__name__ for module in (base, getattr(base, "model", base))}
+            if str(e) not in {f"'{name}' object has no attribute 'delete_adapter'" for name in asked}:
                 raise
             raise Unsupported(f"this method's adapters cannot be deleted: {e}") from e
 

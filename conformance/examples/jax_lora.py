@@ -237,6 +237,7 @@ class Model:
 
     def save(self, path):
         """Who loads the file does not train it, unless asked to."""
+        Path(path).mkdir(parents=True, exist_ok=True)
         Path(path, "adapter_config.json").write_text(json.dumps({**self.config, "inference_mode": True}, indent=2))
         save_file({k: to_numpy(v) for k, v in self.state_dict().items()}, Path(path, "adapter_model.safetensors"))
 

@@ -322,6 +322,7 @@ class Model {
   }
 
   save({ path: folder }) { // who loads a file does not train it, unless asked to
+    fs.mkdirSync(folder, { recursive: true });
     const config = JSON.stringify({ ...this.config, inference_mode: true }, null, 2);
     fs.writeFileSync(path.join(folder, "adapter_config.json"), config);
     const dtype = this.dtype === "float64" ? "F64" : "F32";

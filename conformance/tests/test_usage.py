@@ -13,7 +13,7 @@ from conformance.run.checks import usage
 def test_generated_ids_are_not_near_others(case):
     case = store.find(case)
     method = methods()[case.pack.data["method"]]
-    ids, gap = usage.likeliest(case, method, case.tensors("adapter"))
+    ids, gap = usage.likeliest(case, method, usage.telling(case))
     read = 1 if "decoder" in case.id else case.tensors("input")["input_ids"].shape[1]
     assert gap > 0.02 and ids.shape[1] == read + usage.NEW_TOKENS
     assert (usage.likeliest(case, methods()["lora"], {})[0] != ids).any(), "the base model says the same"
