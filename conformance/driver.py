@@ -210,7 +210,7 @@ class Driver:
         raise Unsupported("deep copy")
 
     def save(self, path: str) -> None:
-        """Write `adapter_config.json` and `adapter_model.safetensors` into the folder `path`, which need not be there."""
+        """Write `adapter_config.json` and `adapter_model.safetensors` into the folder `path`, made where need be."""
         raise Unsupported("save")
 
     def save_converted(self, path: str, begun: str) -> None:

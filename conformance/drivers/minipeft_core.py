@@ -8,6 +8,7 @@ Live names and saved keys are those of the plain module; here they get PEFT's pr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from ..reference.method import KEY
 from .peft_api import PeftApi, rejecting
 
 # what PeftApi does with a PeftModel, and the core has no function for
-ABSENT = ("active", "allocate", "build_from_data", "build_quantised", "build_with", "combine", "config_of", "generate",
-          "load_adapter_with", "read_config", "rescale", "restore_routed", "save_converted", "save_given")
+ABSENT = ("active", "adapted_like", "allocate", "auto", "base_state", "build_from_data", "build_quantised",
+          "build_with", "combine", "config_of", "generate", "load_adapter_with", "read_config", "reduce_intruders",
+          "rescale", "restore_routed", "save_converted", "save_given", "set_base_state")
+PER_SAMPLE = ("adapter_names", "alora_offsets", "task_ids")
 SHARED = "base_model."  # keys of tensors that belong to no single layer
 WHOLE = ("SHADOW", "XLORA")  # methods of a model as a whole
 HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
@@ -45,6 +48,8 @@ class Core(PeftApi):
 
     def build(self, base, weights, config, dtype, case="", seed=0):
         self.begin()
+        if config and config.get("alora_invocation_tokens") and "model" in base:
+            raise Unsupported("look for invocations in texts")
         self.model = self.base(base, weights, dtype)
         models.seed(seed)
         if config is not None:
@@ -72,10 +77,10 @@ class Core(PeftApi):
             self.core.set_peft_model_state_dict(self.model, self.tensors(tensors), name)
 
     def run(self, first, more):
-        if "layers" not in self.description or not (self.chosen and more):
-            return super().run(first, {} if "layers" in self.description else more)
-        with self.core.mixed_batch(self.model, **more):
-            return models.answer(self.model(**{self.argument: first}) if self.argument else self.model(first))
+        own = {k: more[k] for k in PER_SAMPLE if k in more}
+        rest = {k: v for k, v in more.items() if k not in PER_SAMPLE}
+        with self.core.mixed_batch(self.model, **own) if own and self.chosen else contextlib.nullcontext():
+            return super().run(first, rest)
 
     def saved(self, name="default"):
         found = self.core.get_peft_model_state_dict(self.model, name)
