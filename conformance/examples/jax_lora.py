@@ -94,6 +94,8 @@ class Model:
             raise Unsupported(f"layers in {', '.join(DTYPES)} only")
         if strange := {kind for _, kind, _ in base["layers"]} - KINDS - {"Tanh"}:
             raise Unsupported(f"no {', '.join(sorted(strange))}")
+        if any("padding_idx" in args for *_, args in base["layers"]):
+            raise Unsupported("words that pad, which have no gradient")
         if config is not None:
             extra = sorted(k for k, v in config.items() if k not in FIELDS and (v is not True if k in ON else v)
                            and v != "none")

@@ -100,7 +100,7 @@ def check(config):
 def make(kind, args):
     if kind == "Linear":
         return nn.Linear(args["in_features"], args["out_features"], bias=args.get("bias", True))
-    if set(args) - {"num_embeddings", "embedding_dim", "padding_idx"}:
+    if set(args) - {"num_embeddings", "embedding_dim"}:  # `padding_idx`: words that have no gradient
         raise Unsupported(f"no embedding with {sorted(args)}")
     return nn.Embedding(args["num_embeddings"], args["embedding_dim"])
 
