@@ -21,14 +21,14 @@ CONSTRAINTS = Path(__file__).with_name("constraints.txt").read_text()
 PYTHONS = os.environ.get("MINIPEFT_PYTHON", "").split() or None
 TORCHS = os.environ.get("MINIPEFT_TORCH", "").split() or re.findall(r"^torch==(\S+)", CONSTRAINTS, re.M)
 TORCHTUNE = ["torchtune==0.6.1", "torchao==0.16.0"]  # a later torchao lacks what the last torchtune imports
+OLD = ["transformers<5", "huggingface_hub<1"]  # what older releases of peft import, and AdapterHub's adapters ask for
 IMPLEMENTATIONS = {  # --impl NAME: what to install for it
     "peft": ["peft", "scikit-learn"],  # its AdaMSS imports that
     "loralib": ["loralib"],
     "lycoris": ["lycoris-lora"],
     "torchtune": TORCHTUNE,
-    "adapters": ["adapters"],
+    "adapters": ["adapters", *OLD],
 }
-OLD = ["transformers<5", "huggingface_hub<1"]  # what older releases of peft import
 REPORTS = {  # a row of docs/implementations.html: options for the suite, and what to install
     "minipeft": (["--impl", "minipeft"], ["-e", ".[conformance]"]),
     "minipeft-core": (["--impl", "minipeft-core"], ["-e", ".[conformance]"]),
@@ -37,7 +37,7 @@ REPORTS = {  # a row of docs/implementations.html: options for the suite, and wh
     "loralib": (["--impl", "loralib"], ["./conformance[torch]", "loralib"]),
     "lycoris": (["--impl", "lycoris"], ["./conformance[torch]", "lycoris-lora"]),
     "torchtune": (["--impl", "torchtune"], ["./conformance[torch]", *TORCHTUNE]),
-    "adapters": (["--impl", "adapters"], ["./conformance[torch]", "adapters"]),
+    "adapters": (["--impl", "adapters"], ["./conformance[torch]", "adapters", *OLD]),
     "numpy": (["--impl", "cmd:python conformance/examples/numpy_lora.py"], ["./conformance"]),
     "node": (["--impl", "cmd:node conformance/examples/node_adapters.mjs"], ["./conformance"]),
     "jax": (["--impl", "cmd:python conformance/examples/jax_lora.py"], ["./conformance", "jax"]),

@@ -1,5 +1,6 @@
 """The suite, run on implementations of known quality, reports each as it should."""
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from conformance import serve
-from conformance.driver import Driver
+from conformance.driver import Driver, Unsupported
 from conformance.drivers import broken, open_driver
 from conformance.drivers.oracle import Oracle
 from conformance.drivers.process import Process
@@ -42,6 +43,20 @@ def test_always_wrong():
     (good, counts), results = outcomes(broken.AlwaysWrong(), tasks)
     assert not good
     assert not counts["pass"], [r.id for r in results if r.outcome == "pass"]
+
+
+def test_nothing_passes_that_asks_nothing():
+    """On a driver that claims nothing, no check of the full profile passes, and none asks a right one nothing."""
+    tasks = [t for t in plan.tasks("full") if t.dtype == "float32"]
+    driver = broken.AlwaysUnsupported()
+    assert not [r.id for r in runner.run(driver, tasks) if r.outcome == "pass"]
+    monitored = runner.Watched(driver)
+    for task in (t for t in tasks if t.check == "usage"):
+        monitored.driver, monitored.asked = broken.AlwaysUnsupported(), False
+        monitored.driver.info = lambda: {"name": "all", "version": "0", "dtypes": list(plan.DTYPES)}
+        with contextlib.suppress(Unsupported):
+            task.call(monitored)
+        assert monitored.asked, task.id
 
 
 def test_always_unsupported():

@@ -660,6 +660,11 @@ CONVERTED: dict[str, dict] = {
 SCALED = ("loha", "lokr", "adalora")  # what they add is too small beside the weight for the law of linearity
 
 
+def of_reference(method) -> bool:
+    """Is there a case of the method that is golden by the reference and not disputed?"""
+    return any(c.data["golden"] == "reference" and not c.data.get("disputed") for c in store.packs()[method.name].cases)
+
+
 def first_case(method):
     """The case of a method that has a lifecycle, else its first one."""
     cases = store.packs()[method.name].cases
@@ -675,11 +680,13 @@ def of_every_method():
                    narrowing: bool(m.formula) and m.tensors.gauges is None and case.data["base_name"] == "mlp",
                    begins_beside: not m.laws.single and set(m.laws.second) <= {"inference_mode"} and any(
                        r["method"] == m.name for r in store.rows("beginnings")),
-                   begins_as_base: fresh_is_identity.applies(m), merged_for_good: m.merges, safely_merged: m.merges,
+                   begins_as_base: fresh_is_identity.applies(m) and of_reference(m),
+                   merged_for_good: m.merges, safely_merged: m.merges,
                    taken_off: layers and not m.route, mixed_batches: mixes(m),
                    mixed_batches_saved: mixes(m) and any(
                        c.config.get("modules_to_save") for c in store.packs()[m.name].cases),
-                   sixteen_bits: layers and m.name != "ln_tuning" and m.tensors.gauges is None,
+                   sixteen_bits: layers and m.name != "ln_tuning" and m.tensors.gauges is None and any(
+                       "bfloat16" in c.dtypes for c in store.packs()[m.name].cases),
                    safe_merge: m.merges, set_scale: m.merges and (m.laws.scales or m.name in SCALED),
                    rescale: m.merges and m.laws.scales, **bookkeeping.of(m), **several.of(m),
                    **saving.of(m), **tools.of(m)}
@@ -737,7 +744,7 @@ def everything():
     for what, off in (("generate-from-padded", False), ("generate-from-padded-off", True)):
         yield known["p_tuning"], what, partial(generate, case=p_tuning, method=known["p_tuning"], off=off)
     for name in AS_LORA:
-        for function in (as_lora, *([as_lora_of_all] if name not in ALONE else []),
+        for function in (as_lora, *([as_lora_of_all] if name not in ALONE and of_reference(known[name]) else []),
                          *([as_lora_by_rank] if name in BY_RANK else [])):
             what = function.__name__.replace("_", "-")
             yield known[name], what, partial(function, case=first_case(known[name]), method=known[name])
@@ -751,7 +758,8 @@ def everything():
             second_bias, case=store.find(f"lora/linear/{id}"), method=known["lora"])
     yield known["lora"], "conditioned", targets.conditioned
     for name, method in known.items():
-        rows = [r for r in store.rows("targets") if r["method"] == name and targets.first_beside(r)]
+        rows = [r for r in store.rows("targets") if r["method"] == name and targets.first_beside(r)
+                and not r.get("refused") and "types" not in r]
         if rows and not method.laws.single:
             yield method, "targets-beside", partial(targets.beside, rows=rows)
     for name, case in (("lora", plain), ("lora", store.find("lora/linear/modules-to-save")),
