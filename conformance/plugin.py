@@ -45,5 +45,7 @@ def pytest_generate_tests(metafunc):
     from conformance.run import plan
 
     methods = metafunc.config.getoption("--methods")
+    if unknown := sorted({*(methods or "").split(",")} - {"", *plan.all_methods()}):
+        raise pytest.UsageError(f"no method is called {', '.join(unknown)}")
     tasks = plan.tasks(metafunc.config.getoption("--profile"), methods.split(",") if methods else None)
     metafunc.parametrize("task", tasks, ids=[t.id for t in tasks])

@@ -1,8 +1,8 @@
 """Any in-process driver as a program: JSON lines on stdin and stdout, tensors by safetensors path.
 
 `python -m conformance.serve peft` speaks the protocol that `drivers/process.py` describes. It knows one request more:
-{"op": "check", "args": {"task": id, "profile": "full"}} runs a whole check of the suite here, and tells in {"ok": what}
-what is wrong, or "".
+{"op": "check", "args": {"task": id, "profile": "full"}} runs a whole check of the suite here, and tells in
+{"ok": [id, what]} what is wrong, or "".
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ class AsIfApart(Driver):
 def carried(value):
     """A value as it arrives at the other side of the protocol."""
     if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "biuf" or value.dtype.itemsize > 8:
+            raise TypeError(f"an array of {value.dtype}, which no file of safetensors holds")
         return np.array(value)
     if isinstance(value, dict) and value and all(isinstance(v, np.ndarray) for v in value.values()):
-        return {k: np.array(v) for k, v in value.items()}
+        return {k: carried(v) for k, v in value.items()}
     return json.loads(json.dumps(value))
 
 
@@ -74,7 +76,7 @@ def answer(driver, request: dict, folder: Path, number: int) -> dict:
     """Do one operation; what it raised is told in one word and a message."""
     try:
         if request["op"] == "check":
-            return {"ok": check(driver, **request["args"])}
+            return {"ok": [request["args"]["task"], check(driver, **request["args"])]}
         if request["op"] not in OPERATIONS:
             raise Unsupported(f"no operation {request['op']!r}")
         arguments = unpack(request.get("args", {}))
@@ -96,7 +98,11 @@ def main(name: str) -> None:
         driver = open_driver(name)
         for number, line in enumerate(sys.stdin):
             reply = answer(driver, json.loads(line), Path(folder), number)
-            lines.write(json.dumps(reply) + "\n")
+            try:
+                text = json.dumps(reply)
+            except (TypeError, ValueError) as e:
+                text = json.dumps({"error": f"an answer that JSON cannot hold: {e}"})
+            lines.write(text + "\n")
 
 
 if __name__ == "__main__":

@@ -78,6 +78,19 @@ class AlwaysWrong(Oracle):
         return methods()[case.split("/")[0]].peft_type
 
 
+class Forking(Oracle):
+    """Counts wrongly, and goes on twice after it has told its tensors."""
+
+    def count(self):
+        trained, whole = super().count()
+        return trained + 1, whole
+
+    def state_dict(self, name="default"):
+        found = super().state_dict(name)
+        os.fork()
+        return found
+
+
 class AlwaysUnsupported(Driver):
     """Claims nothing."""
 

@@ -220,7 +220,11 @@ class WholeChecks(Process):
         self.profile = profile
 
     def _passes(self, task):
-        return self.ask("check", {"task": task, "profile": self.profile})
+        told = self.ask("check", {"task": task, "profile": self.profile})
+        if not isinstance(told, list) or len(told) != 2 or told[0] != task:  # a process that was forked answers, too
+            self.stop()
+            raise Crashed(f"an answer to something else than was asked: {str(told)[:200]}")
+        return told[1]
 
 
 def operation(op):

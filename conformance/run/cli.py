@@ -90,14 +90,6 @@ def main(argv=None) -> int:
         driver.close()
     good, counts = runner.verdict(results)
     seconds = time.perf_counter() - begun
-    if a.html:
-        html.write(a.html, info, a.profile, results, good, seconds)
-    if a.json:
-        files.jsonl(a.json, info, a.profile, results)
-    if a.junit:
-        files.junit(a.junit, info, results)
-    if a.badge:
-        files.badge(a.badge, info, good, counts)
     print(f"{info['name']} {info['version']}, profile {a.profile}\n")
     terminal.print_table(results, terminal.console())
     if bad := terminal.failures(results, a.most):
@@ -106,4 +98,12 @@ def main(argv=None) -> int:
           f" in {seconds:.1f} s: " + ("PASSED" if good else "FAILED"))
     if not results:
         print("No case was run, which counts as a failure.", file=sys.stderr)
+    if a.html:
+        html.write(a.html, info, a.profile, results, good, seconds)
+    if a.json:
+        files.jsonl(a.json, info, a.profile, results)
+    if a.junit:
+        files.junit(a.junit, info, results)
+    if a.badge:
+        files.badge(a.badge, info, good, counts)
     return 0 if good else 1

@@ -1,6 +1,7 @@
 """The suite, run on implementations of known quality, reports each as it should."""
 
 import contextlib
+import os
 import re
 import subprocess
 import sys
@@ -143,6 +144,19 @@ def test_whole_checks_that_crash_or_hang_are_reported():
         driver = open_driver(f"conformance.drivers.broken:{name}", sys.executable, "core")
         _, results = outcomes(driver, LORA[:2], seconds=3.0)
         assert {r.outcome for r in results} == {"error"} and said in results[0].message
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_process_that_goes_on_twice_answers_for_no_other_check():
+    tasks = [t for t in LORA if t.case == "lora/linear/plain" and t.check in ("names", "keys", "count")]
+    driver = open_driver("conformance.drivers.broken:Forking", sys.executable, "core")
+    _, results = outcomes(driver, tasks)
+    assert {r.check: r.outcome for r in results}["count"] in ("fail", "error")
+
+
+def test_arrays_that_no_file_holds_are_errors():
+    with pytest.raises(TypeError, match="complex128"):
+        serve.carried(np.ones(2, complex))
 
 
 def test_a_failure_that_does_not_come_again_is_one():
