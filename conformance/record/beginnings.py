@@ -14,13 +14,12 @@ from ..reference.beginnings import described
 from ..reference.draw import draw_base, rng_of
 from ..reference.methods import methods
 from ..run.checks.beginnings import begun, strengths
+from ..run.checks.options import SEEDS
 from .config import another
 
 STARTS = 8
 NOT_ASKED = {"peft_type", "task_type", "revision", "inference_mode", "peft_version"}
-KEYS = {"adamss": "random_seed", "frod": "projection_prng_key", "psoft": "random_seed", "shira": "random_seed",
-        "pvera": "projection_prng_key", "randlora": "projection_prng_key", "tinylora": "projection_seed",
-        "unilora": "proj_seed", "vera": "projection_prng_key"}
+KEYS = {**SEEDS, "adamss": "random_seed", "psoft": "random_seed"}
 TWO = ["up", "mid"]
 GPT = {"target_modules": ["c_attn"], "fan_in_fan_out": True}
 

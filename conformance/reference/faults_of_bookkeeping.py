@@ -323,9 +323,9 @@ def option(operation, **wrong):
 
 
 def ignored(operation, name):
-    def call(o, right, *a):
+    def call(o, right, *a, **more):
         *others, options = a
-        return right(*others, {k: v for k, v in options.items() if k != name})
+        return right(*others, {k: v for k, v in options.items() if k != name}, **more)
 
     return {operation: call}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import optimizers
+from .faults_of_bookkeeping import ignored, keep_going
 from .faults_over_time import f
 
 
@@ -61,10 +62,6 @@ def swapped_strength(o, right, path, name):
     o.adapters[name] = {**config, "lora_alpha": own["lora_alpha"] * config["r"] / own["r"]}, tensors
 
 
-def larger_is_fine(o, right, rank):
-    return None
-
-
 def state_with_adapter(o, right):
     return {k: o.rounded(v) for k, v in o.folded(o.chosen).items()}
 
@@ -80,10 +77,6 @@ def unmapped(o, right, key):
 def by_targets(o, right, base, weights, config, tensors, case=""):
     aimed = {k: v for k, v in tensors.items() if k.split(".")[0] in config["target_modules"]}
     return right(base, weights, config, aimed, case)
-
-
-def forgets_revision(o, right, base, weights, config, dtype, options, case=""):
-    right(base, weights, config, dtype, {k: v for k, v in options.items() if k != "revision"}, case)
 
 
 def mixed_for_use(o, right, path, base, weights, dtype, options):
@@ -195,14 +188,14 @@ FAULTS = {"lora": (
       {"reduce_intruders": stays_active}, "usage", tool("intruders", "linear-plain")),
     f("swapped-rank-old-strength", "an adapter of another rank is scaled as if it had the old alpha and rank",
       {"hotswap": swapped_strength}, "usage", tool("swapped-ranks", "linear-plain")),
-    f("ranks-cut", "ranks that are larger are taken to be equal", {"prepare_hotswap": larger_is_fine}, "usage",
+    f("ranks-cut", "ranks that are larger are taken to be equal", {"prepare_hotswap": keep_going}, "usage",
       tool("swapped-ranks", "linear-plain")),
     f("base-state-adapted", "the base model's state has the adapter in it", {"base_state": state_with_adapter},
       "usage", ("usage/base-state",)),
     f("base-state-in-part", "a base model's state that lacks tensors is taken", {"set_base_state": set_what_is_there},
       "usage", ("usage/base-state",)),
     f("names-unmapped", "key_mapping is not read", {"mapped": unmapped}, "usage", tool("mapped-names", "linear-plain")),
-    f("revision-lost", "get_peft_model does not keep the revision", {"build_with": forgets_revision}, "usage",
+    f("revision-lost", "get_peft_model does not keep the revision", ignored("build_with", "revision"), "usage",
       tool("revision", "linear-plain")),
     f("put-by-targets", "where a state dict is given, target_modules still choose among its layers",
       {"adapted_like": by_targets}, "usage", ("usage/tool-found-by-state",)),

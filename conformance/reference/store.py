@@ -86,6 +86,11 @@ class Case:
     def config(self) -> dict:
         return resolved(self.data["config"])
 
+    @property
+    def agreed(self) -> bool:
+        """Is the golden the reference's, and does nothing contradict it?"""
+        return self.data["golden"] == "reference" and not self.data.get("disputed")
+
     def __getattr__(self, name):
         try:
             return self.__dict__["data"][name]

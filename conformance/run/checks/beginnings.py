@@ -34,7 +34,7 @@ def begun(driver, row, seed=0, **more) -> tuple[dict, dict]:
     weights = draw_base(base, rng_of(row["base"]))
     if row.get("data"):
         driver.build_from_data(base, weights, config, "float32", data_of(base), case=case, seed=seed,
-                               **({"batches": row["batches"]} if "batches" in row else {}))
+                               batches=row.get("batches", 1))
     else:
         driver.build(base, weights, config, "float32", case=case, seed=seed)
     return driver.state_dict(), driver.weights() if row["weights"] else {}

@@ -106,7 +106,7 @@ def reused_name(driver, case, method):
     base, inputs = case.tensors("base"), case.tensors("input")
     pool = [(c, methods()[name]) for name, pack in store.packs().items() for c in pack.cases
             if methods()[name].peft_type == method.peft_type and c.base == case.base
-            and c.data["golden"] == "reference" and not c.data.get("disputed") and not c.data.get("live")
+            and c.agreed and not c.data.get("live")
             and c.config.get("bias", "none") == "none" and not any(c.config.get(k) for k in BESIDE)]
     start(driver, case, "float32")
     for c, own in pool + pool[:1]:

@@ -11,6 +11,7 @@ import numpy as np
 from ...driver import Driver, Unsupported
 from ...reference import compare
 from ...reference.compare import Failure, close
+from ...reference.draw import draw_adapter
 from ...reference.method import KEY, turned
 from ...reference.methods import methods
 from ...reference.store import Case
@@ -23,6 +24,14 @@ def start(driver: Driver, case: Case, dtype: str) -> dict:
     gauge = closest_gauge(driver, case)
     put(turned(case.tensors("adapter"), gauge))
     return gauge
+
+
+def load_drawn(driver: Driver, method, rng, name: str = "default") -> dict:
+    """Draw the tensors of an adapter that is there, but for frozen ones, and load them; gives them."""
+    state = driver.state_dict(name)
+    tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
+    driver.load(tensors, name)
+    return tensors
 
 
 def closest_gauge(driver: Driver, case: Case) -> dict:

@@ -15,7 +15,7 @@ from ...reference.draw import draw_adapter, draw_base, draw_inputs, rng_of
 from ...reference.method import KEY
 from ...reference.methods import lily, lora, methods, monteclora, xlora
 from .config import OWN
-from .goldens import same_set, start
+from .goldens import load_drawn, same_set, start
 from .reject import refuse
 
 
@@ -135,9 +135,7 @@ def divergence(driver):
         how = {"num_samples": 4, "use_entropy": entropy, "dirichlet_prior": 0.7, "kl_loss_weight": 0.5}
         config = {"peft_type": "LORA", "r": 3, "target_modules": ["up", "mid"], "monteclora_config": how}
         driver.build(base, weights, config, "float32", case=case)
-        state = driver.state_dict()
-        tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
-        driver.load(tensors)
+        tensors = load_drawn(driver, method, rng)
         close("the further term of the loss in evaluation", np.array([driver.penalty()]), np.zeros(1), "float32",
               floor=1)
         driver.train(True)
@@ -263,8 +261,7 @@ def rerouted(driver, case, method):
 def layout(driver, case, method):
     """How a layer's weight is stored is seen from the layer, where fan_in_fan_out says otherwise."""
     for case in store.packs()[method.name].cases:
-        agreed = case.data["golden"] == "reference" and not case.data.get("disputed")
-        if agreed and case.id.split("/")[1] in ("linear", "conv1d-hf"):
+        if case.agreed and case.id.split("/")[1] in ("linear", "conv1d-hf"):
             config = {**case.config, "fan_in_fan_out": not case.config.get("fan_in_fan_out")}
             driver.build(case.base, case.tensors("base"), config, "float32", case=case.id)
             driver.load(case.tensors("adapter"))
@@ -277,7 +274,7 @@ def undropped(driver, case, method):
     rates = [f for f, v in store.configs()[method.name]["defaults"].items() if "dropout" in f and isinstance(v, float)]
     for case in store.packs()[method.name].cases:
         config = {**case.config, **dict.fromkeys(rates, 0.5)}
-        if case.config.get("target_parameters") or case.data["golden"] != "reference" or case.data.get("disputed"):
+        if case.config.get("target_parameters") or not case.agreed:
             continue  # of parameters an adapter never sees the input
         driver.build(case.base, case.tensors("base"), config, "float32", case=case.id)
         (driver.assign if case.data.get("live") else driver.load)(case.tensors("adapter"))
@@ -300,9 +297,7 @@ def gaps(driver, case, method):
         config = {**like.config, **{f: ["c1"] for f in named}}
         weights, inputs = draw_base(base, rng), draw_inputs(base, {}, rng)
         driver.build(base, weights, config, "float32", case=f"{method.name}/gaps")
-        state = driver.state_dict()
-        tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
-        driver.load(tensors)
+        tensors = load_drawn(driver, method, rng)
         close(f"output of an adapter on {kind} with steps, gaps and edges", driver.forward(inputs),
               formulas.output(method, base, weights, tensors, config, inputs), "float32")
 
@@ -316,7 +311,7 @@ def another_seed(driver, case, method):
     loaded into."""
     key = SEEDS[method.name]
     for case in store.packs()[method.name].cases:
-        if case.data["golden"] == "reference" and not case.data.get("disputed"):
+        if case.agreed:
             config = {**case.config, key: case.config.get(key, 0) + 11}
             driver.build(case.base, case.tensors("base"), config, "float32", case=case.id)
             driver.load(case.tensors("adapter"))

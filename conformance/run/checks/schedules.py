@@ -6,9 +6,9 @@ import numpy as np
 
 from ...reference import formulas
 from ...reference.compare import Failure, close
-from ...reference.draw import draw_adapter, rng_of
+from ...reference.draw import rng_of
 from .bookkeeping import trained
-from .goldens import same_set
+from .goldens import load_drawn, same_set
 
 RANKS: tuple[dict, ...] = (
     {"tinit": 0, "tfinal": 0, "deltaT": 1, "total_step": 6}, {"tinit": 3, "tfinal": 2, "deltaT": 2, "total_step": 15},
@@ -57,9 +57,7 @@ def subspaces(driver, case, method):
     for times in SUBSPACES:
         rng, config = rng_of(f"subspaces {times}"), {**case.config, **times}
         driver.build(case.base, base, config, "float32", case=case.id)
-        state = driver.state_dict()
-        tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
-        driver.load(tensors)
+        tensors = load_drawn(driver, method, rng)
         tensors = {k: np.asarray(v, np.float64) for k, v in tensors.items()}
         chosen, shape = method.budget.allocator(config, tensors), driver.forward(inputs).shape
         for step in range(STEPS):

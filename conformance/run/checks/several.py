@@ -20,7 +20,7 @@ from ...reference.methods import methods
 from ...reference.numpy_model import run
 from . import bookkeeping
 from .bookkeeping import trained
-from .goldens import same_set, start
+from .goldens import load_drawn, same_set, start
 from .reject import refuse
 
 NAMES = ("third", "default", None, "other", "third", None, "default")
@@ -46,9 +46,7 @@ def added(driver, case, method) -> dict:
     for name, target, more in (("other", targets[-1:], ranks), ("third", targets[:1], {})):
         config = bookkeeping.second_of(case, method, target_modules=target, **more)
         driver.add(name, config)
-        state = driver.state_dict(name)
-        tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng_of(name))
-        driver.load(tensors, name)
+        tensors = load_drawn(driver, method, rng_of(name), name)
         found[name] = config, tensors
     return found
 
@@ -116,18 +114,20 @@ def merged_by_name(driver, case, method):
           "float32")
 
 
-def switched_while_off(driver, case, method):
-    """An adapter that is switched to, or deleted, while adapters are off is on, or gone, when they are on again."""
+def put_beside(driver, case, method):
+    """Put an adapter "other" beside the case's, which is the active one; what the output with the other is to be."""
     start(driver, case, "float32")
     config = bookkeeping.second_of(case, method)
     driver.add("other", config)
-    driver.switch(["other"])
-    state = driver.state_dict("other")
-    tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng_of("off"))
-    driver.load(tensors, "other")
+    driver.switch(["other"])  # an adaption prompt is loaded where it is active
+    tensors = load_drawn(driver, method, rng_of("beside"), "other")
     driver.switch(["default"])
-    inputs = case.tensors("input")
-    want = formulas.output(method, case.base, case.tensors("base"), tensors, config, inputs)
+    return formulas.output(method, case.base, case.tensors("base"), tensors, config, case.tensors("input"))
+
+
+def switched_while_off(driver, case, method):
+    """An adapter that is switched to, or deleted, while adapters are off is on, or gone, when they are on again."""
+    inputs, want = case.tensors("input"), put_beside(driver, case, method)
     driver.disable(True)
     driver.switch(["other"])
     driver.disable(False)
@@ -155,16 +155,7 @@ def saved_while_off(driver, case, method):
 
 def saved_inactive(driver, case, method):
     """Saving an adapter that is not the active one saves that one's tensors."""
-    start(driver, case, "float32")
-    config = bookkeeping.second_of(case, method)
-    driver.add("other", config)
-    driver.switch(["other"])
-    state = driver.state_dict("other")
-    tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng_of("inactive"))
-    driver.load(tensors, "other")
-    inputs = case.tensors("input")
-    want = driver.forward(inputs)
-    driver.switch(["default"])
+    inputs, want = case.tensors("input"), put_beside(driver, case, method)
     with tempfile.TemporaryDirectory() as path:
         driver.save_adapters(path, ["other"])
         bookkeeping.same_output(driver, case, "output after saving an adapter that is not active")
@@ -177,8 +168,8 @@ def stacked(driver, case, method):
     for case in store.packs()[method.name].cases:
         c = case.config
         beside = {"modules_to_save", "trainable_token_indices", "task_type"} & {k for k, v in c.items() if v}
-        if beside or c.get("bias", "none") != "none" or case.data["golden"] != "reference" or not case.merges or (
-                case.data.get("disputed") or case.data["base_name"] == "parameters"):
+        if beside or c.get("bias", "none") != "none" or not case.agreed or not case.merges or (
+                case.data["base_name"] == "parameters"):
             continue
         start(driver, case, "float32")
         driver.add("other", bookkeeping.second_of(case, method))
@@ -344,10 +335,7 @@ def mixed_apart(driver, first, second):
                 driver.build_with(first.base, base, config, "float32", {"mixed": True}, case=f"{one.name}/apart")
             else:
                 driver.add(name, config)
-            state = driver.state_dict(name)
-            frozen = {k for k in state if method.tensors.is_frozen(k)}
-            made[name] = method, draw_adapter(method, state, frozen, rng_of(f"apart {name}")), config
-            driver.load(made[name][1], name)
+            made[name] = method, load_drawn(driver, method, rng_of(f"apart {name}"), name), config
 
     def now(what, *names):
         weights = base

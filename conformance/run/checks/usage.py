@@ -37,7 +37,7 @@ from .combining import (
     combined_dtypes,
     dare,
 )
-from .goldens import other, same_set, start
+from .goldens import load_drawn, other, same_set, start
 from .reject import refuse
 
 
@@ -65,14 +65,16 @@ def low_cpu_mem_usage(driver, case, method):
     state = driver.state_dict()
     with tempfile.TemporaryDirectory() as path:
         driver.save(path)
-        kinds = []
-        for low in (False, True) if method.formula else ():
-            driver.restore_with(path, case.base, case.tensors("base"), "bfloat16", {
-                "low_cpu_mem_usage": low, "autocast_adapter_dtype": False})
-            kinds.append(driver.dtypes())
-        if wrong := {k: v for k, v in kinds[-1].items() if kinds[0].get(k) != v} if kinds else {}:
-            raise Failure("dtypes of an adapter loaded with low_cpu_mem_usage on a base in bfloat16",
-                          expected=str({k: kinds[0].get(k) for k in wrong}), got=str(wrong))
+        if method.formula:
+            have = []
+            for low in (False, True):
+                options = {"low_cpu_mem_usage": low, "autocast_adapter_dtype": False}
+                driver.restore_with(path, case.base, case.tensors("base"), "bfloat16", options)
+                have.append(driver.dtypes())
+            want, got = have
+            if wrong := {k: v for k, v in got.items() if want.get(k) != v}:
+                raise Failure("dtypes of an adapter loaded with low_cpu_mem_usage on a base in bfloat16",
+                              expected=str({k: want.get(k) for k in wrong}), got=str(wrong))
         driver.restore_with(path, case.base, case.tensors("base"), "float32", {"low_cpu_mem_usage": True})
     same_output(driver, case, "output of an adapter loaded with low_cpu_mem_usage")
     same_set("saved keys", driver.state_dict(), state)
@@ -129,9 +131,7 @@ def narrowing(driver, case, method):
     base, rng = BASES["mlp-narrowing"], rng_of(f"{method.name} narrowing")
     weights, inputs = draw_base(base, rng), draw_inputs(base, {}, rng)
     driver.build(base, weights, case.config, "float32", case=f"{method.name}/narrowing")
-    state = driver.state_dict()
-    tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
-    driver.load(tensors)
+    tensors = load_drawn(driver, method, rng)
     y = formulas.output(method, base, weights, tensors, case.config, inputs)
     close("output of layers that narrow", driver.forward(inputs), y, "float32")
     cotangent = rng.normal(size=y.shape)
@@ -243,7 +243,7 @@ def mixed_batches(driver, case, method, saved=False):
     for case in store.packs()[method.name].cases:
         y, plain = case.tensors("out")["y"], case.tensors("plain")["y"]
         c = case.config
-        if case.data["golden"] != "reference" or case.data.get("disputed") or y.shape != plain.shape or len(y) < 2 \
+        if not case.agreed or y.shape != plain.shape or len(y) < 2 \
                 or bool(c.get("modules_to_save")) != saved or c.get("bias", "none") != "none" \
                 or c.get("target_parameters") or case.data["base_name"] == "buffer":  # no such modules, says PEFT
             continue
@@ -263,7 +263,7 @@ def sixteen_bits(driver, case, method):
     """An adapter in 32 bits on a base in bfloat16: the output is as exact as the base is, and of its dtype; merging
     leaves the weights in it."""
     for case in store.packs()[method.name].cases:
-        if "bfloat16" not in case.dtypes or case.data["golden"] != "reference" or case.data.get("disputed"):
+        if "bfloat16" not in case.dtypes or not case.agreed:
             continue
         driver.build_with(case.base, case.tensors("base"), case.config, "bfloat16", {}, case=case.id)
         driver.load(case.tensors("adapter"))
@@ -511,9 +511,8 @@ def as_lora_of_all(driver, case, method):
     """In every case of linear layers; what is saved whole goes with it, but for buffers, which PEFT cannot convert."""
     for case in store.packs()[method.name].cases:
         c = case.config
-        if case.id.split("/")[1] == "linear" and case.data["golden"] == "reference" and case.merges \
-                and case.data["base_name"] != "buffer" \
-                and not case.data.get("disputed") and c.get("bias", "none") == "none" and not c.get("lora_bias"):
+        if case.id.split("/")[1] == "linear" and case.agreed and case.merges and case.data["base_name"] != "buffer" \
+                and c.get("bias", "none") == "none" and not c.get("lora_bias"):
             as_lora(driver, case, method)
 
 
@@ -529,8 +528,7 @@ def asked_otherwise(driver, case, method):
     """In every case of a language model: with positions that are the usual ones, with a mask that hides nothing, with
     words that are embedded already; and labels of which some count for nothing."""
     for case in store.packs()[method.name].cases:
-        if case.base.get("model") not in LANGUAGE_MODELS or case.data["golden"] != "reference" \
-                or case.data.get("disputed"):
+        if case.base.get("model") not in LANGUAGE_MODELS or not case.agreed:
             continue
         inputs, base = case.tensors("input"), case.tensors("base")
         ids, emb = inputs["input_ids"], next(v for k, v in base.items() if k.endswith("embed_tokens.weight"))
@@ -623,9 +621,7 @@ def quantised(driver, case, method, kind):
     bias = driver.forward({"x": np.zeros((1, 64))})
     held = {"up.weight": (driver.forward({"x": np.eye(64)}) - bias).T, "up.bias": bias[0]}
     driver.build_quantised(base, weights, config, kind, case=f"{method.name}/{kind}")
-    state = driver.state_dict()
-    tensors = draw_adapter(method, state, {k for k in state if method.tensors.is_frozen(k)}, rng)
-    driver.load(tensors)
+    tensors = load_drawn(driver, method, rng)
     inputs = {"x": rng.normal(size=(3, 64))}
     close(f"output of an adapter on a layer in {kind}", driver.forward(inputs),
           formulas.output(method, base, held, tensors, config, inputs), "float32")
@@ -661,8 +657,8 @@ SCALED = ("loha", "lokr", "adalora")  # what they add is too small beside the we
 
 
 def of_reference(method) -> bool:
-    """Is there a case of the method that is golden by the reference and not disputed?"""
-    return any(c.data["golden"] == "reference" and not c.data.get("disputed") for c in store.packs()[method.name].cases)
+    """Is there a case of the method whose golden is agreed?"""
+    return any(case.agreed for case in store.packs()[method.name].cases)
 
 
 def first_case(method):
@@ -801,10 +797,11 @@ def everything():
         name = b.partition("/")[0]
         pair = partial(mixed, first=store.find(a), second=store.find(b))
         yield known[a.partition("/")[0]], f"mixed-with-{name}", pair
-        ways = {"life": several.mixed_life, "apart": several.mixed_apart}
-        for what, function in ways.items() if a.partition("/")[0] in ("lora", "loha", "lokr") else [*ways.items()][:1]:
-            yield known[a.partition("/")[0]], f"{what}-with-{name}", partial(
-                function, first=store.find(a), second=store.find(b))
+        own, ways = a.partition("/")[0], {"life": several.mixed_life}
+        if own in ("lora", "loha", "lokr"):  # of which a model takes several, beside or around others
+            ways["apart"] = several.mixed_apart
+        for what, function in ways.items():
+            yield known[own], f"{what}-with-{name}", partial(function, first=store.find(a), second=store.find(b))
     for name in QUANTISED:
         for kind in KINDS if name == "lora" else KINDS[:1]:
             yield known[name], kind, partial(quantised, case=first_case(known[name]), method=known[name], kind=kind)
