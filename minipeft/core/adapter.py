@@ -80,10 +80,10 @@ class Adapter(nn.Module):
     held: ClassVar[tuple[str, ...]] = ()  # slots of such tensors that each layer saves too, so that it needs no tuner
     ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
     rewrites: ClassVar[bool] = False  # True: the frozen weights change for good, not by a start that may be converted
-    by_task: ClassVar[bool] = False  # True: forward takes `task_ids`
     must_agree: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on
     forward_mixed: ClassVar[Any] = None  # (layer, groups, x, ...) runs a mixed batch that cannot be taken apart
     per_sample: ClassVar[Any] = None  # per_sample(config, inputs): what a pass means to each sample, see Pass.by_sample
+    inputs: ClassVar[tuple[str, ...]] = ()  # arguments of a call that are for `per_sample`, and not for the model
 
     base: Base
     name: str

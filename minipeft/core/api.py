@@ -103,7 +103,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str] | None = None, **
     tuner = _tuner_of(model)
     tuner.training = model.training
     given = {**inputs, "adapter_names": adapter_names}
-    with tuner._tell((), given), tuner._for_tasks(given):
+    with tuner._tell((), given):
         yield
 
 

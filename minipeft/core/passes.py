@@ -20,13 +20,12 @@ from .errors import BatchError
 
 
 class Pass:
-    """What one forward pass of the whole model tells every layer: who takes which sample, and for which task.
+    """What one forward pass of the whole model tells every layer: who takes which sample, and what that is to him.
 
     A method may tell its own layers more, under names of its own.
     """
 
     adapter_names: Sequence[str] | None = None  # one name for each sample of the batch
-    task_ids: Any = None  # (batch,)
     scalings: Any = None  # (batch, length, layers, adapters): weights of adapters that are mixed by token
     beams = 1  # rows that `generate` makes of one sample
     by_sample: Mapping[str, Tensor | None] = {}  # what an adapter noticed: by name, (batch, ...) or nothing
@@ -55,18 +54,6 @@ class Pass:
             rows.setdefault(names[row * len(names) // size], []).append(row)
         return rows
 
-    def tasks(self, size: int) -> Tensor:
-        """The task of each row of a batch of `size`; as in `groups`, each id may stand for several rows."""
-        if self.task_ids is None:
-            raise BatchError("This adapter differs by task: `task_ids` must be given, one number for each sample.")
-        ids = torch.as_tensor(self.task_ids)
-        if ids.dim() != 1 or ids.is_floating_point() or not len(ids) or size % len(ids):
-            raise BatchError(
-                f"`task_ids` must hold one whole number for each of {size} samples, "
-                f"got {ids.dtype} of shape {tuple(ids.shape)}."
-            )
-        return ids.repeat_interleave(size // len(ids))
-
     def noticed(self, name: str, size: int) -> Tensor | None:
         """What adapter `name` noticed, for each row of a batch of `size`; each sample may stand for several rows."""
         values = self.by_sample.get(name)
@@ -78,13 +65,10 @@ class Pass:
 
     def of_rows(self, rows: list[int], size: int) -> dict[str, Any]:
         """What is told of each sample, for some rows of the batch of `size`."""
-        told: dict[str, Any] = {}
-        if self.task_ids is not None:
-            told["task_ids"] = self.tasks(size)[rows]
-        if self.by_sample:
-            every = {name: self.noticed(name, size) for name in self.by_sample}
-            told["by_sample"] = {name: None if values is None else values[rows] for name, values in every.items()}
-        return told
+        if not self.by_sample:
+            return {}
+        every = {name: self.noticed(name, size) for name in self.by_sample}
+        return {"by_sample": {name: None if values is None else values[rows] for name, values in every.items()}}
 
 
 NOTHING = Pass({})

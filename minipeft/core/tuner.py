@@ -24,8 +24,6 @@ from .state import incoming
 from .stored import memory, users_of
 from .walk import Wrapper, walk
 
-FORWARD_ONLY = {"adapter_names", "alora_offsets"}  # arguments of a call that the model never sees
-
 
 class Tuner(Slots):
     """A model with adapters on its layers. Attributes: `model`, `peft_config` (by adapter name), `active_adapter`.
@@ -211,20 +209,18 @@ class Tuner(Slots):
 
     # ---------------------------------------------------------------------------------------------------------- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward; `task_ids` (batch,) for methods that route by task, `adapter_names` as in PeftModel."""
-        with self._tell(args, kwargs), self._for_tasks(kwargs):
-            return self.context.kept(self.model(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY}))
+        """The model's forward; `adapter_names` as in PeftModel, and what methods route by, as `task_ids` (batch,)."""
+        with self._tell(args, kwargs):
+            return self.context.kept(self.model(*args, **self._for_model(kwargs)))
 
     @property
-    def takes_task_ids(self) -> bool:
-        """Whether `forward` needs `task_ids`, because a method routes by task."""
-        return any(kind.by_task for kind in self.kinds.values())
+    def own_inputs(self) -> set[str]:
+        """Arguments of a call that are for adapters, and that the model does not take."""
+        return {"adapter_names"}.union(*{kind.inputs for kind in self.kinds.values()})
 
-    def _for_tasks(self, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
-        """Take `task_ids` out of a call's arguments, and tell them."""
-        if not self.takes_task_ids:
-            return nullcontext()
-        return self.context.telling(task_ids=kwargs.pop("task_ids", None))
+    def _for_model(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        own = self.own_inputs
+        return {name: value for name, value in kwargs.items() if name not in own}
 
     def _tell(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """Tell what a call says of each sample; what a call around it, `generate`, has told of its input stays."""

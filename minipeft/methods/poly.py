@@ -39,6 +39,9 @@ class PolyConfig(PeftConfig, method="POLY"):
     n_splits: Size = 1  # must divide the numbers of input and of output features
 
 
+NO_TASKS = "This adapter differs by task: `task_ids` must be given to the model, one number for each sample."
+
+
 class Router(nn.Module):
     """The logits Z (tasks, splits * skills), and the mixing weights that they give."""
 
@@ -56,11 +59,24 @@ class Router(nn.Module):
 
 class Poly(Routed, config=PolyConfig):
     prefix = "poly_"
-    by_task = True
+    inputs = ("task_ids",)
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
         base.require_divisible(config.n_splits, "n_splits", path)
+
+    @classmethod
+    def per_sample(cls, config: Any, inputs: dict[str, Any]) -> Tensor:
+        """The task of each sample: (batch,)."""
+        if (given := inputs.get("task_ids")) is None:
+            raise BatchError(NO_TASKS)
+        tasks = torch.as_tensor(given)
+        if tasks.dim() != 1 or tasks.is_floating_point():
+            got = f"{tasks.dtype} of shape {tuple(tasks.shape)}"
+            raise BatchError(f"`task_ids` must hold one whole number for each sample, got {got}.")
+        if len(tasks) and not 0 <= int(tasks.min()) <= int(tasks.max()) < config.n_tasks:
+            raise BatchError(f"`task_ids` must lie between 0 and {config.n_tasks - 1}, got {tasks.tolist()}.")
+        return tasks
 
     def build(self) -> None:
         c = self.config
@@ -76,10 +92,9 @@ class Poly(Routed, config=PolyConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (batch, ..., out)
-        tasks = self.layer.context.now.tasks(len(x)).to(x.device)
-        if tasks.min() < 0 or tasks.max() >= self.n_tasks:
-            raise BatchError(f"`task_ids` must lie between 0 and {self.n_tasks - 1}, got {tasks.tolist()}.")
-        a = self.poly_router(tasks)  # (batch, splits, skills)
+        if (tasks := self.layer.context.now.noticed(self.name, len(x))) is None:
+            raise BatchError(NO_TASKS)
+        a = self.poly_router(tasks.to(x.device))  # (batch, splits, skills)
         A = torch.einsum("bqs,qsdr->bqdr", a, self.poly_lora_A).flatten(1, 2)  # (batch, in, r)
         B = torch.einsum("bqs,qsrd->brqd", a, self.poly_lora_B).flatten(2)  # (batch, r, out)
         h = self.cast(x, A).reshape(len(x), -1, x.shape[-1])  # (batch, positions, in)

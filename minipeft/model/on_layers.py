@@ -87,7 +87,7 @@ def telling(peft_model: Any, args: tuple, kwargs: dict[str, Any]) -> AbstractCon
 
 def takes_task_ids(peft_model: Any) -> bool:
     """Whether `forward` needs `task_ids`."""
-    return peft_model.base_model.takes_task_ids
+    return "task_ids" in peft_model.base_model.own_inputs
 
 
 def forward(peft_model: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from ..core.adapter import adapter_class
 from ..core.config import PeftConfig, check_config
 from ..core.errors import AdapterNameError, CheckpointError, ConfigError, UnsupportedFeatureError
 from ..core.files import make_folder, write_checkpoint, write_text
-from ..core.tuner import FORWARD_ONLY, Tuner
+from ..core.tuner import Tuner
 from . import card, checkpoint, on_layers, prompt, status
 from .adapted import AdaptedModel
 from .hub import push_to_hub
@@ -60,7 +60,7 @@ class PeftModel(AdaptedModel):
         check_config(config)
         self._is_prompt_learning = config.is_prompt_learning
         self.peft_type = config.peft_type
-        self.special_peft_forward_args = set(FORWARD_ONLY)
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._adapters_disabled = False
         self._complete(config)
         self._adapters.setup(self, model, name, config, **options)

@@ -309,7 +309,7 @@ class _Generating(_Task):
 
     def _prepared(self, task_ids: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         inputs = self.base_model_prepare_inputs_for_generation(*args, **kwargs)
-        if not self._is_prompt_learning and self.base_model.takes_task_ids:
+        if not self._is_prompt_learning and self._adapters.takes_task_ids(self):
             inputs["task_ids"] = task_ids
         return inputs
 

@@ -17,7 +17,7 @@ from ..core.layer import Context, layers
 from ..core.offload import check_biases
 from ..core.plan import model_config
 from ..core.state import Entry
-from ..core.tuner import FORWARD_ONLY, Tuner
+from ..core.tuner import Tuner
 from . import tying
 from .checkpoint import entries_of_biases
 from .plan import ModelPlan
@@ -146,8 +146,8 @@ class BaseTuner(Tuner):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; takes `task_ids` and `adapter_names` as `forward` does."""
         hooks = self._enable_peft_forward_hooks(*args, **kwargs)
-        with hooks, self._for_tasks(kwargs), self._growing(args, kwargs):
-            return self.model.generate(*args, **{k: v for k, v in kwargs.items() if k not in FORWARD_ONLY})
+        with hooks, self._growing(args, kwargs):
+            return self.model.generate(*args, **self._for_model(kwargs))
 
     def _growing(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """While `generate` runs, each pass notes how far beyond the given input it reaches: see `Growth`."""

@@ -39,6 +39,7 @@ class Factors(Adapter):
     """The factors A and B."""
 
     prefix = "lora_"
+    inputs = ("alora_offsets",)  # PEFT: no LoRA model sees it
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
     # of hot swapping
     pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
