@@ -136,6 +136,6 @@ def evaluated(expression: str, values: dict[str, Any]) -> float:
 
 def adapted_by(cls: Any) -> list[str]:
     """The kinds of layer that a class adapts itself: it may leave some to the method that it is a variant of."""
-    own = [name for name in cls.bases if cls.on(object.__new__(getattr(base, name))) is cls]
+    own = [name for name in cls.bases if cls.for_base(object.__new__(getattr(base, name))) is cls]
     narrower = [kind for kind in vars(quant).values() if isinstance(kind, type) and issubclass(kind, base.Base)]
-    return own or [kind.__name__ for kind in narrower if cls.on(object.__new__(kind)) is cls]
+    return own or [kind.__name__ for kind in narrower if cls.for_base(object.__new__(kind)) is cls]

@@ -87,15 +87,15 @@ class KeptAtOnce:
     """The most frozen layers of a model whose originals are kept at the same time, looked at whenever one is kept."""
 
     def __init__(self, model, monkeypatch):
-        self.most, keep = 0, Base.keep
+        self.most, back_up = 0, Base.back_up
         bases = [layer.base for layer in layers(model)]
 
         def counting(base, tensors):
-            kept = keep(base, tensors)
-            self.most = max(self.most, sum(other.kept is not None for other in bases))
+            kept = back_up(base, tensors)
+            self.most = max(self.most, sum(other.backup is not None for other in bases))
             return kept
 
-        monkeypatch.setattr(Base, "keep", counting)
+        monkeypatch.setattr(Base, "back_up", counting)
 
 
 @pytest.mark.parametrize("safe", [False, True], ids=["unsafe", "safe"])

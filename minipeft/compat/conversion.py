@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.bases import Linear, exact
+from ..core.bases import Linear, autocast_off
 from ..core.config import PeftType
 from ..core.errors import (
     AdapterNameError,
@@ -28,7 +28,7 @@ from ..core.errors import (
     UnsupportedLayerError,
 )
 from ..core.files import write_checkpoint
-from ..core.layer import Layer, adapted, widened
+from ..core.layer import Layer, adapted, upcast
 from ..core.state import PREFIX, serialise
 from ..core.targets import exactly
 from ..core.tuner import progress_bar, tuner_of
@@ -38,7 +38,7 @@ from ..model.wrappers import ModulesToSaveWrapper
 
 
 @torch.no_grad()
-@exact()
+@autocast_off()
 def convert_to_lora(
     model: nn.Module,
     rank: int | float,
@@ -162,7 +162,7 @@ def _delta_onloaded(adapter: Any) -> Tensor:
     W, b = adapter.base.read()
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     b = None if b is None else b.to(W.dtype)
-    with widened(adapter):
+    with upcast(adapter):
         try:
             folded, bias = adapter.fold(W, b)
         except MergeError as error:

@@ -68,4 +68,4 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
     """Turn an adapter's float16, bfloat16 and float8 tensors into float32, unless `autocast_adapter_dtype` is False."""
     for module in model.modules() if autocast_adapter_dtype else ():
         if isinstance(module, Layer):
-            module.widen(adapter_name)
+            module.upcast(adapter_name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import variants
-from ..core.bases import Conv, Conv1D, Linear, lasting
+from ..core.bases import Conv, Conv1D, Linear, inference_mode_off
 from ..core.config import PeftConfig, PeftType
 from ..core.errors import (
     AdapterNameError,
@@ -90,7 +90,7 @@ def hotswap_adapter(
     hotswap_adapter_from_state_dict(model, state_dict, adapter_name, config)
 
 
-@lasting()
+@inference_mode_off()
 @torch.no_grad()
 def hotswap_adapter_from_state_dict(
     model: nn.Module,
@@ -147,14 +147,14 @@ def hotswap_adapter_from_state_dict(
 
 def _planned(model: Any, name: str, config: Any, weights: dict[str, Tensor]) -> list[Entry]:
     """The tensors of the new adapter, as loading builds and checks it beside the model, into which it is not put."""
-    tuner = tuner_class(config.peft_type).around(getattr(tuner_of(model), "model", model))
+    tuner = tuner_class(config.peft_type).wrap(getattr(tuner_of(model), "model", model))
     replicated, config.layer_replication = config.layer_replication, None  # the model has those layers already
     told = config.target_modules or config.target_parameters
     plan = ModelPlan(tuner, name, config, loading=True, empty=True, keys=None if told else weights)
     try:
         plan.load(incoming(weights))
     finally:
-        plan.give_up()
+        plan.abort()
     config.layer_replication = replicated
     return list(plan.entries())
 
@@ -167,10 +167,10 @@ def _take_over(layer: Any, scratch: Any, name: str) -> None:
         if isinstance(held, Tensor) and slot == "scaling":
             held.fill_(value)  # type: ignore[arg-type]
         elif value is not None and not isinstance(value, (Tensor, nn.Module)):
-            layer.note(name, {slot: value})
+            layer.put_values(name, {slot: value})
 
 
-@lasting()
+@inference_mode_off()
 def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,
@@ -250,7 +250,7 @@ def _note_padded(adapter: Factors, key: str, shape: Any, now: Any) -> None:
 
 
 def _check_pads(adapter: Any) -> None:
-    if not adapter.pads:
+    if not adapter.can_pad:
         raise UnsupportedFeatureError(f"The rank of {adapter} cannot be raised: zeros would not stand in its blocks.")
 
 

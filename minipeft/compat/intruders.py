@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.bases import exact
+from ..core.bases import autocast_off
 from ..core.errors import AdapterNameError, MergeError, UnsupportedFeatureError, UnsupportedLayerError
 from ..core.layer import Layer, adapted
 from ..methods.lora.lora import LowRank
@@ -25,7 +25,7 @@ from ..model.checkpoint import get_peft_model_state_dict, set_peft_model_state_d
 
 
 @torch.no_grad()
-@exact()
+@autocast_off()
 def reduce_intruder_dimension(
     peft_model: Any,
     old_adapter_name: str = "default",

@@ -125,7 +125,7 @@ class Adapter(nn.Module):
             object.__setattr__(self, slot, value)
             return
         slot = self.slot(slot)
-        self.layer.put(slot, self.name, value, isinstance(value, Tensor) and self.keeps(slot, self.config))
+        self.layer.put(slot, self.name, value, isinstance(value, Tensor) and self.is_saved(slot, self.config))
 
     def __getattr__(self, slot: str) -> Any:
         own = self.__dict__
@@ -140,9 +140,9 @@ class Adapter(nn.Module):
         """Whether it has a tensor or module of that name, computed ones (`parametrize`) included."""
         return slot in self._parameters or slot in self._modules or slot in self._buffers
 
-    def note(self, **values: Any) -> None:
+    def put_values(self, **values: Any) -> None:
         """Store several plain values at once: what setting them one by one does, in less time."""
-        self.layer.note(self.name, values)
+        self.layer.put_values(self.name, values)
 
     def move_to(self, layer: Layer) -> None:
         """Stand on `layer` from now on, which has taken over the slots."""
@@ -161,7 +161,7 @@ class Adapter(nn.Module):
         return cls.asked_by is None or bool(getattr(config, cls.asked_by))
 
     @classmethod
-    def on(cls, base: Base) -> type[Adapter]:
+    def for_base(cls, base: Base) -> type[Adapter]:
         """The class for layers of that kind: a variant of a method may leave some to the method itself."""
         return cls
 
@@ -305,15 +305,15 @@ class Adapter(nn.Module):
         """Raise what `fold_in_place` would raise."""
 
     @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
+    def is_saved(cls, slot: str, config: Any) -> bool:
         """Whether a slot's tensors belong in a checkpoint."""
         return slot.startswith(cls.prefix)
 
-    def below(self, slot: str) -> Any:
+    def index_bound(self, slot: str) -> Any:
         """What the numbers in a saved tensor of positions must be smaller than, also by row; None: no positions."""
 
     @classmethod
-    def below_shared(cls, slot: str, shared: Mapping[str, Any]) -> Any:
+    def shared_index_bound(cls, slot: str, shared: Mapping[str, Any]) -> Any:
         """The same for one of the tensors that layers share; `shared` has all of them, by slot."""
 
     def is_trainable(self, slot: str) -> bool:
@@ -343,11 +343,11 @@ class Adapter(nn.Module):
         """While building: where tensors are made, which is the meta device where values follow."""
         return torch.device("meta") if self.base.on_meta else self.base.device
 
-    def settle(self) -> None:
+    def cast_to_base(self) -> None:
         """While building: move what is there to the frozen layer's device and dtype, before computing more from it."""
-        self.layer.settle_all(self.name)
+        self.layer.cast_adapter_to_base(self.name)
 
-    def mark(self) -> list[tuple[Any, Any]]:
+    def fingerprint(self) -> list[tuple[Any, Any]]:
         """(kind, value) of all that is trained or set on it, to notice changes; a cast is none."""
         scale = getattr(self, "scaling", None)
         values = [fingerprint(parameter) or (parameter.dtype, None) for parameter in self.parameters()]
@@ -375,7 +375,7 @@ class Delta(Adapter):
         return type(self).branch is Delta.branch
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if self.by_weight and inner is self.base and self.base.bare(x):
+        if self.by_weight and inner is self.base and self.base.is_plain(x):
             return self.base.apply(x, *self.fold(*inner.read()))
         y = inner(x, *args, **kwargs)
         return (y + self.branch(x)).to(y.dtype)

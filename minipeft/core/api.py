@@ -24,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter import adapter_class
-from .bases import lasting
+from .bases import inference_mode_off
 from .config import PeftConfig, check_config
 from .errors import AdapterNameError, NotIncludedError
 from .files import of_one_version, write_checkpoint
@@ -151,7 +151,7 @@ def get_peft_model_state_dict(model: nn.Module, adapter_name: str = "default") -
     return _saved(_tuner_of(model, adapter_name), adapter_name)
 
 
-@lasting()
+@inference_mode_off()
 def set_peft_model_state_dict(
     model: nn.Module, peft_model_state_dict: Mapping[str, Tensor], adapter_name: str = "default", strict: bool = True
 ) -> LoadReport:

@@ -29,7 +29,7 @@ from torch.func import functional_call
 from .computed import Computed, computed, plain_class
 from .errors import ConfigError, MergeError, UnsupportedLayerError
 from .offload import device_of, loaded, running_device
-from .stored import Kept, fingerprint, like, own_copy, put, sharded, whole
+from .stored import Backup, fingerprint, like, own_copy, put, sharded, whole
 
 TORCH_FORWARDS = {cls.forward for cls in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)} | {
     cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -52,11 +52,11 @@ class Base:
     reads_vectors = True  # False: the input is indices, not feature vectors
     label = ""  # the class name that PEFT shows for such a layer
     weight_name, bias_name = "weight", "bias"
-    kept: Kept | None = None  # what `write` replaced, by name; there while something is written that can be undone
+    backup: Backup | None = None  # what `write` replaced, by name; there while something is written that can be undone
     written: dict[str, Any] | None = None  # fingerprints of what `write` has stored; None when that was edited
-    apart = False  # True: other modules use the weight too, so `write` must leave that tensor to them
+    shares_weight = False  # True: other modules use the weight too, so `write` must leave that tensor to them
     shares_bias = False  # True: other modules use the bias too, so nothing else can be written to it
-    lent: Tensor | None = None  # that tensor, while the layer has one of its own
+    tied_weight: Tensor | None = None  # that tensor, while the layer has one of its own
     on_meta = False  # True: it reads as if it were on the meta device, see `shapes_only`
     source: Base | None = None  # a layer with the same weight, while what is written is written there
 
@@ -67,12 +67,12 @@ class Base:
 
     def __init__(self, module: nn.Module, inside: Base | None = None):
         self.module = module
-        self.inside = None if inside is None else inside.home
+        self.inside = None if inside is None else inside.innermost
         self.leaf: Any = module if inside is None else inside.leaf
         self.label = self.label or type(self).__name__
 
     @property
-    def home(self) -> Base:
+    def innermost(self) -> Base:
         """The one Base that keeps what is replaced, of those of nested layers."""
         return self if self.inside is None else self.inside
 
@@ -88,21 +88,21 @@ class Base:
 
     def originals(self) -> tuple[Any, Any]:
         """What `stored` gives, or gave before a merge, if one is on."""
-        (W, b), home = self.stored(), self.home
-        if home.source is not None:
-            W = home.source.originals()[0]
-        if home.lent is not None:
-            W = home.lent
-        elif home.kept is not None:
-            W = home.kept.get("weight", W)
-        return W, b if home.kept is None else home.kept.get("bias", b)
+        (W, b), innermost = self.stored(), self.innermost
+        if innermost.source is not None:
+            W = innermost.source.originals()[0]
+        if innermost.tied_weight is not None:
+            W = innermost.tied_weight
+        elif innermost.backup is not None:
+            W = innermost.backup.get("weight", W)
+        return W, b if innermost.backup is None else innermost.backup.get("bias", b)
 
     @property
     def changed(self) -> bool:
         """Whether something is written that `restore` can undo."""
-        return self.home.kept is not None
+        return self.innermost.backup is not None
 
-    def held(self) -> tuple[Tensor, Tensor | None]:
+    def current(self) -> tuple[Tensor, Tensor | None]:
         """(W, b) as the layer holds them now, merged or not: canonical, whole and dequantised."""
         with loaded(self.leaf):
             W, b = self.stored()
@@ -111,7 +111,7 @@ class Base:
     def write(self, W: Tensor, b: Tensor | None) -> None:
         """Store (W, b) in place, in the layer's own layout and dtype.
 
-        The first time, what was there is kept for `restore`, in `kept`: tensors that must move, be cast and be copied
+        The first time, what was there is kept for `restore`, in `backup`: tensors that must move, be cast and be copied
         with the layer. A bias that already has those values is left alone. Raises `MergeError`, with nothing written,
         when there is no place for them.
         """
@@ -119,13 +119,13 @@ class Base:
         values = {"weight": self.canonical(W)}
         if b is not None and self.takes_bias(b):
             values["bias"] = b
-        self.lend()
+        self.untie()
         stored: dict[str, Any] = dict(zip(("weight", "bias"), self.stored()))
         before = {name: stored[name] for name in values}
         if (made := self.computed) is not None:
             before |= made.copies()
             made.assign(values.pop("weight"))
-        self.keep(before)
+        self.back_up(before)
         for name, value in values.items():
             put(stored[name], value)
         self.note_written()
@@ -135,7 +135,7 @@ class Base:
         self.check_bias(b)
         if b is None or not self.replaces_bias(b):
             return False
-        if self.home.shares_bias:
+        if self.innermost.shares_bias:
             raise MergeError(
                 f"The adapter changes the bias of the {type(self.leaf).__name__}, which other modules use too. "
                 "Give each layer a bias of its own, or keep the adapter unmerged."
@@ -145,29 +145,29 @@ class Base:
     def replaces_bias(self, b: Tensor) -> bool:
         """Whether b is not what the layer has, or had before it was written to."""
         bias = self.stored()[1]
-        return bias is not None and (self.keeps("bias") or not torch.equal(whole(bias), b.to(bias.dtype)))
+        return bias is not None and (self.has_backup("bias") or not torch.equal(whole(bias), b.to(bias.dtype)))
 
-    def keeps(self, name: str) -> bool:
+    def has_backup(self, name: str) -> bool:
         """Whether the tensor of that name is overwritten, and kept."""
-        return self.home.kept is not None and name in self.home.kept
+        return self.innermost.backup is not None and name in self.innermost.backup
 
-    def lend(self) -> None:
+    def untie(self) -> None:
         """Give the layer a weight of its own, when others use the one it has."""
-        home = self.home
-        if home.apart and home.lent is None:
-            weight = home.lent = self.stored()[0]
+        innermost = self.innermost
+        if innermost.shares_weight and innermost.tied_weight is None:
+            weight = innermost.tied_weight = self.stored()[0]
             setattr(self.leaf, self.weight_name, nn.Parameter(own_copy(weight), weight.requires_grad))
 
-    def keep(self, tensors: dict[str, Tensor]) -> Kept:
+    def back_up(self, tensors: dict[str, Tensor]) -> Backup:
         """Keep copies of tensors that are going to be overwritten, by name, unless they are kept already."""
-        home = self.home
-        kept = home.kept = home.kept or Kept()
+        innermost = self.innermost
+        backup = innermost.backup = innermost.backup or Backup()
         for name, tensor in tensors.items():
-            if name not in kept and not (name == "weight" and home.lent is not None):
-                kept.add(name, own_copy(tensor))
+            if name not in backup and not (name == "weight" and innermost.tied_weight is not None):
+                backup.add(name, own_copy(tensor))
                 if tensor is self.stored_by_name().get(name):  # not what it is computed from
-                    kept.note(name, tensor)
-        return kept
+                    backup.note_version(name, tensor)
+        return backup
 
     def check_written(self) -> None:
         """Raise `MergeError` when the weights were edited since they were written, which `restore` would lose."""
@@ -181,20 +181,20 @@ class Base:
     @property
     def edited(self) -> bool:
         """Whether the weights are not those that were written. A cast or a move is no edit."""
-        home = self.home
-        if home.kept is None:
+        innermost = self.innermost
+        if innermost.backup is None:
             return False
-        return home.written is None or any(
+        return innermost.written is None or any(
             old is not None and new is not None and old != new and old[0] == new[0]
-            for old, new in ((home.written.get(name), new) for name, new in self.fingerprints().items())
+            for old, new in ((innermost.written.get(name), new) for name, new in self.fingerprints().items())
         )
 
     def note_written(self) -> None:
         """Note what is stored now, to notice edits."""
-        if (kept := self.home.kept) is not None:
-            self.home.written = self.fingerprints()
-            for name in [*kept.versions]:
-                kept.note(name, self.stored_by_name()[name])
+        if (backup := self.innermost.backup) is not None:
+            self.innermost.written = self.fingerprints()
+            for name in [*backup.versions]:
+                backup.note_version(name, self.stored_by_name()[name])
 
     def stored_by_name(self) -> dict[str, Any]:
         """What `stored` gives, by the names under which it is kept."""
@@ -208,7 +208,7 @@ class Base:
             tensors: dict[str, Any] = {"weight": weight}
         else:  # buffers may change by running
             tensors = {name: tensor for name, tensor in made.tensors().items() if isinstance(tensor, nn.Parameter)}
-        if self.keeps("bias"):
+        if self.has_backup("bias"):
             tensors["bias"] = bias
         return {name: fingerprint(tensor) for name, tensor in tensors.items()}
 
@@ -276,31 +276,31 @@ class Base:
 
     def restore(self) -> None:
         """Put back, bit for bit, what `write` replaced. Call `check_written` before."""
-        home = self.home
-        if home.kept is not None:
+        innermost = self.innermost
+        if innermost.backup is not None:
             for name, tensor in zip(("weight", "bias"), self.stored()):
-                if tensor is not None and name in home.kept:
-                    home.kept.put_back(name, tensor)
+                if tensor is not None and name in innermost.backup:
+                    innermost.backup.restore(name, tensor)
             if (made := self.computed) is not None:
-                made.restore(home.kept)
-            if home.lent is not None:
-                setattr(self.leaf, self.weight_name, like(home.lent, self.stored()[0]))
+                made.restore(innermost.backup)
+            if innermost.tied_weight is not None:
+                setattr(self.leaf, self.weight_name, like(innermost.tied_weight, self.stored()[0]))
         self.release()
 
     def release(self) -> None:
         """Keep nothing any more."""
-        self.home.kept = self.home.lent = self.home.written = None
+        self.innermost.backup = self.innermost.tied_weight = self.innermost.written = None
 
     def forget(self) -> None:
         """Make what was written permanent."""
         self.release()
-        self.home.apart = False
+        self.innermost.shares_weight = False
 
     def apply(self, x: Tensor, W: Tensor, b: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         """Output of the layer for input `x`, had it the weights (W, b)."""
         raise NotImplementedError
 
-    def bare(self, x: Tensor) -> bool:
+    def is_plain(self, x: Tensor) -> bool:
         """Whether calling the layer is W x + b and nothing else, in a precision in which W may as well be W + dW."""
         return False
 
@@ -348,14 +348,14 @@ class Base:
         return self.out_features, self.in_features
 
     @property
-    def width(self) -> int:
+    def fan_in(self) -> int:
         """Length of a row of the flattened weight."""
         return self.in_features
 
     @property
-    def patch(self) -> int:
+    def patch_size(self) -> int:
         """Length of the vectors that a rotation turns: what `rows` meet."""
-        return self.width
+        return self.fan_in
 
     def rows(self, W: Tensor) -> Tensor:
         """W as rows (out, patch): what stands before a whole patch of the input."""
@@ -432,7 +432,7 @@ class Base:
     def add_low_rank(
         self, y: Tensor, x: Tensor, A: Any, B: Any, scale: Any = 1.0, gain: Tensor | None = None
     ) -> Tensor:
-        """y + gain * scale * B (A x); `gain` is `outward`."""
+        """y + gain * scale * B (A x); `gain` is `output_scale`."""
         branch = self.low_rank_forward(x, A, B)
         if gain is not None:
             branch = gain * branch
@@ -441,14 +441,14 @@ class Base:
     @staticmethod
     def matrix(factor: Any) -> Tensor:
         """The matrix of a factor: (r, in) of A, (out, r) of B, kernels flattened; with what hooks on it do."""
-        return acting(factor) if has_hooks(factor) else factor.weight
+        return effective_matrix(factor) if has_hooks(factor) else factor.weight
 
     # ------------------------------------------------------------------------------------------------------- vectors
-    def spread(self, v: Tensor) -> Tensor:
+    def input_scale(self, v: Tensor) -> Tensor:
         """A vector over the input features, as it meets a row of the flattened weight."""
         return v.flatten()
 
-    def outward(self, v: Tensor) -> Tensor:
+    def output_scale(self, v: Tensor) -> Tensor:
         """A vector over the output features, as it meets the layer's output."""
         return v.flatten()
 
@@ -475,7 +475,7 @@ class Base:
 
 
 @contextmanager
-def lasting() -> Iterator[None]:
+def inference_mode_off() -> Iterator[None]:
     """While it is open, torch.inference_mode() is off: the tensors that are made can be trained."""
     if not torch.is_inference_mode_enabled():
         yield
@@ -485,7 +485,7 @@ def lasting() -> Iterator[None]:
 
 
 @contextmanager
-def exact() -> Iterator[None]:
+def autocast_off() -> Iterator[None]:
     """While it is open, torch.autocast is off: what is computed for good is computed in the dtypes that are given."""
     on = [kind for kind in ("cpu", "cuda", "xpu", "mps", "hpu") if _autocasts(kind)]
     with ExitStack() as stack:
@@ -515,7 +515,7 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def acting(factor: Any) -> Tensor:
+def effective_matrix(factor: Any) -> Tensor:
     """The matrix (n_out, n_in) by which a linear module acts when it is called: hooks may change what its weight does.
 
     Raises `MergeError` when no matrix does that.
@@ -568,7 +568,7 @@ class Linear(Base):
             return None
         return self.drawn(2, self.in_features)
 
-    def bare(self, x: Tensor) -> bool:
+    def is_plain(self, x: Tensor) -> bool:
         leaf, name = self.leaf, self.weight_name
         weight = leaf._parameters.get(name, vars(leaf).get(name))  # FSDP and DataParallel put plain tensors there
         own = type(leaf).forward is nn.Linear.forward and "forward" not in vars(leaf) and self.module is leaf
@@ -624,12 +624,12 @@ class Conv(Base):
         return len(self.leaf.kernel_size)
 
     @property
-    def width(self) -> int:
+    def fan_in(self) -> int:
         return math.prod(self.shape[1:])
 
     @property
-    def patch(self) -> int:
-        return self.width * self.leaf.groups
+    def patch_size(self) -> int:
+        return self.fan_in * self.leaf.groups
 
     def rows(self, W: Tensor) -> Tensor:
         groups = self.in_features // W.shape[1]
@@ -690,9 +690,10 @@ class Conv(Base):
     @staticmethod
     def matrix(factor: Any) -> Tensor:
         # of a factor with groups PEFT's norm takes the weight, and no weight of the layer is made of it
-        return acting(OnPatches(factor)) if factor.groups == 1 and has_hooks(factor) else factor.weight.flatten(1)
+        hooked = factor.groups == 1 and has_hooks(factor)
+        return effective_matrix(OnPatches(factor)) if hooked else factor.weight.flatten(1)
 
-    def outward(self, v: Tensor) -> Tensor:
+    def output_scale(self, v: Tensor) -> Tensor:
         return v.view(-1, *[1] * self.dims)
 
     def gain_shape(self, n: int, inward: bool) -> tuple[int, ...]:
@@ -701,7 +702,7 @@ class Conv(Base):
     def magnitude_shape(self) -> tuple[int, ...]:
         return (1, self.out_features, *[1] * self.dims)
 
-    def spread(self, v: Tensor) -> Tensor:
+    def input_scale(self, v: Tensor) -> Tensor:
         m = self.leaf
         taps = math.prod(m.kernel_size)
         rows = v.flatten().view(m.groups, 1, -1).expand(-1, m.out_channels // m.groups, -1)
@@ -725,7 +726,7 @@ class Embedding(Base):
         return self.leaf.embedding_dim
 
     @property
-    def width(self) -> int:
+    def fan_in(self) -> int:
         return self.out_features
 
     def probe(self) -> Tensor | None:
@@ -894,24 +895,25 @@ class Whole(Base):
 
     def read(self) -> Any:
         with loaded(self.leaf):
-            kept = self.home.kept
-            return {n: whole(t if kept is None else kept.get(n, t)) for n, t in self.tensors(self.leaf).items()}, None
+            backup = self.innermost.backup
+            own = self.tensors(self.leaf)
+            return {n: whole(t if backup is None else backup.get(n, t)) for n, t in own.items()}, None
 
-    def held(self) -> Any:
+    def current(self) -> Any:
         with loaded(self.leaf):
             return {name: whole(tensor) for name, tensor in self.tensors(self.leaf).items()}, None
 
     def write(self, W: Any, b: Any = None) -> None:
         own = self.tensors(self.leaf)
-        self.keep(own)
+        self.back_up(own)
         for name, tensor in own.items():
             put(tensor, W[name])
         self.note_written()
 
     def restore(self) -> None:
-        if (kept := self.home.kept) is not None:
+        if (backup := self.innermost.backup) is not None:
             for name, tensor in self.tensors(self.leaf).items():
-                kept.put_back(name, tensor)
+                backup.restore(name, tensor)
         self.release()
 
     def stored_by_name(self) -> dict[str, Any]:

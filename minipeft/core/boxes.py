@@ -91,9 +91,9 @@ class Slots(nn.Module):
             box: Any = self._modules[slot]
             box[name] = value  # the container sees to what it needs
         else:
-            self.note(name, {slot: value})
+            self.put_values(name, {slot: value})
 
-    def note(self, name: str, values: dict[str, Any]) -> None:
+    def put_values(self, name: str, values: dict[str, Any]) -> None:
         """Store plain values (neither tensors nor modules) for adapter `name`, by slot."""
         own = self.__dict__
         for slot, value in values.items():
@@ -146,7 +146,7 @@ class Slots(nn.Module):
             else:
                 yield slot, value
 
-    def widen(self, name: str) -> None:
+    def upcast(self, name: str) -> None:
         """float16, bfloat16 and float8 tensors of adapter `name` become float32, which training needs."""
         for _, tensor in self.tensors(name):
             if tensor.dtype in LOW_PRECISION:
@@ -195,4 +195,4 @@ class Column(MutableMapping[str, Any]):
 
 BOXES = {"_parameters": nn.ParameterDict, "_buffers": BufferDict, "_modules": nn.ModuleDict}
 HOLDERS: Any = (dict, *BOXES.values())  # of what adapters have in a slot: plain values stand in a dict
-NO_SLOTS = ("base_layer", "kept")  # of a layer's modules those that are no boxes
+NO_SLOTS = ("base_layer", "backup")  # of a layer's modules those that are no boxes

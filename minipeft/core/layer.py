@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import Adapted, Adapter
-from .bases import Base, Param, Whole, exact
+from .bases import Base, Param, Whole, autocast_off
 from .batch import run_layer
 from .boxes import LOW_PRECISION, BufferDict, Slots, contents
 from .errors import BatchError, MergeError, PeftWarning
@@ -80,11 +80,11 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     paused: set[str]
     merged_adapters: list[str]
     folded: list[Adapter]
-    marks: list[Any]
-    read_through: bool
-    read_fused: bool
+    fingerprints: list[Any]
+    weight_is_read: bool
+    weight_is_read_fused: bool
     shared_boxes: dict[str, Any]
-    blank: bool
+    on_meta: bool
     autocast: bool
     on_commit: list[Callable[[], None]]
     _active_adapter: list[str]
@@ -101,13 +101,13 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             paused=set(),  # names of those that will be when adapters are switched on again
             merged_adapters=[],
             folded=[],  # of the innermost layer: what its weights hold, in order
-            marks=[],  # and what each of those was when it was merged
+            fingerprints=[],  # and what each of those was when it was merged
             cast_input_dtype_enabled=True,
-            read_through=False,  # True: the model takes `.weight` instead of calling the layer
-            read_fused=False,  # True: it does so where all weights are plain tensors
+            weight_is_read=False,  # True: the model takes `.weight` instead of calling the layer
+            weight_is_read_fused=False,  # True: it does so where all weights are plain tensors
             tied=False,  # True: its adapters are those of another layer, which also saves them
             shared_boxes={},  # boxes that other layers look at as well, by slot of the tuner
-            blank=False,  # while being built: True when values are going to be loaded, and only shapes matter
+            on_meta=False,  # while being built: True when values are going to be loaded, and only shapes matter
             autocast=False,  # while being built: True when low-precision adapter tensors become float32
             on_commit=[],
             training=module.training,
@@ -132,14 +132,14 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         super().__setattr__(name, value)
 
     # ------------------------------------------------------------------------------------------------- being built
-    def settle(self, tensor: Tensor, copy: bool = False) -> Tensor:
+    def cast_to_base(self, tensor: Tensor, copy: bool = False) -> Tensor:
         """`tensor` on the device of the frozen layer, and in the dtype that an adapter's tensors have there."""
         dtype, device = self.base.dtype, self.base.device
         if not (tensor.is_floating_point() and dtype.is_floating_point):
             return tensor.to(device, copy=copy)
         return tensor.to(device, torch.float32 if self.autocast and dtype in LOW_PRECISION else dtype, copy=copy)
 
-    def settle_all(self, name: str) -> None:
+    def cast_adapter_to_base(self, name: str) -> None:
         """Move all tensors of adapter `name` that have values there, by way of the frozen layer's dtype."""
         dtype, device = self.base.dtype, self.base.device
         if device.type == "meta":
@@ -210,11 +210,11 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         When some are merged and others are not, all run, with the weights that the layer had before the merge.
         """
         on = self.switched_on
-        if on and any(layer.merged_adapters for layer in self.chain) and not self._waiting():
+        if on and any(layer.merged_adapters for layer in self.chain) and not self._any_unmerged():
             return []
         return on
 
-    def _waiting(self) -> bool:
+    def _any_unmerged(self) -> bool:
         """Whether an adapter that is on, here or further inside, is not merged."""
         return any(name not in layer.merged_adapters for layer in self.chain for name in layer.switched_on)
 
@@ -269,7 +269,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         return bool(self.merged_adapters)
 
     @property
-    def _home(self) -> Layer:
+    def _innermost(self) -> Layer:
         return self.chain[-1]
 
     @torch.no_grad()
@@ -283,7 +283,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             raise TypeError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
         if names := self.to_merge(adapter_names):
             self.merge_new(names, safe_merge)
-            if not self._waiting():
+            if not self._any_unmerged():
                 try:
                     self.check_acts()
                 except MergeError:
@@ -308,25 +308,25 @@ class Layer(HoldsAdapters, Slots, Wrapper):
 
         One that takes the layer's place takes also that of one that is merged, and is merged alone.
         """
-        home, new = self._home, [self.adapters[name] for name in names]
+        innermost, new = self._innermost, [self.adapters[name] for name in names]
         if whole := new[0].of_modules():
             if len(new) > 1:
                 raise MergeError(f"{', '.join(names)} each take the place of '{new[0].path}': merge one of them.")
         # what follows another layer is merged there
-        sources = {} if home.base.apart else {a: a.tied_to for a in new if a.tied_to is not None}
+        sources = {} if innermost.base.shares_weight else {a: a.tied_to for a in new if a.tied_to is not None}
         if own := [adapter for adapter in new if adapter not in sources]:
-            home.base.check_written()
-            home.check_folded(home.folded)
-            self._fold(own if whole else home.folded + own, safe)
+            innermost.base.check_written()
+            innermost.check_folded(innermost.folded)
+            self._fold(own if whole else innermost.folded + own, safe)
         for source in sources.values():
-            home.base.source = source.layer._home.base
+            innermost.base.source = source.layer._innermost.base
         self.merged_adapters = names if whole else self.merged_adapters + names
 
     def merges_in_place(self, names: list[str]) -> bool:
         """Whether `merge_in_place` can do what `merge_new` does."""
         base = self.base
         tied = any(self.adapters[name].tied_to is not None for name in names)
-        return base.home is base and base.overwrites and not (base.apart or self.merged_adapters or tied)
+        return base.innermost is base and base.overwrites and not (base.shares_weight or self.merged_adapters or tied)
 
     def merge_in_place(self, names: list[str], trial: bool = False) -> None:
         """The same for good: no copy is kept, and where method and dtype allow it the weight is changed where it is.
@@ -335,10 +335,10 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         """
         base, adapters = self.base, [self.adapters[name] for name in names]
         in_place = len(adapters) == 1 and adapters[0].folds_in_place  # another might read the weight
-        with self.onloaded(keep=not trial), exact():
-            W, b = _wide(base.read())
+        with self.onloaded(keep=not trial), autocast_off():
+            W, b = _upcast_pair(base.read())
             for adapter in adapters:
-                with widened(adapter):
+                with upcast(adapter):
                     if not in_place:
                         W, b = adapter.fold(W, b)
                     elif trial:
@@ -368,32 +368,32 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             warnings.warn("Already unmerged. Nothing to do.", PeftWarning)
             return
         names = list(self.merged_adapters if adapter_names is None else adapter_names)
-        home = self._home
-        left = [a for a in home.folded if a.layer is not self or a.name not in names]
+        innermost = self._innermost
+        left = [a for a in innermost.folded if a.layer is not self or a.name not in names]
         if adapter_names is not None:
-            home.check_folded(left)
+            innermost.check_folded(left)
         self._fold(left, False)
         self.merged_adapters = [n for n in self.merged_adapters if n not in names]
         if not any(layer.merged_adapters for layer in self.chain):
-            home.base.source = None
+            innermost.base.source = None
 
     def _fold(self, folded: list[Adapter], safe: bool) -> None:
         """Let the frozen weights hold the adapters `folded`: those of inner layers first, each layer's in its order."""
-        with self.onloaded(keep=True), exact():
+        with self.onloaded(keep=True), autocast_off():
             self._fold_onloaded(folded, safe)
 
     def _fold_onloaded(self, folded: list[Adapter], safe: bool) -> None:
-        home = self._home
-        base = home.base
+        innermost = self._innermost
+        base = innermost.base
         self.reshard()
         base.check_whole()
-        folded = sorted(folded, key=lambda adapter: adapter.layer.place_of(adapter.name))
+        folded = sorted(folded, key=lambda adapter: adapter.layer.order_of(adapter.name))
         if not folded:
             base.restore()
         else:
-            W, b = _wide(base.read())
+            W, b = _upcast_pair(base.read())
             for adapter in folded:
-                with widened(adapter):
+                with upcast(adapter):
                     W, b = adapter.fold(W, b)
             name = folded[-1].name
             if safe and not finite((W, b)):
@@ -401,32 +401,33 @@ class Layer(HoldsAdapters, Slots, Wrapper):
                     f"NaNs detected in the merged weights. Adapter {name} seems to be broken (safe_merge)."
                 )
             base.write(W, b)
-            if safe and not finite(base.held()):
-                self._fold(home.folded, False)
+            if safe and not finite(base.current()):
+                self._fold(innermost.folded, False)
                 raise MergeError(
                     f"The merged weights with adapter {name} do not fit what {folded[-1].path!r} stores them in "
                     f"({base.dtype}): some would become infinite or NaN (safe_merge)."
                 )
-        home.folded, home.marks = folded, [adapter.mark() for adapter in folded]
-        home.hold()
+        innermost.folded, innermost.fingerprints = folded, [adapter.fingerprint() for adapter in folded]
+        innermost.register_backup()
 
     def check_acts(self) -> None:
         """Raise `MergeError` when the layer with adapters merged does something else than with them beside it.
 
         That may be where its class has a `forward` of its own.
         """
-        home = self._home
-        if not home.folded or (probe := home.base.probe()) is None:
+        innermost = self._innermost
+        if not innermost.folded or (probe := innermost.base.probe()) is None:
             return
-        op: Any = Unmerged(home.base)
-        with torch.no_grad(), self.onloaded(), exact(), ExitStack() as stack:
-            for adapter in home.folded:
-                stack.enter_context(widened(adapter))
+        op: Any = Unmerged(innermost.base)
+        with torch.no_grad(), self.onloaded(), autocast_off(), ExitStack() as stack:
+            for adapter in innermost.folded:
+                stack.enter_context(upcast(adapter))
                 op = Adapted(adapter, op)
-            want, got = home.base.outcome(probe, op), home.base.outcome(probe)
+            want, got = innermost.base.outcome(probe, op), innermost.base.outcome(probe)
         if want is not None and not _near(got, want):
+            path, kind = innermost.folded[-1].path, type(innermost.base.leaf).__name__
             raise MergeError(
-                f"{home.folded[-1].path!r}, a {type(home.base.leaf).__name__}, does something else with its weight "
+                f"{path!r}, a {kind}, does something else with its weight "
                 "than torch's own layers, so with an adapter in the weight it would not do what it does with the "
                 "adapter beside it. Keep the adapter unmerged."
             )
@@ -434,8 +435,9 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     def check_folded(self, again: list[Adapter]) -> None:
         """Raise `MergeError` when one of `again`, which the weights hold, is not any more what was merged."""
         with self.onloaded():
-            for adapter, mark in zip(self.folded, self.marks):
-                if adapter in again and any(a[:-1] == b[:-1] and a != b for a, b in zip(mark, adapter.mark())):
+            for adapter, then in zip(self.folded, self.fingerprints):
+                now = adapter.fingerprint() if adapter in again else []
+                if any(a[:-1] == b[:-1] and a != b for a, b in zip(then, now)):
                     raise MergeError(
                         f"Adapter {adapter.name} ({adapter.path!r}) was changed after it was merged, its values or its "
                         "scale, and the weights are made of all that is merged. Unmerge it first, and merge it again."
@@ -446,14 +448,14 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         if not sharded(self.base.stored()[0]):
             reshard(self.base.leaf)
 
-    def hold(self) -> None:
+    def register_backup(self) -> None:
         """Have, as a module, what the frozen weights were before a merge: it moves and is copied with the layer."""
-        if self.base.kept is None:
-            self._modules.pop("kept", None)
+        if self.base.backup is None:
+            self._modules.pop("backup", None)
         else:
-            self._modules["kept"] = self.base.kept
+            self._modules["backup"] = self.base.backup
 
-    def place_of(self, name: str) -> tuple[int, int]:
+    def order_of(self, name: str) -> tuple[int, int]:
         """Where adapter `name` acts: how many layers are inside this one, and where among the active ones."""
         active = self._active_adapter
         return len(self.chain), active.index(name) if name in active else -1
@@ -461,7 +463,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     def _apply(self, fn: Any, recurse: bool = True) -> Layer:
         """As nn.Module does it; a cast of merged weights is not an edit of them."""
         base = self.base
-        if base.kept is None:
+        if base.backup is None:
             return super()._apply(fn, recurse)
         edited = base.edited
         super()._apply(fn, recurse)
@@ -488,8 +490,8 @@ class Layer(HoldsAdapters, Slots, Wrapper):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging `adapter` alone adds to the stored weight, in the weight's own layout."""
-        with torch.no_grad(), exact(), self.onloaded(), widened(self.adapters[adapter]):
-            W, b = _wide(self.base.read())
+        with torch.no_grad(), autocast_off(), self.onloaded(), upcast(self.adapters[adapter]):
+            W, b = _upcast_pair(self.base.read())
             return self.base.canonical(self.adapters[adapter].fold(W, b)[0]) - self.base.canonical(W)
 
     # -------------------------------------------------------------------------------------------- which adapters run
@@ -595,16 +597,16 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     @property
     def weight(self) -> Tensor:
         weight = self.base.leaf.weight
-        if self.read_through and self._acts:
+        if self.weight_is_read and self._acts:
             W = self._read_alone()[0]
             return W["weight"] if isinstance(W, dict) else self.base.canonical(W).to(weight.dtype)
-        if self.read_fused and self._acts and not torch.overrides.has_torch_function_unary(weight):
+        if self.weight_is_read_fused and self._acts and not torch.overrides.has_torch_function_unary(weight):
             return weight.as_subclass(NotFused)
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        if self.read_through and self._acts:
+        if self.weight_is_read and self._acts:
             W, b = self._read_alone()
             return W.get("bias") if isinstance(W, dict) else b
         return self.base.leaf.bias
@@ -742,7 +744,7 @@ def _tensors(pair: Any) -> Iterator[Tensor]:
 
 def finite(pair: Any) -> bool:
     """Whether all numbers of (W, b) are finite."""
-    return all(bool(torch.isfinite(_widen(t)).all()) for t in _tensors(pair))
+    return all(bool(torch.isfinite(_upcast(t)).all()) for t in _tensors(pair))
 
 
 def _near(got: Tensor | None, want: Tensor) -> bool:
@@ -753,19 +755,19 @@ def _near(got: Tensor | None, want: Tensor) -> bool:
     return bool(off <= max(1e-3, 16 * torch.finfo(want.dtype).eps) * want.abs().max().float())
 
 
-def _wide(pair: Any) -> Any:
+def _upcast_pair(pair: Any) -> Any:
     """(W, b) in at least float32."""
-    return tuple({k: _widen(t) for k, t in p.items()} if isinstance(p, dict) else _widen(p) for p in pair)
+    return tuple({k: _upcast(t) for k, t in p.items()} if isinstance(p, dict) else _upcast(p) for p in pair)
 
 
-def _widen(t: Any) -> Any:
+def _upcast(t: Any) -> Any:
     if t is None or t.dtype == torch.float32 or not t.is_floating_point():
         return t
     return t if t.dtype.itemsize > 4 else t.float()
 
 
 @contextmanager
-def widened(adapter: Adapter) -> Iterator[None]:
+def upcast(adapter: Adapter) -> Iterator[None]:
     """The adapter as it is merged: no dropout, whole tensors, and float32 for low precision, so it rounds only once."""
     modules = [(module, module.training) for module in adapter.modules()]
     boxes: list[Any] = [box for module, _ in modules for box in (module._parameters, module._buffers)]

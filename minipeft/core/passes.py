@@ -29,8 +29,8 @@ class Pass:
     scalings: Any = None  # (batch, length, layers, adapters): weights of adapters that are mixed by token
     beams = 1  # rows that `generate` makes of one sample
     by_sample: Mapping[str, Tensor | None] = {}  # what an adapter noticed: by name, (batch, ...) or nothing
-    given: int | None = None  # how many tokens the input of `generate` has
-    grown = 0  # how many tokens later than that input the tokens of this pass end
+    input_length: int | None = None  # how many tokens the input of `generate` has
+    generated = 0  # how many tokens later than that input the tokens of this pass end
 
     def __init__(self, told: dict[str, Any]):
         for name, value in told.items():
@@ -54,7 +54,7 @@ class Pass:
             rows.setdefault(names[row * len(names) // size], []).append(row)
         return rows
 
-    def noticed(self, name: str, size: int) -> Tensor | None:
+    def sample_values(self, name: str, size: int) -> Tensor | None:
         """What adapter `name` noticed, for each row of a batch of `size`; each sample may stand for several rows."""
         values = self.by_sample.get(name)
         if values is None:
@@ -67,7 +67,7 @@ class Pass:
         """What is told of each sample, for some rows of the batch of `size`."""
         if not self.by_sample:
             return {}
-        every = {name: self.noticed(name, size) for name in self.by_sample}
+        every = {name: self.sample_values(name, size) for name in self.by_sample}
         return {"by_sample": {name: None if values is None else values[rows] for name, values in every.items()}}
 
 
@@ -113,7 +113,7 @@ class Context(threading.local):
             if new in opened:
                 opened.remove(new)
 
-    def kept(self, output: Any) -> Any:
+    def keep_for_backward(self, output: Any) -> Any:
         """The output of the pass that is running, whose layers will know of it when they run again for gradients."""
         told = self.opened[-1]
         if told is NOTHING or not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -118,12 +118,12 @@ class Plan:
         self.autocast = autocast and "Whole" not in self.cls.bases  # a copy of a module keeps its dtype
         self.loading = loading
         self.empty = empty
-        self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it joins
-        self.latest: dict[str, Layer] = {}  # of `new`, the last scratch layer at each live path
-        self.after: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
+        self.new: list[tuple[str, Layer, Layer | None]] = []  # live path, scratch layer, the layer it comes on
+        self.newest: dict[str, Layer] = {}  # of `new`, the last scratch layer at each live path
+        self.base_values: list[tuple[Entry, Tensor]] = []  # the model's own tensors to write in the end
         self.seen: list[nn.Module] = []  # every module of the model, without those of adapters
         self.live_paths: dict[int, str] = {}
-        self.placed: list[Any] = []  # once it is in place: everything that holds the adapter
+        self.holders: list[Any] = []  # once it is in place: everything that holds the adapter
         self.parents: dict[str, nn.Module] = {}  # live path, module: those met so far while putting things in place
         others = {n: c for n, c in tuner.peft_config.items() if c is not config}
         self.set_present_names()
@@ -139,10 +139,10 @@ class Plan:
             self.cls.after_build(config, [scratch.adapters[name] for _, scratch, _ in self.new])
             self.build_further()
         except BaseException:
-            self.give_up()
+            self.abort()
             raise
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         """Leave the model as it was before."""
         if self.undo is not None:
             self.undo()
@@ -217,7 +217,7 @@ class Plan:
                 fits[kind] = base is not None and cls.fits(base)
             if not fits[kind]:
                 raise unsupported(cls, module, path)
-            cls.on(base).check_layer(config, path, base)
+            cls.for_base(base).check_layer(config, path, base)
             found.append((path, live, module, base))
             if isinstance(base, Attention):
                 out = base.leaf.out_proj
@@ -261,7 +261,7 @@ class Plan:
                 base: Any = base_of(module, name)
                 if not self.cls.fits(base):
                     raise unsupported(self.cls, module, names[-1])
-                self.cls.on(base).check_layer(self.config, names[-1], base)
+                self.cls.for_base(base).check_layer(self.config, names[-1], base)
                 found.append((names[-1], live, module, base))
         hint = unmatched(wanted - met, names, [], self.others)
         if hint and not (found or self.modules):
@@ -272,20 +272,20 @@ class Plan:
     # ------------------------------------------------------------------------------------------------------ building
     def build(self, path: str, live: str, module: nn.Module, base: Any) -> None:
         """Build the adapter for one layer, on a scratch layer."""
-        joins: Any = module
-        while isinstance(joins, Layer) and joins.method == self.cls.method.value and not joins.base.same(base):
-            joins = joins.base_layer  # for another parameter of the same module
-        if isinstance(joins, Layer) and joins.method == self.cls.method.value:
-            module, base = joins.base_layer, joins.base
+        existing: Any = module
+        while isinstance(existing, Layer) and existing.method == self.cls.method.value and not existing.base.same(base):
+            existing = existing.base_layer  # for another parameter of the same module
+        if isinstance(existing, Layer) and existing.method == self.cls.method.value:
+            module, base = existing.base_layer, existing.base
         else:
-            joins = None
-            if live in self.latest:  # a further parameter of the same module: around the layer for the one before
-                module, base = self.latest[live], base_of(self.latest[live], base.weight_name)
-        if isinstance(base, Attention) and joins is None:  # PEFT: the initial values of out_proj are drawn twice
+            existing = None
+            if live in self.newest:  # a further parameter of the same module: around the layer for the one before
+                module, base = self.newest[live], base_of(self.newest[live], base.weight_name)
+        if isinstance(base, Attention) and existing is None:  # PEFT: the initial values of out_proj are drawn twice
             self.scratch(base.leaf.out_proj, base_of(base.leaf.out_proj), path, self.cls, self.config)
         scratch = self.scratch(module, base, path, self.cls, self.config)
-        self.new.append((live, scratch, joins))
-        self.latest[live] = scratch
+        self.new.append((live, scratch, existing))
+        self.newest[live] = scratch
 
     def scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         """A layer around `module` with the one new adapter, not yet part of the model."""
@@ -294,41 +294,41 @@ class Plan:
 
     def _scratch(self, module: nn.Module, base: Any, path: str, cls: Any, config: Any) -> Layer:
         scratch = Layer(module, base, cls.method.value, self.tuner.context)
-        blank = self.empty or base.device.type == "meta"
-        vars(scratch).update(blank=blank, autocast=self.autocast)
-        adapter = cls.on(base)(scratch, self.name, config, path)
+        on_meta = self.empty or base.device.type == "meta"
+        vars(scratch).update(on_meta=on_meta, autocast=self.autocast)
+        adapter = cls.for_base(base)(scratch, self.name, config, path)
         scratch.adapters[self.name] = adapter
         for slot, value in self.shared.items() if cls is self.cls else ():
             if (mine := _own_slot(cls, slot, path)) == slot:
                 scratch.put(slot, self.name, value)
             elif mine:
                 vars(scratch)[mine] = {self.name: value}
-        if blank and (base.device.type == "meta" or not adapter.changes_base(config)):
+        if on_meta and (base.device.type == "meta" or not adapter.changes_base(config)):
             adapter.base = base.shapes_only()
             with torch.device("meta"):
                 adapter.build()
             adapter.base = base
         else:
             adapter.build()
-            if blank:
+            if on_meta:
                 adapter.to("meta")
-        scratch.settle_all(self.name)
+        scratch.cast_adapter_to_base(self.name)
         return scratch
 
     # ------------------------------------------------------------------------------------------------------- loading
     def entries(self) -> Iterator[Entry]:
         """The tensors that a checkpoint of this adapter holds, where they are now, under the keys they will have."""
         names = PlainNames(self.model)
-        around = Counter(live for live, _, joins in self.new if joins is None)  # layers that come to stand there
-        for live, scratch, joins in self.new:
-            if joins is not None:
-                where = self.live_paths[id(joins)]
+        around = Counter(live for live, _, existing in self.new if existing is None)  # layers that come to stand there
+        for live, scratch, existing in self.new:
+            if existing is not None:
+                where = self.live_paths[id(existing)]
             else:
                 around[live] -= 1
                 where = live + ".base_layer" * around[live]
             yield from entries_of_layer(scratch, self.name, PREFIX + names(where), skip=self.shared)
         for slot, value in self.shared.items():
-            if self.cls.keeps(slot, self.config):
+            if self.cls.is_saved(slot, self.config):
                 for entry in entries_of_shared(self.cls, slot, self.name, value, self.shared, slot, self.shared):
                     entry.shared = entry.box is self.shared
                     yield entry
@@ -349,7 +349,7 @@ class Plan:
         for entry in later:
             value = given.get(strip(entry.saved))
             if value is not None and value.shape == entry.tensor.shape:
-                self.after.append((entry, value))
+                self.base_values.append((entry, value))
         return report
 
     def fitted(self, entries: list[Entry], weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -362,14 +362,14 @@ class Plan:
 
     @property
     def built(self) -> list[tuple[str, Layer, Layer | None]]:
-        """(live path, scratch layer, the layer it joins) of everything that was built."""
+        """(live path, scratch layer, the layer it comes on) of everything that was built."""
         return self.new
 
     def incomplete(self, report: LoadReport) -> bool:
         """Whether some tensor has no values after `load`: the checkpoint lacked it, or such tensors are never saved."""
         built = [(scratch, scratch.adapters[self.name]) for _, scratch, _ in self.built]
         slots = {(type(adapter), slot) for scratch, adapter in built for slot in scratch._modules}
-        if not report.missing_keys and all(s == "base_layer" or cls.keeps(s, self.config) for cls, s in slots):
+        if not report.missing_keys and all(s == "base_layer" or cls.is_saved(s, self.config) for cls, s in slots):
             return False
         return any(
             tensor.is_meta and scratch.base.device.type != "meta"
@@ -382,11 +382,11 @@ class Plan:
         """Put everything in place."""
         tuner, name = self.tuner, self.name
         for slot, value in self.shared.items():
-            tuner.put(slot, name, value, persistent=self.cls.keeps(slot, self.config))
+            tuner.put(slot, name, value, persistent=self.cls.is_saved(slot, self.config))
         for slot, module in self.extra_modules.items():
             tuner.put(slot, name, module.train(tuner.training))
         self.untie()
-        for live, scratch, joins in self.new:
+        for live, scratch, existing in self.new:
             adapter = scratch.adapters[name]
             for slot in self.shared:
                 if (mine := _own_slot(self.cls, slot, adapter.path)) is not None:
@@ -401,11 +401,11 @@ class Plan:
                     for action in scratch.on_commit:
                         action()
             scratch.on_commit.clear()
-            if joins is not None:
-                joins.adopt(scratch, name)
+            if existing is not None:
+                existing.adopt(scratch, name)
             else:
                 self._set(live, scratch)
-            self.placed.append(joins or scratch)
+            self.holders.append(existing or scratch)
 
     def untie(self) -> None:
         """Let layers whose frozen weight changes have it for themselves, where modules without the adapter use it."""
@@ -413,14 +413,14 @@ class Plan:
         mine = {scratch.base.leaf for scratch in new}
         users = users_of(self.seen) if new else {}
         for scratch in new:
-            if users.get(memory(scratch.base.home.stored()[0]), set()) - mine:
+            if users.get(memory(scratch.base.innermost.stored()[0]), set()) - mine:
                 path = scratch.adapters[self.name].path
-                scratch.base.home.apart = True
+                scratch.base.innermost.shares_weight = True
                 warnings.warn(f"The start changes the weight of '{path}', so it is untied from others.", PeftWarning)
 
     def finish(self) -> None:
         """Write what a checkpoint holds for the model's own tensors: biases, and whole embedding layers."""
-        for entry, value in self.after:
+        for entry, value in self.base_values:
             entry.fill(value)
 
     def _set(self, live: str, module: nn.Module) -> None:
@@ -430,9 +430,9 @@ class Plan:
             parent = self.parents[head] = self.model.get_submodule(head)
         parent._modules[last] = module
         if isinstance(module, Layer):
-            module.read_fused = isinstance(parent, nn.TransformerEncoderLayer)
-            plain = module.base.weight_name == "weight" and not (module.base.packed or module.read_fused)
-            module.read_through = plain and is_read(self.model, place_of(live))
+            module.weight_is_read_fused = isinstance(parent, nn.TransformerEncoderLayer)
+            plain = module.base.weight_name == "weight" and not (module.base.packed or module.weight_is_read_fused)
+            module.weight_is_read = plain and is_read(self.model, place_of(live))
 
 
 def stacked(outer: dict[str, tuple[str, nn.Module]]) -> list[str]:

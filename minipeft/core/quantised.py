@@ -68,7 +68,7 @@ class _Quantised(Linear):
         weight, bias = self.originals()
         return self.dequantise(weight), bias
 
-    def held(self) -> tuple[Tensor, Tensor | None]:
+    def current(self) -> tuple[Tensor, Tensor | None]:
         weight, bias = self.stored()
         return self.dequantise(weight), bias
 
@@ -78,23 +78,23 @@ class _Quantised(Linear):
         weight, values = self.stored()[0], {"bias": b} if b is not None and self.takes_bias(b) else {}
         self.detach(weight)
         new = self.quantise(W.detach().contiguous(), self.originals()[0])
-        kept = self.keep(dict.fromkeys(values, self.leaf.bias))
-        if "weight" not in kept:
-            kept.add("weight", weight)
+        backup = self.back_up(dict.fromkeys(values, self.leaf.bias))
+        if "weight" not in backup:
+            backup.add("weight", weight)
         self.attach(new)
         for value in values.values():
             put(self.leaf.bias, value)
         self.note_written()
 
     def restore(self) -> None:
-        if (kept := self.home.kept) is not None:
-            self.attach(kept["weight"])
-            if "bias" in kept:
-                put(self.leaf.bias, kept["bias"])
+        if (backup := self.innermost.backup) is not None:
+            self.attach(backup["weight"])
+            if "bias" in backup:
+                put(self.leaf.bias, backup["bias"])
         self.release()
 
     def fingerprints(self) -> dict[str, Any]:
-        return {"bias": fingerprint(self.leaf.bias)} if self.keeps("bias") else {}  # running may repack the weight
+        return {"bias": fingerprint(self.leaf.bias)} if self.has_backup("bias") else {}  # running may repack the weight
 
     def attach(self, weight: Any) -> None:
         """Make `weight` the stored weight."""

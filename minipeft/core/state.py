@@ -46,7 +46,7 @@ class Entry:
     layer: Layer | None = None  # the layer that it belongs to, which says where a new tensor goes
     shared: bool = False  # True: earlier adapters may look at the same tensor, from elsewhere
     frozen: bool = False  # True: it is not the adapter's but the model's own, and the checkpoint says so
-    below: Any = None  # of a tensor of positions: each is smaller than this; or a bound for each of its rows
+    index_bound: Any = None  # of a tensor of positions: each is smaller than this; or a bound for each of its rows
 
     @property
     def tensor(self) -> Tensor:
@@ -57,7 +57,7 @@ class Entry:
         old, layer = self.tensor, self.layer
         if old.is_meta and not self.shared:
             value = value.detach()
-            new = value.to(old.dtype, copy=True) if layer is None else layer.settle(value, copy=True)
+            new = value.to(old.dtype, copy=True) if layer is None else layer.cast_to_base(value, copy=True)
             if not new.is_meta:  # as it is where the frozen layer is on the meta device too
                 self.box[self.key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         elif self.shared or any(tensor is old for key, tensor in self.box.items() if key != self.key):
@@ -99,12 +99,12 @@ def entries_of_layer(
     """
     adapter, live = layer.adapters[name], path if live is None else live
     for slot, box, value in layer.boxes(name):
-        if slot in skip or not adapter.keeps(slot, adapter.config):
+        if slot in skip or not adapter.is_saved(slot, adapter.config):
             continue
         if isinstance(value, Tensor):
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
             saved = f"{path}.{adapter.saved_key(slot, '')}"
-            yield Entry(saved, f"{live}.{slot}.{name}", inner, name, layer, below=adapter.below(slot))
+            yield Entry(saved, f"{live}.{slot}.{name}", inner, name, layer, index_bound=adapter.index_bound(slot))
         else:
             for rest, inner, key in tensors_of_module(value):
                 saved = f"{path}.{adapter.saved_key(slot, rest)}"
@@ -120,7 +120,7 @@ def entries_of_shared(
     """
     saved, live = f"base_model.{cls.saved_key(slot, '')}", f"base_model.{slot}.{name}"
     if isinstance(value, Tensor):
-        yield Entry(saved, live, box, key, below=cls.below_shared(slot, shared))
+        yield Entry(saved, live, box, key, index_bound=cls.shared_index_bound(slot, shared))
     else:
         yield from entries_of_module(value, saved, live)
 
@@ -135,7 +135,7 @@ def entries_of_layers(
     """
     cls = adapter_class(config)
     for slot, box in shared.items():
-        if name in box and cls.keeps(slot, config):
+        if name in box and cls.is_saved(slot, config):
             inner = box._parameters if isinstance(box, nn.ParameterDict) else box._buffers
             values = {s: b[name] for s, b in shared.items() if name in b}
             yield from entries_of_shared(cls, slot, name, box[name], inner, name, values)
@@ -284,7 +284,9 @@ def _foreign(keys: list[str]) -> str:
 
 def _overflows(entry: Entry, value: Tensor) -> bool:
     """Whether values that are finite in the file's dtype would not be so in the model's."""
-    held = entry.tensor if entry.layer is None or not entry.tensor.is_meta else entry.layer.settle(value.new_empty(0))
+    held = entry.tensor
+    if held.is_meta and entry.layer is not None:
+        held = entry.layer.cast_to_base(value.new_empty(0))
     if not value.is_floating_point() or not held.is_floating_point() or value.dtype == held.dtype:
         return False
     return torch.finfo(value.dtype).max > torch.finfo(held.dtype).max and not _finite(value.to(held.dtype))
@@ -292,11 +294,11 @@ def _overflows(entry: Entry, value: Tensor) -> bool:
 
 def _misplaced(entry: Entry, value: Tensor) -> bool:
     """Whether `value` is for a tensor of positions and holds what is none."""
-    if entry.tensor.is_floating_point() or entry.below is None or value.shape != entry.tensor.shape:
+    if entry.tensor.is_floating_point() or entry.index_bound is None or value.shape != entry.tensor.shape:
         return False
     if value.dtype == torch.bool or (value.is_floating_point() and bool((value != value.trunc()).any())):
         return True
-    value, below = value.to("cpu", torch.int64), torch.as_tensor(entry.below, device="cpu")
+    value, below = value.to("cpu", torch.int64), torch.as_tensor(entry.index_bound, device="cpu")
     return bool((value < 0).any() or (value >= below.view(-1, *[1] * (value.dim() - 1))).any())
 
 

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 CHUNK = 1 << 14  # words of 8 bytes that are looked at together
 
 
-class Kept(nn.Module):
+class Backup(nn.Module):
     """Tensors by name, any name, that go where the module goes and are not in its state dict."""
 
     def __init__(self) -> None:
         super().__init__()
         self.versions: dict[str, tuple[int, int]] = {}  # of what is overwritten: autograd's counts, before and since
 
-    def note(self, name: str, tensor: Tensor) -> None:
+    def note_version(self, name: str, tensor: Tensor) -> None:
         """Note how often the overwritten tensor of that name has been written to in place."""
         if not tensor.is_inference():
             self.versions[name] = self.versions.get(name, (tensor._version,))[0], tensor._version
 
-    def put_back(self, name: str, tensor: Tensor) -> None:
+    def restore(self, name: str, tensor: Tensor) -> None:
         """Write the kept values where they were. Autograd's graphs from before hold again, for not a bit is other."""
         versions = None if tensor.is_inference() else self.versions.get(name)
         unseen = versions is not None and versions[1] == tensor._version  # nobody else has written meanwhile

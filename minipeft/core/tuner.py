@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapter import ADAPTERS, Adapter, adapter_class, method_class
-from .bases import exact, lasting
+from .bases import autocast_off, inference_mode_off
 from .batch import BASE
 from .boxes import BufferDict, Slots
 from .config import PeftConfig, PeftType
@@ -37,7 +37,7 @@ class Tuner(Slots):
     model: Any  # whatever nn.Module it is
 
     def _begin(self, model: Any) -> None:
-        self.place(model)
+        self.set_model(model)
         self.context = Context()
         self.peft_config: dict[str, PeftConfig] = {}
         self.kinds: dict[str, type[Adapter]] = {}  # the classes of adapters on layers, by name
@@ -48,7 +48,7 @@ class Tuner(Slots):
         self.on_unload: list[Any] = []  # what undoes changes to the model beside its layers
 
     @classmethod
-    def around(cls, model: nn.Module) -> Any:
+    def wrap(cls, model: nn.Module) -> Any:
         """A tuner around a model, without any adapter yet."""
         tuner = cls.__new__(cls)
         nn.Module.__init__(tuner)
@@ -59,7 +59,7 @@ class Tuner(Slots):
     @classmethod
     def of(cls, model: nn.Module) -> Any:
         """A tuner around a model whose layers have adapters already: they hold all that it needs."""
-        tuner = cls.around(model)
+        tuner = cls.wrap(model)
         found = layers(model)
         tuner.peft_config = vars(model).get("peft_config") or {}
         tuner.kinds = {name: adapter_class(config) for name, config in tuner.peft_config.items()}
@@ -80,7 +80,7 @@ class Tuner(Slots):
         elif slot not in self._modules:
             self.register(slot, box, trained=isinstance(box, nn.ParameterDict))
 
-    def place(self, model: Any) -> None:
+    def set_model(self, model: Any) -> None:
         """Put the base model where all live names begin."""
         self.model = model
 
@@ -93,8 +93,8 @@ class Tuner(Slots):
         check_adapter_name(name, self.model)
 
     # ----------------------------------------------------------------------------------------------------------- adding
-    @lasting()
-    @exact()
+    @inference_mode_off()
+    @autocast_off()
     @sized()
     def add(
         self,
@@ -141,7 +141,7 @@ class Tuner(Slots):
                 "To train the adapter, make or load the base model outside of it.",
                 PeftWarning,
             )
-        for layer in plan.placed:
+        for layer in plan.holders:
             active = [n for n in names if isinstance(layer, Layer) or n in layer.adapters]
             vars(layer).update(_active_adapter=active, _disable_adapters=self._disabled)
             layer.set_requires_grad(name, training)
@@ -161,13 +161,13 @@ class Tuner(Slots):
         try:
             report = plan.load(weights, strict, ignore)
             if plan.incomplete(report):
-                plan.give_up()
+                plan.abort()
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # they were given a moment ago
                     plan = self.plan(self, name, config, loading=True, autocast=autocast)
                     plan.load(weights, strict, ignore)
         except BaseException:
-            plan.give_up()
+            plan.abort()
             raise
         return plan, report
 
@@ -211,7 +211,7 @@ class Tuner(Slots):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward; `adapter_names` as in PeftModel, and what methods route by, as `task_ids` (batch,)."""
         with self._tell(args, kwargs):
-            return self.context.kept(self.model(*args, **self._for_model(kwargs)))
+            return self.context.keep_for_backward(self.model(*args, **self._for_model(kwargs)))
 
     @property
     def own_inputs(self) -> set[str]:
@@ -231,7 +231,7 @@ class Tuner(Slots):
         if names is not None:
             told.update(adapter_names=list(names), beams=kwargs.get("num_beams") or 1)
         if not self.context.now.by_sample:
-            if by_sample := self._noticed(names or self.active_adapters, args, kwargs):
+            if by_sample := self._sample_values(names or self.active_adapters, args, kwargs):
                 told["by_sample"] = by_sample
         return self.context.telling(**told) if told else nullcontext()
 
@@ -243,7 +243,7 @@ class Tuner(Slots):
         if unknown := sorted(set(names) - set(self.peft_config) - {BASE}):
             raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
 
-    def _noticed(self, names: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _sample_values(self, names: Iterable[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """What the adapters `names` make of the arguments of a pass; see `Pass.by_sample`."""
         found = {}
         for name in names:
@@ -416,29 +416,29 @@ class Tuner(Slots):
         for layer in reversed(todo):
             if new := layer.to_merge(names):
                 chains.setdefault(layer.chain[-1], []).append((layer, new))
-        alone = {home: chain[0] for home, chain in chains.items() if len(chain) == 1}
-        in_place = {home: new for home, (layer, new) in alone.items() if layer.merges_in_place(new)}
-        for home, chain in chains.items():
-            if home in in_place and not safe:
-                home.merge_in_place(in_place[home], trial=True)
+        alone = {innermost: chain[0] for innermost, chain in chains.items() if len(chain) == 1}
+        in_place = {innermost: new for innermost, (layer, new) in alone.items() if layer.merges_in_place(new)}
+        for innermost, chain in chains.items():
+            if innermost in in_place and not safe:
+                innermost.merge_in_place(in_place[innermost], trial=True)
                 continue
             done: list[tuple[Layer, list[str]]] = []
             try:
                 for layer, new in chain:
                     layer.merge_new(new, safe)
                     done.append((layer, new))
-                home.check_acts()
+                innermost.check_acts()
             finally:
                 for layer, new in reversed(done):
                     layer.unmerge_checked(new)
-        for home in progress_bar(list(chains), "Merging adapters", progress):
-            if home in in_place:
-                home.merge_in_place(in_place[home])
+        for innermost in progress_bar(list(chains), "Merging adapters", progress):
+            if innermost in in_place:
+                innermost.merge_in_place(in_place[innermost])
                 continue
-            for layer, new in chains[home]:
+            for layer, new in chains[innermost]:
                 layer.merge_new(new, False)
-            home.base.forget()
-            home.hold()
+            innermost.base.forget()
+            innermost.register_backup()
 
     def unmerge_adapter(self) -> None:
         """Take all merged adapters out of the frozen weights; not one bit of them differs from before."""
@@ -524,14 +524,14 @@ def mark_shared(model: nn.Module, layers: list[Layer], names: list[str] | None) 
     users = users_of(module for _, _, module in walk(model))
     groups: dict[int, list[Layer]] = {}
     for layer in layers:
-        bias = layer.base.home.stored()[1]
+        bias = layer.base.innermost.stored()[1]
         users_of_bias = users.get(memory(bias), set()) if isinstance(bias, Tensor) else set()
         layers_with_it = [m for m in users_of_bias if m._parameters.get("weight") is not None]  # not BERT's head
-        layer.base.home.shares_bias = len(layers_with_it) > 1
-        groups.setdefault(memory(layer.base.home.stored()[0]), []).append(layer)
+        layer.base.innermost.shares_bias = len(layers_with_it) > 1
+        groups.setdefault(memory(layer.base.innermost.stored()[0]), []).append(layer)
     for layer in layers:
         if offloading(layer.base.leaf) and any(adapter.tied_to for adapter in layer.adapters.values()):
-            layer.base.home.apart = True  # offloading gave it a weight of its own
+            layer.base.innermost.shares_weight = True  # offloading gave it a weight of its own
     for weight, group in groups.items():
         if len(users.get(weight, ())) < 2:
             continue
@@ -543,9 +543,9 @@ def mark_shared(model: nn.Module, layers: list[Layer], names: list[str] | None) 
                 held[layer.base.leaf].add(adapter.tied_to or adapter)
         apart = any(adapters != next(iter(held.values())) for adapters in held.values())
         for layer in group:
-            if apart and layer.base.changed and not layer.base.home.apart:
+            if apart and layer.base.changed and not layer.base.innermost.shares_weight:
                 raise MergeError("Tied layers are merged already, and these adapters are not tied; unmerge first.")
-            layer.base.home.apart = apart
+            layer.base.innermost.shares_weight = apart
 
 
 def progress_bar(items: list[Any], title: str, show: bool) -> Iterator[Any]:

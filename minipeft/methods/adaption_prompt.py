@@ -28,7 +28,7 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..core.bases import lasting
+from ..core.bases import inference_mode_off
 from ..core.config import IN_FILE, PeftConfig
 from ..core.errors import (
     AdapterNameError,
@@ -165,7 +165,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         """Add an untrained adapter. It becomes active if it is the only one."""
         self.add(adapter_name, config)
 
-    @lasting()
+    @inference_mode_off()
     @sized()
     def add(
         self,

@@ -51,7 +51,7 @@ class BOFT(Transform, config=BOFTConfig):
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
-        n, m = base.patch, config.boft_n_butterfly_factor
+        n, m = base.patch_size, config.boft_n_butterfly_factor
         field = "boft_block_size" if config.boft_block_size else "boft_block_num"
         size = getattr(config, field)
         if n % size:
@@ -75,7 +75,7 @@ class BOFT(Transform, config=BOFTConfig):
         return {key: t for key, t in tensors.items() if not key.endswith(".boft_P")}
 
     def build(self) -> None:
-        c, n = self.config, self.base.patch
+        c, n = self.config, self.base.patch_size
         b = self.boft_block_size = c.boft_block_size or n // c.boft_block_num
         d = self.boft_block_num = n // b
         self.boft_dropout = FactorDropout(c.boft_dropout) if c.boft_dropout else nn.Identity()

@@ -53,7 +53,7 @@ class HRA(Activation, config=HRAConfig):
         c = self.config
         self.hra_r, self.hra_apply_GS = c.r, c.apply_GS
         paired = c.init_weights and c.r % 2 == 0
-        U = torch.empty(self.base.patch, c.r // 2 if paired else c.r)
+        U = torch.empty(self.base.patch_size, c.r // 2 if paired else c.r)
         nn.init.kaiming_uniform_(U, a=math.sqrt(5))
         self.hra_u = nn.Parameter(U.repeat_interleave(2, 1) if paired else U)
 

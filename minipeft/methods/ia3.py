@@ -48,7 +48,7 @@ class IA3(Activation, config=IA3Config):
         self.ia3_l = nn.Parameter(torch.ones_like(l) if self.config.init_ia3_weights else l)
 
     def pre(self, x: Tensor) -> Tensor:
-        return x * self.base.spread(self.ia3_l) if self.is_feedforward else x  # (..., in)
+        return x * self.base.input_scale(self.ia3_l) if self.is_feedforward else x  # (..., in)
 
     def adjoint(self, rows: Tensor) -> Tensor:
         return self.pre(rows)

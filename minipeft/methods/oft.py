@@ -99,7 +99,7 @@ class OFT(Activation, config=OFTConfig):
     mixes = True  # PEFT: with groups, its blocks run over all input channels
 
     def build(self) -> None:
-        c, n = self.config, self.base.patch
+        c, n = self.config, self.base.patch_size
         field = "r" if c.r else "oft_block_size"
         wanted = getattr(c, field)
         value = min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))

@@ -92,7 +92,7 @@ class Poly(Routed, config=PolyConfig):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (batch, ..., out)
-        if (tasks := self.layer.context.now.noticed(self.name, len(x))) is None:
+        if (tasks := self.layer.context.now.sample_values(self.name, len(x))) is None:
             raise BatchError(NO_TASKS)
         a = self.poly_router(tasks.to(x.device))  # (batch, splits, skills)
         A = torch.einsum("bqs,qsdr->bqdr", a, self.poly_lora_A).flatten(1, 2)  # (batch, in, r)

@@ -51,7 +51,7 @@ class Projected(Delta):
         return uniform(A, generator), uniform(B, generator)
 
     @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
+    def is_saved(cls, slot: str, config: Any) -> bool:
         return config.save_projection if slot in cls.pair else slot.startswith(cls.prefix)
 
     @classmethod

@@ -59,7 +59,7 @@ class SHiRA(Delta, config=ShiraConfig):
         indices = torch.zeros(2, n, dtype=torch.int) if self.base.on_meta else self.positions(n)
         self.layer.put("shira_indices", self.name, indices)  # PEFT: in the checkpoint, but not in the state dict
 
-    def below(self, slot: str) -> Any:
+    def index_bound(self, slot: str) -> Any:
         return (self.base.out_features, self.base.in_features) if slot == "shira_indices" else None
 
     def positions(self, n: int) -> Tensor:

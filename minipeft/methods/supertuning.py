@@ -52,8 +52,8 @@ class SuperTuning(Delta, config=SupertuningConfig):
     must_agree = ("save_precomputed_indices",)
 
     @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
-        return config.save_precomputed_indices if slot == "supertuning_indices" else super().keeps(slot, config)
+    def is_saved(cls, slot: str, config: Any) -> bool:
+        return config.save_precomputed_indices if slot == "supertuning_indices" else super().is_saved(slot, config)
 
     @classmethod
     def check_layer(cls, config: Any, path: str, base: Base) -> None:
@@ -75,7 +75,7 @@ class SuperTuning(Delta, config=SupertuningConfig):
         redraw(self.supertuning_lora_A, self.supertuning_lora_B, zero=c.init_weights)
         self.supertuning_lora_dropout = dropout(c.lora_dropout)
 
-    def below(self, slot: str) -> Any:
+    def index_bound(self, slot: str) -> Any:
         return self.base.out_features * self.base.in_features if slot == "supertuning_indices" else None
 
     def delta(self) -> Tensor:

@@ -64,8 +64,8 @@ class TinyLoRA(Factored, config=TinyLoraConfig):
         return name  # PEFT: no names of their own on an embedding
 
     @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
-        return config.save_projection if slot == "tinylora_P" else super().keeps(slot, config)
+    def is_saved(cls, slot: str, config: Any) -> bool:
+        return config.save_projection if slot == "tinylora_P" else super().is_saved(slot, config)
 
     @classmethod
     def share(cls, config: Any, found: list[tuple[str, Base]], existing: Any) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class TinyLoRA(Factored, config=TinyLoraConfig):
         for index, adapter in enumerate(adapters):
             generator = torch.Generator("cpu").manual_seed(config.projection_seed + index)
             P = torch.normal(0.0, adapter.r**-0.5, (config.u, adapter.r, adapter.r), generator=generator)
-            adapter.tinylora_P = adapter.layer.settle(P)
+            adapter.tinylora_P = adapter.layer.cast_to_base(P)
             adapter.tinylora_group = str(config.group(index, len(adapters)))
 
     @property

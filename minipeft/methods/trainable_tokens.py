@@ -36,7 +36,7 @@ class TrainableTokens(Transform, config=TrainableTokensConfig):
     bases = ("Embedding", "Linear")  # a linear layer's rows, for heads tied to the embedding
 
     @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
+    def is_saved(cls, slot: str, config: Any) -> bool:
         return slot == "trainable_tokens_delta"
 
     def build(self) -> None:

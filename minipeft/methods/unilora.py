@@ -48,7 +48,7 @@ class UniLoRA(Factored, config=UniLoraConfig):
     shares = True
 
     @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
+    def is_saved(cls, slot: str, config: Any) -> bool:
         return slot.startswith(cls.prefix) and (config.save_indices or slot == THETA)
 
     @classmethod
@@ -72,7 +72,7 @@ class UniLoRA(Factored, config=UniLoraConfig):
             setattr(adapter, f"unilora_indices_{side}", part.to(adapter.base.device))
             setattr(adapter, f"unilora_scales_{side}", scales[part].to(adapter.base.device, adapter.base.dtype))
 
-    def below(self, slot: str) -> Any:
+    def index_bound(self, slot: str) -> Any:
         return self.config.theta_d_length if slot.startswith("unilora_indices") else None
 
     def factors(self) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ class WaveFT(Delta, config=WaveFTConfig):
         self.waveft_spectrum = nn.Parameter(torch.zeros(n) if c.init_weights else torch.randn(n) * 0.01)
 
     @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
+    def is_saved(cls, slot: str, config: Any) -> bool:
         return slot == "waveft_spectrum"
 
     def delta(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import adapter_class
-from ..core.bases import lasting
+from ..core.bases import inference_mode_off
 from ..core.errors import AdapterNameError, CheckpointError, PeftWarning
 from ..core.files import kept_file
 from ..core.layer import HoldsAdapters, Layer, adapted
@@ -227,7 +227,7 @@ def resized(root: nn.Module, config: Any) -> bool:
     return isinstance(kept, dict) and kept.get("vocab_size", own) != own
 
 
-@lasting()
+@inference_mode_off()
 def set_peft_model_state_dict(
     model: Any,
     peft_model_state_dict: Mapping[str, Tensor],

@@ -55,7 +55,7 @@ class PeftMixedModel(AdaptedModel):
 
     def _setup(self, model: nn.Module, config: PeftConfig, name: str, **options: Any) -> None:
         _check_compatible(config)
-        tuner = MixedModel.around(model)
+        tuner = MixedModel.wrap(model)
         tuner.add(name, config, **options)
         self.base_model = tuner
         self.training = model.training

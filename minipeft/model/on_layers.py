@@ -21,7 +21,7 @@ from .tuner import tuner_class
 
 def setup(peft_model: Any, model: nn.Module, name: str, config: Any, **options: Any) -> None:
     """Put the first adapter into `model`; `options` as for `add`."""
-    tuner = tuner_class(config.peft_type).around(model)
+    tuner = tuner_class(config.peft_type).wrap(model)
     tuner.add(name, config, **options)
     peft_model.base_model, peft_model.active_adapter = tuner, name
 

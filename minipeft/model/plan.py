@@ -81,7 +81,7 @@ class ModelPlan(Plan):
             paths.append(path)
             if path and saves(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
                 taken.append(path)
-                if adapted := next((a for a in self.latest if a == live or a.startswith(f"{live}.")), None):
+                if adapted := next((a for a in self.newest if a == live or a.startswith(f"{live}.")), None):
                     raise UnsupportedLayerError(
                         f"'{adapted}' would be adapted, and saved whole as part of '{path}', which ends as one of "
                         f"modules_to_save does: {sorted(names)}. Leave it out by exclude_modules."
@@ -117,14 +117,14 @@ class ModelPlan(Plan):
                 if saves(path, self.config.modules_to_save or ()):
                     raise ConfigError(f"'{path}' is trained in full (modules_to_save): no trainable_token_indices.")
                 live, module = paths[path]
-                joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
-                inside = joins.base_layer if joins is not None else module
-                base = joins.base if joins is not None else base_of(module)
+                existing = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
+                inside = existing.base_layer if existing is not None else module
+                base = existing.base if existing is not None else base_of(module)
                 taken = isinstance(module, Layer) or live in {at for at, *_ in self.new}
                 if taken or base is None or not cls.fits(base):
                     needs = "an embedding that has no other adapter"
                     raise UnsupportedLayerError(f"trainable_token_indices needs {needs}, but '{path}' is not one.")
-                self.tokens.append((live, self.scratch(inside, base, path, cls, config_of(rows)), joins))
+                self.tokens.append((live, self.scratch(inside, base, path, cls, config_of(rows)), existing))
         self.ties.follow_tokens(self, cls, config_of)
 
     # ------------------------------------------------------------------------------------------------------- loading
@@ -133,9 +133,9 @@ class ModelPlan(Plan):
         names = PlainNames(self.model)
         for live, _, copied in self.copies:
             yield from entries_of_module(copied, PREFIX + names(live), f"{PREFIX}{live}.modules_to_save.{self.name}")
-        for live, scratch, joins in self.tokens:
+        for live, scratch, existing in self.tokens:
             if not scratch.tied:
-                where = self.live_paths[id(joins)] if joins is not None else f"{live}.token_adapter"
+                where = self.live_paths[id(existing)] if existing is not None else f"{live}.token_adapter"
                 yield from entries_of_layer(scratch, self.name, PREFIX + names(where))
 
     def bias_entries(self) -> Iterator[Entry]:
@@ -145,8 +145,8 @@ class ModelPlan(Plan):
             self.name,
             getattr(self.config, "bias", "none"),
             PREFIX,
-            around=Counter(live for live, _, joins in self.new if joins is None),
-            joined=[joins for _, _, joins in self.new if joins is not None],
+            around=Counter(live for live, _, existing in self.new if existing is None),
+            joined=[existing for _, _, existing in self.new if existing is not None],
             copied=[live for live, *_ in self.copies],
         )
 
@@ -167,16 +167,16 @@ class ModelPlan(Plan):
     # ----------------------------------------------------------------------------------------------- putting in place
     def commit(self) -> None:
         super().commit()
-        for live, scratch, joins in self.tokens:
-            if joins is not None:
-                joins.adopt(scratch, self.name)
+        for live, scratch, existing in self.tokens:
+            if existing is not None:
+                existing.adopt(scratch, self.name)
             else:
                 self._set(live, TrainableTokensWrapper(scratch))
-            self.placed.append(joins or scratch)
+            self.holders.append(existing or scratch)
         for live, module, copied in self.copies:
             if not isinstance(module, ModulesToSaveWrapper):
                 module = ModulesToSaveWrapper(module, self.tuner.context)
                 self._set(live, module)
             module.modules_to_save[self.name] = copied
-            self.placed.append(module)
+            self.holders.append(module)
         self.ties.commit()

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import state
-from ..core.bases import lasting
+from ..core.bases import inference_mode_off
 from ..core.batch import BASE
 from ..core.config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from ..core.errors import (
@@ -163,7 +163,7 @@ def takes_task_ids(peft_model: Any) -> bool:
     return peft_model.has_active_enabled_adapter
 
 
-@lasting()
+@inference_mode_off()
 @sized()
 def add(
     peft_model: Any,
@@ -678,7 +678,7 @@ def joined(
         inputs = {key: value for key, value in inputs.items() if value is not None}
         if prompt.gives_cache and joins.head:
             return peft_model._with_head(inputs)
-        output = peft_model.prompt_context.kept(peft_model.base_model(**inputs))
+        output = peft_model.prompt_context.keep_for_backward(peft_model.base_model(**inputs))
         return prompt.finish(output, inputs.get("labels"), own)
 
 

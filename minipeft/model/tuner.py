@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..core import registry
 from ..core.adapter import ADAPTERS, adapter_class
-from ..core.bases import lasting
+from ..core.bases import inference_mode_off
 from ..core.config import CONFIGS, PeftConfig, PeftType
 from ..core.errors import UnsupportedFeatureError
 from ..core.layer import Context, layers
@@ -95,12 +95,12 @@ class BaseTuner(Tuner):
         """What a checkpoint of adapter `name` holds beside the tensors of layers, with `prefix` before the keys."""
         return ()
 
-    @lasting()
+    @inference_mode_off()
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """float16, bfloat16 and float8 tensors of an adapter become float32, which training needs."""
         if autocast_adapter_dtype and "Whole" not in adapter_class(self.peft_config[adapter_name]).bases:
             for owner in (self, *layers(self.model)):
-                owner.widen(adapter_name)
+                owner.upcast(adapter_name)
 
     # ----------------------------------------------------------------------------------------------- trained biases
     def _own_biases(self, name: str, config: Any) -> None:
@@ -114,13 +114,13 @@ class BaseTuner(Tuner):
             self.biases[entry.saved] = (parameter, parameter.data.clone())
             parameter.requires_grad = not config.inference_mode and name in self.active_adapters
 
-    @lasting()
+    @inference_mode_off()
     def _use_biases(self) -> None:
         """Swap trained and original biases so that the trained ones are in use while their adapter is."""
         on = self.bias_owner in self.active_adapters and not self._disabled
         if on != self.biases_on:
             for layer in layers(self.model):
-                if layer.merged and layer.base.keeps("bias"):  # what it keeps would be the wrong one of the two
+                if layer.merged and layer.base.has_backup("bias"):  # that would be the wrong one of the two
                     layer.unmerge()
             for key, (parameter, other) in self.biases.items():
                 self.biases[key] = (parameter, parameter.data)
@@ -134,7 +134,7 @@ class BaseTuner(Tuner):
         parameter, other = self.biases[key]
         return parameter.data if self.biases_on else other
 
-    @lasting()
+    @inference_mode_off()
     def _restore_biases(self) -> None:
         for parameter, other in self.biases.values():
             if self.biases_on:
@@ -152,7 +152,7 @@ class BaseTuner(Tuner):
     def _growing(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
         """While `generate` runs, each pass notes how far beyond the given input it reaches: see `Growth`."""
         length = length_of(args, kwargs) if self.context.now.by_sample else None
-        return nullcontext() if length is None else self.context.telling(given=length)
+        return nullcontext() if length is None else self.context.telling(input_length=length)
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         """While it is open, `adapter_names` gives every sample of the batch its adapter; adapters know the inputs."""
@@ -214,9 +214,10 @@ class Growth:
 
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         told = self.context.now
-        if told.given is not None:
+        if told.input_length is not None:
             now, cache = length_of(args, kwargs) or 0, kwargs.get("past_key_values")
-            told.grown = (max(now, told.given) if cache is None else cached_tokens(cache) + now) - told.given
+            so_far = max(now, told.input_length) if cache is None else cached_tokens(cache) + now
+            told.generated = so_far - told.input_length
 
 
 def length_of(args: tuple, kwargs: dict[str, Any]) -> int | None:

@@ -139,7 +139,7 @@ class Ties:
             adapter.tie_to(source)
 
     def _pair(self, adapter: Any, source: Any) -> None:
-        adapter.tie_to(source, fresh=not adapter.layer.blank)
+        adapter.tie_to(source, fresh=not adapter.layer.on_meta)
         self.pairs.append((adapter, source))
 
     def copy(self, plan: Any) -> None:

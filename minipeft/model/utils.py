@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.bases import lasting
+from ..core.bases import inference_mode_off
 from ..core.errors import PeftWarning, UnsupportedFeatureError
 from ..core.state import LoadReport
 from ..core.targets import embedding
@@ -21,7 +21,7 @@ from ..core.walk import Wrapper
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-@lasting()
+@inference_mode_off()
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Frozen parameters become `dtype` (float16 or bfloat16), trained ones float32."""
     for parameter in model.parameters():
@@ -33,7 +33,7 @@ def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
-@lasting()
+@inference_mode_off()
 def prepare_model_for_kbit_training(
     model: Any,
     use_gradient_checkpointing: bool = True,

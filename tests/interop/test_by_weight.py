@@ -59,6 +59,6 @@ def test_only_of_a_layer_that_is_no_more_than_its_weight(how):
     elif how == "bfloat16":
         model, x = model.bfloat16(), x.bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
-        assert layer.base.bare(x) is (how == "plain")
+        assert layer.base.is_plain(x) is (how == "plain")
         want = leaf(x) + layer.adapters["default"].branch(x)
         torch.testing.assert_close(layer(x), want.to(layer(x).dtype), rtol=0.02, atol=0.02)

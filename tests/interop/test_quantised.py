@@ -105,7 +105,7 @@ def test_merging(case, kind, lib, is_ref):
     for safe in False, True:
         model.merge_adapter(safe_merge=safe)
         for layer, W in sums:
-            merged = layer.base.held()[0]
+            merged = layer.base.current()[0]
             assert merged.shape == W.shape
             assert (merged - W).abs().max() <= KINDS[kind] * W.abs().max()
         assert bits(model) != before
@@ -140,7 +140,7 @@ def test_pickled(kind, lib, is_ref):
     case = FIRST["lora", ""]
     model = adapted(lib, case, kind)
     want = run(model, case)
-    before = [layer.base.held()[0] for layer in layers(model)]
+    before = [layer.base.current()[0] for layer in layers(model)]
     model.merge_adapter()
     merged = run(model, case)
     model.unmerge_adapter()
@@ -149,7 +149,7 @@ def test_pickled(kind, lib, is_ref):
     file.seek(0)
     for twin in pickle.loads(pickle.dumps(model)), torch.load(file, weights_only=False):
         H.identical(run(twin, case), want)
-        assert all(map(torch.equal, before, (layer.base.held()[0] for layer in layers(twin))))
+        assert all(map(torch.equal, before, (layer.base.current()[0] for layer in layers(twin))))
         twin.merge_adapter()
         H.identical(run(twin, case), merged)
         twin.unmerge_adapter()
@@ -166,11 +166,11 @@ def test_starts(start, kind, lib, is_ref):
     W = dict(base.named_children())
     torch.manual_seed(0)
     config = lib.LoraConfig(r=2, target_modules=["square", "wide", "thin"], init_lora_weights=start)
-    plain = {name: layer.base.held()[0] for name, layer in named(lib, copy.deepcopy(base), config, True).items()}
+    plain = {name: layer.base.current()[0] for name, layer in named(lib, copy.deepcopy(base), config, True).items()}
     started = named(lib, base, config)
     for name, layer in started.items():
         assert type(layer.base_layer) is type(W[name])
-        whole, rest = layer.operator().read()[0], layer.base.held()[0]
+        whole, rest = layer.operator().read()[0], layer.base.current()[0]
         assert (rest - plain[name]).abs().max() > 0.05 * plain[name].abs().max()  # something was taken out
         assert (whole - plain[name]).abs().max() <= 1.1 * KINDS[kind] * rest.abs().max()
 

@@ -87,7 +87,7 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
         self.lora_alpha = c.lora_alpha
         self.scaling = self.initial_scaling()
         self.lora_dropout = dropout(c.lora_dropout)
-        A, E, B = torch.randn(r, base.width), torch.randn(r, 1), torch.randn(base.out_features, r)
+        A, E, B = torch.randn(r, base.fan_in), torch.randn(r, 1), torch.randn(base.out_features, r)
         torch.randn(1)  # PEFT: draws the rank before setting it
         if c.init_lora_weights:
             A, E, B = nn.init.normal_(A, std=0.02), nn.init.zeros_(E), nn.init.normal_(B, std=0.02)

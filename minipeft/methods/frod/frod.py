@@ -59,7 +59,7 @@ class FRoD(Delta, config=FrodConfig):
     fresh: tuple[Any, Any] = (None, None)  # V and the U that was computed from it, until the adapter is accepted
 
     @classmethod
-    def keeps(cls, slot: str, config: Any) -> bool:
+    def is_saved(cls, slot: str, config: Any) -> bool:
         return slot.startswith(cls.prefix) or (config.save_projection and slot.startswith(SHARED))
 
     @classmethod
@@ -71,7 +71,7 @@ class FRoD(Delta, config=FrodConfig):
         return shared_by_group(config, found, existing)
 
     @classmethod
-    def below_shared(cls, slot: str, shared: Mapping[str, Tensor]) -> Any:
+    def shared_index_bound(cls, slot: str, shared: Mapping[str, Tensor]) -> Any:
         kind, _, group = slot.partition(".")
         return len(shared[f"frod_V.{group}"]) if kind == "frod_s_indices" else None
 

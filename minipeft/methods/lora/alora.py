@@ -88,11 +88,11 @@ class ALoRA(Factors, Routed, config=LoraConfig, variant="alora_invocation_tokens
         if self.name not in now.by_sample and torch._C._current_graph_task_id() != -1:
             why = "gradients must come from what the model returned"
             raise UnsupportedFeatureError(f"aLoRA cannot run '{self.path}' again for gradient checkpointing: {why}.")
-        start, length = now.noticed(self.name, len(y)), y.shape[1] if y.dim() > 2 else 1
+        start, length = now.sample_values(self.name, len(y)), y.shape[1] if y.dim() > 2 else 1
         if start is None:
             on = torch.zeros(len(y), length, dtype=torch.bool, device=y.device)
         else:
-            on = torch.arange(now.grown - length, now.grown, device=y.device) >= start.to(y.device)[:, None]
+            on = torch.arange(now.generated - length, now.generated, device=y.device) >= start.to(y.device)[:, None]
         return on if y.dim() > 2 else on.squeeze(1)
 
 

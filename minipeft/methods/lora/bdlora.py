@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Delta
-from ...core.bases import acting, has_hooks
+from ...core.bases import effective_matrix, has_hooks
 from ...core.errors import ConfigError, UnsupportedLayerError
 from ...core.targets import pattern_value
 from .lora import Factors, LoraConfig
@@ -43,7 +43,7 @@ class BlockDiagonalLinear(nn.Module):
 
 
 class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
-    pads = False
+    can_pad = False
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # PEFT: on bitsandbytes' layers a plain LoRA
 
     @classmethod
@@ -74,7 +74,7 @@ class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
         options = {"device": self.device, "dtype": self.base.dtype}
         n, sides = self.config.use_bdlora.nblocks, blocks_of(self.config.use_bdlora, self.path)
         if "A" in sides:
-            self.settle()
+            self.cast_to_base()
             self.lora_A = BlockDiagonalLinear(self.base.in_features, self.r, n, **options)
             nn.init.kaiming_uniform_(self.lora_A.weight)  # PEFT: also if init_lora_weights is not True
         if "B" in sides:
@@ -94,7 +94,7 @@ class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
 
 def matrix(factor: Any) -> Tensor:
     """The whole matrix of a factor with blocks or without, with what hooks on it do."""
-    return acting(factor) if has_hooks(factor) else getattr(factor, "matrix", factor.weight)
+    return effective_matrix(factor) if has_hooks(factor) else getattr(factor, "matrix", factor.weight)
 
 
 def blocks_of(config: Any, path: str) -> str:

@@ -61,13 +61,13 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
 
     def build(self) -> None:
         super().build()
-        self.settle()
+        self.cast_to_base()
         self.lora_magnitude_vector = Magnitude(self.at_start().view(self.base.magnitude_shape()))
 
     @torch.no_grad()
     def at_start(self) -> Tensor:
         """The row norms at the start, (out,); on the accelerator with `ephemeral_gpu_offload`."""
-        W = self.base.read()[0] if self.left is None else self.left
+        W = self.base.read()[0] if self.residual is None else self.residual
         offload = self.config.runtime_config.ephemeral_gpu_offload and not W.is_meta
         there = torch.device("cuda") if offload else self.device
         W, A, B = (t.to(there) for t in (W, *self.factors()))
@@ -84,12 +84,12 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)
-        b, gain, dropped = self.base.stored()[1], self.base.outward(self.gain()), self.dropped(x)
+        b, gain, dropped = self.base.stored()[1], self.base.output_scale(self.gain()), self.dropped(x)
         if self.layer.training and isinstance(self.lora_dropout, nn.Dropout):  # PEFT: the gain acts on W dropout(x)
             W = self.base.read()[0]
             start = y + (gain - 1) * self.base.apply(dropped, W)
         else:
-            start = y * gain if b is None else torch.addcmul(self.base.outward(b) * (1 - gain), y, gain)
+            start = y * gain if b is None else torch.addcmul(self.base.output_scale(b) * (1 - gain), y, gain)
         return self.base.add_low_rank(start, dropped, self.lora_A, self.lora_B, self.scaling, gain).to(y.dtype)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:

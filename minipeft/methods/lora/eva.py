@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ...core.bases import Linear, lasting
+from ...core.bases import Linear, inference_mode_off
 from ...core.errors import ConfigError, PeftWarning
 from ...core.layer import Layer, adapted
 from ...core.state import PREFIX
@@ -125,7 +125,7 @@ def _move(inputs: Any, device: Any) -> Any:
     return type(inputs)(_move(value, device) for value in inputs) if isinstance(inputs, (tuple, list)) else inputs
 
 
-@lasting()
+@inference_mode_off()
 @torch.no_grad()
 def initialize_lora_eva_weights(
     model: Any,

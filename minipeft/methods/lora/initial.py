@@ -71,18 +71,18 @@ def initialise(adapter: Any, how: bool | str) -> None:
 
 
 def leave(adapter: Any, W: Tensor) -> None:
-    """Let W (out, in) be what is in the frozen layer, once the adapter is accepted; till then it is `adapter.left`."""
+    """Let W (out, in) be what is in the frozen layer, once the adapter is accepted: `adapter.residual` till then."""
     check_unmerged(adapter)
     adapter.base.check_writes(W)
-    if adapter.left is None:
+    if adapter.residual is None:
         adapter.on_commit(lambda: settle(adapter))
-    adapter.left = W
+    adapter.residual = W
 
 
 def settle(adapter: Any) -> None:
     """Make what the adapter leaves the frozen weight."""
-    replace(adapter.base, adapter.left)
-    adapter.left = None
+    replace(adapter.base, adapter.residual)
+    adapter.residual = None
 
 
 def replace(base: Any, W: Tensor) -> None:

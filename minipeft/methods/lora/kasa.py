@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Delta
-from ...core.bases import Linear, lasting
+from ...core.bases import Linear, inference_mode_off
 from ...core.errors import ConfigError, MergeError, UnsupportedLayerError
 from ...core.targets import pattern_value
 from ...maths.rotations import from_orthonormal
@@ -56,11 +56,11 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
             if W.is_meta:
                 adapter.late = True
             else:
-                before = left.get(id(W), adapter.left)
+                before = left.get(id(W), adapter.residual)
                 left[id(W)] = truncated(adapter.base.read()[0] if before is None else before, adapter.r)
                 leave(adapter, left[id(W)])
 
-    @lasting()
+    @inference_mode_off()
     def catch_up(self) -> None:
         """Truncate a weight that had no values yet when the adapter was added."""
         if self.base.device.type == "meta":

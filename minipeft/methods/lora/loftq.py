@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.bases import lasting
+from ...core.bases import inference_mode_off
 from ...core.errors import CheckpointError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError, nearest
 from ...core.layer import Layer, adapted
 from ...core.quantised import Linear4bit
@@ -63,7 +63,7 @@ def closest(D: Tensor, r: int) -> tuple[Tensor, Tensor]:
     return root[:, None] * Vh[:r], U[:, :r] * root
 
 
-@lasting()
+@inference_mode_off()
 @torch.no_grad()
 def replace_lora_weights_loftq(
     peft_model: Any,

@@ -42,9 +42,9 @@ class Factors(Adapter):
     inputs = ("alora_offsets",)  # PEFT: no LoRA model sees it
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
     # of hot swapping
-    pads: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
+    can_pad: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
     fades: ClassVar[bool] = True  # False: with all of its tensors 0 it still changes the layer
-    left: Tensor | None = None  # the frozen weight as it will be once the adapter is accepted
+    residual: Tensor | None = None  # the frozen weight as it will be once the adapter is accepted
     padded: Mapping[str, Any] = {}  # slots with zeros behind their factor, and its shape without those
 
     @classmethod
@@ -86,7 +86,7 @@ class Factors(Adapter):
         r = pattern_value(c.rank_pattern, self.path, c.r)
         alpha = pattern_value(c.alpha_pattern, self.path, c.lora_alpha)
         flags = {"use_rslora": c.use_rslora, "use_dora": c.use_dora, "lora_bias": c.lora_bias}
-        self.note(r=r, lora_alpha=alpha, **flags)
+        self.put_values(r=r, lora_alpha=alpha, **flags)
         self.scaling = self.initial_scaling()
         self.lora_dropout = dropout(c.lora_dropout)
         self.lora_A, self.lora_B = self.base.factors(r, c.lora_bias)  # (r, in), (out, r)

@@ -179,7 +179,7 @@ def plan_union(
         planned, right = plan(**union)
         if right:
             return planned
-        planned.give_up()
+        planned.abort()
     exact: dict[str, Any] = {}
     for field in ("exclude_modules", "layers_to_transform", "layers_pattern"):
         if hasattr(configs[0], field):
@@ -188,7 +188,7 @@ def plan_union(
         exact[field] = "|".join(sorted({re.escape(own[0][1].path) for own in parts.values() if keeps(own)}))
     planned, right = plan(**exact)
     if not right:
-        planned.give_up()
+        planned.abort()
         raise ConfigError(f"No targets could be found that mean exactly the layers of adapters {', '.join(adapters)}.")
     return planned
 

@@ -19,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...core.bases import exact
+from ...core.bases import autocast_off
 from ...core.errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedFeatureError
-from ...core.layer import adapter_parts, layers, widened
+from ...core.layer import adapter_parts, layers, upcast
 from ...core.offload import onload
 from ...model.tuner import BaseTuner
 from . import merging
@@ -64,7 +64,7 @@ class LoraModel(BaseTuner, method="LORA"):
         with onload(*adapter_parts(self.model)):
             return [adapter.loss() for adapter in found if adapter.asked_by == field]
 
-    @exact()
+    @autocast_off()
     def add_weighted_adapter(
         self,
         adapters: list[str],
@@ -205,7 +205,7 @@ class Combine:
         A, B = _values(new.lora_A), _values(new.lora_B)
         with ExitStack() as stack:
             for _, adapter in own:
-                stack.enter_context(widened(adapter))
+                stack.enter_context(upcast(adapter))
             scales = [w * adapter.scaling for w, adapter in own]
             As, Bs = ([_values(f) for f in fs] for fs in zip(*((a.lora_A, a.lora_B) for _, a in own)))
             if self.on_factors:

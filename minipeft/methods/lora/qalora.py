@@ -23,7 +23,7 @@ from .lora import LoRA, LoraConfig, LowRank
 
 class QALoRA(LowRank, config=LoraConfig, variant="use_qalora"):
     @classmethod
-    def on(cls, base: Any) -> type[Adapter]:
+    def for_base(cls, base: Any) -> type[Adapter]:
         return cls if isinstance(base, GPTQ) else LoRA
 
     @classmethod
@@ -43,7 +43,7 @@ class QALoRA(LowRank, config=LoraConfig, variant="use_qalora"):
     def build(self) -> None:
         super().build()
         self.qalora_group_size = self.config.qalora_group_size
-        self.settle()
+        self.cast_to_base()
         k, there = self.base.in_features // self.qalora_group_size, {"device": self.device, "dtype": self.base.dtype}
         self.lora_A = nn.Linear(k, self.r, bias=False, **there)  # PEFT: whatever init_lora_weights is
 

@@ -34,7 +34,7 @@ class VeLoRA(Summed, config=LoraConfig, variant="velora_config"):
         drawn = c.init_type == "random"
         options: dict[str, Any] = {"dtype": base.dtype, "device": self.device}
         self.lora_velora_embed = unit(torch.randn(d, **options)) if drawn else torch.zeros(d, **options)  # (d,)
-        self.note(
+        self.put_values(
             lora_velora_initialized=drawn,
             lora_velora_num_groups=c.num_groups,
             lora_velora_init_type=c.init_type,
@@ -50,7 +50,7 @@ class VeLoRA(Summed, config=LoraConfig, variant="velora_config"):
         if how == "batch_average" or not v.any():  # PEFT: "once" is once more after loading, whatever was saved
             mean = subtokens(x, self.lora_velora_num_groups).flatten(0, 1).mean(0)  # (d,)
             self.lora_velora_embed = unit(mean).to(v)  # a new tensor: a graph may hold the old one
-        self.note(lora_velora_initialized=True)
+        self.put_values(lora_velora_initialized=True)
 
     def forward(self, x: Tensor, inner: Any, *args: Any, **kwargs: Any) -> Tensor:
         y = inner(x, *args, **kwargs)  # (..., out)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import Routed
-from ...core.bases import lasting
+from ...core.bases import inference_mode_off
 from ...core.batch import BASE
 from ...core.config import Count, PeftConfig, Positive, Probability, Size, TaskType
 from ...core.errors import AdapterNameError, BatchError, ConfigError, UnsupportedFeatureError, UnsupportedLayerError
@@ -227,7 +227,7 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         for slot in BESIDE:
             self.register(slot, nn.ModuleDict(), trained=True)
 
-    @lasting()
+    @inference_mode_off()
     def add(self, name: str, config: Any, *args: Any, **kwargs: Any) -> Any:
         """See `BaseTuner.add`."""
         report = super().add(name, config, *args, **kwargs)
@@ -301,7 +301,7 @@ class ShadowModel(BaseTuner, method="SHADOW"):
         pasts, now.pasts = now.pasts, {}
         if pasts and hasattr(output, "past_key_values"):
             output.past_key_values = network.ShadowCache(output.past_key_values, pasts)
-        self.context.kept(output)
+        self.context.keep_for_backward(output)
         self.context.close()
         self.context.last = now
         return output

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.adapter import ADAPTERS, Adapter, adapter_class, variants
-from ...core.bases import lasting
+from ...core.bases import inference_mode_off
 from ...core.config import PeftConfig, PeftType
 from ...core.errors import (
     AdapterNameError,
@@ -62,7 +62,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
     internal_xlora_scalings: Tensor | None = None
 
     # -------------------------------------------------------------------------------------------------------- building
-    def place(self, model: nn.Module) -> None:
+    def set_model(self, model: nn.Module) -> None:
         self.lora_model = Experts(model)
 
     @property
@@ -76,7 +76,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
     def check_name(self, name: Any) -> None:
         """The names "0", "1", ... of the LoRA adapters may well be names of modules too."""
 
-    @lasting()
+    @inference_mode_off()
     @sized()
     def add(
         self,
@@ -161,7 +161,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
 
     def forget(self, model: nn.Module, args: Any, output: Any) -> None:
         """After the model has run, or failed: the weights were for this run."""
-        self.context.kept(output)
+        self.context.keep_for_backward(output)
         self.context.close()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
