@@ -11,22 +11,25 @@ SHIPPED = {"adapters": "adapters:AdapterHub", "loralib": "loralib:LoraLib", "lyc
            "minipeft-core": "minipeft_core:Core", "oracle": "oracle:Oracle", "torchtune": "torchtune:TorchTune"}
 
 
-def open_driver(name: str, python: str | None = None, profile: str | None = None) -> Driver:
+def open_driver(name: str, python: str | None = None, profile: str | None = None, seconds: float = 60.0) -> Driver:
     """A driver by name: shipped, `cmd:<command line>` for a program that speaks JSON lines, `module:Class` for a driver
     of your own, else any importable module with PEFT's API. `python`: run it in that interpreter, as a process of its
     own, whose crash or hang takes nothing else along; `profile`: whole checks of it are run there, for which that
-    interpreter must have all that the suite needs. A copy of a part of minipeft has the API of minipeft's core."""
+    interpreter must have all that the suite needs; `seconds`: how long it may take to start. A copy of a part of
+    minipeft has the API of minipeft's core. Raises `ValueError` for a name that is none of these."""
     if name.startswith("cmd:"):
         from .process import Process
 
-        return Process(shlex.split(name[4:]))
+        if not (command := shlex.split(name[4:])):
+            raise ValueError("'cmd:' needs the command line of a program, as in 'cmd:node driver.js'")
+        return Process(command, seconds)
     if python:
         from .process import Process, WholeChecks
 
         command = [python, "-m", "conformance.serve", name]
-        return WholeChecks(command, profile) if profile else Process(command)
+        return WholeChecks(command, profile, seconds) if profile else Process(command, seconds)
     if ":" in name:
-        module, cls = name.split(":")
+        module, _, cls = name.partition(":")
         return getattr(importlib.import_module(module), cls)()
     if name in SHIPPED:
         module, cls = SHIPPED[name].split(":")

@@ -170,7 +170,9 @@ class Process(Driver):
                     return line
                 if len(line) > LONGEST_LINE:
                     raise Crashed(f"a line of more than {LONGEST_LINE >> 20} MiB")
-                events = ready.select(max(until - time.monotonic(), 0.0))
+                events = ready.select(min(max(until - time.monotonic(), 0.0), 1.0))
+                if not events and self.program.poll() is not None:  # and what it has started keeps the pipe open
+                    raise Crashed(f"the program {self.ended()}. {self.last_words()}")
                 if not events and time.monotonic() >= until:
                     raise Hung(f"no answer within {seconds:.3g} s. {self.last_words()}")
                 for key, _ in events:
@@ -215,8 +217,8 @@ class WholeChecks(Process):
     """A process of `conformance.serve`, where a check of a profile can run as a whole: that spares the files of each
     operation."""
 
-    def __init__(self, command: list[str], profile: str):
-        super().__init__(command)
+    def __init__(self, command: list[str], profile: str, seconds: float = 60.0):
+        super().__init__(command, seconds)
         self.profile = profile
 
     def _passes(self, task):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
+import math
+import signal
 import sys
+import threading
 import time
 
 from ..drivers import open_driver
 from . import causes, plan, runner
 from .reporting import files, html, terminal
+
+START = 60.0  # seconds that an implementation has at least, until it says what it is
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,10 +35,32 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--json", help="write one JSON line for each result")
     p.add_argument("--junit", help="write JUnit XML")
     p.add_argument("--badge", help="write an SVG badge")
-    p.add_argument("--timeout", type=float, default=30.0, help="seconds for one check")
+    p.add_argument("--timeout", type=seconds, default=30.0, metavar="SECONDS", help="for one check, and if it is more "
+                   f"than {START:g} for the start of the implementation")
     p.add_argument("--no-known-issues", action="store_true", help="report listed known issues as failures")
     p.add_argument("--most", type=int, default=40, help="how many failures to print")
     return p
+
+
+def seconds(text: str) -> float:
+    """A number of seconds that can be waited."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time to wait: it must be a number above 0")
+    return value
+
+
+@contextlib.contextmanager
+def ending_with_children():
+    """While it is open, SIGTERM ends the suite as an exception does, so that the implementation's process ends too."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def names(given: str | None, known, what: str, error) -> list[str] | None:
@@ -70,8 +98,12 @@ def main(argv=None) -> int:
         near = difflib.get_close_matches(a.cases, known, 1, 0.3)
         options.error(f"no case's name contains {a.cases!r}" + (f"; the nearest is {near[0]!r}" if near else ""))
     checks = names(a.checks, dict.fromkeys(t.check for t in tasks), "check of these cases", options.error)
-    driver = open_driver(a.impl, None if a.in_process else a.python or sys.executable, None if a.python else a.profile)
+    where, whole = None if a.in_process else a.python or sys.executable, None if a.python else a.profile
     try:
+        driver = open_driver(a.impl, where, whole, max(a.timeout, START))
+    except (ValueError, ImportError, AttributeError) as e:
+        options.error(f"--impl {a.impl!r}: {e}")
+    with ending_with_children(), contextlib.closing(driver):
         try:
             info = described(driver)
         except Exception as e:
@@ -86,20 +118,18 @@ def main(argv=None) -> int:
             results = runner.run(driver, tasks, issues, a.timeout, progress)
             progress.close()
             causes.name_causes(tasks, results)
-    finally:
-        driver.close()
     good, counts = runner.verdict(results)
-    seconds = time.perf_counter() - begun
+    taken = time.perf_counter() - begun
     print(f"{info['name']} {info['version']}, profile {a.profile}\n")
     terminal.print_table(results, terminal.console())
     if bad := terminal.failures(results, a.most):
         print("\n" + bad)
     print("\n" + ", ".join(f"{n} {k}" for k, n in counts.most_common()) +
-          f" in {seconds:.1f} s: " + ("PASSED" if good else "FAILED"))
+          f" in {taken:.1f} s: " + ("PASSED" if good else "FAILED"))
     if not results:
         print("No case was run, which counts as a failure.", file=sys.stderr)
     if a.html:
-        html.write(a.html, info, a.profile, results, good, seconds)
+        html.write(a.html, info, a.profile, results, good, taken)
     if a.json:
         files.jsonl(a.json, info, a.profile, results)
     if a.junit:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ HOSTILE = {  # what a program does with every operation but info: what the repor
     "sys.stderr.write('out of memory'); os.abort()": "SIGABRT. Its stderr ends: out of memory",
     "os._exit(7)": "ended with status 7",
     "os.close(1); time.sleep(60)": "closed its stdout",
+    "import subprocess; subprocess.Popen(['sleep', '30'], start_new_session=True); os._exit(7)": "ended with status 7",
     "reply = {'error': '\\x1b[31m\\ud800\\0 ' + 'y' * 10**6}": "\\x1b[31m\\ud800\\x00 yyy",
     "reply = {'ok': {'array': '/dev/zero'}}": "not in the folder",
     "reply = {'ok': {'array': '/no/where'}}": "cannot be read",
@@ -87,6 +89,21 @@ def test_what_a_program_started_ends_with_it(tmp_path):
     raise AssertionError("it still runs")
 
 
+def test_a_suite_that_is_ended_ends_the_program(tmp_path):
+    script, note = tmp_path / "driver.py", tmp_path / "pid"
+    script.write_text(f"import os, time\nopen({str(note)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "conformance", "--impl", f"cmd:{sys.executable} {script}", "--methods", "ia3"]
+    path = str(Path(cli.__file__).parents[2])
+    suite = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+    for _ in range(300):
+        if note.exists() and note.read_text():
+            break
+        time.sleep(0.1)
+    suite.terminate()
+    assert suite.wait(20) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{note.read_text()}").exists()
+
+
 def test_a_program_that_never_answers_is_not_started_for_ever(tmp_path):
     note = tmp_path / "starts"
     driver = Process(program(f"open({str(note)!r}, 'a').write('x'); os._exit(7)"))
@@ -104,12 +121,13 @@ INFOS = {"time.sleep(60)": "Hung", "os._exit(3)": "status 3", "None": "must give
 
 @pytest.mark.parametrize("info", INFOS)
 def test_a_start_that_fails_is_a_report_too(info, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Process.__init__, "__defaults__", (1.0,))
+    monkeypatch.setattr(cli, "START", 1.0)
     script = tmp_path / "driver.py"
     script.write_text(LOOP.replace("{info}", info).replace("{act}", "reply = {}"))
     paths = {k: tmp_path / f"r.{k}" for k in ("html", "json", "junit", "badge")}
     command = f"cmd:{sys.executable} {script}"
-    assert cli.main(["--impl", command, "--methods", "ia3", *(f"--{k}={p}" for k, p in paths.items())]) == 1
+    given = ["--impl", command, "--methods", "ia3", "--timeout", "1"]
+    assert cli.main([*given, *(f"--{k}={p}" for k, p in paths.items())]) == 1
     assert INFOS[info] in capsys.readouterr().out
     assert json.loads(paths["json"].read_text().splitlines()[1])["outcome"] == "error"
     ElementTree.parse(paths["junit"]), ElementTree.parse(paths["badge"])
@@ -142,6 +160,11 @@ def test_a_crash_in_an_import_is_told(tmp_path):
     (["--methods", "lora,ia4"], "no method is called 'ia4'; did you mean 'ia3'?"),
     (["--methods", "ia3", "--checks", "foward"], "did you mean 'forward'?"),
     (["--methods", "lora", "--cases", "linear/rslorra"], "the nearest is 'lora/linear/rslora'"),
+    (["--timeout", "0"], "'0' is no time to wait"), (["--timeout", "nan"], "'nan' is no time to wait"),
+    (["--timeout", "-1"], "'-1' is no time to wait"), (["--timeout", "soon"], "invalid seconds value: 'soon'"),
+    (["--impl", "cmd:"], "needs the command line of a program"),
+    (["--in-process", "--impl", "no_such_module"], "No module named 'no_such_module'"),
+    (["--in-process", "--impl", "conformance:NoDriver"], "no attribute 'NoDriver'"),
 ])
 def test_mistyped_names(option, said, capsys):
     with pytest.raises(SystemExit) as error:
