@@ -30,12 +30,13 @@ def test_one_product_is_two(case, training, lib, monkeypatch):
         pytest.skip("goes beside the layer anyway")
     batch = H.inputs(case, torch.float64)
     seen = []
-    bare = minipeft.core.bases.Linear.bare
-    monkeypatch.setattr(minipeft.core.bases.Linear, "bare", lambda self, x: seen.append(bare(self, x)) or seen[-1])
+    kind = minipeft.core.bases.Linear
+    is_plain = kind.is_plain
+    monkeypatch.setattr(kind, "is_plain", lambda self, x: seen.append(is_plain(self, x)) or seen[-1])
     H.seed(0)
     got = H.gradients(model, batch)
     assert any(seen)
-    monkeypatch.setattr(minipeft.core.bases.Linear, "bare", lambda self, x: False)
+    monkeypatch.setattr(kind, "is_plain", lambda self, x: False)
     H.seed(0)
     H.close(got, H.gradients(model, batch), H.tolerance(case, torch.float64))
 
