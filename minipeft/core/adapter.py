@@ -74,6 +74,7 @@ class Adapter(nn.Module):
 
     prefix: ClassVar[str]  # slots that start with it are trained and saved
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")  # kinds of base layer it can adapt, by Base class name
+    embedding_slots: ClassVar[Mapping[str, str]] = {}  # PEFT: slots that have other names on an embedding
     method: ClassVar[PeftType]
     asked_by: ClassVar[str | None] = None  # of a variant of a method: the field of the configuration that asks for it
     shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
@@ -112,25 +113,20 @@ class Adapter(nn.Module):
         """The layer that it stands on. That holds it, and not the other way round: a dropped model goes at once."""
         return self.__dict__["place"]()
 
-    def slot(self, name: str) -> str:
-        """The slot for a name of the method's."""
-        if self.base.reads_vectors:
-            return name
-        # PEFT: the matrices of a method (lora_A, oft_R) have names of their own on an embedding (lora_embedding_A)
-        head, _, last = name.rpartition("_")
-        return f"{head}_embedding_{last}" if len(last) == 1 and last.isupper() else name
-
     def __setattr__(self, slot: str, value: Any) -> None:
         if slot in self.__dict__ or hasattr(type(self), slot):  # its own: `config`, `idle`, ...
             object.__setattr__(self, slot, value)
             return
-        slot = self.slot(slot)
+        if not self.base.reads_vectors:
+            slot = self.embedding_slots.get(slot, slot)
         self.layer.put(slot, self.name, value, isinstance(value, Tensor) and self.is_saved(slot, self.config))
 
     def __getattr__(self, slot: str) -> Any:
         own = self.__dict__
         if not slot.startswith("__") and "_modules" in own:  # not half built, by copy or pickle
-            slot, layer, name = self.slot(slot), own["place"](), own["name"]
+            layer, name = own["place"](), own["name"]
+            if not own["base"].reads_vectors:
+                slot = self.embedding_slots.get(slot, slot)
             held: Any = layer._modules.get(slot, vars(layer).get(slot))
             if isinstance(held, HOLDERS) and name in held:
                 return held[name]

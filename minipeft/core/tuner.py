@@ -46,6 +46,7 @@ class Tuner(Slots):
         self.targeted_parameter_names: list[str] = []
         self.grouped: dict[str, BufferDict] = {}  # what groups of layers share: slot -> container
         self.on_unload: list[Any] = []  # what undoes changes to the model beside its layers
+        self._disabled = False
 
     @classmethod
     def wrap(cls, model: nn.Module) -> Any:
@@ -65,7 +66,7 @@ class Tuner(Slots):
         tuner.kinds = {name: adapter_class(config) for name, config in tuner.peft_config.items()}
         if found:
             tuner.context, tuner.active_adapter = found[0].context, found[0].active_adapters
-            tuner._off = found[0].disable_adapters
+            tuner._disabled = found[0].disable_adapters
         for layer in found:
             for slot, box in layer.shared_boxes.items():
                 tuner.take_over(slot, box)
@@ -219,7 +220,7 @@ class Tuner(Slots):
         return {"adapter_names"}.union(*{kind.inputs for kind in self.kinds.values()})
 
     def _for_model(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        own = self.own_inputs
+        own = self.own_inputs if kwargs else ()
         return {name: value for name, value in kwargs.items() if name not in own}
 
     def _tell(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
@@ -297,10 +298,6 @@ class Tuner(Slots):
         """What is to be done when other adapters are active, or on, than before."""
 
     @property
-    def _disabled(self) -> bool:
-        return self.__dict__.get("_off", False)
-
-    @property
     def enabled(self) -> bool | str:
         """Whether the adapters are switched on; "irregular" when they are on some layers only."""
         states = {not layer.disable_adapters for _, _, layer in adapted(self.model)} or {not self._disabled}
@@ -312,7 +309,7 @@ class Tuner(Slots):
         for layer in found if not enabled else ():  # before any layer is unmerged, as switching off does
             if layer.merged_adapters:
                 layer.base.check_written()
-        self._off = not enabled
+        self._disabled = not enabled
         for layer in found:
             layer.enable_adapters(enabled)
         self._switched()

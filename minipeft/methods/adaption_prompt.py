@@ -255,7 +255,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
                 entry.tensor.requires_grad_(requires_grad)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        self._off = not enabled
+        self._disabled = not enabled
         self._show()
 
     def delete_adapter(self, adapter_name: str) -> None:

@@ -39,6 +39,7 @@ class HiraConfig(PeftConfig, method="HIRA", layers_need_list=True):
 
 class HiRA(Delta, config=HiraConfig):
     prefix = "hira_"
+    embedding_slots = {"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"}
     bases = ("Linear", "Conv1D", "Conv", "Embedding")
 
     def build(self) -> None:

@@ -95,6 +95,7 @@ class Rotation(nn.Module):
 
 class OFT(Activation, config=OFTConfig):
     prefix = "oft_"
+    embedding_slots = {"oft_R": "oft_embedding_R"}
     bases = ("Linear", "Conv1D", "Conv", "Embedding")
     mixes = True  # PEFT: with groups, its blocks run over all input channels
 

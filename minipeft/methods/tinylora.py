@@ -60,9 +60,6 @@ class TinyLoRA(Factored, config=TinyLoraConfig):
     shares = True
     must_agree = ("save_projection",)
 
-    def slot(self, name: str) -> str:
-        return name  # PEFT: no names of their own on an embedding
-
     @classmethod
     def is_saved(cls, slot: str, config: Any) -> bool:
         return config.save_projection if slot == "tinylora_P" else super().is_saved(slot, config)

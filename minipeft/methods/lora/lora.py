@@ -39,6 +39,7 @@ class Factors(Adapter):
     """The factors A and B."""
 
     prefix = "lora_"
+    embedding_slots = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
     inputs = ("alora_offsets",)  # PEFT: no LoRA model sees it
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
     # of hot swapping
