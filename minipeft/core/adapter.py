@@ -77,8 +77,7 @@ class Adapter(nn.Module):
     embedding_slots: ClassVar[Mapping[str, str]] = {}  # PEFT: slots that have other names on an embedding
     method: ClassVar[PeftType]
     asked_by: ClassVar[str | None] = None  # of a variant of a method: the field of the configuration that asks for it
-    shares: ClassVar[bool] = False  # True: `share` gives tensors that all layers look at
-    held: ClassVar[tuple[str, ...]] = ()  # slots of such tensors that each layer saves too, so that it needs no tuner
+    shares: ClassVar[bool] = False  # True: there are tensors beside the layers, without which these are not whole
     ties: ClassVar[bool] = False  # True: layers tied to an adapted embedding always follow it
     rewrites: ClassVar[bool] = False  # True: the frozen weights change for good, not by a start that may be converted
     must_agree: ClassVar[tuple[str, ...]] = ()  # fields that all adapters of a model must agree on

@@ -36,6 +36,7 @@ class Projected(Delta):
 
     shares = True
     pair: ClassVar[tuple[str, str]]
+    with_layers: ClassVar[bool] = False  # True: each layer saves its view of them, too
     must_agree: ClassVar[tuple[str, ...]] = ("projection_prng_key", "save_projection")
 
     @classmethod
@@ -76,11 +77,13 @@ class Projected(Delta):
 
     @classmethod
     def views(cls, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A and B again, by the keys that each layer's view of them has in a checkpoint."""
+        """A and B again, by the keys that each layer's view of them has in a checkpoint, if it has any."""
+        if not cls.with_layers:
+            return {}
         ends = (key.rpartition(".") for key in tensors)
         layers = dict.fromkeys(path for path, _, slot in ends if slot.startswith(cls.prefix) and slot not in cls.pair)
         shared = {slot: tensors[f"base_model.{slot}"] for slot in cls.pair if f"base_model.{slot}" in tensors}
-        return {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared if slot in cls.held}
+        return {f"{layer}.{slot}": shared[slot] for layer in layers for slot in shared}
 
     @classmethod
     def convert_for_save(cls, config: Any, name: str, tensors: dict[str, Tensor], entries: Any) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class RandLoraConfig(ProjectedConfig, method="RANDLORA"):
 class RandLoRA(Projected, Factored, config=RandLoraConfig):
     prefix = "randlora_"
     pair = ("randlora_A", "randlora_B")
-    held = pair  # PEFT: whereas VeRA's are saved once
+    with_layers, shares = True, False  # PEFT: whereas VeRA's are saved once
     must_agree = ("r", "projection_prng_key", "save_projection", "sparse", "very_sparse")
 
     @classmethod

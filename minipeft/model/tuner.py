@@ -31,7 +31,7 @@ class _SharedState:
 
     def __get__(self, tuner: Any, cls: type[BaseTuner]) -> bool:
         kinds = ADAPTERS.get(cls.method, []) if cls.method is not None else []
-        return any(kind.shares and not kind.held for kind in kinds)
+        return any(kind.shares for kind in kinds)
 
 
 class BaseTuner(Tuner):
