@@ -60,7 +60,7 @@ def test_folders_import_only_what_stands_before_them(module):
 
 def test_the_test_sees_imports():
     assert "minipeft.core.errors" in imports("minipeft.core.config")
-    assert "minipeft.model.on_layers" in imports("minipeft.model.peft_model")
+    assert "minipeft.model.prompt" in imports("minipeft.model.peft_model")
 
 
 def test_files_that_are_named_exist():

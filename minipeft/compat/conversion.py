@@ -71,7 +71,8 @@ def convert_to_lora(
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     for layer in progress_bar(found, "Converting to LoRA", progressbar):
         adapter = layer.adapters[adapter_name]
-        D = _delta(adapter)  # (out, in)
+        with layer.onloaded():
+            D = _delta(adapter)  # (out, in)
         if not isinstance(rank, float) and rank > min(D.shape):
             shape = tuple(D.shape)
             raise ConfigError(f"The chosen rank {rank} is larger than the weight of '{adapter.path}', {shape}, allows.")
@@ -154,11 +155,6 @@ def _check(config: Any, adapters: list[Any]) -> None:
 
 def _delta(adapter: Any) -> Tensor:
     """What merging adds to W (out, in), in at least float32. Raises `UnsupportedLayerError` when it adds more."""
-    with adapter.layer.onloaded():
-        return _delta_onloaded(adapter)
-
-
-def _delta_onloaded(adapter: Any) -> Tensor:
     W, b = adapter.base.read()
     W = W.to(torch.promote_types(W.dtype, torch.float32))
     b = None if b is None else b.to(W.dtype)

@@ -18,7 +18,7 @@ from ..core import files, state
 from ..core.adapter import ADAPTERS
 from ..core.bases import Attention, Base, Conv, Conv1D, Embedding, Linear, Param
 from ..core.boxes import BufferDict
-from ..core.config import CONFIGS, PeftType
+from ..core.config import CONFIGS, PEFT_VERSION, PeftType
 from ..core.errors import CheckpointError, PeftWarning, UnsupportedFeatureError
 from ..core.layer import Layer
 from ..core.state import LoadReport, infer_device
@@ -38,47 +38,36 @@ from ..model.tuner import BaseTuner, tuner_class
 from ..model.wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
 from . import conversion, functional, helpers, hotswap, inside, intruders, kappa, optimizers
 
-VERSION = "0.21.2"  # of the reference
 HOME: Any = importlib.import_module("..", __package__)  # minipeft, by whatever name it is there
 PARTS = ("config", "model", "layer")  # of a method's folder in peft
-IN_PEFT_AT = {  # public functions of minipeft, where peft defines them
-    "peft.helpers": "find_kappa_target_modules",
-    "peft.utils": "replace_lora_weights_loftq",
-    "peft.tuners.lora": """convert_to_lora save_as_lora create_arrow_model preprocess_loraga
-        get_eva_state_dict initialize_lora_eva_weights""",
-}
 CONSTANTS = """DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND
     MIN_TARGET_MODULES_FOR_OPTIMIZATION SEQ_CLS_HEAD_NAMES"""
-INSIDE = {  # what users import from inside peft, and where it is here
-    "peft.tuners.adamss.asa_callback": (inside, "AdamssAsaCallback"),
-    "peft.tuners.cartridge.utils": (
-        prefixes,
-        """compose_cartridge_adapters initialize_kv_prefix_from_past_key_values initialize_kv_prefix_from_text
-        prompt_embeddings_from_past_key_values""",
-    ),
-    "peft.tuners.lora.arrow": (arrow, "create_arrow_model"),
-    "peft.tuners.lora.conversion": (conversion, "convert_to_lora save_as_lora"),
-    "peft.tuners.lora.corda": (lora_corda, "preprocess_corda"),
-    "peft.tuners.lora.eva": (
-        lora_eva,
-        """get_eva_state_dict initialize_lora_eva_weights forward_fn_dict
-        prepare_model_inputs_fn_language_modeling prepare_layer_inputs_fn_language_modeling""",
-    ),
-    "peft.tuners.lora.intruders": (intruders, "reduce_intruder_dimension"),
-    "peft.tuners.lora.loraga": (lora_ga, "preprocess_loraga"),
-    "peft.tuners.shadow": (backbone, "ShadowCache"),
-    "peft.tuners.tuners_utils": (
-        inside,
-        """check_target_module_exists inspect_matched_modules _find_minimal_target_modules
-        _maybe_include_all_linear_layers""",
-    ),
-    "peft.utils": (inside, CONSTANTS),
-    "peft.utils.constants": (inside, CONSTANTS),
-    "peft.utils.integrations": (inside, "init_empty_weights skip_init_on_device"),
-    "peft.utils.loftq_utils": (loftq, "replace_lora_weights_loftq"),
-    "peft.utils.other": (inside, "_get_module_names_tied_with_embedding _get_no_split_modules"),
-    "peft.helpers": (kappa, "KappaTuneSelector"),
-}
+FURTHER = (  # what users import from inside peft: path, where it is here, and its names
+    ("peft.helpers", kappa, "KappaTuneSelector find_kappa_target_modules"),
+    ("peft.tuners.adalora", adalora_budget, "RankAllocator"),
+    ("peft.tuners.adamss.asa_callback", inside, "AdamssAsaCallback"),
+    ("peft.tuners.cartridge.utils", prefixes, """compose_cartridge_adapters initialize_kv_prefix_from_text
+        initialize_kv_prefix_from_past_key_values prompt_embeddings_from_past_key_values"""),
+    ("peft.tuners.lokr", lokr, "factorization"),
+    ("peft.tuners.lora", HOME, """convert_to_lora save_as_lora create_arrow_model preprocess_loraga
+        get_eva_state_dict initialize_lora_eva_weights"""),
+    ("peft.tuners.lora.arrow", arrow, "create_arrow_model"),
+    ("peft.tuners.lora.conversion", conversion, "convert_to_lora save_as_lora"),
+    ("peft.tuners.lora.corda", lora_corda, "preprocess_corda"),
+    ("peft.tuners.lora.eva", lora_eva, """get_eva_state_dict initialize_lora_eva_weights forward_fn_dict
+        prepare_model_inputs_fn_language_modeling prepare_layer_inputs_fn_language_modeling"""),
+    ("peft.tuners.lora.intruders", intruders, "reduce_intruder_dimension"),
+    ("peft.tuners.lora.loraga", lora_ga, "preprocess_loraga"),
+    ("peft.tuners.shadow", backbone, "ShadowCache"),
+    ("peft.tuners.tuners_utils", inside, """check_target_module_exists inspect_matched_modules
+        _find_minimal_target_modules _maybe_include_all_linear_layers"""),
+    ("peft.utils", inside, CONSTANTS),
+    ("peft.utils", loftq, "replace_lora_weights_loftq"),
+    ("peft.utils.constants", inside, CONSTANTS),
+    ("peft.utils.integrations", inside, "init_empty_weights skip_init_on_device"),
+    ("peft.utils.loftq_utils", loftq, "replace_lora_weights_loftq"),
+    ("peft.utils.other", inside, "_get_module_names_tied_with_embedding _get_no_split_modules"),
+)
 LIBRARIES = {  # what `peft.import_utils` asks for, by the name in `is_..._available`
     **{name: name for name in ("aqlm", "diffusers", "eetq", "gptqmodel", "hqq", "optimum", "torchao")},
     **{"bnb": "bitsandbytes", "bnb_4bit": "bitsandbytes", "inc": "neural_compressor", "te": "transformer_engine"},
@@ -251,7 +240,7 @@ def offered() -> dict[str, dict[str, Any]]:
     mapping = {name: value for name, value in everything.items() if name.startswith("PEFT_TYPE_TO_")}
     backends = {f"is_{name}_available": _available(library) for name, library in LIBRARIES.items()}
     paths: dict[str, dict[str, Any]] = {
-        "peft": {**everything, "__version__": VERSION},
+        "peft": {**everything, "__version__": PEFT_VERSION},
         "peft.auto": {name: value for name, value in everything.items() if name.startswith("AutoPeftModel")},
         "peft.config": {name: everything[name] for name in ("PeftConfig", "PromptLearningConfig")}
         | {"PeftConfigMixin": everything["PeftConfig"]},
@@ -283,16 +272,12 @@ def offered() -> dict[str, dict[str, Any]]:
     for name, offers in _methods():
         paths[f"peft.tuners.{name}"] = offers
     paths["peft.tuners.lora"].update(_public(lora_configs))
-    for path, (home, names) in INSIDE.items():
+    for path, home, names in FURTHER:
         paths.setdefault(path, {}).update({name: getattr(home, name) for name in names.split()})
-    for path, names in IN_PEFT_AT.items():
-        paths[path].update({name: everything[name] for name in names.split()})
     for offers in paths.values():
         if "set_peft_model_state_dict" in offers:
             offers["set_peft_model_state_dict"] = set_peft_model_state_dict
-    paths["peft.tuners.lokr"]["factorization"] = lokr.factorization
     paths["peft.tuners.shadow"]["DetachedShadowModel"] = DetachedShadowModel
-    paths["peft.tuners.adalora"]["RankAllocator"] = adalora_budget.RankAllocator
     return paths
 
 
@@ -309,7 +294,7 @@ class _Installed(importlib.metadata.Distribution):
     """What `importlib.metadata` finds as the distribution peft."""
 
     def read_text(self, filename: str) -> str | None:
-        return f"Metadata-Version: 2.1\nName: peft\nVersion: {VERSION}\n" if filename == "METADATA" else None
+        return f"Metadata-Version: 2.1\nName: peft\nVersion: {PEFT_VERSION}\n" if filename == "METADATA" else None
 
     def locate_file(self, path: Any) -> Any:
         return Path(__file__).parent / path

@@ -131,8 +131,10 @@ class PeftConfig:
     def __post_init__(self):
         self._replace_none()
         check_fields(self)
-        if self.task_type is not None:
-            self.task_type = _member(TaskType, self.task_type, "task_type")
+        cls: Any = type(self)
+        for name, kind in _members(cls).items():
+            if getattr(self, name) is not None:
+                setattr(self, name, _member(kind, getattr(self, name), name))
         if self._method is None:
             self.peft_type = None if self.peft_type is None else _method(self.peft_type)
         elif self.peft_type not in (None, self._method):  # PEFT: without a word
@@ -264,8 +266,6 @@ class PeftConfig:
         if "peft_type" in kwargs:
             method = _method(kwargs["peft_type"])
             registry.load(method.value)
-            if method not in CONFIGS:
-                raise ConfigError(f"peft_type {kwargs['peft_type']!r} is not in this release of minipeft.")
             cls = CONFIGS[method]
         elif cls._method is None:
             raise ConfigError("The configuration has no `peft_type`; it should name the method, for example 'LORA'.")
@@ -319,8 +319,6 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     """
     if not isinstance(config_dict, Mapping):
         raise ConfigTypeError(f"get_peft_config needs a dict, got {type(config_dict).__name__}.")
-    if "peft_type" not in config_dict:
-        raise ConfigError("The configuration has no `peft_type`; it should name the method, for example 'LORA'.")
     return PeftConfig.from_peft_type(**config_dict)
 
 
@@ -412,6 +410,14 @@ def _method(value: Any) -> PeftType:
 @functools.cache
 def _types(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
+
+
+@functools.cache
+def _members(cls: Any) -> dict[str, type[enum.Enum]]:
+    """The fields that hold members of an enum, which may be given by their values; other packages add to `PeftType`."""
+    parts = [(name, part) for name, kind in _types(cls).items() for part in typing.get_args(kind)]
+    enums = {name: part for name, part in parts if isinstance(part, type) and issubclass(part, enum.Enum)}
+    return {name: kind for name, kind in enums.items() if name != "peft_type"}
 
 
 @functools.cache

@@ -18,8 +18,8 @@ It is called with `hidden_states` (batch, length, hidden), and returns y or a tu
 
 from __future__ import annotations
 
+import functools
 import math
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,13 +39,13 @@ from ..core.errors import (
     sized,
 )
 from ..core.offload import device_of
+from ..core.passes import Context
 from ..core.plan import check_adapter_name, model_config
 from ..core.state import PREFIX, Entry, check, fill, fitted, incoming
 from ..core.targets import named
 from ..core.walk import Wrapper, put_at, walk
 from ..model.tuner import BaseTuner
 
-MIXING = threading.Lock()
 TARGETS = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}  # by model type
 
 
@@ -65,8 +65,9 @@ class AdaptedAttention(Wrapper):
 
     wraps = "model"
 
-    def __init__(self, model: Any, tokens: int, path: str, device: Any = None):
+    def __init__(self, model: Any, path: str, tokens: int, context: Context, device: Any):
         super().__init__()
+        self.context = context
         self.fused = {"c_attn", "c_proj"} <= model._modules.keys() and "q_attn" not in model._modules
         children = {name for name, child in model.named_children() if next(child.parameters(), None) is not None}
         if not self.fused and children != {"q_proj", "k_proj", "v_proj", "o_proj"}:
@@ -86,7 +87,10 @@ class AdaptedAttention(Wrapper):
         self.training = model.training
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _added(self.model(*args, **kwargs), lambda y: y + self.attend(**_inputs(args, kwargs)))
+        output = self.model(*args, **kwargs)
+        if self.context.now.adapter_names is not None:  # the model has added to it what each sample's adapter adds
+            return output
+        return _added(output, lambda y: y + self.attend(*_inputs(args, kwargs)))
 
     def attend(self, x: Tensor, rotation: Any = None) -> Tensor:
         """What attending to the prompt adds to the output, for the input x (batch, length, hidden)."""
@@ -109,37 +113,9 @@ class AdaptedAttention(Wrapper):
         return y if self.fused else a.o_proj(y)  # PEFT: without GPT-2's c_proj
 
 
-class MixedAttention(Wrapper):
-    """The same for a mixed batch: each sample has the prompt of its adapter, if that has one here.
-
-    Passes of other threads, whose batches are not mixed, run `plain`.
-    """
-
-    wraps = "model"
-    plain: Any
-
-    def __init__(self, model: nn.Module, plain: nn.Module, prompts: dict[str, AdaptedAttention], context: Any):
-        super().__init__()
-        self.model, self.prompts, self.context = model, prompts, context
-        self.__dict__["plain"] = plain  # the module itself, or one of `prompts`
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.context.now.adapter_names is None:
-            return self.plain(*args, **kwargs)
-        return _added(self.model(*args, **kwargs), lambda y: self.add(y, **_inputs(args, kwargs)))
-
-    def add(self, y: Tensor, x: Tensor, rotation: Any = None) -> Tensor:
-        for name, rows in self.context.now.groups(len(x), None).items():
-            if name in self.prompts:
-                index = torch.tensor(rows, device=x.device)
-                turn = rotation and tuple(t if len(t) == 1 else t[index] for t in rotation)
-                y = y.index_add(0, index, self.prompts[name].attend(x[index], turn).to(y.dtype))
-        return y
-
-
-def _inputs(args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _inputs(args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Any]:
     """What `attend` takes, out of the arguments of an attention module."""
-    return {"x": args[0] if args else kwargs["hidden_states"], "rotation": kwargs.get("position_embeddings")}
+    return args[0] if args else kwargs["hidden_states"], kwargs.get("position_embeddings")
 
 
 def _added(output: Any, add: Any) -> Any:
@@ -159,7 +135,6 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
     def _begin(self, model: Any) -> None:
         super()._begin(model)
         self.prompts: dict[str, dict[str, AdaptedAttention]] = {}
-        self.mixing = 0  # how many mixed passes are running, in all threads
 
     def add_adapter(self, adapter_name: str, config: PeftConfig) -> None:
         """Add an untrained adapter. It becomes active if it is the only one."""
@@ -186,7 +161,8 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         if weights is not None:
             weights = incoming(weights, config)
         device = "meta" if low_cpu_mem_usage and weights is None else None
-        prompts = {path: AdaptedAttention(self._attention(path), config.adapter_len, path, device) for path in paths}
+        new = (config.adapter_len, self.context, device)
+        prompts = {path: AdaptedAttention(self._attention(path), path, *new) for path in paths}
         report = None if weights is None else _load(prompts, weights, strict, ignore)
         config.target_modules = target
         self.prompts[name], self.peft_config[name] = prompts, config
@@ -225,16 +201,13 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
 
     def _attention(self, path: str) -> nn.Module:
         module = self.model.get_submodule(self._live(path))
-        return module.model if isinstance(module, (AdaptedAttention, MixedAttention)) else module
+        return module.model if isinstance(module, AdaptedAttention) else module
 
-    def _show(self, mixed: bool = False) -> None:
-        """Put the prompts that are on into the model (all of them if `mixed`), and take all others out of it."""
+    def _show(self) -> None:
+        """Put the prompts that are on into the model, and take all others out of it."""
         for path in self.targeted_module_names:
-            module = self._attention(path)
-            here = {name: prompts[path] for name, prompts in self.prompts.items() if path in prompts}
-            on = [] if self._disabled else [n for n in self.active_adapters if n in here]
-            shown = here[on[0]] if on else module
-            put_at(self.model, self._live(path), MixedAttention(module, shown, here, self.context) if mixed else shown)
+            on = [] if self._disabled else [name for name in self.active_adapters if path in self.prompts[name]]
+            put_at(self.model, self._live(path), self.prompts[on[0]][path] if on else self._attention(path))
 
     # ----------------------------------------------------------------------------------------------- which adapter
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -270,21 +243,36 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
 
     @contextmanager
     def _tell(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
+        before = self.context.now.adapter_names
         with super()._tell(args, kwargs):
-            if self.context.now.adapter_names is None:
-                yield
-                return
-            with MIXING:
-                self.mixing += 1
-                if self.mixing == 1:
-                    self._show(mixed=True)
+            names = self.context.now.adapter_names
+            paths = self.targeted_module_names if names is not before else ()
+            adds = [(self._attention(path), functools.partial(self._add_mixed, path, names)) for path in paths]
+            hooks = [attention.register_forward_hook(add, with_kwargs=True) for attention, add in adds]
             try:
                 yield
             finally:
-                with MIXING:
-                    self.mixing -= 1
-                    if self.mixing == 0:
-                        self._show()
+                for hook in hooks:
+                    hook.remove()
+
+    def _add_mixed(self, path: str, names: Any, module: nn.Module, args: tuple, kwargs: Any, output: Any) -> Any:
+        """After an attention module, in the pass that told `names`: add what each sample's adapter does, if it is here.
+
+        The batches of other passes, in other threads, are not mixed, or not so.
+        """
+        if self.context.now.adapter_names is not names:
+            return output
+        x, rotation = _inputs(args, kwargs)
+
+        def add(y: Tensor) -> Tensor:
+            for name, rows in (self.context.now.groups(len(x), None) or {}).items():
+                if path in self.prompts.get(name, ()):
+                    index = torch.tensor(rows, device=x.device)
+                    turn = rotation and tuple(t if len(t) == 1 else t[index] for t in rotation)
+                    y = y.index_add(0, index, self.prompts[name][path].attend(x[index], turn).to(y.dtype))
+            return y
+
+        return _added(output, add)
 
     # ------------------------------------------------------------------------------------------------------- tensors
     def further_entries(self, name: str, prefix: str) -> Iterator[Entry]:

@@ -14,10 +14,9 @@ from ..core.adapter import adapter_class
 from ..core.config import PeftConfig, check_config
 from ..core.errors import PeftWarning
 from ..core.files import of_one_version
-from ..core.targets import embedding
 from ..core.walk import walk
 from . import checkpoint, status
-from .utils import require_grad
+from .utils import require_input_grads
 
 M = TypeVar("M", bound="AdaptedModel")
 
@@ -25,18 +24,44 @@ M = TypeVar("M", bound="AdaptedModel")
 class AdaptedModel(nn.Module):
     """A model with adapters, which knows their configurations by name.
 
-    A class gives `peft_config`, `_setup` (put the first adapter on), `_add` (a further one), `set_requires_grad` and
-    `_check_loads` (whether it takes an adapter from a file at all).
+    A class gives `_around` (what `base_model` is), `set_requires_grad` and `_check_loads` (whether it takes an adapter
+    from a file at all).
     """
 
     base_model: Any
-    peft_config: Any
 
     def _setup(self, model: Any, config: PeftConfig, name: str, **options: Any) -> None:
+        """Put the first adapter on."""
+        self.base_model = self._around(model, config)
+        self._add(name, config, **options)
+        self.training = model.training
+        if getattr(model, "is_gradient_checkpointing", True):
+            self._prepare_model_for_gradient_checkpointing(model)
+
+    def _around(self, model: Any, config: PeftConfig) -> Any:
         raise NotImplementedError
 
     def _add(self, name: str, config: Any, **options: Any) -> Any:
-        raise NotImplementedError
+        return self._adapters.add(name, config, **options)
+
+    @property
+    def _adapters(self) -> Any:
+        """What holds the adapters: the tuner around the model, or what has its methods."""
+        return self.base_model
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Configurations by adapter name."""
+        return self._adapters.peft_config
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        self._adapters.peft_config = value
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that take part in `forward`."""
+        return self._adapters.active_adapters
 
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[Any]:
@@ -68,11 +93,34 @@ class AdaptedModel(nn.Module):
         """Let gradients begin at the embeddings' output, as reentrant checkpointing needs."""
         flags = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")
         quantised = any(getattr(model, flag, False) for flag in flags)
-        if not quantised and hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        elif not quantised and (words := embedding(model)) is not None:
-            words.register_forward_hook(require_grad)
+        if not quantised:
+            require_input_grads(model)
         return model
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a further, untrained adapter: of the same method, or to a PeftMixedModel. It does not become active.
+
+        `low_cpu_mem_usage` creates it on the meta device, to be loaded. Raises `PeftError` and changes nothing when the
+        name is taken or the configuration does not fit.
+        """
+        self._add(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, autocast=autocast_adapter_dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward with the active adapters; `adapter_names=[...]` gives each sample its own.
+
+        In a mixed batch, "__base__" stands for the bare model. Raises `BatchError` for names that do not fit.
+        """
+        return self._adapters(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`, with the active adapters; takes `adapter_names` as `forward` does."""
+        return self._adapters.generate(*args, **kwargs)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters; packed 4-bit weights count as the numbers they stand for."""
@@ -80,7 +128,9 @@ class AdaptedModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print both numbers and the percentage."""
-        status.print_parameters(self)
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total if total else 0.0
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
 
     # --------------------------------------------------------------------------------------------------------- loading
     @classmethod
@@ -182,7 +232,7 @@ class AdaptedModel(nn.Module):
 
     def _check_new_adapter_config(self, config: PeftConfig, is_trainable: bool = False) -> None:
         other: Any
-        beside = [config, *self.peft_config.values()] if not config.is_prompt_learning and self.peft_config else []
+        beside = [config, *self.peft_config.values()] if self.peft_config else []
         for other in (c for c in beside if isinstance(getattr(c, "init_lora_weights", None), str)):
             kind = adapter_class(other)
             if not kind.rewrites and kind.changes_base(other):

@@ -32,7 +32,7 @@ from ..core.targets import EMBEDDINGS, embedding, named
 from ..core.tuner import tuner_of
 from ..core.walk import PlainNames, Wrapper, walk
 from .experts import present_keys
-from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
+from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper, copies_in
 
 WRAPPED = {kind.wraps for kind in (Layer, ModulesToSaveWrapper, TrainableTokensWrapper)}  # names in live keys
 
@@ -50,14 +50,18 @@ def entries_of_model(model: Any, name: str, idle: bool = False) -> Iterator[Entr
     begin = prefix.removesuffix("model.") + f"{tuner.root}." if prefix and tuner is not None else prefix
     shared = {} if tuner is None else tuner.shared_slots()
     yield from entries_of_layers(root, name, model.peft_config[name], shared, prefix, begin, idle)
-    names = PlainNames(root)
-    for _, live, module in adapted(root):
-        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            yield from entries_of_module(
-                module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
-            )
+    yield from entries_of_copies(copies_in(root, name), root, name, prefix)
     if tuner is not None:
         yield from tuner.further_entries(name, prefix)
+
+
+def entries_of_copies(
+    copies: Iterable[tuple[str, nn.Module]], root: nn.Module, name: str, prefix: str = PREFIX
+) -> Iterator[Entry]:
+    """An entry for each tensor of `copies`, (live path, copy): modules of `root` that adapter `name` trains in full."""
+    names = PlainNames(root)
+    for live, copied in copies:
+        yield from entries_of_module(copied, prefix + names(live), f"{prefix}{live}.modules_to_save.{name}")
 
 
 def get_peft_model_state_dict(
@@ -82,7 +86,7 @@ def get_peft_model_state_dict(
         raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(model.peft_config)}.")
     config = model.peft_config[adapter_name]
     if config.is_prompt_learning:
-        return model.prompt_state_dict(adapter_name, save_embedding_layers)
+        return model._adapters.state_dict(adapter_name, save_embedding_layers)
     saved = {}
     given = state_dict or {}
     plain = {unwrapped(key): tensor for key, tensor in given.items()}
@@ -246,7 +250,7 @@ def set_peft_model_state_dict(
         raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(model.peft_config)}.")
     config = model.peft_config[adapter_name]
     if config.is_prompt_learning:
-        return model.load_prompt_state_dict(adapter_name, peft_model_state_dict, strict, ignore_mismatched_sizes)
+        return model._adapters.load_state_dict(adapter_name, peft_model_state_dict, strict, ignore_mismatched_sizes)
 
     def further(entries: list[Entry], weights: dict[str, Tensor]) -> Any:
         weights = present_keys(config, getattr(tuner_of(model), "model", model), adapter_name, entries, weights)

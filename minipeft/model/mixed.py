@@ -53,27 +53,10 @@ class PeftMixedModel(AdaptedModel):
         super().__init__()
         self._setup(model, peft_config, adapter_name)
 
-    def _setup(self, model: nn.Module, config: PeftConfig, name: str, **options: Any) -> None:
-        _check_compatible(config)
-        tuner = MixedModel.wrap(model)
-        tuner.add(name, config, **options)
-        self.base_model = tuner
-        self.training = model.training
-        if getattr(model, "is_gradient_checkpointing", True):
-            self._prepare_model_for_gradient_checkpointing(model)
+    def _around(self, model: nn.Module, config: PeftConfig) -> MixedModel:
+        return MixedModel.wrap(model)
 
-    peft_config = property(lambda self: self.base_model.peft_config, doc="Configurations by adapter name.")
     active_adapter = property(lambda self: self.base_model.active_adapter, doc="Name or names of the active adapters.")
-    active_adapters = property(lambda self: self.base_model.active_adapters, doc="Names of the active adapters.")
-
-    # --------------------------------------------------------------------------------------------------------- running
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward with all active adapters; takes `adapter_names` as PeftModel.forward does."""
-        return self.base_model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, with all active adapters."""
-        return self.base_model.generate(*args, **kwargs)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -82,17 +65,6 @@ class PeftMixedModel(AdaptedModel):
             yield
 
     # -------------------------------------------------------------------------------------------------------- adapters
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Add a further, untrained adapter of any compatible method. It does not become active."""
-        _check_compatible(peft_config)
-        self.base_model.add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
-
     def set_modules_to_save(self, peft_config: PeftConfig, adapter_name: str) -> None:
         """Nothing is left to do: `add_adapter` copies the configuration's `modules_to_save` itself."""
 
@@ -131,7 +103,7 @@ class PeftMixedModel(AdaptedModel):
 
     def _add(self, name: str, config: Any, **options: Any) -> Any:
         _check_compatible(config)
-        return self.base_model.add(name, config, **options)
+        return super()._add(name, config, **options)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Not possible, as in PEFT: save each adapter from a PeftModel of its own."""

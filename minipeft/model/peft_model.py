@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..core import state
-from ..core.adapter import adapter_class
+from ..core.adapter import Delta, adapter_class
+from ..core.bases import Linear
 from ..core.config import PeftConfig, check_config
-from ..core.errors import AdapterNameError, CheckpointError, ConfigError, UnsupportedFeatureError
+from ..core.errors import AdapterNameError, CheckpointError, ConfigError, PeftWarning, UnsupportedFeatureError
 from ..core.files import make_folder, write_checkpoint, write_text
+from ..core.layer import layers
 from ..core.tuner import Tuner
-from . import card, checkpoint, on_layers, prompt, status
+from . import card, checkpoint, status
 from .adapted import AdaptedModel
 from .hub import push_to_hub
+from .prompt import EMBEDDINGS, Joins, Prompts
+from .tuner import tuner_class
 
 TASKS: dict[str, type[PeftModel]] = {}  # task_type -> class; tasks.py fills it
 
@@ -36,7 +41,7 @@ class PeftModel(AdaptedModel):
     Raises `PeftError` for anything that does not fit, and then leaves `model` as it was.
     """
 
-    _joins = prompt.Joins()  # how prompts are joined to the input
+    _joins = Joins()  # how prompts are joined to the input
 
     def __init__(
         self,
@@ -50,25 +55,20 @@ class PeftModel(AdaptedModel):
         options = {"autocast": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
         self._setup(model, peft_config, adapter_name, **options)
 
-    def _setup(
-        self,
-        model: Any,
-        config: PeftConfig,
-        name: str,
-        **options: Any,
-    ) -> None:
+    def _setup(self, model: Any, config: PeftConfig, name: str, **options: Any) -> None:
         check_config(config)
         self._is_prompt_learning = config.is_prompt_learning
         self.peft_type = config.peft_type
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._adapters_disabled = False
-        self._complete(config)
-        self._adapters.setup(self, model, name, config, **options)
-        self.training = model.training
-        if getattr(model, "is_gradient_checkpointing", True):
-            self._prepare_model_for_gradient_checkpointing(model)
+        self._prompt_configs: dict[str, PeftConfig] = {}  # of prompts only
+        self.active_adapter: Any = name
+        super()._setup(model, config, name, **options)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             model.config.pretraining_tp = 1
+
+    def _around(self, model: Any, config: PeftConfig) -> Any:
+        return model if config.is_prompt_learning else tuner_class(config.peft_type).wrap(model)
 
     @classmethod
     def _class_for(cls, config: PeftConfig) -> type[PeftModel]:
@@ -84,24 +84,9 @@ class PeftModel(AdaptedModel):
 
     @property
     def _adapters(self) -> Any:
-        """The functions that say what a PeftModel does with its kind of adapter: a module, on_layers or prompt."""
-        return prompt if self._is_prompt_learning else on_layers
+        return Prompts(self) if self._is_prompt_learning else self.base_model
 
     # -------------------------------------------------------------------------------------------------- configuration
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """Configurations by adapter name."""
-        return self._adapters.configs(self)
-
-    @peft_config.setter
-    def peft_config(self, value: dict[str, PeftConfig]) -> None:
-        self._adapters.set_configs(self, value)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """Names of the adapters that take part in `forward`."""
-        return self._adapters.active(self)
-
     @property
     def active_peft_config(self) -> PeftConfig:
         """Configuration of the active adapter."""
@@ -122,23 +107,9 @@ class PeftModel(AdaptedModel):
 
     def get_base_model(self) -> nn.Module:
         """The base model, with the adapters in it."""
-        return self._adapters.base_of(self)
+        return self._adapters.model
 
     # -------------------------------------------------------------------------------------------------------- adapters
-    def add_adapter(
-        self,
-        adapter_name: str,
-        peft_config: PeftConfig,
-        low_cpu_mem_usage: bool = False,
-        autocast_adapter_dtype: bool = True,
-    ) -> None:
-        """Add a further, untrained adapter of the same method. It does not become active.
-
-        `low_cpu_mem_usage` creates it on the meta device, to be loaded. Raises `PeftError` and changes nothing when the
-        name is taken or the configuration does not fit.
-        """
-        self._add(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, autocast=autocast_adapter_dtype)
-
     def _add(self, name: str, config: Any, **options: Any) -> Any:
         if name in self.peft_config:
             raise AdapterNameError(f"Adapter with name '{name}' already exists.")
@@ -149,24 +120,28 @@ class PeftModel(AdaptedModel):
                 "Use get_peft_model(..., mixed=True) for that."
             )
         self._complete(config)
-        return self._adapters.add(self, name, config, **options)
+        return super()._add(name, config, **options)
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make one adapter active, and trainable unless `inference_mode`; all others are frozen."""
         if adapter_name not in self.peft_config:
             raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(self.peft_config)}.")
-        self._adapters.activate(self, adapter_name, inference_mode)
+        self._adapters.set_adapter(adapter_name, inference_mode)
         self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Make adapters trainable, or freeze them, without activating them."""
-        self._adapters.set_requires_grad(self, adapter_names, requires_grad)
+        self._adapters.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. When it was active, the first that is left becomes active."""
         if adapter_name not in self.peft_config:
             raise AdapterNameError(f"Adapter {adapter_name} does not exist; this model has {sorted(self.peft_config)}.")
-        self._adapters.delete(self, adapter_name)
+        self._adapters.delete_adapter(adapter_name)
+        if len(active := self.active_adapters) == 1:
+            self.active_adapter = active[0]
+        elif adapter_name == self.active_adapter:
+            self.active_adapter = active
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -174,30 +149,24 @@ class PeftModel(AdaptedModel):
 
         That is the base model as the adapters found it, or left it: PiSSA and the like change its weights for good.
         """
+        if self._adapters.enabled == "irregular":
+            warnings.warn("Some adapter layers are enabled and others not; after the context all will be.", PeftWarning)
         before, self._adapters_disabled = self._adapters_disabled, True
         try:
-            with self._adapters.disabled(self):
+            with self._adapters.without_adapters():
                 yield
         finally:
             self._adapters_disabled = before
 
     # --------------------------------------------------------------------------------------------------------- running
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        return self._adapters.telling(self, args, kwargs)
+        return self._adapters._tell(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward with the active adapters; `adapter_names=[...]` gives each sample its own.
-
-        In a mixed batch, "__base__" stands for the bare model. Raises `BatchError` for names that do not fit.
-        """
-        return self._adapters.forward(self, *args, **kwargs)
-
-    def _run_tuner(self, *args: Any, **kwargs: Any) -> Any:
+        """See `AdaptedModel.forward`."""
+        if self._is_prompt_learning:
+            return super().forward(*args, **kwargs)
         return Tuner.forward(self.base_model, *args, **kwargs)  # PEFT: what AdaLoRA's adds to the loss is for tasks
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, with the active adapters; takes `adapter_names` as `forward` does."""
-        return self._adapters.generate(self, *args, **kwargs)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """See `_prepare_model_for_gradient_checkpointing`; kept under PEFT's public name."""
@@ -214,26 +183,20 @@ class PeftModel(AdaptedModel):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer's change of W is additive, and W still there, so that a LoRA could stand for it."""
-        return self._adapters.supports_lora_conversion(self)
+        found = [adapter for layer in layers(self) for adapter in layer.adapters.values()]
+        linear = all(isinstance(adapter.base, Linear) and not adapter.base.needs_weights for adapter in found)
+        return bool(found) and linear and all(isinstance(adapter, Delta) and not adapter.rewrites for adapter in found)
 
     # --------------------------------------------------------------------------------------------------------- prompts
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
         """The virtual prompt of the active adapter for a batch: embeddings (batch, tokens, dim), or past key values."""
-        return prompt.get_prompt(self, batch_size, task_ids, max_cache_len)
-
-    def prompt_state_dict(self, adapter_name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
-        """The tensors of a prompt's checkpoint, as `get_peft_model_state_dict` gives them."""
-        return prompt.prompt_state_dict(self, adapter_name, save_embedding_layers)
-
-    def load_prompt_state_dict(
-        self, adapter_name: str, tensors: Mapping[str, Tensor], strict: bool, ignore: bool
-    ) -> Any:
-        """Write a checkpoint's tensors into a prompt, as `set_peft_model_state_dict` does."""
-        return prompt.load_prompt_state_dict(self, adapter_name, tensors, strict, ignore)
+        return Prompts(self).get_prompt(batch_size, task_ids)  # whose cache grows: `max_cache_len` is not needed
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """What a checkpoint holds of a prompt: (virtual tokens, dim), on the CPU, with any projection applied."""
-        return prompt.get_prompt_embedding_to_save(self, adapter_name)
+        if adapter_name not in self.peft_config:
+            raise AdapterNameError(f"Adapter {adapter_name} not found; this model has {sorted(self.peft_config)}.")
+        return Prompts(self).tensors(adapter_name)[EMBEDDINGS]
 
     # ---------------------------------------------------------------------------------------------------------- saving
     def save_pretrained(

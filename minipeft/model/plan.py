@@ -15,16 +15,16 @@ from ..core.config import CONFIGS, PeftType
 from ..core.errors import ConfigError, NoMatchingPeftModuleError, UnsupportedLayerError
 from ..core.kinds import base_of
 from ..core.layer import Layer
-from ..core.offload import check_biases, real_copy
+from ..core.offload import check_biases
 from ..core.plan import Plan, model_config
-from ..core.state import PREFIX, Entry, entries_of_layer, entries_of_module, strip
-from ..core.targets import check_saved, saves, suffixes, unmatched, warn_unmatched
+from ..core.state import PREFIX, Entry, entries_of_layer, strip
+from ..core.targets import saves, suffixes, unmatched, warn_unmatched
 from ..core.walk import PlainNames, walk
-from .checkpoint import base_entries, entries_of_biases, single
+from .checkpoint import base_entries, entries_of_biases, entries_of_copies, single
 from .defaults import NEVER_CALLED, default_targets, embedding_path
 from .experts import name_parameters, present_keys
 from .tying import Ties
-from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
+from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper, copied_modules
 
 
 class ModelPlan(Plan):
@@ -68,30 +68,9 @@ class ModelPlan(Plan):
     # ------------------------------------------------------------------------------------------------------ building
     def build_further(self) -> None:
         self.ties.follow(self)
-        self.copy_modules()
-        self.add_beside()
-
-    def copy_modules(self) -> None:
-        """Copy every module in `modules_to_save`."""
-        names = getattr(self.config, "modules_to_save", None)
-        names = {names} if isinstance(names, str) else set(names or ())
-        taken: list[str] = []
-        paths: list[str] = []
-        for path, live, module in walk(self.model) if names else ():
-            paths.append(path)
-            if path and saves(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
-                taken.append(path)
-                if adapted := next((a for a in self.newest if a == live or a.startswith(f"{live}.")), None):
-                    raise UnsupportedLayerError(
-                        f"'{adapted}' would be adapted, and saved whole as part of '{path}', which ends as one of "
-                        f"modules_to_save does: {sorted(names)}. Leave it out by exclude_modules."
-                    )
-                original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-                ModulesToSaveWrapper.check(original)
-                copied = real_copy(original)
-                self.copies.append((live, module, copied))
-        check_saved(names, paths, taken, self.others, self.loading)
+        self.copies += copied_modules(self.model, self.config, self.loading, self.newest)
         self.ties.copy(self)
+        self.add_beside()
 
     def add_beside(self) -> None:
         """Build what a field of the configuration adds of another method: `trainable_token_indices`."""
@@ -116,23 +95,26 @@ class ModelPlan(Plan):
             for path in (path for path in named_here[target] if path not in follow):
                 if saves(path, self.config.modules_to_save or ()):
                     raise ConfigError(f"'{path}' is trained in full (modules_to_save): no trainable_token_indices.")
-                live, module = paths[path]
-                existing = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
-                inside = existing.base_layer if existing is not None else module
-                base = existing.base if existing is not None else base_of(module)
-                taken = isinstance(module, Layer) or live in {at for at, *_ in self.new}
-                if taken or base is None or not cls.fits(base):
+                if self.rows_of(path, *paths[path], cls, config_of(rows)) is None:
                     needs = "an embedding that has no other adapter"
                     raise UnsupportedLayerError(f"trainable_token_indices needs {needs}, but '{path}' is not one.")
-                self.tokens.append((live, self.scratch(inside, base, path, cls, config_of(rows)), existing))
         self.ties.follow_tokens(self, cls, config_of)
+
+    def rows_of(self, path: str, live: str, module: Any, cls: Any, config: Any) -> Layer | None:
+        """Build the adapter for rows of one layer; None where there is another adapter, or no rows."""
+        existing = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
+        inside, base = (module, base_of(module)) if existing is None else (existing.base_layer, existing.base)
+        taken = isinstance(module, Layer) or live in {at for at, *_ in self.new}
+        if taken or base is None or not cls.fits(base):
+            return None
+        self.tokens.append((live, self.scratch(inside, base, path, cls, config), existing))
+        return self.tokens[-1][1]
 
     # ------------------------------------------------------------------------------------------------------- loading
     def entries(self) -> Iterator[Entry]:
         yield from super().entries()
+        yield from entries_of_copies([(live, copied) for live, _, copied in self.copies], self.model, self.name)
         names = PlainNames(self.model)
-        for live, _, copied in self.copies:
-            yield from entries_of_module(copied, PREFIX + names(live), f"{PREFIX}{live}.modules_to_save.{self.name}")
         for live, scratch, existing in self.tokens:
             if not scratch.tied:
                 where = self.live_paths[id(existing)] if existing is not None else f"{live}.token_adapter"

@@ -1,8 +1,8 @@
 """Prompt learning: virtual tokens that are trained in front of a frozen model's input.
 
 A `Prompt` holds the virtual tokens of one adapter. It gives either embeddings, which are put in front of the input's
-embeddings, or keys and values (a cache), which every attention layer sees before the input's own. `forward` and
-`prepare_generation` are the one place where a prompt meets the model's inputs:
+embeddings, or keys and values (a cache), which every attention layer sees before the input's own. `Prompts`, all those
+of a PeftModel, is the one place where they meet the model's inputs (`joined`, and `prepare_token` for generating):
 
     prompt gives    inputs_embeds       past_key_values    attention_mask     position_ids    labels
     embeddings      [prompt, input]     -                  [1 .. 1, mask]     dropped         [-100 .. -100, labels]
@@ -16,7 +16,7 @@ has a small decoder, encoder and encoder-decoder that do no more):
 - for embeddings, `forward` takes `inputs_embeds` (batch, length, dim) in the place of `input_ids`
 - for keys and values, `forward` takes `past_key_values`: for each attention layer a pair (keys, values), each of shape
   (batch, heads, tokens, head dim); `attention_mask` then has tokens + length columns. A classifier that does not take
-  `past_key_values` may have one child that does (its backbone), followed by `dropout`, if there, and by its head
+  `past_key_values` may have one child that does, its backbone, to which it hands `attention_mask` on
 - an encoder-decoder takes `decoder_input_ids`, `decoder_attention_mask` and `decoder_inputs_embeds` in the same way;
   embeddings go in front of the encoder's input, keys and values to the self-attention of the decoder
 - to generate, a decoder has `generate`, which calls its own `prepare_inputs_for_generation` for every token with
@@ -46,7 +46,6 @@ from ..core.bases import inference_mode_off
 from ..core.batch import BASE
 from ..core.config import PeftConfig, PeftType, PromptLearningConfig, TaskType
 from ..core.errors import (
-    AdapterNameError,
     BatchError,
     CheckpointError,
     ConfigError,
@@ -55,15 +54,16 @@ from ..core.errors import (
     sized,
 )
 from ..core.layer import Context, adapted
-from ..core.offload import device_of, loaded, onload, real_copy
+from ..core.offload import device_of, loaded, onload
 from ..core.plan import check_adapter_name, model_config, of_transformers
-from ..core.targets import check_saved, embedding, saves
-from ..core.walk import PlainNames, other_names, put_at, walk
+from ..core.targets import embedding
+from ..core.walk import put_at
 from . import checkpoint
-from .wrappers import ModulesToSaveWrapper
+from .wrappers import ModulesToSaveWrapper, copied_modules, copies_in
 
 PROMPTS: dict[PeftType, type[Prompt]] = {}  # filled as the prompt classes are defined
 EMBEDDINGS = "prompt_embeddings"  # the key of a saved prompt
+PREFIX = "base_model."  # before the names of the base model's modules, in keys
 IGNORED = -100  # a label that no loss counts
 
 # Turns the keys and values of a prompt, a list of (2, batch, heads, tokens, head dim) by layer, into the cache of a
@@ -82,7 +82,6 @@ class Prompt(nn.Module):
     reads_words: ClassVar[bool] = False  # built from the word embedding too
     by_task: ClassVar[bool] = False  # forward takes `task_ids` (batch,) too
     before_decoder: ClassVar[bool] = False  # the second half of the tokens stands in front of a decoder's input
-    own_inputs: ClassVar[tuple[str, ...]] = ()  # arguments of the model's forward that are the prompt's alone
     computed: bool = False  # by a network, which is trained and not saved
 
     embedding: nn.Embedding
@@ -111,13 +110,25 @@ class Prompt(nn.Module):
         with torch.no_grad():
             self.embedding.weight.copy_(tensors[EMBEDDINGS])
 
-    def pad_labels(self, labels: Tensor, tokens: int, own: dict[str, Any]) -> Tensor:
-        """Labels (batch, tokens + length) of the joined input; `own` are the prompt's `own_inputs`."""
-        return torch.cat([labels.new_full((len(labels), tokens), IGNORED), labels], dim=1)
+    def run(self, model: Any, inputs: dict[str, Any], unlabelled: int) -> Any:
+        """The model's output for the joined inputs, whose labels still lack those of `unlabelled` virtual tokens."""
+        if unlabelled and "labels" in inputs:
+            inputs["labels"] = pad_labels(inputs["labels"], unlabelled)
+        return model(**inputs)
 
-    def finish(self, output: Any, labels: Tensor | None, own: dict[str, Any]) -> Any:
-        """The model's output, with a loss of the prompt's own if it has one."""
-        return output
+
+class Prefix(Prompt):
+    """Keys and values of all layers for each virtual token."""
+
+    gives_cache = True
+
+    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
+        """Take over keys and values (tokens, layers * 2 * dim). Raises `ConfigError` when they do not fit."""
+        if prompt_embeddings.shape != (shape := tuple(self.embedding.weight.shape)):
+            raise ConfigError(f"Expected `prompt_embeddings` of shape {shape}, got {tuple(prompt_embeddings.shape)}.")
+        if not torch.isfinite(prompt_embeddings).all():
+            raise ConfigError("`prompt_embeddings` has NaN or infinite values.")
+        self.load({EMBEDDINGS: prompt_embeddings})
 
 
 @dataclass(frozen=True)
@@ -127,162 +138,407 @@ class Joins:
     labels: bool = False  # there is one label for each token
     token_types: bool = False  # the model may read `token_type_ids`
     decoder: bool = False  # an encoder and a decoder
-    head: bool = False  # a backbone with a head, which may have to be run one after the other
+    head: bool = False  # a backbone with a head: a cache may have to be given to the backbone
 
 
-# ------------------------------------------------------------------------- what a PeftModel does: see on_layers.py
-def setup(peft_model: Any, model: nn.Module, name: str, config: Any, **options: Any) -> None:
-    """Put the first prompt in front of `model`; `options` as for `add`."""
-    peft_model._prompt_configs, peft_model.base_model, peft_model.active_adapter = {}, model, name
-    add(peft_model, name, config, **options)
+class Prompts:
+    """The prompts of a PeftModel: with the methods that it calls on a tuner, when its adapters are on layers.
 
-
-def configs(peft_model: Any) -> dict[str, Any]:
-    """Configurations by adapter name."""
-    return peft_model._prompt_configs
-
-
-def set_configs(peft_model: Any, value: dict[str, Any]) -> None:
-    """Have other configurations."""
-    peft_model._prompt_configs = value
-
-
-def active(peft_model: Any) -> list[str]:
-    """Names of the active prompts: one, or none."""
-    names = peft_model.active_adapter
-    return [names] if isinstance(names, str) else list(names)
-
-
-def base_of(peft_model: Any) -> Any:
-    """The base model."""
-    return peft_model.base_model
-
-
-def takes_task_ids(peft_model: Any) -> bool:
-    """Whether `forward` takes `task_ids`."""
-    return peft_model.has_active_enabled_adapter
-
-
-@inference_mode_off()
-@sized()
-def add(
-    peft_model: Any,
-    name: str,
-    config: Any,
-    low_cpu_mem_usage: bool = False,
-    autocast: bool = True,
-    weights: Mapping[str, Tensor] | None = None,
-    strict: bool = True,
-    ignore: bool = False,
-) -> Any:
-    """Build the prompt `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
-
-    What the configuration leaves open is filled in from the model. On any error nothing is changed. Returns what
-    loading reports, or None. A prompt is always made where it runs, in its own dtype: `low_cpu_mem_usage` and
-    `autocast` mean nothing to it.
+    All of them stand in the PeftModel itself, so this is made anew whenever it is needed.
     """
-    base = peft_model.base_model
-    check_adapter_name(name, base)
-    if config.peft_type not in PROMPTS:
-        raise UnsupportedFeatureError(f"peft_type {config.peft_type!r} is not in this release of minipeft.")
-    cls = PROMPTS[config.peft_type]
-    backbone = _backbone(base)
-    words = word_embeddings(base, backbone)
-    config_now = completed(config, base, words, cls, peft_model._joins.decoder)
-    if cls.gives_cache and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
-        raise ConfigError(f"{config.peft_type.value} does not work with gradient checkpointing: it lives in the cache.")
-    if cls.gives_cache and not _takes_cache(base, backbone if peft_model._joins.head else None):
-        raise UnsupportedFeatureError(
-            f"{type(base).__name__} does not take `past_key_values`, so {config.peft_type.value} cannot reach it."
-        )
-    if cls.reads_words and words is None:
-        raise ConfigError("The model has no word embedding; give it a method `get_input_embeddings`.")
-    given = (config_now, words) if cls.reads_words else (config_now,)
-    if weights is not None:
-        weights = state.incoming(weights, config_now)
-        _check_sizes(cls, given, weights)
-    prompt = cls(*given).to(_device(base))
-    tokens = torch.arange(config_now.num_virtual_tokens * config_now.num_transformer_submodules)
-    copies = _copied_modules(base, config_now, loading=weights is not None)
-    report = None
-    if weights is not None:
-        names = PlainNames(base)
-        boxes = [(names(live), copied) for live, _, copied in copies]
-        report = _load(base, prompt, _rows(prompt, tokens, config_now), name, boxes, weights, strict, ignore)
-    # from here on nothing can fail
-    vars(config).update(vars(config_now))
-    if "prompt_encoder" not in peft_model._modules:
-        peft_model.prompt_encoder = nn.ModuleDict().train(base.training)
-        peft_model.prompt_tokens = {}
-        peft_model.prompt_context = Context()
-    trained = {id(p) for _, _, wrapper in adapted(base) for p in wrapper.modules_to_save.parameters()}
-    for parameter in base.parameters():
-        if id(parameter) not in trained:
-            parameter.requires_grad = False
-    for live, module, copied in copies:
-        wrapper: Any = module
-        if not isinstance(module, ModulesToSaveWrapper):
-            wrapper = ModulesToSaveWrapper(module, peft_model.prompt_context)
-            wrapper.train(module.training)
-            put_at(base, live, wrapper)
-        wrapper.modules_to_save[name] = copied
-    if backbone is not None:
-        peft_model.transformer_backbone_name = backbone
-    if words is not None:
-        peft_model.word_embeddings = words
-    peft_model.prompt_tokens[name] = tokens
-    peft_model.prompt_encoder[name] = prompt.train(base.training)
-    peft_model.peft_config[name] = config
-    first = len(peft_model.peft_config) == 1
-    for _, _, wrapper in adapted(base):
-        if first and name in wrapper.modules_to_save:
-            wrapper.set_adapter(name, config.inference_mode)
-        elif name in wrapper.modules_to_save:
-            wrapper.set_requires_grad(name, False)
-    return report
 
+    enabled = True  # the layers of a tuner may differ in that; there are none here
 
-def activate(peft_model: Any, name: str, inference_mode: bool) -> None:
-    """Switch the modules that are trained beside the prompts to those of adapter `name`."""
-    for _, _, wrapper in adapted(peft_model.base_model):
-        wrapper.set_adapter(name, inference_mode)
+    def __init__(self, peft_model: Any):
+        self.peft_model = peft_model
 
+    @property
+    def model(self) -> Any:
+        """The base model."""
+        return self.peft_model.base_model
 
-def set_requires_grad(peft_model: Any, names: str | Sequence[str], requires_grad: bool) -> None:
-    """Not possible, as in PEFT."""
-    method = PeftType(peft_model.peft_type).value
-    raise TypeError(f"Setting `requires_grad` is not supported for prompt learning ({method}).")
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Configurations by adapter name."""
+        return self.peft_model._prompt_configs
 
+    @peft_config.setter
+    def peft_config(self, value: dict[str, Any]) -> None:
+        self.peft_model._prompt_configs = value
 
-@contextmanager
-def disabled(peft_model: Any) -> Iterator[None]:
-    """Within the context the modules that are trained beside the prompts are those of the base model."""
-    wrappers = [wrapper for _, _, wrapper in adapted(peft_model.base_model)]
-    before = [wrapper.disable_adapters for wrapper in wrappers]
-    for wrapper in wrappers:
-        wrapper.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for wrapper, off in zip(wrappers, before):
-            wrapper.enable_adapters(not off)
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active prompts: one, or none."""
+        names = self.peft_model.active_adapter
+        return [names] if isinstance(names, str) else list(names)
 
+    @property
+    def active(self) -> Prompt:
+        """The active prompt."""
+        return self.peft_model.prompt_encoder[self.active_adapters[0]]
 
-def delete(peft_model: Any, name: str) -> None:
-    """Delete a prompt. When it was active, the first that is left becomes active."""
-    for _, _, wrapper in adapted(peft_model.base_model):
-        wrapper.delete_adapter(name)
-    del peft_model.peft_config[name], peft_model.prompt_encoder[name], peft_model.prompt_tokens[name]
-    if name in peft_model.active_adapters:
-        rest = list(peft_model.peft_config)
-        peft_model.active_adapter = rest[0] if rest else []
-        if rest:
-            activate(peft_model, rest[0], False)
-            warnings.warn(
-                f"Adapter {name} was active which is now deleted. Setting active adapter to {rest[0]}.", PeftWarning
+    @property
+    def own_inputs(self) -> set[str]:
+        """Arguments of a call that are for prompts, and that the model does not take."""
+        own = self.peft_model.special_peft_forward_args
+        return own | {"task_ids"} if self.peft_model.has_active_enabled_adapter else own
+
+    @inference_mode_off()
+    @sized()
+    def add(
+        self,
+        name: str,
+        config: Any,
+        low_cpu_mem_usage: bool = False,
+        autocast: bool = True,
+        weights: Mapping[str, Tensor] | None = None,
+        strict: bool = True,
+        ignore: bool = False,
+    ) -> Any:
+        """Build the prompt `name` for `config`, load `weights` into it (a checkpoint's tensors), and put it in place.
+
+        What the configuration leaves open is filled in from the model. On any error nothing is changed. Returns what
+        loading reports, or None. A prompt is always made where it runs, in its own dtype: `low_cpu_mem_usage` and
+        `autocast` mean nothing to it.
+        """
+        base = self.model
+        check_adapter_name(name, base)
+        if config.peft_type not in PROMPTS:
+            raise UnsupportedFeatureError(f"peft_type {config.peft_type!r} is not in this release of minipeft.")
+        cls = PROMPTS[config.peft_type]
+        backbone = _backbone(base)
+        words = word_embeddings(base, backbone)
+        config_now = completed(config, base, words, cls, self.peft_model._joins.decoder)
+        if cls.gives_cache and any(getattr(module, "gradient_checkpointing", False) for module in base.modules()):
+            kind = config.peft_type.value
+            raise ConfigError(f"{kind} does not work with gradient checkpointing: it lives in the cache.")
+        if cls.gives_cache and not _takes_cache(base, backbone if self.peft_model._joins.head else None):
+            raise UnsupportedFeatureError(
+                f"{type(base).__name__} does not take `past_key_values`, so {config.peft_type.value} cannot reach it."
             )
+        if cls.reads_words and words is None:
+            raise ConfigError("The model has no word embedding; give it a method `get_input_embeddings`.")
+        given = (config_now, words) if cls.reads_words else (config_now,)
+        if weights is not None:
+            weights = state.incoming(weights, config_now)
+            _check_sizes(cls, given, weights)
+        prompt = cls(*given).to(device_of(base))
+        tokens = torch.arange(config_now.num_virtual_tokens * config_now.num_transformer_submodules)
+        copies = copied_modules(base, config_now, loading=weights is not None)
+        report = None
+        if weights is not None:
+            beside = [(live, copied) for live, _, copied in copies]
+            report = _load(base, prompt, _rows(prompt, tokens, config_now), name, beside, weights, strict, ignore)
+        # from here on nothing can fail
+        vars(config).update(vars(config_now))
+        if "prompt_encoder" not in self.peft_model._modules:
+            self.peft_model.prompt_encoder = nn.ModuleDict().train(base.training)
+            self.peft_model.prompt_tokens = {}
+            self.peft_model.prompt_context = Context()
+        trained = {id(p) for _, _, wrapper in adapted(base) for p in wrapper.modules_to_save.parameters()}
+        for parameter in base.parameters():
+            if id(parameter) not in trained:
+                parameter.requires_grad = False
+        for live, module, copied in copies:
+            wrapper: Any = module
+            if not isinstance(module, ModulesToSaveWrapper):
+                wrapper = ModulesToSaveWrapper(module, self.peft_model.prompt_context)
+                wrapper.train(module.training)
+                put_at(base, live, wrapper)
+            wrapper.modules_to_save[name] = copied
+        if backbone is not None:
+            self.peft_model.transformer_backbone_name = backbone
+        if words is not None:
+            self.peft_model.word_embeddings = words
+        self.peft_model.prompt_tokens[name] = tokens
+        self.peft_model.prompt_encoder[name] = prompt.train(base.training)
+        self.peft_config[name] = config
+        first = len(self.peft_config) == 1
+        for _, _, wrapper in adapted(base):
+            if first and name in wrapper.modules_to_save:
+                wrapper.set_adapter(name, config.inference_mode)
+            elif name in wrapper.modules_to_save:
+                wrapper.set_requires_grad(name, False)
+        return report
+
+    def set_adapter(self, name: str, inference_mode: bool) -> None:
+        """Switch the modules that are trained beside the prompts to those of adapter `name`."""
+        for _, _, wrapper in adapted(self.model):
+            wrapper.set_adapter(name, inference_mode)
+
+    def set_requires_grad(self, names: str | Sequence[str], requires_grad: bool) -> None:
+        """Not possible, as in PEFT."""
+        method = PeftType(self.peft_model.peft_type).value
+        raise TypeError(f"Setting `requires_grad` is not supported for prompt learning ({method}).")
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Within the context the modules that are trained beside the prompts are those of the base model."""
+        wrappers = [wrapper for _, _, wrapper in adapted(self.model)]
+        before = [wrapper.disable_adapters for wrapper in wrappers]
+        for wrapper in wrappers:
+            wrapper.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for wrapper, off in zip(wrappers, before):
+                wrapper.enable_adapters(not off)
+
+    def delete_adapter(self, name: str) -> None:
+        """Delete a prompt. When it was active, the first that is left becomes active."""
+        for _, _, wrapper in adapted(self.model):
+            wrapper.delete_adapter(name)
+        del self.peft_config[name], self.peft_model.prompt_encoder[name], self.peft_model.prompt_tokens[name]
+        if name in self.active_adapters:
+            rest = list(self.peft_config)
+            self.peft_model.active_adapter = rest[0] if rest else []
+            if rest:
+                self.set_adapter(rest[0], False)
+                warnings.warn(
+                    f"Adapter {name} was active which is now deleted. Setting active adapter to {rest[0]}.", PeftWarning
+                )
+
+    # ------------------------------------------------------------------------------------------------------ checkpoints
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a prompt's checkpoint, without the modules that are trained beside it."""
+        prompt = self.peft_model.prompt_encoder[name]
+        with torch.no_grad(), onload(prompt):
+            saved = prompt.saved(_rows(prompt, self.peft_model.prompt_tokens[name], self.peft_config[name]))
+        return {key: tensor.detach().cpu() for key, tensor in saved.items()}
+
+    def state_dict(self, name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
+        """The tensors of a prompt's checkpoint, and those of the modules that are trained or saved beside it."""
+        base, saved = self.model, self.tensors(name)
+        copies = list(checkpoint.entries_of_copies(copies_in(base, name), base, name, PREFIX))
+        whole = checkpoint.embeddings_to_save(self.peft_model, name, save_embedding_layers, base, PREFIX)
+        with state.onloaded(self.peft_model, copies + whole):
+            saved |= {entry.saved: entry.tensor.detach() for entry in copies}
+            return {**{entry.saved: entry.tensor.detach() for entry in whole}, **saved}
+
+    def load_state_dict(self, name: str, tensors: Mapping[str, Tensor], strict: bool, ignore: bool = False) -> Any:
+        """Write a checkpoint's tensors into a prompt, or nothing: `CheckpointError` if they do not fit."""
+        prompt, copies = self.peft_model.prompt_encoder[name], copies_in(self.model, name)
+        rows = _rows(prompt, self.peft_model.prompt_tokens[name], self.peft_config[name])
+        tensors = state.incoming(tensors)
+        with onload(prompt, *(module for _, module in copies), keep=True):
+            return _load(self.model, prompt, rows, name, copies, tensors, strict, ignore)
+
+    # ---------------------------------------------------------------------------------------------------------- running
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Any:
+        """The prompt of the active adapter for a batch: embeddings (batch, tokens, dim), or past key values.
+
+        In a mixed batch every sample has the prompt of its own adapter.
+        """
+        config = self.peft_model.active_peft_config
+        virtual = self.virtual_tokens(batch_size, task_ids)
+        if not PROMPTS[config.peft_type].gives_cache:
+            return virtual
+        dtype = self.peft_model.base_model_torch_dtype or _dtype(self.model)
+        return as_cache(self.model, virtual.to(dtype), config)
+
+    def virtual_tokens(self, batch_size: int, task_ids: Tensor | None) -> Tensor:
+        def of(name: str, count: int, tasks: Tensor | None) -> Tensor:
+            prompt = self.peft_model.prompt_encoder[name]
+            rows = _rows(prompt, self.peft_model.prompt_tokens[name], self.peft_config[name])
+            if prompt.by_task and tasks is None:
+                raise BatchError("This prompt differs by task: `task_ids` must be given, one number for each sample.")
+            with loaded(prompt):
+                if prompt.by_task and tasks is not None:
+                    return prompt(rows.expand(count, -1), tasks.to(rows.device))
+                return prompt(rows).expand(count, -1, -1)  # (batch, tokens, width)
+
+        groups = self.peft_model.prompt_context.now.groups(batch_size, None)
+        if groups is None:
+            return of(self.active_adapters[0], batch_size, task_ids)
+        parts, order = [], []
+        for name, samples in groups.items():
+            parts.append(of(name, len(samples), None if task_ids is None else task_ids[samples]))
+            order += samples
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise BatchError(f"Prompts of {sorted(groups)} differ in length, so they cannot stand in one batch.")
+        return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
+
+    @contextmanager
+    def mixed(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """While it is open, `adapter_names` gives every sample of the batch its prompt."""
+        if adapter_names is None:
+            yield
+            return
+        if self.peft_model.training:
+            raise BatchError("Cannot pass `adapter_names` when the model is in training mode.")
+        if BASE in adapter_names:
+            raise BatchError(f"'{BASE}' cannot stand in a batch with prompts: without one a sample is shorter.")
+        if unknown := sorted(set(adapter_names) - set(self.peft_config)):
+            raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
+        with self.peft_model.prompt_context.telling(adapter_names=list(adapter_names)):
+            yield
+
+    def _tell(self, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+        """Nothing: the call itself tells what it says of each sample."""
+        return nullcontext()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward with the active prompt, or without any when prompts are off."""
+        if self.peft_model.has_active_enabled_adapter:
+            return self.joined(*args, **kwargs)
+        return self.model(*args, **{k: v for k, v in kwargs.items() if k not in self.own_inputs})
+
+    def joined(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        task_ids: Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's forward with the active prompt. Raises `BatchError` for inputs that it cannot be joined to."""
+        config, joins = self.peft_model.active_peft_config, self.peft_model._joins
+        prompt = self.active
+        shown = inputs_embeds if input_ids is None else input_ids
+        if shown is None:
+            raise BatchError("A prompt needs an input to stand in front of: give `input_ids` or `inputs_embeds`.")
+        count, tokens = len(shown), config.num_virtual_tokens
+        inputs = {**kwargs, "attention_mask": attention_mask, "labels": labels}
+        _positions(inputs, prompt, tokens, joins.token_types)
+        with self.mixed(adapter_names):
+            virtual = self.get_prompt(count, task_ids)
+            if prompt.gives_cache:
+                mask = "decoder_attention_mask" if joins.decoder else "attention_mask"
+                inputs[mask] = pad_mask(inputs.get(mask), tokens)
+                inputs.update(input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=virtual)
+            else:
+                inputs["inputs_embeds"] = in_front(virtual[:, :tokens], self.embedded(input_ids, inputs_embeds))
+                inputs["attention_mask"] = pad_mask(attention_mask, tokens)
+                if (types := inputs.get("token_type_ids")) is not None:
+                    inputs["token_type_ids"] = torch.cat([types.new_zeros(count, tokens), types], dim=1)
+                if joins.decoder and prompt.before_decoder and config.num_transformer_submodules == 2:
+                    self.join_decoder(inputs, virtual[:, tokens:])
+            inputs = {key: value for key, value in inputs.items() if value is not None}
+            if prompt.gives_cache and joins.head and not takes(self.model, "past_key_values"):
+                with self.given_to_backbone(inputs.pop("past_key_values")):
+                    return self.model(**inputs)
+            unlabelled = tokens if joins.labels and not (joins.decoder or prompt.gives_cache) else 0
+            return self.peft_model.prompt_context.keep_for_backward(prompt.run(self.model, inputs, unlabelled))
+
+    @contextmanager
+    def given_to_backbone(self, virtual: Any) -> Iterator[None]:
+        """While it is open, the backbone of a model that takes no cache itself is given this one, in this thread."""
+        context, backbone = self.peft_model.prompt_context, self.peft_model.transformer_backbone_name
+
+        def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            cache = getattr(context.now, "cache", None)
+            return args, kwargs if cache is None else {**kwargs, "past_key_values": cache}
+
+        hook = self.model.get_submodule(str(backbone)).register_forward_pre_hook(give, with_kwargs=True)
+        try:
+            with context.telling(cache=virtual):
+                yield
+        finally:
+            hook.remove()
+
+    def join_decoder(self, inputs: dict[str, Any], virtual: Tensor) -> None:
+        """The second half of the prompt, in front of the decoder's input."""
+        ids, embeds = inputs.pop("decoder_input_ids", None), inputs.get("decoder_inputs_embeds")
+        labels = inputs["labels"]
+        if ids is None and embeds is None:
+            if labels is None:
+                raise BatchError("Give `labels`, `decoder_input_ids` or `decoder_inputs_embeds`.")
+            config = self.model.config
+            ids = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+        tokens = virtual.shape[1]
+        inputs["decoder_inputs_embeds"] = in_front(virtual, self.embedded(ids, embeds))
+        inputs["decoder_attention_mask"] = pad_mask(inputs.get("decoder_attention_mask"), tokens)
+        if labels is not None:
+            inputs["labels"] = pad_labels(labels, tokens)
+
+    def embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        if inputs_embeds is not None:
+            return inputs_embeds
+        if "word_embeddings" not in self.peft_model._modules:
+            raise BatchError("The model has no word embedding that was found; give `inputs_embeds`.")
+        return self.peft_model.word_embeddings(input_ids)
+
+    # ------------------------------------------------------------------------------------------------------- generating
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate` when prompts are off; the task classes generate with a prompt."""
+        if self.peft_model.has_active_enabled_adapter:
+            raise UnsupportedFeatureError("To generate with a prompt, set task_type to 'CAUSAL_LM' or 'SEQ_2_SEQ_LM'.")
+        return self.model.generate(*args, **{k: v for k, v in kwargs.items() if k not in self.own_inputs})
+
+    def prepare_encoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of `generate`, for an encoder with embeddings of the active prompt before the input."""
+        if not self.peft_model._joins.decoder:
+            return kwargs
+        prompt, tokens = self.active, self.peft_model.active_peft_config.num_virtual_tokens
+        kwargs = dict(kwargs)
+        ids: Any = kwargs.get("input_ids")
+        embeds: Any = kwargs.get("inputs_embeds")
+        if ids is None and embeds is None:
+            raise BatchError("`generate` with a prompt needs `input_ids` or `inputs_embeds`.")
+        _positions(kwargs, prompt, tokens, token_types=False)
+        if prompt.gives_cache:
+            return kwargs
+        if kwargs.pop("encoder_outputs", None) is not None:
+            warnings.warn("`encoder_outputs` are ignored: the encoder has to read the prompt.", PeftWarning)
+        virtual = self.get_prompt(len(embeds if ids is None else ids), kwargs.pop("task_ids", None))
+        kwargs.pop("input_ids", None)
+        kwargs["inputs_embeds"] = in_front(virtual[:, :tokens], self.embedded(ids, embeds))
+        if kwargs.get("attention_mask") is not None:
+            kwargs["attention_mask"] = pad_mask(kwargs["attention_mask"], tokens)
+        return kwargs
+
+    def prepare_token(
+        self, inputs: dict[str, Any], mask: Tensor | None = None, task_ids: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Join the active prompt to what `prepare_inputs_for_generation` gave for one step.
+
+        `mask` is the attention mask (batch, all tokens so far) without the prompt. The prompt itself goes in as long as
+        the cache is empty; behind an encoder only a cache does, into that of the decoder.
+        """
+        prompt, tokens = self.active, self.peft_model.active_peft_config.num_virtual_tokens
+        past = cached_tokens(inputs.get("past_key_values"))
+        if self.peft_model._joins.decoder:
+            if prompt.gives_cache and not past:
+                inputs["past_key_values"] = self.get_prompt(len(inputs["decoder_input_ids"]))
+            return inputs
+        ids: Any = inputs.get("input_ids")
+        embeds: Any = inputs.get("inputs_embeds")
+        if past and ids is not None and past >= ids.shape[1]:
+            inputs["input_ids"] = ids = ids[:, -1:]
+        made = inputs.pop("attention_mask", None)  # for caches of fixed size a model makes its own, without the prompt
+        mask = made if mask is None and isinstance(made, Tensor) and made.dim() == 2 else mask
+        if mask is not None:
+            inputs["attention_mask"] = pad_mask(mask, tokens)
+            _warn_of_window(self.model, mask, tokens, first=past == 0)
+        inputs.pop("token_type_ids", None)
+        positions = inputs.get("position_ids")
+        if positions is not None:
+            positions = positions + tokens
+            inputs["position_ids"] = positions if ids is None else positions[..., -ids.shape[1] :]
+        steps = inputs.pop("cache_position", None)  # of transformers before 5; a model finds it itself
+        if steps is not None and prompt.gives_cache:
+            inputs["cache_position"] = steps if past else steps + tokens
+        if past == 0:
+            count = len(embeds if ids is None else ids)
+            virtual = self.get_prompt(count, task_ids)
+            if prompt.gives_cache:
+                inputs["past_key_values"] = virtual
+            else:
+                inputs["inputs_embeds"] = in_front(virtual[:, :tokens], self.embedded(ids, embeds))
+                inputs["input_ids"] = None
+                if positions is not None:  # those of the input leave out its padding, before which the prompt stands
+                    first = torch.arange(tokens, device=positions.device).expand(*positions.shape[:-1], tokens)
+                    inputs["position_ids"] = torch.cat([first, inputs["position_ids"]], dim=-1)
+                if getattr(inputs.get("past_key_values"), "is_compileable", False):  # of fixed size: no room for more
+                    from transformers import DynamicCache
+
+                    inputs["past_key_values"] = DynamicCache(config=self.model.config.get_text_config())
+        return inputs
 
 
+# ------------------------------------------------------------------------------------------------------------- sizes
 def completed(config: Any, base: nn.Module, words: Any, cls: type[Prompt], decoder: bool = False) -> Any:
     """A copy of `config` with every size filled in. Raises `ConfigError` for what neither it nor the model says."""
     if not isinstance(config, PromptLearningConfig):
@@ -380,107 +636,26 @@ def _check_sizes(cls: type[Prompt], given: tuple, weights: Mapping[str, Tensor])
         raise CheckpointError(f"The configuration asks for {largest} numbers, but the file holds only {most}.")
 
 
-def _copied_modules(base: nn.Module, config: Any, loading: bool) -> list[tuple[str, nn.Module, nn.Module]]:
-    """(live path, module there now, its trained copy) of every module in `modules_to_save`."""
-    names = set(config.modules_to_save or ())
-    found: dict[str, tuple[str, nn.Module, nn.Module]] = {}
-    paths = []
-    for path, live, module in walk(base) if names else ():
-        paths.append(path)
-        inside = any(live.startswith(f"{taken}.") for taken, _, _ in found.values())
-        if path and saves(path, names) and not inside:
-            original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-            ModulesToSaveWrapper.check(original)
-            found[path] = live, module, real_copy(original).requires_grad_(True)
-    check_saved(names, paths, found, lambda: other_names(base), loading)
-    return list(found.values())
-
-
-def _device(base: nn.Module) -> torch.device:
-    return device_of(base)
-
-
 def _dtype(base: nn.Module) -> torch.dtype:
     return next((tensor.dtype for tensor in base.parameters() if tensor.is_floating_point()), torch.get_default_dtype())
 
 
-def takes(module: nn.Module, name: str) -> bool:
-    """Whether a module's forward has an argument of that name."""
-    return name in inspect.signature(module.forward).parameters
+def takes(module: nn.Module, name: str, further: bool = False) -> bool:
+    """Whether a module's forward has an argument of that name, or with `further` takes any that it does not name."""
+    parameters = inspect.signature(module.forward).parameters
+    return name in parameters or (further and any(p.kind is p.VAR_KEYWORD for p in parameters.values()))
 
 
 def _takes_cache(base: nn.Module, backbone: str | None) -> bool:
-    if takes(base, "past_key_values"):
-        return True
-    if backbone is not None:
-        return takes(base.get_submodule(backbone), "past_key_values")
-    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(base.forward).parameters.values())
+    inner = base if backbone is None else base.get_submodule(backbone)
+    return takes(base, "past_key_values", further=backbone is None) or takes(inner, "past_key_values")
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
-def check_embeddings(given: Tensor, shape: tuple[int, ...]) -> None:
-    """Raise `ConfigError` unless a prompt of that shape can take over the tensor."""
-    if given.shape != shape:
-        raise ConfigError(f"Expected `prompt_embeddings` of shape {shape}, got {tuple(given.shape)}.")
-    if not torch.isfinite(given).all():
-        raise ConfigError("`prompt_embeddings` has NaN or infinite values.")
-
-
 def _rows(prompt: Prompt, tokens: Tensor, config: Any) -> Tensor:
     """The numbers of all tokens of a prompt, (1, tokens)."""
     tokens = tokens[: config.num_virtual_tokens] if prompt.gives_cache else tokens
     return tokens[None].to(device_of(prompt))
-
-
-def prompt_state(peft_model: Any, name: str) -> dict[str, Tensor]:
-    """The tensors of a prompt's checkpoint, without the modules that are trained beside it."""
-    prompt = peft_model.prompt_encoder[name]
-    with torch.no_grad(), onload(prompt):
-        saved = prompt.saved(_rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name]))
-    return {key: tensor.detach().cpu() for key, tensor in saved.items()}
-
-
-def _copies(model: Any, name: str, prefix: str) -> Iterator[state.Entry]:
-    names = PlainNames(model.base_model)
-    for _, live, module in adapted(model.base_model):
-        if isinstance(module, ModulesToSaveWrapper) and name in module.modules_to_save:
-            yield from state.entries_of_module(
-                module.modules_to_save[name], prefix + names(live), f"{prefix}{live}.modules_to_save.{name}"
-            )
-
-
-def prompt_state_dict(peft_model: Any, name: str, save_embedding_layers: bool | str) -> dict[str, Tensor]:
-    """The tensors of a prompt's checkpoint, and those of the modules that are trained or saved beside it."""
-    saved, copies = prompt_state(peft_model, name), list(_copies(peft_model, name, "base_model."))
-    base = peft_model.base_model
-    whole = checkpoint.embeddings_to_save(peft_model, name, save_embedding_layers, base, "base_model.")
-    with state.onloaded(peft_model, copies + whole):
-        saved |= {entry.saved: entry.tensor.detach() for entry in copies}
-        return {**{entry.saved: entry.tensor.detach() for entry in whole}, **saved}
-
-
-def get_prompt_embedding_to_save(peft_model: Any, name: str) -> Tensor:
-    """The virtual tokens of a prompt as a checkpoint holds them, (tokens, width), on the CPU."""
-    if name not in peft_model.peft_config:
-        raise AdapterNameError(f"Adapter {name} not found; this model has {sorted(peft_model.peft_config)}.")
-    return prompt_state(peft_model, name)[EMBEDDINGS]
-
-
-def load_prompt_state_dict(
-    peft_model: Any, name: str, tensors: Mapping[str, Tensor], strict: bool, ignore: bool = False
-) -> Any:
-    """Write a checkpoint's tensors into a prompt. Raises `CheckpointError`, and writes nothing, if they do not fit."""
-    prompt = peft_model.prompt_encoder[name]
-    names = PlainNames(peft_model.base_model)
-    boxes = [
-        (names(live), wrapper.modules_to_save[name])
-        for _, live, wrapper in adapted(peft_model.base_model)
-        if name in wrapper.modules_to_save
-    ]
-    rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-    tensors = state.incoming(tensors)
-    with onload(prompt, *(module for _, module in boxes), keep=True):
-        return _load(peft_model.base_model, prompt, rows, name, boxes, tensors, strict, ignore)
 
 
 def _load(
@@ -496,12 +671,9 @@ def _load(
     with torch.no_grad():
         held = prompt.saved(rows)
     entries = [state.Entry(key, f"prompt_encoder.{name}", held, key) for key in held]
-    beside: list[state.Entry] = []
-    for live, module in copies:
-        live = f"base_model.{live}"
-        beside += state.entries_of_module(module, live, f"{live}.modules_to_save.{name}")
+    beside = list(checkpoint.entries_of_copies(copies, base, name, PREFIX))
     tensors = state.fitted(entries + beside, tensors)
-    frozen, again = checkpoint.base_entries(base, tensors, entries + beside, "base_model.")
+    frozen, again = checkpoint.base_entries(base, tensors, entries + beside, PREFIX)
     beside += frozen
     report = state.check(entries + beside, tensors, again, strict, ignore=ignore)
     given = {state.strip(key): tensor for key, tensor in tensors.items()}
@@ -513,44 +685,6 @@ def _load(
 
 
 # ----------------------------------------------------------------------------------------------------------- prompts
-def get_prompt(
-    peft_model: Any, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
-) -> Any:
-    """The prompt of the active adapter for a batch: embeddings (batch, tokens, dim), or past key values.
-
-    `max_cache_len` is not needed: the cache grows. In a mixed batch every sample has the prompt of its own adapter.
-    """
-    config = peft_model.active_peft_config
-    virtual = _virtual_tokens(peft_model, batch_size, task_ids)
-    if not PROMPTS[config.peft_type].gives_cache:
-        return virtual
-    dtype = peft_model.base_model_torch_dtype or _dtype(peft_model.base_model)
-    return as_cache(peft_model.base_model, virtual.to(dtype), config)
-
-
-def _virtual_tokens(peft_model: Any, batch_size: int, task_ids: Tensor | None) -> Tensor:
-    def of(name: str, count: int, tasks: Tensor | None) -> Tensor:
-        prompt = peft_model.prompt_encoder[name]
-        rows = _rows(prompt, peft_model.prompt_tokens[name], peft_model.peft_config[name])
-        if prompt.by_task and tasks is None:
-            raise BatchError("This prompt differs by task: `task_ids` must be given, one number for each sample.")
-        with loaded(prompt):
-            if prompt.by_task and tasks is not None:
-                return prompt(rows.expand(count, -1), tasks.to(rows.device))
-            return prompt(rows).expand(count, -1, -1)  # (batch, tokens, width)
-
-    groups = peft_model.prompt_context.now.groups(batch_size, None)
-    if groups is None:
-        return of(peft_model.active_adapters[0], batch_size, task_ids)
-    parts, order = [], []
-    for name, samples in groups.items():
-        parts.append(of(name, len(samples), None if task_ids is None else task_ids[samples]))
-        order += samples
-    if len({part.shape[1:] for part in parts}) > 1:
-        raise BatchError(f"Prompts of {sorted(groups)} differ in length, so they cannot stand in one batch.")
-    return torch.cat(parts)[torch.tensor(order, device=parts[0].device).argsort()]
-
-
 def as_cache(base: nn.Module, virtual: Tensor, config: Any) -> Any:
     """Keys and values in the form that a model takes, from virtual tokens (batch, tokens, 2 * layers * dim)."""
     layers, heads, step = config.num_layers, config.num_attention_heads, 2 * config.num_transformer_submodules
@@ -597,104 +731,17 @@ def _uneven_cache(cache: Any, pairs: list[tuple[Tensor, Tensor]], text: Any) -> 
 
 
 # ----------------------------------------------------------------------------------------------------------- joining
-@contextmanager
-def mixed(peft_model: Any, adapter_names: Sequence[str] | None) -> Iterator[None]:
-    """While it is open, `adapter_names` gives every sample of the batch its prompt."""
-    if adapter_names is None:
-        yield
-        return
-    if peft_model.training:
-        raise BatchError("Cannot pass `adapter_names` when the model is in training mode.")
-    if BASE in adapter_names:
-        raise BatchError(f"'{BASE}' cannot stand in a batch with prompts: without one a sample is shorter.")
-    if unknown := sorted(set(adapter_names) - set(peft_model.peft_config)):
-        raise BatchError(f"Trying to infer with non-existing adapter(s): {', '.join(map(str, unknown))}")
-    with peft_model.prompt_context.telling(adapter_names=list(adapter_names)):
-        yield
-
-
-def telling(peft_model: Any, args: tuple, kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
-    """Nothing: a prompt's own forward tells what its call says of each sample."""
-    return nullcontext()
-
-
-def forward(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's forward with the active prompt, or without any when prompts are off."""
-    if peft_model.has_active_enabled_adapter:
-        return joined(peft_model, *args, **kwargs)
-    own = {k: v for k, v in kwargs.items() if k not in peft_model.special_peft_forward_args}
-    return peft_model.base_model(*args, **own)
-
-
-def generate(peft_model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The model's `generate` when prompts are off; the task classes generate with a prompt."""
-    if peft_model.has_active_enabled_adapter:
-        raise UnsupportedFeatureError("To generate with a prompt, set task_type to 'CAUSAL_LM' or 'SEQ_2_SEQ_LM'.")
-    own = {k: v for k, v in kwargs.items() if k not in peft_model.special_peft_forward_args}
-    return peft_model.base_model.generate(*args, **own)
-
-
-def supports_lora_conversion(peft_model: Any) -> bool:
-    """Never."""
-    return False
-
-
-def joined(
-    peft_model: Any,
-    input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
-    inputs_embeds: Tensor | None = None,
-    labels: Tensor | None = None,
-    task_ids: Tensor | None = None,
-    adapter_names: Sequence[str] | None = None,
-    **kwargs: Any,
-) -> Any:
-    """The model's forward with the active prompt. Raises `BatchError` for inputs that it cannot be joined to."""
-    config, joins = peft_model.active_peft_config, peft_model._joins
-    prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
-    shown = inputs_embeds if input_ids is None else input_ids
-    if shown is None:
-        raise BatchError("A prompt needs an input to stand in front of: give `input_ids` or `inputs_embeds`.")
-    count, tokens = len(shown), config.num_virtual_tokens
-    own = {key: kwargs.pop(key) for key in prompt.own_inputs if key in kwargs}
-    inputs = {**kwargs, "attention_mask": attention_mask, "labels": labels}
-    _positions(inputs, prompt, tokens, joins.token_types)
-    with mixed(peft_model, adapter_names):
-        virtual = peft_model.get_prompt(count, task_ids)
-        if prompt.gives_cache:
-            mask = "decoder_attention_mask" if joins.decoder else "attention_mask"
-            inputs[mask] = pad_mask(inputs.get(mask), tokens)
-            inputs.update(input_ids=input_ids, inputs_embeds=inputs_embeds, past_key_values=virtual)
-        else:
-            inputs["inputs_embeds"] = in_front(virtual[:, :tokens], _embedded(peft_model, input_ids, inputs_embeds))
-            inputs["attention_mask"] = pad_mask(attention_mask, tokens)
-            if (types := inputs.get("token_type_ids")) is not None:
-                inputs["token_type_ids"] = torch.cat([types.new_zeros(count, tokens), types], dim=1)
-            if joins.decoder:
-                if prompt.before_decoder and config.num_transformer_submodules == 2:
-                    _join_decoder(peft_model, prompt, inputs, virtual[:, tokens:])
-            elif joins.labels and labels is not None:
-                inputs["labels"] = prompt.pad_labels(labels, tokens, own)
-        inputs = {key: value for key, value in inputs.items() if value is not None}
-        if prompt.gives_cache and joins.head:
-            return peft_model._with_head(inputs)
-        output = peft_model.prompt_context.keep_for_backward(peft_model.base_model(**inputs))
-        return prompt.finish(output, inputs.get("labels"), own)
-
-
-def _positions(inputs: dict[str, Any], prompt: Prompt, tokens: int, token_types: bool, warn: bool = True) -> None:
+def _positions(inputs: dict[str, Any], prompt: Prompt, tokens: int, token_types: bool) -> None:
     """Positions count from the prompt on where the model takes them; token types stay where it may read them."""
     if inputs.get("position_ids") is not None:
         if prompt.gives_cache:
             inputs["position_ids"] = inputs["position_ids"] + tokens
         else:
             del inputs["position_ids"]
-            if warn:
-                warnings.warn("Position ids are not supported for this prompt. Ignoring position ids.", PeftWarning)
+            warnings.warn("Position ids are not supported for this prompt. Ignoring position ids.", PeftWarning)
     if not token_types and inputs.get("token_type_ids") is not None:
         del inputs["token_type_ids"]
-        if warn:
-            warnings.warn("Token type ids are not supported for this task. Ignoring token type ids.", PeftWarning)
+        warnings.warn("Token type ids are not supported for this task. Ignoring token type ids.", PeftWarning)
 
 
 def pad_mask(mask: Tensor | None, tokens: int) -> Tensor | None:
@@ -706,32 +753,14 @@ def pad_mask(mask: Tensor | None, tokens: int) -> Tensor | None:
     return torch.cat([mask.new_ones(len(mask), tokens), mask], dim=1)
 
 
+def pad_labels(labels: Tensor, tokens: int) -> Tensor:
+    """Labels (batch, tokens + length), of which those of the prompt do not count."""
+    return torch.cat([labels.new_full((len(labels), tokens), IGNORED), labels], dim=1)
+
+
 def in_front(virtual: Tensor, embeds: Tensor) -> Tensor:
     """Embeddings (batch, tokens + length, dim) of the prompt and the input."""
     return torch.cat([virtual.to(embeds), embeds], dim=1)
-
-
-def _embedded(peft_model: Any, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-    if inputs_embeds is not None:
-        return inputs_embeds
-    if "word_embeddings" not in peft_model._modules:
-        raise BatchError("The model has no word embedding that was found; give `inputs_embeds`.")
-    return peft_model.word_embeddings(input_ids)
-
-
-def _join_decoder(peft_model: Any, prompt: Prompt, inputs: dict[str, Any], virtual: Tensor) -> None:
-    """The second half of the prompt, in front of the decoder's input."""
-    ids, embeds, labels = inputs.pop("decoder_input_ids", None), inputs.get("decoder_inputs_embeds"), inputs["labels"]
-    if ids is None and embeds is None:
-        if labels is None:
-            raise BatchError("Give `labels`, `decoder_input_ids` or `decoder_inputs_embeds`.")
-        config = peft_model.base_model.config
-        ids = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
-    tokens = virtual.shape[1]
-    inputs["decoder_inputs_embeds"] = in_front(virtual, _embedded(peft_model, ids, embeds))
-    inputs["decoder_attention_mask"] = pad_mask(inputs.get("decoder_attention_mask"), tokens)
-    if labels is not None:
-        inputs["labels"] = prompt.pad_labels(labels, tokens, {})
 
 
 # -------------------------------------------------------------------------------------------------------- generating
@@ -753,55 +782,9 @@ def cached_tokens(cache: Any) -> int:
     return cache[0][0].shape[-2] if isinstance(cache, (tuple, list)) else int(cache.get_seq_length())
 
 
-def prepare_generation(
-    peft_model: Any, inputs: dict[str, Any], mask: Tensor | None = None, task_ids: Tensor | None = None
-) -> dict[str, Any]:
-    """Join the active prompt to what a decoder's `prepare_inputs_for_generation` gave for one step.
-
-    `mask` is the attention mask (batch, all tokens so far) without the prompt. The prompt itself goes in as long as
-    the cache is empty.
-    """
-    tokens = peft_model.active_peft_config.num_virtual_tokens
-    prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
-    past = cached_tokens(inputs.get("past_key_values"))
-    ids: Any = inputs.get("input_ids")
-    embeds: Any = inputs.get("inputs_embeds")
-    if past and ids is not None and past >= ids.shape[1]:
-        inputs["input_ids"] = ids = ids[:, -1:]
-    made = inputs.pop("attention_mask", None)  # for caches of fixed size a model makes its own, which lack the prompt
-    mask = made if mask is None and isinstance(made, Tensor) and made.dim() == 2 else mask
-    if mask is not None:
-        inputs["attention_mask"] = pad_mask(mask, tokens)
-        _warn_of_window(peft_model, mask, tokens, first=past == 0)
-    inputs.pop("token_type_ids", None)
-    positions = inputs.get("position_ids")
-    if positions is not None:
-        positions = positions + tokens
-        inputs["position_ids"] = positions if ids is None else positions[..., -ids.shape[1] :]
-    steps = inputs.pop("cache_position", None)  # of transformers before 5; a model finds it itself
-    if steps is not None and prompt.gives_cache:
-        inputs["cache_position"] = steps if past else steps + tokens
-    if past == 0:
-        count = len(embeds if ids is None else ids)
-        virtual = peft_model.get_prompt(count, task_ids)
-        if prompt.gives_cache:
-            inputs["past_key_values"] = virtual
-        else:
-            inputs["inputs_embeds"] = in_front(virtual[:, :tokens], _embedded(peft_model, ids, embeds))
-            inputs["input_ids"] = None
-            if positions is not None:  # those of the input leave out its padding; the prompt stands before that too
-                first = torch.arange(tokens, device=positions.device).expand(*positions.shape[:-1], tokens)
-                inputs["position_ids"] = torch.cat([first, inputs["position_ids"]], dim=-1)
-            if getattr(inputs.get("past_key_values"), "is_compileable", False):  # of fixed size: no room for the prompt
-                from transformers import DynamicCache
-
-                inputs["past_key_values"] = DynamicCache(config=peft_model.base_model.config.get_text_config())
-    return inputs
-
-
-def _warn_of_window(peft_model: Any, mask: Tensor, tokens: int, first: bool) -> None:
+def _warn_of_window(base: Any, mask: Tensor, tokens: int, first: bool) -> None:
     """Say once that padding, which stands between prompt and input, takes room in a sliding window of attention."""
-    config: Any = getattr(peft_model.base_model, "config", None)
+    config: Any = getattr(base, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     window, length = getattr(text, "sliding_window", None), tokens + mask.shape[1]
     if window and length > window and (first or length == window + 1) and not mask.bool().all():
@@ -810,33 +793,3 @@ def _warn_of_window(peft_model: Any, mask: Tensor, tokens: int, first: bool) -> 
             "of its prompt than it would alone.",
             PeftWarning,
         )
-
-
-def prepare_encoder(peft_model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of an encoder-decoder's `generate`, with embeddings of the active prompt before the input."""
-    tokens = peft_model.active_peft_config.num_virtual_tokens
-    prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
-    kwargs = dict(kwargs)
-    ids: Any = kwargs.get("input_ids")
-    embeds: Any = kwargs.get("inputs_embeds")
-    if ids is None and embeds is None:
-        raise BatchError("`generate` with a prompt needs `input_ids` or `inputs_embeds`.")
-    _positions(kwargs, prompt, tokens, token_types=False)
-    if prompt.gives_cache:
-        return kwargs
-    if kwargs.pop("encoder_outputs", None) is not None:
-        warnings.warn("`encoder_outputs` are ignored: the encoder has to read the prompt.", PeftWarning)
-    virtual = peft_model.get_prompt(len(embeds if ids is None else ids), kwargs.pop("task_ids", None))
-    kwargs.pop("input_ids", None)
-    kwargs["inputs_embeds"] = in_front(virtual[:, :tokens], _embedded(peft_model, ids, embeds))
-    if kwargs.get("attention_mask") is not None:
-        kwargs["attention_mask"] = pad_mask(kwargs["attention_mask"], tokens)
-    return kwargs
-
-
-def prepare_decoder(peft_model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Put the active prompt into the empty cache of an encoder-decoder's first step, if it gives a cache."""
-    prompt = peft_model.prompt_encoder[peft_model.active_adapters[0]]
-    if prompt.gives_cache and not cached_tokens(inputs.get("past_key_values")):
-        inputs["past_key_values"] = peft_model.get_prompt(len(inputs["decoder_input_ids"]))
-    return inputs

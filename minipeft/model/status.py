@@ -63,13 +63,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def print_parameters(model: Any) -> None:
-    """Print how many parameters `model.get_nb_trainable_parameters()` says train, of how many."""
-    trainable, total = model.get_nb_trainable_parameters()
-    share = 100 * trainable / total if total else 0.0
-    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
-
-
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """One record for each adapted layer of a PeftModel, or of a model with injected adapters.
 

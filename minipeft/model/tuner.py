@@ -127,10 +127,8 @@ class BaseTuner(Tuner):
                 parameter.data = other.to(parameter)  # the model may have moved since
             self.biases_on = on
 
-    def trained_bias(self, key: str) -> Tensor | None:
+    def trained_bias(self, key: str) -> Tensor:
         """The trained values of a bias, in use or not."""
-        if key not in self.biases:
-            return None
         parameter, other = self.biases[key]
         return parameter.data if self.biases_on else other
 

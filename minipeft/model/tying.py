@@ -15,12 +15,11 @@ import torch
 from torch import nn
 
 from ..core.errors import ConfigError, PeftWarning
-from ..core.kinds import base_of
 from ..core.layer import Layer
-from ..core.offload import hooked, onload, real_copy
+from ..core.offload import hooked, onload
 from ..core.targets import EMBEDDINGS, embedding, named, suffixes
 from ..core.walk import walk
-from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper
+from .wrappers import ModulesToSaveWrapper, TrainableTokensWrapper, trained_copy
 
 
 def input_embedding(model: nn.Module) -> tuple[str | None, nn.Module | None]:
@@ -150,9 +149,7 @@ class Ties:
         sources = {live: copied for live, _, copied in plan.copies}
         for path in self.modules:
             live, module = at[path]
-            original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-            ModulesToSaveWrapper.check(original)
-            copied = real_copy(original)
+            copied = trained_copy(module)
             plan.copies.append((live, module, copied))
             self.copies.append((copied, sources[at[self.embedding or ""][0]]))
 
@@ -191,16 +188,11 @@ class Ties:
         for path in self.rows:
             if named(path, {save} if isinstance(save, str) else set(save)):
                 continue  # it is trained in full, for itself
-            live, module = at[path]
-            joins = module.token_adapter if isinstance(module, TrainableTokensWrapper) else None
-            inside = joins.base_layer if joins is not None else module
-            base = joins.base if joins is not None else base_of(module)
-            if base is None or isinstance(module, Layer) or live in {new for new, *_ in plan.new}:
+            scratch = plan.rows_of(path, *at[path], cls, config_of(source.token_indices))
+            if scratch is None:
                 why = "do not target it, nor train it in full with another adapter"
                 raise ConfigError(f"'{path}' is tied to the embedding of `trainable_token_indices`; {why}.")
-            scratch = plan.scratch(inside, base, path, cls, config_of(source.token_indices))
             scratch.tied = True
-            plan.tokens.append((live, scratch, joins))
             self._pair(scratch.adapters[plan.name], source)
 
     def commit(self) -> None:

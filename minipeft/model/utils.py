@@ -33,6 +33,14 @@ def require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
     output.requires_grad_(True)
 
 
+def require_input_grads(model: Any) -> None:
+    """Let gradients begin at the output of the word embedding, where a model has one."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    elif (words := embedding(model)) is not None:
+        words.register_forward_hook(require_grad)
+
+
 @inference_mode_off()
 def prepare_model_for_kbit_training(
     model: Any,
@@ -61,10 +69,7 @@ def prepare_model_for_kbit_training(
         return model
     options = gradient_checkpointing_kwargs or {}
     if options.get("use_reentrant", True):
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()
-        elif (words := embedding(model)) is not None:
-            words.register_forward_hook(require_grad)
+        require_input_grads(model)
     takes_options = "gradient_checkpointing_kwargs" in inspect.signature(model.gradient_checkpointing_enable).parameters
     if takes_options:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..core.batch import run_groups
 from ..core.errors import BatchError, UnsupportedLayerError
-from ..core.layer import Context, HoldsAdapters, Layer, named_input
-from ..core.offload import HOOKS
-from ..core.walk import Wrapper
+from ..core.layer import Context, HoldsAdapters, Layer, adapted, named_input
+from ..core.offload import HOOKS, real_copy
+from ..core.targets import check_saved, saves
+from ..core.walk import Wrapper, other_names, walk
 
 SWITCHES = {  # what a wrapper around tokens has of the layer in it
     *("active_adapter", "active_adapters", "disable_adapters"),
@@ -135,6 +136,45 @@ class ModulesToSaveWrapper(HoldsAdapters, Wrapper):
         if adapter_name not in self.modules_to_save:
             return {}
         return {key: f"modules_to_save.{adapter_name}.{key}" for key in self.modules_to_save[adapter_name].state_dict()}
+
+
+def copied_modules(
+    model: nn.Module, config: Any, loading: bool, targets: Iterable[str] = ()
+) -> list[tuple[str, nn.Module, nn.Module]]:
+    """(live path, module there now, its trained copy) of every module that a configuration's `modules_to_save` means.
+
+    `targets`: live paths of layers that the same adapter is to be put on. `loading` as for `check_saved`.
+    """
+    names = getattr(config, "modules_to_save", None)
+    names = {names} if isinstance(names, str) else set(names or ())
+    found: list[tuple[str, nn.Module, nn.Module]] = []
+    taken: list[str] = []
+    paths: list[str] = []
+    for path, live, module in walk(model) if names else ():
+        paths.append(path)
+        if path and saves(path, names) and not any(path == t or path.startswith(f"{t}.") for t in taken):
+            taken.append(path)
+            if inside := next((a for a in targets if a == live or a.startswith(f"{live}.")), None):
+                raise UnsupportedLayerError(
+                    f"'{inside}' would be adapted, and saved whole as part of '{path}', which ends as one of "
+                    f"modules_to_save does: {sorted(names)}. Leave it out by exclude_modules."
+                )
+            found.append((live, module, trained_copy(module)))
+    check_saved(names, paths, taken, lambda: other_names(model), loading)
+    return found
+
+
+def trained_copy(module: nn.Module) -> Any:
+    """A copy of a module, which may be wrapped already. Raises `UnsupportedLayerError` as the wrapper does."""
+    original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    ModulesToSaveWrapper.check(original)
+    return real_copy(original)
+
+
+def copies_in(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """(live path, copy) of every module that adapter `name` trains in full."""
+    wrappers = [(live, m) for _, live, m in adapted(model) if isinstance(m, ModulesToSaveWrapper)]
+    return [(live, wrapper.modules_to_save[name]) for live, wrapper in wrappers if name in wrapper.modules_to_save]
 
 
 class TrainableTokensWrapper(Wrapper):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ...core.config import PromptLearningConfig
 from ...core.errors import ConfigError
-from ...model.prompt import EMBEDDINGS, Prompt, check_embeddings
+from ...model.prompt import EMBEDDINGS, Prefix
 
 
 @dataclass
@@ -35,10 +35,8 @@ class CartridgeConfig(PromptLearningConfig, method="CARTRIDGE"):
             raise ConfigError(f"`num_frozen_tokens` must be between 0 and {most}, got {self.num_frozen_tokens}.")
 
 
-class CartridgeEncoder(Prompt, config=CartridgeConfig):
+class CartridgeEncoder(Prefix, config=CartridgeConfig):
     """Keys and values of all layers for each virtual token, held as they are."""
-
-    gives_cache = True
 
     def __init__(self, config: Any):
         super().__init__()
@@ -72,13 +70,7 @@ class CartridgeEncoder(Prompt, config=CartridgeConfig):
         return self.weight.expand(len(prefix_tokens), -1, -1)  # (batch, tokens, layers * 2 * dim)
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self.load_prompt_embeddings(tensors[EMBEDDINGS])
-
-    def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """Take over keys and values (tokens, layers * 2 * dim). Raises `ConfigError` when they do not fit."""
-        wanted = (self.num_frozen_tokens + self.num_trainable_tokens, self.trainable_embedding.shape[1])
-        check_embeddings(prompt_embeddings, wanted)
         with torch.no_grad():
             if self.frozen_embedding is not None:
-                self.frozen_embedding.copy_(prompt_embeddings[: self.num_frozen_tokens])
-            self.trainable_embedding.copy_(prompt_embeddings[self.num_frozen_tokens :])
+                self.frozen_embedding.copy_(tensors[EMBEDDINGS][: self.num_frozen_tokens])
+            self.trainable_embedding.copy_(tensors[EMBEDDINGS][self.num_frozen_tokens :])

@@ -62,7 +62,6 @@ class CPTEmbedding(Prompt, config=CPTConfig):
     """The embeddings of examples, and a bounded change of them."""
 
     reads_words = True
-    own_inputs = ("input_type_mask",)
 
     def __init__(self, config: Any, word_embeddings: Any):
         super().__init__()
@@ -106,12 +105,12 @@ class CPTEmbedding(Prompt, config=CPTConfig):
             self.embedding.weight.copy_(tensors[EMBEDDINGS])
             self.delta_embedding.weight.zero_()
 
-    def pad_labels(self, labels: Tensor, tokens: int, own: dict[str, Any]) -> Tensor:
-        joined, own["types"] = joined_labels(labels, own.get("input_type_mask"), self.config)
-        return joined
-
-    def finish(self, output: Any, labels: Tensor | None, own: dict[str, Any]) -> Any:
-        return output if labels is None else self.calculate_loss(output, labels, own["types"], self.config)
+    def run(self, model: Any, inputs: dict[str, Any], unlabelled: int) -> Any:
+        types, labels = inputs.pop("input_type_mask", None), inputs.get("labels")
+        if labels is None:
+            return model(**inputs)
+        inputs["labels"], types = joined_labels(labels, types, self.config)
+        return self.calculate_loss(model(**inputs), inputs["labels"], types, self.config)
 
     @staticmethod
     def calculate_loss(base_model_output: Any, labels: Tensor, cpt_type_mask: Tensor, config: Any) -> Any:

@@ -48,10 +48,6 @@ class MultitaskPromptTuningConfig(PromptTuningConfig, method="MULTITASK_PROMPT_T
     num_ranks: Positive = 1
     num_tasks: Positive = 1
 
-    @classmethod
-    def _inits(cls) -> type[enum.Enum]:
-        return MultitaskPromptTuningInit
-
 
 class MultitaskPromptEmbedding(Begun, config=MultitaskPromptTuningConfig):
     """Virtual tokens of all tasks, and for each task a matrix of low rank that scales them."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...core.config import Count, Positive, PromptLearningConfig, Share, _member
+from ...core.config import Count, Positive, PromptLearningConfig, Share
 from ...core.errors import PeftWarning
 from ...model.prompt import Prompt
 
@@ -35,13 +35,6 @@ class PromptEncoderConfig(PromptLearningConfig, method="P_TUNING", optional=("en
     encoder_hidden_size: Positive | None = None  # default: token_dim
     encoder_num_layers: Count = 2  # of the LSTM
     encoder_dropout: Share = 0.0  # of the LSTM
-
-    def __post_init__(self):
-        super().__post_init__()
-        kind = self.encoder_reparameterization_type
-        self.encoder_reparameterization_type = _member(
-            PromptEncoderReparameterizationType, kind, "encoder_reparameterization_type"
-        )
 
 
 class PromptEncoder(Prompt, config=PromptEncoderConfig):

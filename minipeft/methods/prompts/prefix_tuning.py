@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...core.config import PromptLearningConfig
 from ...core.errors import ConfigError
-from ...model.prompt import EMBEDDINGS, Prompt, check_embeddings
+from ...model.prompt import Prefix
 
 
 @dataclass
@@ -27,10 +27,8 @@ class PrefixTuningConfig(PromptLearningConfig, method="PREFIX_TUNING"):
     prefix_projection: bool = False  # P = MLP(E) while training, P alone is saved
 
 
-class PrefixEncoder(Prompt, config=PrefixTuningConfig):
+class PrefixEncoder(Prefix, config=PrefixTuningConfig):
     """Keys and values of all layers for each virtual token."""
-
-    gives_cache = True
 
     def __init__(self, config: Any):
         super().__init__()
@@ -55,8 +53,6 @@ class PrefixEncoder(Prompt, config=PrefixTuningConfig):
         return self.transform(tokens) if self.computed else tokens  # (batch, tokens, layers * 2 * dim)
 
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """Take over keys and values (tokens, layers * 2 * dim). Raises `ConfigError` when they do not fit."""
         if self.prefix_projection:
             raise ConfigError("Cannot load flattened prompt embeddings when `prefix_projection=True`.")
-        check_embeddings(prompt_embeddings, tuple(self.embedding.weight.shape))
-        self.load({EMBEDDINGS: prompt_embeddings})
+        super().load_prompt_embeddings(prompt_embeddings)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.config import PromptLearningConfig, _member
+from ...core.config import PromptLearningConfig
 from ...core.errors import ConfigError
 from ...model.prompt import Prompt
 from .words import text_ids, word_vectors
@@ -40,17 +40,12 @@ class PromptTuningConfig(PromptLearningConfig, method="PROMPT_TUNING", optional=
 
     def __post_init__(self):
         super().__post_init__()
-        self.prompt_tuning_init = _member(self._inits(), self.prompt_tuning_init, "prompt_tuning_init")
         text = self.prompt_tuning_init == "TEXT"
         for name in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
             if text and not getattr(self, name):
                 raise ConfigError(f"When prompt_tuning_init='TEXT', {name} can't be {getattr(self, name)!r}.")
         if self.tokenizer_kwargs and not text:
             raise ConfigError("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
-
-    @classmethod
-    def _inits(cls) -> type[enum.Enum]:
-        return PromptTuningInit
 
 
 class Begun(Prompt):

@@ -16,12 +16,21 @@ from torch.nn import functional as F
 from ...core.errors import BatchError, CheckpointError, ConfigError, PeftError, UnsupportedFeatureError, shown
 from ...core.plan import of_transformers
 from ...model.prompt import takes
-from ...model.tasks import Output
 
 BLOCKS = ("layers", "h", "single_transformer_blocks", "transformer_blocks")  # names of a list of blocks
 DEPTH, WIDTH = ("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model")
 HEADS, INNER = ("num_attention_heads", "n_head", "num_heads"), ("intermediate_size", "ffn_dim", "n_inner")
 PROJECTED = "causal_lm_with_hidden_projection"  # the model type of a checkpoint that brings its projection along
+
+
+class Output(dict):
+    """What a model returns that is not of transformers: names and values, the values as attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 # ------------------------------------------------------------------------------------------------------- base models

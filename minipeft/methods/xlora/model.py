@@ -13,7 +13,6 @@ Gradient checkpointing needs `use_reentrant=False`.
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -38,6 +37,7 @@ from ...core.layer import layers
 from ...core.plan import check_adapter_name, model_config
 from ...core.state import Entry, check, entries_of_module, fill, fitted, incoming, load_peft_weights, strip
 from ...model.checkpoint import base_entries
+from ...model.prompt import takes
 from ...model.tuner import BaseTuner
 from .classifier import XLoraClassifier
 
@@ -149,7 +149,7 @@ class XLoraModel(BaseTuner, method="XLORA"):
         if kwargs.get("past_key_values") is not None:
             raise BatchError("X-LoRA runs the model twice, so it cannot go on from a cache; pass use_cache=False.")
         classifier = self.internal_xlora_classifier
-        more = {"output_hidden_states": True} | ({"return_dict": True} if accepts(model, "return_dict") else {})
+        more = {"output_hidden_states": True} | ({"return_dict": True} if takes(model, "return_dict", True) else {})
         now.scalings = classifier.weights(classifier.constant())
         with torch.no_grad():
             output = model.forward(*args, **{**kwargs, **more})
@@ -328,7 +328,7 @@ def check_model(model: nn.Module) -> None:
     """Raise `ConfigError` unless a model can be run for its hidden states, without a cache."""
     if model_config(model).get("use_cache"):
         raise ConfigError("`use_cache` must be False in the model's config: X-LoRA runs the model twice.")
-    if not accepts(model, "output_hidden_states"):
+    if not takes(model, "output_hidden_states", further=True):
         raise ConfigError(f"X-LoRA needs a model that takes `output_hidden_states`; {type(model).__name__} does not.")
 
 
@@ -336,12 +336,6 @@ def check_top_k(value: Any, count: int) -> None:
     """Raise `ConfigError` unless so many of `count` adapters can be chosen."""
     if value is not None and not (isinstance(value, int) and 1 <= value <= count):
         raise ConfigError(f"`top_k_lora` must be None or from 1 to {count}, the number of adapters; got {value}.")
-
-
-def accepts(model: nn.Module, name: str) -> bool:
-    """Whether a model's forward takes an argument of that name, be it among further ones."""
-    parameters = inspect.signature(model.forward).parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def entries_of(classifier: nn.Module, prefix: str = "base_model.") -> Iterator[Entry]:
