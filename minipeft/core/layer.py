@@ -39,12 +39,53 @@ def named_input(module: nn.Module, kwargs: dict[str, Any]) -> str:
 
 
 class HoldsAdapters:
-    """What holds adapters: a layer, or a module trained in full. Other code reads off it which of them are on."""
+    """What holds adapters, a layer or a module trained in full: which of them are on, and which are trained.
+
+    A class gives `_train`.
+    """
 
     one_at_a_time = False  # True: only one of its adapters can be active
     adapters: Any  # by name
+    trained: set[str]  # names of the adapters that are trainable
+    paused: set[str]  # names of those that will be when adapters are switched on again
     _active_adapter: list[str]
     _disable_adapters: bool
+
+    def _train(self, name: str, on: bool) -> None:
+        """Make the tensors of adapter `name` trainable, or freeze them, and note that in `trained`."""
+        raise NotImplementedError
+
+    def _train_only(self, names: Collection[str]) -> None:
+        """Train the adapters in `names` and freeze the others; only those whose state changes are touched."""
+        for name in self.trained - set(names):
+            self._train(name, False)
+        for name in names:
+            if name in self.adapters:
+                self._train(name, True)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make `adapter_names` active and (unless `inference_mode`) trainable, and freeze all others."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self.paused = set(() if inference_mode else names)
+        self._train_only(self.paused)
+        self._active_adapter = names
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters off, with all frozen, or on again, with those trainable that were before.
+
+        When they are on already, the active ones become trainable.
+        """
+        off, self._disable_adapters = self._disable_adapters, not enabled
+        if not (enabled or off):
+            self.paused = set(self.trained)
+        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make adapters trainable, or freeze them, without activating them."""
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            if name in self.adapters:
+                self._train(name, requires_grad)
+                (self.paused.add if requires_grad else self.paused.discard)(name)
 
     @property
     def active_adapters(self) -> list[str]:
@@ -76,8 +117,6 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     method: str
     context: Context
     adapters: dict[str, Adapter]
-    trained: set[str]
-    paused: set[str]
     merged_adapters: list[str]
     folded: list[Adapter]
     fingerprints: list[Any]
@@ -97,8 +136,8 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             method=method,
             context=context or Context(),
             adapters={},
-            trained=set(),  # names of the adapters that are trainable
-            paused=set(),  # names of those that will be when adapters are switched on again
+            trained=set(),
+            paused=set(),
             merged_adapters=[],
             folded=[],  # of the innermost layer: what its weights hold, in order
             fingerprints=[],  # and what each of those was when it was merged
@@ -496,42 +535,15 @@ class Layer(HoldsAdapters, Slots, Wrapper):
 
     # -------------------------------------------------------------------------------------------- which adapters run
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make `adapter_names` active and (unless `inference_mode`) trainable, and freeze all others."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if self.merged_adapters:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", PeftWarning)
             self.unmerge()
-        self.paused = set(() if inference_mode else names)
-        self._train_only(self.paused)
-        self._active_adapter = names
+        super().set_adapter(adapter_names, inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Switch all adapters off, with all frozen, or on again, with those trainable that were before.
-
-        When they are on already, the active ones become trainable. Merged ones are unmerged before they are off: other
-        modules may read the weights, without this layer being called.
-        """
-        if not enabled and self.merged_adapters:
+        if not enabled and self.merged_adapters:  # other modules may read the weights, without this layer being called
             self.unmerge()
-        off, self._disable_adapters = self._disable_adapters, not enabled
-        if not (enabled or off):
-            self.paused = set(self.trained)
-        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make adapters trainable, or freeze them, without activating them."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.adapters:
-                self._train(name, requires_grad)
-                (self.paused.add if requires_grad else self.paused.discard)(name)
-
-    def _train_only(self, names: Collection[str]) -> None:
-        """Train the adapters in `names` and freeze the others; only those whose state changes are touched."""
-        for name in self.trained - set(names):
-            self._train(name, False)
-        for name in names:
-            if name in self.adapters:
-                self._train(name, True)
+        super().enable_adapters(enabled)
 
     def _train(self, name: str, on: bool) -> None:
         adapter = self.adapters[name]

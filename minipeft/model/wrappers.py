@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,9 +35,8 @@ class ModulesToSaveWrapper(HoldsAdapters, Wrapper):
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
         self.context = context or Context()
-        self.trained: set[str] = set()  # names of the copies that are trainable
-        self.paused: set[str] = set()  # names of those that will be when they are switched on again
-        self._active_adapter: list[str] = []
+        self.trained, self.paused = set(), set()
+        self._active_adapter = []
         self._disable_adapters = False
 
     @staticmethod
@@ -94,34 +93,18 @@ class ModulesToSaveWrapper(HoldsAdapters, Wrapper):
         here = [n for n in names if n in self.modules_to_save]
         if len(here) > 1:
             raise ValueError(f"Only one adapter can be set at a time for modules_to_save, got {here}.")
-        self.paused = set(() if inference_mode else here)
-        self._train_only(self.paused)
-        self._active_adapter = here
+        super().set_adapter(here, inference_mode)
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Use the original, with all copies frozen, or again the active copy, trainable if it was before."""
-        off, self._disable_adapters = self._disable_adapters, not enabled
-        if not (enabled or off):
-            self.paused = self.trained
-        self._train_only((self.paused if off else self._active_adapter) if enabled else ())
-
-    def _train_only(self, names: Collection[str]) -> None:
-        for name, module in self.modules_to_save.items():
-            module.requires_grad_(name in names)
-        self.trained = set(names)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make copies trainable, or freeze them."""
-        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
-            if name in self.modules_to_save:
-                self.modules_to_save[name].requires_grad_(requires_grad)
-                for names in (self.trained, self.paused):
-                    (names.add if requires_grad else names.discard)(name)
+    def _train(self, name: str, on: bool) -> None:
+        self.modules_to_save[name].requires_grad_(on)
+        (self.trained.add if on else self.trained.discard)(name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's copy."""
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
+            self.trained.discard(adapter_name)
+            self.paused.discard(adapter_name)
             self._active_adapter = [n for n in self._active_adapter if n != adapter_name]
 
     def unwrapped(self, names: list[str]) -> nn.Module:
