@@ -21,9 +21,9 @@ Shapes: W is (out, in) or (out, in / groups, *kernel) or, for an embedding, (dim
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .layer import Layer
     from .state import Entry
 
+Rows = Callable[[slice], Tensor]  # gives the rows of a matrix that a slice says
 ADAPTERS: dict[PeftType, list[type[Adapter]]] = {}  # more than one class where a field of the configuration chooses
 
 
@@ -287,17 +288,12 @@ class Adapter(nn.Module):
         """Weights of the adapted operator, from those of the operator inside. Raises `MergeError` if there are none."""
         raise NotImplementedError
 
-    @property
-    def folds_in_place(self) -> bool:
-        """Whether `fold_in_place` does what `fold` does on this layer."""
-        return False
+    def in_parts(self, b: Tensor | None) -> Parts | None:
+        """How to do what `fold` does part by part, on a linear layer; None: not at all. Raises what `fold` would raise.
 
-    def fold_in_place(self, W: Tensor) -> None:
-        """Make W, in at least float32, that of the adapted operator. Only where `folds_in_place`."""
-        raise NotImplementedError
-
-    def try_fold(self) -> None:
-        """Raise what `fold_in_place` would raise."""
+        Until W is written to, a part may also be read from `base`.
+        """
+        return None
 
     @classmethod
     def is_saved(cls, slot: str, config: Any) -> bool:
@@ -376,17 +372,21 @@ class Delta(Adapter):
         return (y + self.branch(x)).to(y.dtype)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return W + self.delta(), b
+        return W + self.delta(), self.fold_bias(b)
 
-    @property
-    def folds_in_place(self) -> bool:
-        return type(self).fold is Delta.fold and self.base.overwrites
+    def fold_bias(self, b: Tensor | None) -> Tensor | None:
+        """The bias of the adapted operator, from that of the operator inside."""
+        return b
 
-    def fold_in_place(self, W: Tensor) -> None:
-        W.add_(self.delta())
+    def delta_rows(self) -> Rows:
+        """The function that gives some rows of dW (out, in): of the whole, unless a method makes those alone."""
+        return self.delta().__getitem__
 
-    def try_fold(self) -> None:
-        self.delta()
+    def in_parts(self, b: Tensor | None) -> Parts | None:
+        if type(self).fold is not Delta.fold:
+            return None
+        dW = self.delta_rows()
+        return Parts(lambda W, rows: W.add_(dW(rows)), self.fold_bias(b))
 
 
 class Factored(Delta):
@@ -399,6 +399,10 @@ class Factored(Delta):
     def delta(self) -> Tensor:
         up, down = self.factors()
         return up @ down  # (out, in)
+
+    def delta_rows(self) -> Rows:
+        up, down = self.factors()
+        return lambda rows: up[rows] @ down
 
     def branch(self, x: Tensor) -> Tensor:
         up, down = self.factors()
@@ -449,6 +453,17 @@ class Activation(Adapter):
             b = zero if b is None else self.post(b)
         return W, b
 
+    def in_parts(self, b: Tensor | None) -> Parts | None:
+        like: Any = {"dtype": torch.promote_types(self.base.dtype, torch.float32), "device": self.base.device}
+        x, y = torch.zeros(1, self.base.in_features, **like), torch.zeros(self.base.out_features, **like)
+        zero = self.post(y)
+        if type(self).fold is not Activation.fold or (self.pre(x) is not x and zero is not y):
+            return None
+        if zero is y:  # all that it does is done by `pre`
+            return Parts(lambda W, rows: self.adjoint(W), b)
+        b = zero if b is None else self.post(b)
+        return Parts(lambda W, columns: (self.post(W.t()) - zero).t(), b, axis=1, step=64)  # they lie far apart
+
 
 class Routed(Adapter):
     """Depends on the input, so no fixed weight does the same: merging is refused."""
@@ -476,6 +491,15 @@ class Replacement(Adapter):
 
     def fold(self, W: Any, b: Any) -> Any:
         return {name: attrgetter(name)(self.replacement) for name in self.base.tensors(self.base.leaf)}, None
+
+
+class Parts(NamedTuple):
+    """How W (out, in) is folded a few rows at a time, or columns: each part where it is, so without a second W."""
+
+    fold: Callable[[Tensor, slice], Tensor]  # the same rows of W', from those of W, which it may write to
+    bias: Tensor | None  # b'
+    axis: int = 0  # 1: columns in the place of rows
+    step: int = 1  # it takes a multiple of so many rows at a time
 
 
 class Adapted:

@@ -262,17 +262,11 @@ class Base:
 
     @property
     def overwrites(self) -> bool:
-        """Whether `overwrite` is possible: the stored numbers are those of W, and all are here."""
+        """Whether the weight can be changed where it is: the stored numbers are those of W, and all are here."""
         if type(self) not in (Linear, Conv1D) or self.computed is not None or self.probe() is not None:
             return False
         weight = self.stored()[0]
         return not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
-
-    def overwrite(self, W: Tensor, b: Tensor | None) -> None:
-        """Store (W, b) for good, in the layer's own memory; nothing is left to do for what lies there already."""
-        for stored, value in zip(self.stored(), (self.canonical(W), b)):
-            if stored is not None and value is not None and value.data_ptr() != stored.data_ptr():
-                stored.copy_(value)
 
     def restore(self) -> None:
         """Put back, bit for bit, what `write` replaced. Call `check_written` before."""

@@ -156,6 +156,8 @@ class Slots(nn.Module):
 class Column(MutableMapping[str, Any]):
     """What one adapter has in its layer's boxes of one kind, by slot: its `_parameters`, `_buffers` or `_modules`."""
 
+    __slots__ = ("box", "kind", "layer", "name")
+
     def __init__(self, layer: Callable[[], Any], name: str, kind: str):
         self.layer, self.name, self.kind, self.box = layer, name, kind, BOXES[kind]
 

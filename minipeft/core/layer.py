@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -12,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapted, Adapter
+from .adapter import Adapted, Adapter, Parts
 from .bases import Base, Param, Whole, autocast_off
 from .batch import run_layer
 from .boxes import LOW_PRECISION, BufferDict, Slots, contents
@@ -22,6 +24,8 @@ from .offload import HOOKS, hooked, onload
 from .passes import Context as Context
 from .stored import reshard, sharded, whole
 from .walk import Wrapper, walk
+
+PARTS, PART = 32, 1 << 15  # a weight is folded in so many parts, or in fewer, of so many numbers
 
 
 def named_input(module: nn.Module, kwargs: dict[str, Any]) -> str:
@@ -367,26 +371,31 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         tied = any(self.adapters[name].tied_to is not None for name in names)
         return base.innermost is base and base.overwrites and not (base.shares_weight or self.merged_adapters or tied)
 
-    def merge_in_place(self, names: list[str], trial: bool = False) -> None:
-        """The same for good: no copy is kept, and where method and dtype allow it the weight is changed where it is.
+    def merge_in_place(self, names: list[str], trial: bool = False, safe: bool = False) -> None:
+        """The same for good: no copy is kept, and the weight is changed where it is, in parts if all adapters can.
 
         `trial`: only raise what it would raise.
         """
         base, adapters = self.base, [self.adapters[name] for name in names]
-        in_place = len(adapters) == 1 and adapters[0].folds_in_place  # another might read the weight
-        with self.onloaded(keep=not trial), autocast_off():
-            W, b = _upcast_pair(base.read())
+        with self.onloaded(keep=not trial), autocast_off(), ExitStack() as stack:
             for adapter in adapters:
-                with upcast(adapter):
-                    if not in_place:
-                        W, b = adapter.fold(W, b)
-                    elif trial:
-                        adapter.try_fold()
-                    else:
-                        adapter.fold_in_place(W)
-            base.takes_bias(b)
-            if not trial:
-                base.overwrite(W, b)
+                stack.enter_context(upcast(adapter))
+            W, b = base.read()
+            parts = in_parts(adapters, _upcast(b)) or at_once(adapters, *_upcast_pair((W, b)))
+            bias: list[Any] = [(base.stored()[1], parts.bias)] if base.takes_bias(parts.bias) else []
+            fits = True
+            for old, new in itertools.chain(part_by_part(parts, W, trial), bias):
+                if not trial:
+                    if new is not old:
+                        old.copy_(new)
+                elif not safe:
+                    break
+                elif not finite((new,)):
+                    raise broken(adapters[-1])
+                else:
+                    fits = fits and finite((new.to(old.dtype),))
+            if not fits:
+                raise unfit(adapters[-1])
 
     def _named(self, adapter_names: Sequence[str] | None) -> list[str]:
         """Those of `adapter_names` (default: the active ones) that are on this layer."""
@@ -434,18 +443,12 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             for adapter in folded:
                 with upcast(adapter):
                     W, b = adapter.fold(W, b)
-            name = folded[-1].name
             if safe and not finite((W, b)):
-                raise MergeError(
-                    f"NaNs detected in the merged weights. Adapter {name} seems to be broken (safe_merge)."
-                )
+                raise broken(folded[-1])
             base.write(W, b)
             if safe and not finite(base.current()):
                 self._fold(innermost.folded, False)
-                raise MergeError(
-                    f"The merged weights with adapter {name} do not fit what {folded[-1].path!r} stores them in "
-                    f"({base.dtype}): some would become infinite or NaN (safe_merge)."
-                )
+                raise unfit(folded[-1])
         innermost.folded, innermost.fingerprints = folded, [adapter.fingerprint() for adapter in folded]
         innermost.register_backup()
 
@@ -757,6 +760,57 @@ def _tensors(pair: Any) -> Iterator[Tensor]:
 def finite(pair: Any) -> bool:
     """Whether all numbers of (W, b) are finite."""
     return all(bool(torch.isfinite(_upcast(t)).all()) for t in _tensors(pair))
+
+
+def broken(adapter: Adapter) -> MergeError:
+    return MergeError(
+        f"NaNs detected in the merged weights. Adapter {adapter.name} seems to be broken (safe_merge)."
+    )
+
+
+def unfit(adapter: Adapter) -> MergeError:
+    return MergeError(
+        f"The merged weights with adapter {adapter.name} do not fit what {adapter.path!r} stores them in "
+        f"({adapter.base.dtype}): some would become infinite or NaN (safe_merge)."
+    )
+
+
+def in_parts(adapters: list[Adapter], b: Tensor | None) -> Parts | None:
+    """`Adapter.in_parts` of adapters one around the other; None where that cannot be done with all of them at once."""
+    found: list[Parts] = []
+    for adapter in adapters:
+        parts = adapter.in_parts(found[-1].bias if found else b)
+        if parts is None or parts.axis != (found or [parts])[0].axis:
+            return None
+        found.append(parts)
+    if len(found) == 1:
+        return found[0]
+
+    def fold(W: Tensor, part: slice) -> Tensor:
+        W = W.clone()  # a later adapter may read the same part of the frozen weight
+        for parts in found:
+            W = parts.fold(W, part)
+        return W
+
+    return Parts(fold, found[-1].bias, found[0].axis, math.lcm(*(parts.step for parts in found)))
+
+
+def at_once(adapters: list[Adapter], W: Tensor, b: Tensor | None) -> Parts:
+    """The parts of what has been folded as a whole."""
+    for adapter in adapters:
+        W, b = adapter.fold(W, b)
+    return Parts(lambda _, rows: W[rows], b)
+
+
+def part_by_part(parts: Parts, W: Tensor, trial: bool) -> Iterator[tuple[Tensor, Tensor]]:
+    """(part of W, what becomes of it) for all of W; unless for `trial`, the part may be written to already."""
+    (n, other), axis = (W.shape, 0) if parts.axis == 0 else (W.shape[::-1], 1)
+    size = max(W.numel() // PARTS, PART) // other + 1  # rows or columns at a time
+    size += -size % parts.step
+    for start in range(0, n, size):
+        part = slice(start, min(start + size, n))
+        old = W[part] if axis == 0 else W[:, part]
+        yield old, parts.fold(_upcast(old.clone() if trial else old), part)
 
 
 def _near(got: Tensor | None, want: Tensor) -> bool:

@@ -416,8 +416,8 @@ class Tuner(Slots):
         alone = {innermost: chain[0] for innermost, chain in chains.items() if len(chain) == 1}
         in_place = {innermost: new for innermost, (layer, new) in alone.items() if layer.merges_in_place(new)}
         for innermost, chain in chains.items():
-            if innermost in in_place and not safe:
-                innermost.merge_in_place(in_place[innermost], trial=True)
+            if innermost in in_place:
+                innermost.merge_in_place(in_place[innermost], trial=True, safe=safe)
                 continue
             done: list[tuple[Layer, list[str]]] = []
             try:

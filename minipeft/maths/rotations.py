@@ -12,8 +12,9 @@ def skew(above: Tensor, size: int, places: tuple[Tensor, Tensor] | None = None) 
     They are counted row by row; `places` are their rows and columns, where the caller keeps those.
     """
     rows, columns = torch.triu_indices(size, size, 1, device=above.device) if places is None else places
-    Q = above.new_zeros(*above.shape[:-1], size * size)
-    Q = Q.scatter(-1, (rows * size + columns).expand(above.shape), above).unflatten(-1, (size, size))
+    flat = above.reshape(-1, above.shape[-1])
+    at = torch.arange(len(flat), device=above.device)[:, None], rows, columns  # the latter two are kept for gradients
+    Q = above.new_zeros(len(flat), size, size).index_put(at, flat).view(*above.shape[:-1], size, size)
     return Q - Q.mT
 
 

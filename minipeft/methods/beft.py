@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Activation
+from ..core.adapter import Activation, Parts
 from ..core.config import PeftConfig
 
 
@@ -37,3 +37,6 @@ class BEFT(Activation, config=BeftConfig):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:  # not a bit of W is rounded
         return W, self.post(W.new_zeros(W.shape[0]) if b is None else b)
+
+    def in_parts(self, b: Tensor | None) -> Parts:
+        return Parts(lambda W, rows: W, self.beft_bias.flatten() if b is None else self.post(b))

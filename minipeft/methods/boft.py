@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Transform
+from ..core.adapter import Parts, Transform
 from ..core.bases import Base
 from ..core.config import Count, PeftConfig, Share
 from ..core.errors import CheckpointError, UnsupportedLayerError
@@ -91,12 +91,20 @@ class BOFT(Transform, config=BOFTConfig):
         return self.boft_dropout(cayley((A - A.mT) / 2))
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        R, half = self.rotations(), self.boft_block_size // 2
-        rows = self.base.rows(W).to(R.dtype)  # (out, in)
+        rows = self.boft_s.view(-1, 1) * self.turned(self.base.rows(W), self.rotations())  # (out, in)
+        return rows.view(len(W), -1, *W.shape[2:]), b
+
+    def in_parts(self, b: Tensor | None) -> Parts:
+        R, s = self.rotations(), self.boft_s.view(-1, 1)
+        return Parts(lambda W, rows: s[rows] * self.turned(W, R), b)
+
+    def turned(self, rows: Tensor, R: Tensor) -> Tensor:
+        """`rows` (n, in) through the factors with the blocks R."""
+        rows, half = rows.to(R.dtype), self.boft_block_size // 2
         for k, blocks in enumerate(R):
             if k:
                 rows = rows.unflatten(1, (-1, 2, 2**k, half)).transpose(2, 3).flatten(1)
             rows = torch.einsum("onc,nbc->onb", rows.unflatten(1, (-1, self.boft_block_size)), blocks).flatten(1)
             if k:
                 rows = rows.unflatten(1, (-1, 2**k, 2, half)).transpose(2, 3).flatten(1)
-        return (self.boft_s.view(-1, 1) * rows).view(len(W), -1, *W.shape[2:]), b
+        return rows

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.adapter import Delta
+from ..core.adapter import Factored
 from ..core.bases import dropout
 from ..core.config import PeftConfig, Positive, Probability
 
@@ -41,7 +41,7 @@ class DeftConfig(PeftConfig, method="DEFT", layers_need_list=True, optional=("in
     modules_to_save: list[str] | None = None
 
 
-class DEFT(Delta, config=DeftConfig):
+class DEFT(Factored, config=DeftConfig):
     prefix = "deft_"
 
     def build(self) -> None:
@@ -69,10 +69,10 @@ class DEFT(Delta, config=DeftConfig):
         """P'^T W of the frozen weight, (r, in)."""
         return P.t() @ self.base.read()[0].to(P)
 
-    def delta(self) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
         Q, P = self.pair(self.deft_P)
         M = -self.removed(P)
-        return Q @ (M if self.config.para else M + self.deft_scaling * self.deft_R)  # (out, in)
+        return Q, M if self.config.para else M + self.deft_scaling * self.deft_R  # (out, r), (r, in)
 
     def branch(self, x: Tensor) -> Tensor:
         Q, P = self.pair(self.deft_P)

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Delta
+from ..core.adapter import Delta, Rows
 from ..core.config import PeftConfig, Positive
 from ..core.errors import ConfigError
 from ..core.targets import pattern_value
@@ -55,12 +55,19 @@ class FourierFT(Delta, config=FourierFTConfig):
         values = torch.randn(n)
         self.fourierft_spectrum = nn.Parameter(torch.zeros_like(values) if c.init_weights else values)
 
-    def delta(self) -> Tensor:
+    def spectrum(self, dtype: torch.dtype = torch.float32) -> Tensor:
         c = self.fourierft_spectrum
-        wide = c.to(torch.promote_types(c.dtype, torch.float32))  # PEFT: always float32
-        m, n = self.base.out_features, self.base.in_features
-        S = half_spectrum(wide * self.fourierft_scaling, self.indices.long(), m, n)
-        return torch.fft.irfft2(S, (m, n)).to(c.dtype)  # (out, in)
+        wide = c.to(torch.promote_types(c.dtype, dtype))  # PEFT: always float32
+        return half_spectrum(wide * self.fourierft_scaling, self.indices.long(), *self.base.shape)  # (out, in / 2 + 1)
+
+    def delta(self) -> Tensor:
+        return torch.fft.irfft2(self.spectrum(), self.base.shape).to(self.fourierft_spectrum.dtype)  # (out, in)
+
+    def delta_rows(self) -> Rows:
+        S, n = self.spectrum(torch.complex64), self.base.in_features
+        for columns in S.split(len(S) // 32 + 1, 1):
+            columns.copy_(torch.fft.ifft(columns, dim=0))
+        return lambda rows: torch.fft.irfft(S[rows], n)
 
 
 def half_spectrum(values: Tensor, positions: Tensor, m: int, n: int) -> Tensor:

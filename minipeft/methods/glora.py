@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Delta
+from ..core.adapter import Delta, Parts
 from ..core.config import PeftConfig, Positive
 from ..maths.draw import uniform
 
@@ -58,6 +58,12 @@ class Path(nn.Module):
     def forward(self) -> Tensor:
         return self.Xd @ self.Xu if self.kind == "lora" else self.X if hasattr(self, "X") else self.zeros
 
+    def rows(self, rows: slice) -> Tensor:
+        """Some rows of it, where it is a matrix."""
+        if self.kind == "lora":
+            return self.Xd[rows] @ self.Xu
+        return self() if self.kind == "constant" else self()[rows]
+
 
 class GLoRA(Delta, config=GloraConfig):
     prefix = "glora_"
@@ -87,3 +93,10 @@ class GLoRA(Delta, config=GloraConfig):
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dW, db = self.change()
         return W + dW, b if db is None else db if b is None else b + db
+
+    def in_parts(self, b: Tensor | None) -> Parts:
+        (W0, b0), (A, B, C, D, E) = self.base.read(), (getattr(self, f"glora_{name}") for name in "ABCDE")
+        if b0 is not None:
+            db = b0 * D() + E() + (W0.to(C().dtype) @ C()).squeeze(-1)
+            b = db if b is None else b + db
+        return Parts(lambda W, rows: W + (W0[rows] * A.rows(rows) + B.rows(rows)), b)

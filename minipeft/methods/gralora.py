@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Delta
+from ..core.adapter import Delta, Rows
 from ..core.bases import Base, dropout
 from ..core.config import NotNegative, PeftConfig, Positive, Probability
 from ..core.errors import ConfigError
@@ -85,6 +85,15 @@ class GraLoRA(Delta, config=GraloraConfig):
         if self.hybrid_r:
             dW = dW + self.base.low_rank_delta(self.gralora_A_general, self.gralora_B_general)
         return self.scaling * dW
+
+    def delta_rows(self) -> Rows:
+        A, B = self.blocks
+        up = torch.block_diag(*B.mT.transpose(1, 2).flatten(2))  # (out, k r)
+        down = torch.cat([torch.block_diag(*part.mT) for part in A.unbind(2)])  # (k r, in)
+        if self.hybrid_r:
+            general = self.base.matrix(self.gralora_B_general), self.base.matrix(self.gralora_A_general)
+            up, down = torch.cat([up, general[0]], 1), torch.cat([down, general[1]])
+        return lambda rows: self.scaling * (up[rows] @ down)
 
     def branch(self, x: Tensor) -> Tensor:
         A, B = self.blocks

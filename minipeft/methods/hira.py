@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Delta
+from ..core.adapter import Delta, Rows
 from ..core.bases import dropout
 from ..core.config import PeftConfig, Positive, Probability
 from ..core.targets import pattern_value
@@ -64,6 +64,10 @@ class HiRA(Delta, config=HiraConfig):
         A, B = self.hira_A, self.hira_B
         W0, _ = self.base.read()
         return W0.to(A) * (B.flatten(1) @ A.flatten(1)).view(W0.shape)
+
+    def delta_rows(self) -> Rows:
+        A, B, W0 = self.hira_A, self.hira_B, self.base.read()[0]
+        return lambda rows: W0[rows].to(A) * (B[rows] @ A)
 
     @property
     def by_weight(self) -> bool:

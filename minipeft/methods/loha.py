@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.adapter import Rows
 from ..maths.draw import uniform
 from .lycoris import Lycoris, LycorisConfig, core_shape, tucker
 
@@ -50,6 +51,10 @@ class LoHa(Lycoris, config=LoHaConfig):
         if self.kernel:
             return tucker(self.hada_t1, a, b) * tucker(self.hada_t2, c, d)  # (out, in / groups, *kernel)
         return Hadamard.apply(a, b, c, d)  # (out, width)
+
+    def delta_rows(self) -> Rows:
+        a, b, c, d = self.hada_w1_a * self.scaling, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b
+        return lambda rows: (a[rows] @ b) * (c[rows] @ d)
 
 
 class Hadamard(torch.autograd.Function):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core.adapter import Adapter, Delta, Transform
+from ..core.adapter import Adapter, Delta, Parts, Rows, Transform
 from ..core.bases import Base, dropout
 from ..core.config import PeftConfig, Positive, Probability
 from ..core.errors import ConfigError
@@ -78,6 +78,11 @@ class MiSS(Shards, Delta, config=MissConfig):
         (r, height), (out, inp) = self.miss_block.shape, self.base.shape
         return self.miss_block.t().repeat(out // height, -(-inp // r))[:, :inp]  # (out, in)
 
+    def delta_rows(self) -> Rows:
+        (r, height), n = self.miss_block.shape, self.base.in_features
+        column = lambda rows: torch.arange(rows.start, rows.stop, device=self.miss_block.device) % height
+        return lambda rows: self.miss_block[:, column(rows)].t().repeat(1, -(-n // r))[:, :n]
+
     def branch(self, x: Tensor) -> Tensor:
         E = self.miss_block  # (r, out), or (r, mini_r)
         x = self.cast(x, E)
@@ -98,8 +103,14 @@ class Bat(Shards, Transform, config=MissConfig):
         return base.out_features // config.r, config.r, config.r
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        D = self.miss_block  # (out / r, r, r)
-        n, r, _ = D.shape
-        blocks = W.to(D).view(n, r, -1, r).transpose(1, 2)  # (out / r, in / r, r, r)
+        return self.turned(W, self.miss_block), b
+
+    def in_parts(self, b: Tensor | None) -> Parts:
+        D, r = self.miss_block, self.miss_block.shape[1]
+        return Parts(lambda W, rows: self.turned(W, D[rows.start // r : rows.stop // r]), b, step=r)
+
+    def turned(self, W: Tensor, D: Tensor) -> Tensor:
+        n, r, _ = D.shape  # out / r, or fewer
+        blocks = W.to(D).unflatten(1, (-1, r)).unflatten(0, (n, r)).transpose(1, 2)  # (out / r, in / r, r, r)
         blocks = blocks + blocks @ D[:, None] + D[:, None]
-        return blocks.transpose(1, 2).reshape(W.shape), b
+        return blocks.transpose(1, 2).reshape(W.shape)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Activation
+from ..core.adapter import Activation, Parts
 from ..core.config import ABOVE_ZERO, Count, PeftConfig, Share
 from ..core.errors import CheckpointError, ConfigError, PeftWarning
 from ..maths.rotations import BlockDropout, cayley, cayley_neumann, skew
@@ -120,9 +120,18 @@ class OFT(Activation, config=OFTConfig):
     def post(self, y: Tensor) -> Tensor:
         return y if self.base.reads_vectors else self.rotate(y)  # (..., dim)
 
+    def in_parts(self, b: Tensor | None) -> Parts:
+        R = self.blocks().mT
+        return Parts(lambda W, rows: self.turned(W, R), b)
+
     def rotate(self, x: Tensor, back: bool = False) -> Tensor:
-        R = self.oft_dropout(self.oft_R.blocks())  # (r, b, b)
-        R = R.mT if back else R
+        R = self.blocks()
+        return self.turned(x, R.mT if back else R)
+
+    def blocks(self) -> Tensor:
+        return self.oft_dropout(self.oft_R.blocks())  # (r, b, b)
+
+    def turned(self, x: Tensor, R: Tensor) -> Tensor:
         x = self.cast(x, R).unflatten(-1, (-1, R.shape[-1]))  # (..., r, b)
         return torch.einsum("...rk,rkc->...rc", x, R).flatten(-2)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.adapter import Factored
+from ..core.adapter import Factored, Rows
 from ..core.bases import Base
 from ..core.config import PeftConfig
 from ..core.errors import ConfigError, PeftWarning
@@ -94,9 +94,18 @@ class OSF(Factored, config=OSFConfig):
         start = (torch.randn_like(t) if self.config.init_weights is False else t.clone() for t in low)
         self.osf_svd_params = nn.ParameterDict(dict(zip(("U_low", "S_low", "V_low"), start)))
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def trained(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U (out, n), S and V (n, in), as they are now, of the part that is trained."""
         p, U0, V0 = self.osf_svd_params, self._osf_U_low_init, self._osf_V_low_init
         tall, wide = self.base.out_features > self.base.in_features, self.base.in_features > self.base.out_features
         U = Project.apply(p["U_low"], self._osf_U_high if tall else U0, tall)
         V = Project.apply(p["V_low"].t(), (self._osf_V_high if wide else V0).t(), wide).t()
-        return torch.cat([U * p["S_low"], -U0 * self._osf_S_low_init], 1), torch.cat([V, V0])
+        return U, p["S_low"], V
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        (U, S, V), U0, S0, V0 = self.trained(), self._osf_U_low_init, self._osf_S_low_init, self._osf_V_low_init
+        return torch.cat([U * S, -U0 * S0], 1), torch.cat([V, V0])
+
+    def delta_rows(self) -> Rows:
+        (U, S, V), U0, S0, V0 = self.trained(), self._osf_U_low_init, self._osf_S_low_init, self._osf_V_low_init
+        return lambda rows: (U[rows] * S) @ V - (U0[rows] * S0) @ V0

@@ -14,7 +14,7 @@ from typing import Annotated
 
 from torch import Tensor, nn
 
-from ..core.adapter import Delta
+from ..core.adapter import Delta, Rows
 from ..core.bases import Base
 from ..core.config import Bound, PeftConfig, Size
 from ..core.errors import ConfigError, nearest
@@ -64,7 +64,8 @@ class PEANuT(Delta, config=PeanutConfig):
         """The layers between A and B."""
         return [*self.peanut_encoders, *self.peanut_decoders] if self.config.depth else []
 
-    def delta(self) -> Tensor:
+    def hidden(self) -> Tensor:
+        """What B is applied to, (in, r)."""
         f, depth = ACTIVATIONS[self.config.act_fn], self.config.depth
         W0, _ = self.base.read()
         H = [f(self.peanut_A(W0.to(self.peanut_A.weight).flatten(1).t()))]  # (in, r)
@@ -73,5 +74,12 @@ class PEANuT(Delta, config=PeanutConfig):
         last = H.pop()
         for D in self.layers[depth:]:
             last = f(D(last)) + H.pop()
-        dW = Base.matrix(self.peanut_B) @ last.t()
-        return dW.mul_(self.scaling).view(W0.shape)  # a scaled copy of `last` would be kept for the gradients, too
+        return last
+
+    def delta(self) -> Tensor:
+        dW = Base.matrix(self.peanut_B) @ self.hidden().t()
+        return dW.mul_(self.scaling).view(self.base.shape)  # a scaled factor would be kept for the gradients, too
+
+    def delta_rows(self) -> Rows:
+        B, H = Base.matrix(self.peanut_B), self.hidden()
+        return lambda rows: (B[rows] @ H.t()).mul_(self.scaling)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.adapter import Factored
 from ..core.bases import dropout
 from ..core.config import Probability
 from ..core.errors import MergeError
@@ -41,7 +42,7 @@ class PveraConfig(ProjectedConfig, method="PVERA"):
     generator_seed: int | None = None  # of the noise; None: torch's global generator
 
 
-class PVeRA(Projected, config=PveraConfig):
+class PVeRA(Projected, Factored, config=PveraConfig):
     prefix = "pvera_lambda_"
     pair = ("pvera_A", "pvera_B")
     must_agree = ("r", "projection_prng_key", "save_projection")  # PEFT: fails with another r when it runs
@@ -60,12 +61,12 @@ class PVeRA(Projected, config=PveraConfig):
         self.pvera_lambda_b = nn.Parameter(torch.full((self.base.out_features,), 0.0 if c.init_weights else 1.0))
         self.pvera_lambda_d = nn.Parameter(torch.full_like(free, c.d_initial) if c.init_weights else free)
 
-    def delta(self) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
         if self.sample_at_inference:  # PEFT: merges the mean, which is not what runs
             raise MergeError("sample_at_inference=True makes PVeRA random: no weight does the same. Set it to False.")
         l_b, l_d, r = self.pvera_lambda_b, self.pvera_lambda_d, self.r
         A, B = self.pvera_A[:r, : self.base.in_features].to(l_d), self.pvera_B[: self.base.out_features].to(l_d)
-        return (l_b[:, None] * B) @ (l_d[:r, None] * A)  # (out, in)
+        return l_b[:, None] * B, l_d[:r, None] * A  # (out, r), (r, in)
 
     def branch(self, x: Tensor) -> Tensor:
         l_b, l_d = self.pvera_lambda_b, self.pvera_lambda_d

@@ -97,7 +97,7 @@ class Scaled(torch.autograd.Function):
 
     @staticmethod
     def forward(a: Tensor, l: Tensor, g: Tensor, s: float) -> Tensor:
-        return a * (l[..., None] * (s * g))
+        return (l[..., None] * (s * g)).mul_(a)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:

@@ -55,11 +55,11 @@ class RoAd(Activation, config=RoadConfig):
         self.road_theta, self.road_alpha = nn.Parameter(t), nn.Parameter(a)
 
     def parts(self) -> tuple[Tensor, Tensor]:
-        """a cos t and a sin t, each (groups, 2, group_size / 2), or with 1 in place of 2."""
+        """a cos t and a sin t, each (groups, 2, group_size / 2)."""
         rows = {"road_1": 1, "road_2": 2, "road_4": 4}[self.variant]
         t, a = (v.view(-1, rows, self.group_size // 2) for v in (self.road_theta, self.road_alpha))
         cos, sin = a * t.cos(), a * t.sin()
-        return (cos[:, :2], sin[:, 2:]) if rows == 4 else (cos, sin)
+        return (cos[:, :2], sin[:, 2:]) if rows == 4 else (cos.expand(-1, 2, -1), sin.expand(-1, 2, -1))
 
     def post(self, y: Tensor) -> Tensor:
         cos, sin = self.parts()

@@ -81,5 +81,5 @@ class SHiRA(Delta, config=ShiraConfig):
         return self.fold(self.shira_weight.new_zeros(self.base.shape), None)[0]  # (out, in)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        rows, columns = self.shira_indices.long()
-        return added(W, self.shira_weight * self.scaling, rows * W.shape[1] + columns), b
+        rows, columns = self.shira_indices
+        return added(W, self.shira_weight * self.scaling, rows.long() * W.shape[1] + columns), b

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.adapter import Factored
 from ..core.bases import dropout
 from ..core.config import Probability
 from .projections import Projected, ProjectedConfig
@@ -35,7 +36,7 @@ class VeraConfig(ProjectedConfig, method="VERA"):
     layers_pattern: list[str] | str | None = None
 
 
-class VeRA(Projected, config=VeraConfig):
+class VeRA(Projected, Factored, config=VeraConfig):
     prefix = "vera_lambda_"
     pair = ("vera_A", "vera_B")
 
@@ -57,9 +58,9 @@ class VeRA(Projected, config=VeraConfig):
         l = self.vera_lambda_b
         return self.vera_A[:, : self.base.in_features].to(l), self.vera_B[: self.base.out_features].to(l)
 
-    def delta(self) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor]:
         A, B = self.projections
-        return (self.vera_lambda_b[:, None] * B) @ (self.vera_lambda_d[:, None] * A)  # (out, in)
+        return self.vera_lambda_b[:, None] * B, self.vera_lambda_d[:, None] * A  # (out, r), (r, in)
 
     def branch(self, x: Tensor) -> Tensor:
         A, B = self.projections

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.adapter import Delta
+from ...core.adapter import Delta, Rows
 from ...core.bases import dropout
 from ...core.config import Fraction, NotNegative, Positive
 from ...core.errors import ConfigError, PeftWarning, UnsupportedFeatureError
@@ -104,6 +104,10 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
 
     def delta(self) -> Tensor:
         return (self.lora_B @ (self.scale * self.lora_E * self.lora_A)).view(self.base.shape)
+
+    def delta_rows(self) -> Rows:
+        B, A = self.lora_B, self.scale * self.lora_E * self.lora_A
+        return lambda rows: B[rows] @ A
 
     def branch(self, x: Tensor) -> Tensor:
         x = self.lora_dropout(self.cast(x, self.lora_A))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...core.adapter import Delta
+from ...core.adapter import Delta, Rows
 from ...core.bases import Base, dropout, has_hooks
 from ...core.config import PeftConfig, Probability, Share
 from ...core.errors import PeftWarning
@@ -113,6 +113,10 @@ class FRoD(Delta, config=FrodConfig):
         U, M, V = self.factors()
         return U @ M @ V.t() - self.base.read()[0].to(U)  # (out, in)
 
+    def delta_rows(self) -> Rows:
+        (U, M, V), W0 = self.factors(), self.base.read()[0]
+        return lambda rows: U[rows] @ M @ V.t() - W0[rows].to(U)
+
     def rebuilt(self, x: Tensor, b: Tensor | None = None) -> Tensor:
         """W' x + b."""
         l, s = self.frod_lambda_l, self.frod_lambda_s_values
@@ -157,6 +161,7 @@ class Middle(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         h, l, s, positions = ctx.saved_tensors
-        h_grad, n = grad @ middle(l, s, positions).to(grad), len(l)  # autocast is not there to do that
+        n = len(l)
+        h_grad = grad @ middle(l, s, positions).to(grad) if ctx.needs_input_grad[0] else None  # no autocast does that
         M_grad = grad.reshape(-1, n).t() @ h.reshape(-1, n).to(grad)
         return h_grad, M_grad.diag(), M_grad[tuple(positions.long())], None

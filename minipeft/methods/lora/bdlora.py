@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.adapter import Delta
+from ...core.adapter import Delta, Rows
 from ...core.bases import effective_matrix, has_hooks
 from ...core.errors import ConfigError, UnsupportedLayerError
 from ...core.targets import pattern_value
@@ -85,11 +85,11 @@ class BDLoRA(Factors, Delta, config=LoraConfig, variant="use_bdlora"):
         return self.scaling * self.lora_B(self.lora_A(self.dropped(x)))  # (..., out)
 
     def delta(self) -> Tensor:
-        A, B = map(matrix, (self.lora_A, self.lora_B))
-        return self.scaling * B @ A  # (out, in)
+        return self.delta_rows()(slice(None))  # (out, in)
 
-    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return W + self.delta(), self.shifted(b)
+    def delta_rows(self) -> Rows:
+        A, B = matrix(self.lora_A), self.scaling * matrix(self.lora_B)
+        return lambda rows: B[rows] @ A
 
 
 def matrix(factor: Any) -> Tensor:

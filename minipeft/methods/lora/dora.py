@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...core.adapter import Parts
 from ...core.errors import UnsupportedLayerError
 from .lora import LoraConfig, LowRank
 
@@ -93,9 +94,18 @@ class DoRA(LowRank, config=LoraConfig, variant="use_dora"):
         return self.base.add_low_rank(start, dropped, self.lora_A, self.lora_B, self.scaling, gain).to(y.dtype)
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        gain, b0 = self.gain(), self.base.read()[1]
-        W = gain.view(-1, *[1] * (W.dim() - 1)) * (W + self.delta())
-        return W, b if b is None or b0 is None else b0 + gain * (b - b0)
+        gain = self.gain()
+        return gain.view(-1, *[1] * (W.dim() - 1)) * (W + self.delta()), self.gained(b, gain)
+
+    def in_parts(self, b: Tensor | None) -> Parts:
+        gain, (A, B) = self.gain(), self.factors()
+        A = A * self.scaling
+        return Parts(lambda W, rows: gain[rows, None] * (W + B[rows] @ A), self.gained(b, gain))
+
+    def gained(self, b: Tensor | None, gain: Tensor) -> Tensor | None:
+        """b, whose part that is not the frozen layer's has the gain."""
+        b0 = self.base.read()[1]
+        return b if b is None or b0 is None else b0 + gain * (b - b0)
 
     @classmethod
     def saved_key(cls, slot: str, rest: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.adapter import Delta
+from ...core.adapter import Delta, Rows
 from ...core.bases import Linear, inference_mode_off
 from ...core.errors import ConfigError, MergeError, UnsupportedLayerError
 from ...core.targets import pattern_value
@@ -78,12 +78,14 @@ class KaSA(Factors, Delta, config=LoraConfig, variant="kasa_config"):
         return self.scaling * self.lora_B(self.lora_A(self.dropped(x)) * self.lora_diag)  # (..., out)
 
     def delta(self) -> Tensor:
-        return self.base.low_rank_delta(self.lora_A, self.lora_B, self.scaling * self.lora_diag[:, None])  # (out, in)
+        return self.delta_rows()(slice(None))  # (out, in)
 
-    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def delta_rows(self) -> Rows:
         if self.late:
             raise MergeError(f"KaSA was added to '{self.path}' before its weight was loaded: run the model once first.")
-        return W + self.delta(), self.shifted(b)
+        A, B = self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)
+        A = A * (self.scaling * self.lora_diag[:, None])
+        return lambda rows: B[rows] @ A
 
     def loss(self) -> Tensor:
         """beta |E|^2 + gamma (|A A^T - I| + |B^T B - I|), a scalar in at least float32."""

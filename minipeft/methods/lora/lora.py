@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...core.adapter import Adapter, Delta, variants
+from ...core.adapter import Adapter, Delta, Parts, variants
 from ...core.bases import Param, dropout, has_hooks, weight_of
 from ...core.errors import ConfigError, PeftWarning, UnsupportedFeatureError
 from ...core.state import read_weights
@@ -121,7 +121,7 @@ class Factors(Adapter):
     def delta(self) -> Tensor:
         return self.base.low_rank_delta(self.lora_A, self.lora_B, self.scaling)  # (out, in)
 
-    def shifted(self, b: Tensor | None) -> Tensor | None:
+    def fold_bias(self, b: Tensor | None) -> Tensor | None:
         """b plus the bias of B, if that has one."""
         bias = getattr(self.lora_B, "bias", None)
         return b if bias is None else self.scaling * bias + (0 if b is None else b)
@@ -146,19 +146,10 @@ class Summed(LowRank):
     def sums(self) -> tuple[int, ...] | None:
         return ()
 
-    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return W + self.delta(), self.shifted(b)
-
-    @property
-    def folds_in_place(self) -> bool:
-        return self.base.overwrites and self.lora_B.bias is None
-
-    def fold_in_place(self, W: Tensor) -> None:
-        A, B = self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)
-        W.addmm_(B.to(W.dtype), A.to(W.dtype), alpha=self.scaling)
-
-    def try_fold(self) -> None:
-        self.base.matrix(self.lora_A), self.base.matrix(self.lora_B)
+    def in_parts(self, b: Tensor | None) -> Parts:
+        A, B, s = self.base.matrix(self.lora_A), self.base.matrix(self.lora_B), self.scaling
+        fold = lambda W, rows: W.addmm_(B[rows].to(W.dtype), A.to(W.dtype), alpha=s)
+        return Parts(fold, self.fold_bias(b))
 
 
 class LoRA(Summed, config=LoraConfig):
