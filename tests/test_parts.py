@@ -7,8 +7,9 @@ from torch import nn
 import minipeft
 from benchmarks.measure import Run
 from benchmarks.methods import METHODS, UNMERGEABLE, config
-from minipeft.core import layer as module
-from minipeft.core.layer import layers, upcast
+from minipeft.core import folding
+from minipeft.core.folding import upcast
+from minipeft.core.layer import layers
 
 from .interop import harness as H
 from .interop.cases import each_case
@@ -54,7 +55,7 @@ def check(model, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @each_case(lambda case: case.merges and not case.prompt)
 def test_of_few_rows(case, dtype, monkeypatch):
-    monkeypatch.setattr(module, "PART", 1)
+    monkeypatch.setattr(folding, "PART", 1)
     check(H.move(H.adapt(minipeft, case), case.scale).to(dtype), dtype)
 
 
@@ -62,7 +63,7 @@ def test_of_few_rows(case, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", MERGED)
 def test_of_sizes_that_parts_do_not_divide(method, dtype, bias, monkeypatch):
-    monkeypatch.setattr(module, "PART", 1 << 12)
+    monkeypatch.setattr(folding, "PART", 1 << 12)
     torch.manual_seed(0)
     sizes = [(320, 192), (192, 320), (320, 320)]
     base = nn.Sequential(*[nn.Linear(*size, bias) for size in sizes]).to(dtype)

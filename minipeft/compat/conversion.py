@@ -28,7 +28,8 @@ from ..core.errors import (
     UnsupportedLayerError,
 )
 from ..core.files import write_checkpoint
-from ..core.layer import Layer, adapted, upcast
+from ..core.folding import upcast
+from ..core.layer import Layer, adapted
 from ..core.state import PREFIX, serialise
 from ..core.targets import exactly
 from ..core.tuner import progress_bar, tuner_of

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import inspect
 import itertools
-import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Adapted, Adapter, Parts
+from .adapter import Adapted, Adapter
 from .bases import Base, Param, Whole, autocast_off
 from .batch import run_layer
 from .boxes import LOW_PRECISION, BufferDict, Slots, contents
 from .errors import BatchError, MergeError, PeftWarning
+from .folding import at_once, broken, finite, in_parts, near, part_by_part, unfit, upcast, upcast_pair, upcast_tensor
 from .kinds import base_of
 from .offload import HOOKS, hooked, onload
 from .passes import Context as Context
-from .stored import reshard, sharded, whole
+from .stored import reshard, sharded
 from .walk import Wrapper, walk
-
-PARTS, PART = 32, 1 << 15  # a weight is folded in so many parts, or in fewer, of so many numbers
 
 
 def named_input(module: nn.Module, kwargs: dict[str, Any]) -> str:
@@ -381,7 +379,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
             for adapter in adapters:
                 stack.enter_context(upcast(adapter))
             W, b = base.read()
-            parts = in_parts(adapters, _upcast(b)) or at_once(adapters, *_upcast_pair((W, b)))
+            parts = in_parts(adapters, upcast_tensor(b)) or at_once(adapters, *upcast_pair((W, b)))
             bias: list[Any] = [(base.stored()[1], parts.bias)] if base.takes_bias(parts.bias) else []
             fits = True
             for old, new in itertools.chain(part_by_part(parts, W, trial), bias):
@@ -439,7 +437,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         if not folded:
             base.restore()
         else:
-            W, b = _upcast_pair(base.read())
+            W, b = upcast_pair(base.read())
             for adapter in folded:
                 with upcast(adapter):
                     W, b = adapter.fold(W, b)
@@ -466,7 +464,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
                 stack.enter_context(upcast(adapter))
                 op = Adapted(adapter, op)
             want, got = innermost.base.outcome(probe, op), innermost.base.outcome(probe)
-        if want is not None and not _near(got, want):
+        if want is not None and not near(got, want):
             path, kind = innermost.folded[-1].path, type(innermost.base.leaf).__name__
             raise MergeError(
                 f"{path!r}, a {kind}, does something else with its weight "
@@ -533,7 +531,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What merging `adapter` alone adds to the stored weight, in the weight's own layout."""
         with torch.no_grad(), autocast_off(), self.onloaded(), upcast(self.adapters[adapter]):
-            W, b = _upcast_pair(self.base.read())
+            W, b = upcast_pair(self.base.read())
             return self.base.canonical(self.adapters[adapter].fold(W, b)[0]) - self.base.canonical(W)
 
     # -------------------------------------------------------------------------------------------- which adapters run
@@ -749,108 +747,3 @@ def adapter_parts(model: nn.Module) -> Iterator[nn.Module]:
 # ----------------------------------------------------------------------------------------------------------- helpers
 def _parameters(module: nn.Module) -> Iterable[nn.Parameter | None]:
     return module.parameters() if module._modules else module._parameters.values()
-
-
-def _tensors(pair: Any) -> Iterator[Tensor]:
-    for part in pair:
-        if part is not None:
-            yield from part.values() if isinstance(part, dict) else (part,)
-
-
-def finite(pair: Any) -> bool:
-    """Whether all numbers of (W, b) are finite."""
-    return all(bool(torch.isfinite(_upcast(t)).all()) for t in _tensors(pair))
-
-
-def broken(adapter: Adapter) -> MergeError:
-    return MergeError(
-        f"NaNs detected in the merged weights. Adapter {adapter.name} seems to be broken (safe_merge)."
-    )
-
-
-def unfit(adapter: Adapter) -> MergeError:
-    return MergeError(
-        f"The merged weights with adapter {adapter.name} do not fit what {adapter.path!r} stores them in "
-        f"({adapter.base.dtype}): some would become infinite or NaN (safe_merge)."
-    )
-
-
-def in_parts(adapters: list[Adapter], b: Tensor | None) -> Parts | None:
-    """`Adapter.in_parts` of adapters one around the other; None where that cannot be done with all of them at once."""
-    found: list[Parts] = []
-    for adapter in adapters:
-        parts = adapter.in_parts(found[-1].bias if found else b)
-        if parts is None or parts.axis != (found or [parts])[0].axis:
-            return None
-        found.append(parts)
-    if len(found) == 1:
-        return found[0]
-
-    def fold(W: Tensor, part: slice) -> Tensor:
-        W = W.clone()  # a later adapter may read the same part of the frozen weight
-        for parts in found:
-            W = parts.fold(W, part)
-        return W
-
-    return Parts(fold, found[-1].bias, found[0].axis, math.lcm(*(parts.step for parts in found)))
-
-
-def at_once(adapters: list[Adapter], W: Tensor, b: Tensor | None) -> Parts:
-    """The parts of what has been folded as a whole."""
-    for adapter in adapters:
-        W, b = adapter.fold(W, b)
-    return Parts(lambda _, rows: W[rows], b)
-
-
-def part_by_part(parts: Parts, W: Tensor, trial: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """(part of W, what becomes of it) for all of W; unless for `trial`, the part may be written to already."""
-    (n, other), axis = (W.shape, 0) if parts.axis == 0 else (W.shape[::-1], 1)
-    size = max(W.numel() // PARTS, PART) // other + 1  # rows or columns at a time
-    size += -size % parts.step
-    for start in range(0, n, size):
-        part = slice(start, min(start + size, n))
-        old = W[part] if axis == 0 else W[:, part]
-        yield old, parts.fold(_upcast(old.clone() if trial else old), part)
-
-
-def _near(got: Tensor | None, want: Tensor) -> bool:
-    """Whether both are the same but for rounding, and for what a merge rounds."""
-    if got is None or got.shape != want.shape:
-        return False
-    off = (got - want).abs().max().float()
-    return bool(off <= max(1e-3, 16 * torch.finfo(want.dtype).eps) * want.abs().max().float())
-
-
-def _upcast_pair(pair: Any) -> Any:
-    """(W, b) in at least float32."""
-    return tuple({k: _upcast(t) for k, t in p.items()} if isinstance(p, dict) else _upcast(p) for p in pair)
-
-
-def _upcast(t: Any) -> Any:
-    if t is None or t.dtype == torch.float32 or not t.is_floating_point():
-        return t
-    return t if t.dtype.itemsize > 4 else t.float()
-
-
-@contextmanager
-def upcast(adapter: Adapter) -> Iterator[None]:
-    """The adapter as it is merged: no dropout, whole tensors, and float32 for low precision, so it rounds only once."""
-    modules = [(module, module.training) for module in adapter.modules()]
-    boxes: list[Any] = [box for module, _ in modules for box in (module._parameters, module._buffers)]
-    held = [(box, key) for box in boxes for key, tensor in box.items() if tensor is not None]
-    parts = [(box, key, box[key]) for box, key in held if sharded(box[key])]
-    for box, key, tensor in parts:
-        box[key] = whole(tensor)
-    narrow = [(t, t.data) for t in (box[key] for box, key in held) if t.dtype in (torch.float16, torch.bfloat16)]
-    for tensor, data in narrow:
-        tensor.data = data.float()
-    adapter.eval()
-    try:
-        yield
-    finally:
-        for tensor, data in narrow:
-            tensor.data = data
-        for box, key, tensor in parts:
-            box[key] = tensor
-        for module, mode in modules:
-            module.training = mode

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ...core.bases import autocast_off
 from ...core.errors import AdapterNameError, ConfigError, PeftWarning, UnsupportedFeatureError
-from ...core.layer import adapter_parts, layers, upcast
+from ...core.folding import upcast
+from ...core.layer import adapter_parts, layers
 from ...core.offload import onload
 from ...model.tuner import BaseTuner
 from . import merging
