@@ -148,10 +148,13 @@ def copied_modules(
 
 
 def trained_copy(module: nn.Module) -> Any:
-    """A copy of a module, which may be wrapped already. Raises `UnsupportedLayerError` as the wrapper does."""
+    """A copy of a module, which may be wrapped already; frozen until its wrapper is told to train it.
+
+    Raises `UnsupportedLayerError` as the wrapper does.
+    """
     original = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
     ModulesToSaveWrapper.check(original)
-    return real_copy(original)
+    return real_copy(original).requires_grad_(False)
 
 
 def copies_in(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
