@@ -10,6 +10,7 @@ import copy
 import gc
 import importlib
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -232,37 +233,44 @@ def mixed(run: Run) -> Iterator[tuple[str, str, Values]]:
 
 @measurement
 def many(run: Run) -> Iterator[tuple[str, str, Values]]:
-    """Loading the 10th and the last of many LoRA adapters, switching among them, and what they take of memory."""
-    taken: dict[tuple[str, str], Values] = {}
-    for name, library in run.imported().items():
-        with tempfile.TemporaryDirectory() as folder:
-            run.adapted(library, "lora").save_pretrained(folder, selected_adapters=["adapter0"])
-            model = library.PeftModel.from_pretrained(run.net(), f"{folder}/adapter0", adapter_name="adapter0")
-            loads, before, counted = [], resident(), 0
-            for i in range(1, run.adapters):
-                if i == 10:
-                    gc.collect()
-                    before, counted = resident(), i
-                loads.append(run.seconds(partial(model.load_adapter, f"{folder}/adapter0", f"adapter{i}")))
-            gc.collect()
-            size = sum(p.nbytes for key, p in model.named_parameters() if ".adapter1." in key) / 2**20
-            tenth, last = loads[7:12], loads[-5:]
-            rows: list[tuple[str, str, list[float]]] = [
-                ("load the 10th adapter", "seconds", tenth),
-                (f"load adapter {run.adapters}", "seconds", last),
-                ("load the last adapter, to the 10th", "times", [statistics.median(last) / statistics.median(tenth)]),
-                (f"set_adapter among {run.adapters}", "seconds",
-                 [run.seconds(partial(model.set_adapter, f"adapter{i}")) for i in range(1, run.rounds + 1)]),
-            ]
-            if run.device == "cpu" and counted:
-                grown = (resident() - before) / ((run.adapters - counted) * size)
-                rows.append(("memory of adapters, to that of their tensors", "times", [grown]))
-            for what, unit, values in rows:
-                taken.setdefault((what, unit), {})[name] = values
-            del model
-            gc.collect()
-    for (what, unit), found in taken.items():
-        yield what, unit, found
+    """Loading the 10th and the last of many LoRA adapters, switching among them, and what they take of memory.
+
+    Each library has a process of its own: what one has freed would not be counted when another uses it again.
+    """
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        rows = {name: pool.apply(many_of_one, (run, name)) for name in run.libraries}
+    for what, unit in rows[run.libraries[0]]:
+        yield what, unit, {name: found[what, unit] for name, found in rows.items() if (what, unit) in found}
+
+
+def many_of_one(run: Run, name: str) -> dict[tuple[str, str], list[float]]:
+    import torch
+
+    torch.set_num_threads(1)
+    library = importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:
+        run.adapted(library, "lora").save_pretrained(folder, selected_adapters=["adapter0"])
+        model = library.PeftModel.from_pretrained(run.net(), f"{folder}/adapter0", adapter_name="adapter0")
+        loads, before, counted = [], resident(), 0
+        for i in range(1, run.adapters):
+            if i == 10:
+                gc.collect()
+                before, counted = resident(), i
+            loads.append(run.seconds(partial(model.load_adapter, f"{folder}/adapter0", f"adapter{i}")))
+        gc.collect()
+        size = sum(p.nbytes for key, p in model.named_parameters() if ".adapter1." in key) / 2**20
+        tenth, last = loads[7:12], loads[-5:]
+        rows = {
+            ("load the 10th adapter", "seconds"): tenth,
+            (f"load adapter {run.adapters}", "seconds"): last,
+            ("load the last adapter, to the 10th", "times"): [statistics.median(last) / statistics.median(tenth)],
+            (f"set_adapter among {run.adapters}", "seconds"):
+                [run.seconds(partial(model.set_adapter, f"adapter{i}")) for i in range(1, run.rounds + 1)],
+        }
+        if run.device == "cpu" and counted:
+            grown = (resident() - before) / ((run.adapters - counted) * size)
+            rows["memory of adapters, to that of their tensors", "times"] = [grown]
+        return rows
 
 
 @measurement
