@@ -747,8 +747,7 @@ class Embedding(Base):
     @torch.no_grad()
     def reset_factors(A: Any, B: Any) -> None:
         A.zero_()  # PEFT: on an embedding A is zero and B normal
-        if not B.is_meta:  # for which torch would import its compiler
-            B.normal_()
+        B.normal_()
 
     def low_rank_delta(self, A: Any, B: Any, scale: Any = 1.0) -> Tensor:
         return B @ (A * scale)

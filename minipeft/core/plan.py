@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .adapter import unsupported
 from .bases import Attention, Block, Conv1D, Linear, Whole
@@ -90,6 +91,16 @@ def check_adapter_name(name: Any, model: nn.Module | None = None) -> None:
                     PeftWarning,
                 )
                 return
+
+
+class Undrawn(TorchFunctionMode):
+    """While it is open, initial values are not drawn: on the meta device that takes long and does nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return kwargs["tensor"]
+        return args[0] if func in (Tensor.normal_, Tensor.uniform_) else func(*args, **kwargs)
 
 
 class Plan:
@@ -305,7 +316,7 @@ class Plan:
                 vars(scratch)[mine] = {self.name: value}
         if on_meta and (base.device.type == "meta" or not adapter.changes_base(config)):
             adapter.base = base.shapes_only()
-            with torch.device("meta"):
+            with torch.device("meta"), Undrawn():
                 adapter.build()
             adapter.base = base
         else:
