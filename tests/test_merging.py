@@ -139,3 +139,24 @@ def test_two_adapters_that_read_the_weight():
     x = torch.randn(3, 6)
     want = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), want)
+
+
+def test_the_inner_one_for_good_while_the_outer_one_is_merged():
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(6, 6)), torch.randn(3, 6)
+    inner = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(base, inner, "inner", mixed=True)
+    model.add_adapter("outer", minipeft.LoHaConfig(r=2, target_modules=["0"], init_weights=False))
+    model.set_adapter(["inner", "outer"])
+    want = model.eval()(x)
+    model.base_model.merge_adapter(["outer"])
+    torch.testing.assert_close(model.merge_and_unload(adapter_names=["inner"])(x), want)
+
+
+def test_a_weight_that_cannot_be_written_to_is_found_before_any_is():
+    base = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    base[0].weight = nn.Parameter(torch.randn(1, 4).expand(4, 4))
+    model, before = trained(base, target_modules=["0", "1"]), base[1].weight.clone()
+    with pytest.raises(RuntimeError, match="memory location"):
+        model.merge_and_unload()
+    assert torch.equal(layers(model)[1].base.leaf.weight, before)

@@ -1,5 +1,7 @@
 """Merging part by part: the weights are those that `fold` gives, and no second weight is needed for it."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ import minipeft
 from benchmarks.measure import Run
 from benchmarks.methods import METHODS, UNMERGEABLE, config
 from minipeft.core import folding
+from minipeft.core.adapter import Activation, Delta
 from minipeft.core.folding import upcast
 from minipeft.core.layer import layers
 
@@ -83,3 +86,37 @@ def test_memory(method):
     model = run.adapted(minipeft, method)
     peak = run.peak(model.merge_and_unload) / (WIDTH**2 * 4 / 2**20)
     assert peak < (1.1 if method in FORMED else 0.7)
+
+
+def twice(kind):
+    """A class derived from an adapter's, of which all that it says of its effect counts twice."""
+    if issubclass(kind, Activation):
+        pre, adjoint = kind.pre, kind.adjoint
+        pieces = {"pre": lambda self, x: 2 * pre(self, x), "adjoint": lambda self, rows: 2 * adjoint(self, rows)}
+    elif issubclass(kind, Delta):
+        pieces = {"delta": lambda self: 2 * kind.delta(self)}
+    else:
+        pieces = {"fold": lambda self, W, b: (2 * kind.fold(self, W, b)[0], b)}
+    return type("Twice", (kind,), pieces)
+
+
+@pytest.mark.parametrize("method", MERGED)
+def test_what_a_derived_class_states_anew(method):
+    torch.manual_seed(0)
+    options = {"vblora": {"vector_length": 64}, "ia3": {"feedforward_modules": ["0"]}}.get(method, {})
+    chosen = config(minipeft, method, target_modules=["0"], **options)
+    model = H.move(minipeft.get_peft_model(nn.Sequential(nn.Linear(192, 192)), chosen)).eval()
+    (layer,) = layers(model)
+    adapter = layer.adapters["default"]
+    adapter.__class__ = twice(type(adapter))
+    W, _ = wanted(layer)
+    torch.testing.assert_close(model.merge_and_unload()[0].weight.data, W, rtol=1e-5, atol=2e-6 * float(W.abs().max()))
+
+
+@pytest.mark.parametrize("method", ["lora", "ia3", "beft"])
+def test_of_no_features(method):
+    chosen = config(minipeft, method, target_modules=["0"], **({"feedforward_modules": []} if method == "ia3" else {}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of tensors without elements
+        base = nn.Sequential(nn.Linear(0, 4))
+        assert minipeft.get_peft_model(base, chosen).merge_and_unload()(torch.zeros(2, 0)).shape == (2, 4)

@@ -647,3 +647,53 @@ def test_plain_modules_need_no_transformers():
     root = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
+
+
+class Through(Classifier):
+    """A classifier that runs its backbone in another way, `how`."""
+
+    how = staticmethod(lambda run, *args: run(*args))
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None):
+        run = lambda ids, mask, embeds, _: self.encoder(ids, mask, embeds)[0]
+        x = self.how(run, input_ids, attention_mask, inputs_embeds, self.classifier.weight)
+        return {"logits": self.classifier(x)}
+
+
+def under_a_prefix(how):
+    torch.manual_seed(3)
+    base = Through()
+    base.how = how
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    config = minipeft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4)
+    model = minipeft.get_peft_model(base, config).eval()
+    torch.nn.init.normal_(model.prompt_encoder["default"].embedding.weight)
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backbone_under_gradient_checkpointing_has_the_prefix_again(reentrant):
+    again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+    found = []
+    for how in (Through.how, again):
+        model = under_a_prefix(how)
+        model.base_model.classifier.weight.requires_grad_()  # reentrant checkpointing looks for such an argument
+        model(input_ids=ids(2, 5), attention_mask=torch.ones(2, 5))["logits"].square().sum().backward()
+        found.append(model.prompt_encoder["default"].embedding.weight.grad)
+    assert found[0].abs().sum() > 0
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_backbone_that_runs_twice_begins_with_the_prefix_each_time():
+    seen = []
+    model = under_a_prefix(lambda run, *args: seen.extend((run(*args), run(*args))) or seen[0])
+    model(input_ids=ids(2, 5), attention_mask=torch.ones(2, 5))
+    assert torch.equal(*seen)
+
+
+def test_a_prefix_for_a_backbone_compiles_whole():
+    model = under_a_prefix(Through.how)
+    given = {"input_ids": ids(2, 5), "attention_mask": torch.ones(2, 5)}
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**given)["logits"], model(**given)["logits"])

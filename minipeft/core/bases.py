@@ -266,7 +266,7 @@ class Base:
         if type(self) not in (Linear, Conv1D) or self.computed is not None or self.probe() is not None:
             return False
         weight = self.stored()[0]
-        return not (sharded(weight) or weight.is_inference() or weight.dim() < 2)
+        return not (sharded(weight) or weight.is_inference() or weight.dim() < 2 or 0 in weight.stride())
 
     def restore(self) -> None:
         """Put back, bit for bit, what `write` replaced. Call `check_written` before."""

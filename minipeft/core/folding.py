@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Parts
+from .adapter import Activation, Adapter, Delta, Factored, Parts
 from .errors import MergeError
 from .stored import sharded, whole
 
+KINDS = (Delta, Factored, Activation)  # which make parts of what a method states, whatever that is
 PARTS, PART = 32, 1 << 15  # a weight is folded in so many parts, or in fewer, of so many numbers
 
 
@@ -45,7 +46,7 @@ def in_parts(adapters: list[Adapter], b: Tensor | None) -> Parts | None:
     """`Adapter.in_parts` of adapters one around the other; None where that cannot be done with all of them at once."""
     found: list[Parts] = []
     for adapter in adapters:
-        parts = adapter.in_parts(found[-1].bias if found else b)
+        parts = adapter.in_parts(found[-1].bias if found else b) if goes_together(type(adapter)) else None
         if parts is None or parts.axis != (found or [parts])[0].axis:
             return None
         found.append(parts)
@@ -61,6 +62,16 @@ def in_parts(adapters: list[Adapter], b: Tensor | None) -> Parts | None:
     return Parts(fold, found[-1].bias, found[0].axis, math.lcm(*(parts.step for parts in found)))
 
 
+def goes_together(cls: type[Adapter]) -> bool:
+    """Whether a class's parts are those of its `fold`, and not of one that a class derived from states anew."""
+
+    def nearest(*names: str) -> int:
+        return next(i for i, kind in enumerate(cls.__mro__) if not vars(kind).keys().isdisjoint(names))
+
+    parts = nearest("in_parts", "delta_rows")
+    return cls.__mro__[parts] in KINDS or parts <= nearest("fold", "delta", "factors", "pre", "post", "adjoint")
+
+
 def at_once(adapters: list[Adapter], W: Tensor, b: Tensor | None) -> Parts:
     """The parts of what has been folded as a whole."""
     for adapter in adapters:
@@ -71,7 +82,7 @@ def at_once(adapters: list[Adapter], W: Tensor, b: Tensor | None) -> Parts:
 def part_by_part(parts: Parts, W: Tensor, trial: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """(part of W, what becomes of it) for all of W; unless for `trial`, the part may be written to already."""
     (n, other), axis = (W.shape, 0) if parts.axis == 0 else (W.shape[::-1], 1)
-    size = max(W.numel() // PARTS, PART) // other + 1  # rows or columns at a time
+    size = max(W.numel() // PARTS, PART) // max(other, 1) + 1  # rows or columns at a time
     size += -size % parts.step
     for start in range(0, n, size):
         part = slice(start, min(start + size, n))

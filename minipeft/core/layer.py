@@ -367,7 +367,7 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         """Whether `merge_in_place` can do what `merge_new` does."""
         base = self.base
         tied = any(self.adapters[name].tied_to is not None for name in names)
-        return base.innermost is base and base.overwrites and not (base.shares_weight or self.merged_adapters or tied)
+        return base.innermost is base and base.backup is None and base.overwrites and not (base.shares_weight or tied)
 
     def merge_in_place(self, names: list[str], trial: bool = False, safe: bool = False) -> None:
         """The same for good: no copy is kept, and the weight is changed where it is, in parts if all adapters can.

@@ -231,7 +231,7 @@ class Tuner(Slots):
         told: dict[str, Any] = {}
         if names is not None:
             told.update(adapter_names=list(names), beams=kwargs.get("num_beams") or 1)
-        if not self.context.now.by_sample:
+        if not (self._disabled or self.context.now.by_sample):
             if by_sample := self._sample_values(names or self.active_adapters, args, kwargs):
                 told["by_sample"] = by_sample
         return self.context.telling(**told) if told else nullcontext()

@@ -18,10 +18,9 @@ It is called with `hidden_states` (batch, length, hidden), and returns y or a tu
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -125,6 +124,32 @@ def _added(output: Any, add: Any) -> Any:
     return (add(output[0]).to(output[0].dtype), *output[1:])
 
 
+class AddsMixed:
+    """A hook behind an attention module: in a mixed batch it adds what each sample's adapter does, if that is here.
+
+    It stays there: torch does not let other threads run while one takes a hook away. In other passes it does nothing.
+    """
+
+    def __init__(self, context: Any, path: str):
+        self.context, self.path = context, path
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        now = self.context.now
+        if now.adapter_names is None:
+            return output
+        x, rotation = _inputs(args, kwargs)
+
+        def add(y: Tensor) -> Tensor:
+            for name, rows in now.groups(len(x), None).items():
+                if (prompt := now.prompts.get(name, {}).get(self.path)) is not None:
+                    index = torch.tensor(rows, device=x.device)
+                    turn = rotation and tuple(t if len(t) == 1 else t[index] for t in rotation)
+                    y = y.index_add(0, index, prompt.attend(x[index], turn).to(y.dtype))
+            return y
+
+        return _added(output, add)
+
+
 class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
     """A model with adaption prompts. Attributes as in `BaseTuner`.
 
@@ -135,6 +160,7 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
     def _begin(self, model: Any) -> None:
         super()._begin(model)
         self.prompts: dict[str, dict[str, AdaptedAttention]] = {}
+        self.hooks: dict[str, Any] = {}  # by path: what removes the hook there
 
     def add_adapter(self, adapter_name: str, config: PeftConfig) -> None:
         """Add an untrained adapter. It becomes active if it is the only one."""
@@ -168,6 +194,9 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
         self.prompts[name], self.peft_config[name] = prompts, config
         self.targeted_module_names[:] = dict.fromkeys([*self.targeted_module_names, *prompts])
         self.set_requires_grad(name, not config.inference_mode)
+        for path in prompts.keys() - self.hooks.keys():
+            add = AddsMixed(self.context, path)
+            self.hooks[path] = self._attention(path).register_forward_hook(add, with_kwargs=True)
         if len(self.peft_config) == 1:
             self._freeze_base(module for _, _, module in walk(self.model))
             self.active_adapter = name
@@ -243,36 +272,10 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
 
     @contextmanager
     def _tell(self, args: tuple, kwargs: dict[str, Any]) -> Iterator[None]:
-        before = self.context.now.adapter_names
         with super()._tell(args, kwargs):
-            names = self.context.now.adapter_names
-            paths = self.targeted_module_names if names is not before else ()
-            adds = [(self._attention(path), functools.partial(self._add_mixed, path, names)) for path in paths]
-            hooks = [attention.register_forward_hook(add, with_kwargs=True) for attention, add in adds]
-            try:
+            mixed = self.context.now.adapter_names is not None
+            with self.context.telling(prompts=self.prompts) if mixed else nullcontext():
                 yield
-            finally:
-                for hook in hooks:
-                    hook.remove()
-
-    def _add_mixed(self, path: str, names: Any, module: nn.Module, args: tuple, kwargs: Any, output: Any) -> Any:
-        """After an attention module, in the pass that told `names`: add what each sample's adapter does, if it is here.
-
-        The batches of other passes, in other threads, are not mixed, or not so.
-        """
-        if self.context.now.adapter_names is not names:
-            return output
-        x, rotation = _inputs(args, kwargs)
-
-        def add(y: Tensor) -> Tensor:
-            for name, rows in (self.context.now.groups(len(x), None) or {}).items():
-                if path in self.prompts.get(name, ()):
-                    index = torch.tensor(rows, device=x.device)
-                    turn = rotation and tuple(t if len(t) == 1 else t[index] for t in rotation)
-                    y = y.index_add(0, index, self.prompts[name][path].attend(x[index], turn).to(y.dtype))
-            return y
-
-        return _added(output, add)
 
     # ------------------------------------------------------------------------------------------------------- tensors
     def further_entries(self, name: str, prefix: str) -> Iterator[Entry]:
@@ -292,6 +295,8 @@ class AdaptionPromptModel(BaseTuner, method="ADAPTION_PROMPT"):
 
     def unload(self) -> nn.Module:
         """The base model without any prompt."""
+        while self.hooks:
+            self.hooks.popitem()[1].remove()
         self.active_adapter = []
         self._show()
         return self.model

@@ -71,7 +71,7 @@ class Poly(Routed, config=PolyConfig):
         if (given := inputs.get("task_ids")) is None:
             raise BatchError(NO_TASKS)
         tasks = torch.as_tensor(given)
-        if tasks.dim() != 1 or tasks.is_floating_point():
+        if tasks.dim() != 1 or tasks.is_floating_point() or tasks.dtype == torch.bool:
             got = f"{tasks.dtype} of shape {tuple(tasks.shape)}"
             raise BatchError(f"`task_ids` must hold one whole number for each sample, got {got}.")
         if len(tasks) and not 0 <= int(tasks.min()) <= int(tasks.max()) < config.n_tasks:

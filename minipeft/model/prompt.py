@@ -31,6 +31,7 @@ transformers is imported only for one of its own models, whose caches are object
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -141,6 +142,20 @@ class Joins:
     head: bool = False  # a backbone with a head: a cache may have to be given to the backbone
 
 
+class GivesCache:
+    """A hook before a backbone: in a pass with a prompt, each of its runs has a cache of its own that begins with that.
+
+    It stays there: torch does not let other threads run while one takes a hook away. In other passes it does nothing.
+    """
+
+    def __init__(self, context: Context):
+        self.context = context
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        make = getattr(self.context.now, "make_cache", None)
+        return None if make is None else (args, {**kwargs, "past_key_values": make()})
+
+
 class Prompts:
     """The prompts of a PeftModel: with the methods that it calls on a tuner, when its adapters are on layers.
 
@@ -235,6 +250,9 @@ class Prompts:
             self.peft_model.prompt_encoder = nn.ModuleDict().train(base.training)
             self.peft_model.prompt_tokens = {}
             self.peft_model.prompt_context = Context()
+            if backbone is not None and self.to_backbone(cls):
+                give = GivesCache(self.peft_model.prompt_context)
+                base.get_submodule(backbone).register_forward_pre_hook(give, with_kwargs=True)
         trained = {id(p) for _, _, wrapper in adapted(base) for p in wrapper.modules_to_save.parameters()}
         for parameter in base.parameters():
             if id(parameter) not in trained:
@@ -402,8 +420,10 @@ class Prompts:
         count, tokens = len(shown), config.num_virtual_tokens
         inputs = {**kwargs, "attention_mask": attention_mask, "labels": labels}
         _positions(inputs, prompt, tokens, joins.token_types)
+        make = functools.partial(self.get_prompt, count, task_ids)
         with self.mixed(adapter_names):
-            virtual = self.get_prompt(count, task_ids)
+            given = self.to_backbone(prompt)
+            virtual: Any = None if given else make()
             if prompt.gives_cache:
                 mask = "decoder_attention_mask" if joins.decoder else "attention_mask"
                 inputs[mask] = pad_mask(inputs.get(mask), tokens)
@@ -416,27 +436,14 @@ class Prompts:
                 if joins.decoder and prompt.before_decoder and config.num_transformer_submodules == 2:
                     self.join_decoder(inputs, virtual[:, tokens:])
             inputs = {key: value for key, value in inputs.items() if value is not None}
-            if prompt.gives_cache and joins.head and not takes(self.model, "past_key_values"):
-                with self.given_to_backbone(inputs.pop("past_key_values")):
-                    return self.model(**inputs)
-            unlabelled = tokens if joins.labels and not (joins.decoder or prompt.gives_cache) else 0
-            return self.peft_model.prompt_context.keep_for_backward(prompt.run(self.model, inputs, unlabelled))
+            context = self.peft_model.prompt_context
+            with context.telling(make_cache=make) if given else nullcontext():
+                unlabelled = tokens if joins.labels and not (joins.decoder or prompt.gives_cache) else 0
+                return context.keep_for_backward(prompt.run(self.model, inputs, unlabelled))
 
-    @contextmanager
-    def given_to_backbone(self, virtual: Any) -> Iterator[None]:
-        """While it is open, the backbone of a model that takes no cache itself is given this one, in this thread."""
-        context, backbone = self.peft_model.prompt_context, self.peft_model.transformer_backbone_name
-
-        def give(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-            cache = getattr(context.now, "cache", None)
-            return args, kwargs if cache is None else {**kwargs, "past_key_values": cache}
-
-        hook = self.model.get_submodule(str(backbone)).register_forward_pre_hook(give, with_kwargs=True)
-        try:
-            with context.telling(cache=virtual):
-                yield
-        finally:
-            hook.remove()
+    def to_backbone(self, kind: Any) -> bool:
+        """Whether a prompt's cache goes to the backbone, as the model itself takes none: see `GivesCache`."""
+        return kind.gives_cache and self.peft_model._joins.head and not takes(self.model, "past_key_values")
 
     def join_decoder(self, inputs: dict[str, Any], virtual: Tensor) -> None:
         """The second half of the prompt, in front of the decoder's input."""

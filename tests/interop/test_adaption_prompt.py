@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -160,3 +161,57 @@ def test_copies_and_pickles(lib):
         H.move(m, 0.5)
     H.identical(H.run(twin, batch), H.run(model, batch))
     assert not {id(p) for p in twin.parameters()} & {id(p) for p in model.parameters()}
+
+
+def test_mixed_and_plain_passes_of_several_threads(lib, is_ref):
+    if is_ref:
+        pytest.skip("peft has no mixed batches of adaption prompts")
+    model = adapted(lib, B.LLAMA.build())
+    model.add_adapter("other", lib.AdaptionPromptConfig(adapter_len=3, adapter_layers=1))
+    model = H.move(model).eval()
+    ids, names = torch.randint(1, 20, (2, 5)), ["default", "other"]
+    calls = [{"adapter_names": names}, {}] * 2
+    want = [model(input_ids=ids, **call).logits for call in calls]
+    hooks = lambda: {id(module): set(module._forward_hooks) for module in model.modules()}
+    before, during = hooks(), []
+    model.base_model.model.lm_head.register_forward_hook(lambda *_: during.append(hooks()))
+    got = [[None] * 40 for _ in calls]
+
+    def run(k):
+        for i in range(40):
+            got[k][i] = model(input_ids=ids, **calls[k]).logits
+
+    threads = [threading.Thread(target=run, args=(k,)) for k in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, outputs in zip(want, got):
+        assert all(output is not None and torch.equal(output, one) for output in outputs)
+    after = hooks()  # torch looks up each of the hooks that it has listed: none may come or go meanwhile
+    assert during and all(now == after for now in during) and all(after[key] >= before[key] for key in before)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_mixed_batches_under_gradient_checkpointing(reentrant, lib, is_ref):
+    if is_ref:
+        pytest.skip("peft has no mixed batches of adaption prompts")
+    found = []
+    for checkpointed in (False, True):
+        model = adapted(lib, B.LLAMA.build(), adapter_layers=2)
+        model.add_adapter("other", lib.AdaptionPromptConfig(adapter_len=3, adapter_layers=2))
+        model = H.move(model)
+        model.set_requires_grad(["default", "other"])
+        model.base_model.model.enable_input_require_grads()
+        if checkpointed:
+            model.train()
+            model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            for module in model.modules():  # a mixed batch is refused in training
+                module.training = hasattr(module, "gradient_checkpointing")
+        ids = torch.arange(1, 11).view(2, 5)
+        model(input_ids=ids, adapter_names=["default", "other"]).logits.square().sum().backward()
+        every = model.base_model.prompts
+        found.append([[a.adaption_prompt.grad for a in prompts.values()] for prompts in every.values()])
+    for plain, again in zip(*found):
+        for one, two in zip(plain, again):
+            torch.testing.assert_close(one, two)

@@ -391,3 +391,19 @@ def test_copied_inside(lora, duplicate):
         made = duplicate(model)
     H.identical(H.run(made, {**batch, "adapter_names": NAMES}), want)
     H.identical(H.run(made, batch), before)
+
+
+# ------------------------------------------------------------------------------------ arguments for what is not there
+def test_a_model_whose_adapters_are_off_needs_no_tasks(lib):
+    model = lib.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), lib.PolyConfig(target_modules=["0"])).eval()
+    x = torch.randn(2, 8)
+    with model.disable_adapter():
+        assert torch.equal(model(x), model.get_base_model()[0].base_layer(x))
+
+
+@pytest.mark.parametrize("method", ["Lora", "LoHa", "IA3", "OFT"])
+def test_no_model_sees_the_offsets_of_alora(method, lib):
+    options = {"IA3": {"feedforward_modules": []}, "OFT": {"oft_block_size": 4, "r": 0}}.get(method, {})
+    config = getattr(lib, f"{method}Config")(target_modules=["0"], **options)
+    model = lib.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), config)
+    assert model(torch.randn(2, 8), alora_offsets=[None, None]).shape == (2, 8)

@@ -31,6 +31,7 @@ NEVER = 2**62  # beyond every token
 
 class ALoRA(Factors, Routed, config=LoraConfig, variant="alora_invocation_tokens"):
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D")
+    inputs = ("alora_offsets",)
 
     @classmethod
     def prepare(cls, config: Any, model: nn.Module) -> Any:

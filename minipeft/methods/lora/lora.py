@@ -40,7 +40,6 @@ class Factors(Adapter):
 
     prefix = "lora_"
     embedding_slots = {"lora_A": "lora_embedding_A", "lora_B": "lora_embedding_B"}
-    inputs = ("alora_offsets",)  # PEFT: no LoRA model sees it
     bases: ClassVar[tuple[str, ...]] = ("Linear", "Conv1D", "Conv", "Embedding", "Attention", "Param")
     # of hot swapping
     can_pad: ClassVar[bool] = True  # False: its rank cannot be raised by zeros behind its factors
