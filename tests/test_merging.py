@@ -8,7 +8,7 @@ import minipeft
 from minipeft import HiraConfig, LoraConfig, get_peft_model
 from minipeft.core.bases import Base
 from minipeft.core.errors import MergeError
-from minipeft.core.layer import layers
+from minipeft.core.layer import Layer, layers
 
 from .interop import harness as H
 from .interop.cases import each_case
@@ -160,3 +160,22 @@ def test_a_weight_that_cannot_be_written_to_is_found_before_any_is():
     with pytest.raises(RuntimeError, match="memory location"):
         model.merge_and_unload()
     assert torch.equal(layers(model)[1].base.leaf.weight, before)
+
+
+def test_an_interrupt_between_two_layers(monkeypatch):
+    model, x = trained(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), target_modules=["0", "1"]), torch.randn(3, 6)
+    want, merge, done = model(x), Layer.merge_in_place, []
+
+    def interrupted(layer, names, trial=False, safe=False):
+        if not trial and done:
+            raise KeyboardInterrupt
+        merge(layer, names, trial, safe)
+        done.append(layer) if not trial else None
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Layer, "merge_in_place", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.merge_and_unload()
+    assert len(done) == 1
+    torch.testing.assert_close(model(x), want)
+    torch.testing.assert_close(model.merge_and_unload()(x), want)

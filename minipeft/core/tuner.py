@@ -34,6 +34,7 @@ class Tuner(Slots):
     method: ClassVar[PeftType | None] = None
     root: ClassVar[str] = "model"  # where the base model is, in live names
     plan: ClassVar[type[Plan]] = Plan
+    never_models: ClassVar[frozenset[str]] = frozenset({"adapter_names"})  # arguments that the model never sees
     model: Any  # whatever nn.Module it is
 
     def _begin(self, model: Any) -> None:
@@ -217,7 +218,7 @@ class Tuner(Slots):
     @property
     def own_inputs(self) -> set[str]:
         """Arguments of a call that are for adapters, and that the model does not take."""
-        return {"adapter_names"}.union(*{kind.inputs for kind in self.kinds.values()})
+        return set(self.never_models).union(*{kind.inputs for kind in self.kinds.values()})
 
     def _for_model(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         own = self.own_inputs if kwargs else ()
@@ -431,6 +432,7 @@ class Tuner(Slots):
         for innermost in progress_bar(list(chains), "Merging adapters", progress):
             if innermost in in_place:
                 innermost.merge_in_place(in_place[innermost])
+                innermost.merged_adapters = in_place[innermost]  # should something end this here
                 continue
             for layer, new in chains[innermost]:
                 layer.merge_new(new, False)

@@ -25,7 +25,7 @@ from . import card, checkpoint, status
 from .adapted import AdaptedModel
 from .hub import push_to_hub
 from .prompt import EMBEDDINGS, Joins, Prompts
-from .tuner import NEVER_MODELS, tuner_class
+from .tuner import BaseTuner, tuner_class
 
 TASKS: dict[str, type[PeftModel]] = {}  # task_type -> class; tasks.py fills it
 
@@ -59,7 +59,7 @@ class PeftModel(AdaptedModel):
         check_config(config)
         self._is_prompt_learning = config.is_prompt_learning
         self.peft_type = config.peft_type
-        self.special_peft_forward_args = set(NEVER_MODELS)
+        self.special_peft_forward_args = set(BaseTuner.never_models)
         self._adapters_disabled = False
         self._prompt_configs: dict[str, PeftConfig] = {}  # of prompts only
         self.active_adapter: Any = name

@@ -23,7 +23,6 @@ from .checkpoint import entries_of_biases
 from .plan import ModelPlan
 from .prompt import cached_tokens
 
-NEVER_MODELS = frozenset({"adapter_names", "alora_offsets"})  # PEFT: arguments that no model sees, whatever is on it
 TUNERS: dict[PeftType, type[BaseTuner]] = {}  # filled as the tuner classes are defined
 
 
@@ -43,6 +42,7 @@ class BaseTuner(Tuner):
     """
 
     plan = ModelPlan
+    never_models = frozenset({"adapter_names", "alora_offsets"})  # PEFT: whatever is on the model
     uses_shared_state = _SharedState()
 
     def __init_subclass__(cls, method: str | None = None, **kwargs: Any):
@@ -142,10 +142,6 @@ class BaseTuner(Tuner):
         self.biases, self.bias_owner, self.biases_on = {}, None, True
 
     # -------------------------------------------------------------------------------------------------------- running
-    @property
-    def own_inputs(self) -> set[str]:
-        return super().own_inputs | NEVER_MODELS
-
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own generate; takes `task_ids` and `adapter_names` as `forward` does."""
         hooks = self._enable_peft_forward_hooks(*args, **kwargs)
