@@ -135,6 +135,11 @@ class Base:
         self.check_bias(b)
         if b is None or not self.replaces_bias(b):
             return False
+        if (made := computed(self.leaf, self.bias_name)) is not None:
+            raise MergeError(
+                f"The {type(self.leaf).__name__} computes its bias by {made.kind}, and the adapter changes it: "
+                "make it a plain parameter first, or keep the adapter unmerged."
+            )
         if self.innermost.shares_bias:
             raise MergeError(
                 f"The adapter changes the bias of the {type(self.leaf).__name__}, which other modules use too. "

@@ -278,3 +278,22 @@ def same(a, b):
     except AssertionError:
         return False
     return True
+
+
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("method, fields", [("Beft", {}), ("Lora", {"lora_bias": True, "init_lora_weights": False})])
+def test_a_bias_that_is_computed(method, fields, how, lib, is_ref):
+    if is_ref:
+        pytest.skip("peft writes to what is computed anew each time")
+    base = nn.Sequential(OrderedDict(fc=nn.Linear(6, 5)))
+    parametrize.register_parametrization(base.fc, "bias", Doubled())
+    model = lib.get_peft_model(base, getattr(lib, f"{method}Config")(target_modules=["fc"], **fields))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    x = torch.randn(3, 6)
+    want = model(x)
+    with pytest.raises(NotImplementedError, match="computes its bias by Doubled"):
+        getattr(model.base_model, how)()
+    assert torch.equal(model(x), want)
