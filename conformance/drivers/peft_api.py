@@ -69,6 +69,8 @@ def rejecting():
             raise Rejected(f"{type(e).__name__}: {e}") from e
         raise Unsupported(f"{type(e).__name__}: {e}") from e
     except MEANT as e:
+        if isinstance(e.__cause__, ModuleNotFoundError):
+            raise Unsupported(f"no {e.__cause__.name}") from e
         if NOT_OFFERED.search(str(e)):
             raise Unsupported(f"{type(e).__name__}: {e}") from e
         raise Rejected(f"{type(e).__name__}: {e}") from e
