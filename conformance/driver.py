@@ -13,6 +13,8 @@ import contextlib
 import signal
 import threading
 
+START = 60.0  # seconds that an implementation has at least, until it says what it is
+
 
 class Hung(Exception):
     """A check took too long."""

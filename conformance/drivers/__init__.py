@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 import shlex
 
-from ..driver import Driver
+from ..driver import START, Driver
 
 SHIPPED = {"adapters": "adapters:AdapterHub", "loralib": "loralib:LoraLib", "lycoris": "lycoris:Lycoris",
            "minipeft-core": "minipeft_core:Core", "oracle": "oracle:Oracle", "torchtune": "torchtune:TorchTune"}
 
 
-def open_driver(name: str, python: str | None = None, profile: str | None = None, seconds: float = 60.0) -> Driver:
+def open_driver(name: str, python: str | None = None, profile: str | None = None, seconds: float = START) -> Driver:
     """A driver by name: shipped, `cmd:<command line>` for a program that speaks JSON lines, `module:Class` for a driver
     of your own, else any importable module with PEFT's API. `python`: run it in that interpreter, as a process of its
     own, whose crash or hang takes nothing else along; `profile`: whole checks of it are run there, for which that

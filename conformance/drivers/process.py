@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from ..driver import OPERATIONS, Driver, Hung, Rejected, Unsupported
+from ..driver import OPERATIONS, START, Driver, Hung, Rejected, Unsupported
 
 LONGEST_LINE = 2**24  # bytes
 LARGEST_FILE = 2**30  # bytes
@@ -76,7 +76,7 @@ def unpack(value, check=lambda path: None):
 class Process(Driver):
     """Starts the program on the first operation, and anew after it died."""
 
-    def __init__(self, command: list[str], seconds: float = 60.0):
+    def __init__(self, command: list[str], seconds: float = START):
         self.command, self.seconds = command, seconds
         self.until: float | None = None  # when the check that is running has to be over
         self.program: Any = None
@@ -217,7 +217,7 @@ class WholeChecks(Process):
     """A process of `conformance.serve`, where a check of a profile can run as a whole: that spares the files of each
     operation."""
 
-    def __init__(self, command: list[str], profile: str, seconds: float = 60.0):
+    def __init__(self, command: list[str], profile: str, seconds: float = START):
         super().__init__(command, seconds)
         self.profile = profile
 

@@ -11,11 +11,10 @@ import sys
 import threading
 import time
 
+from ..driver import START
 from ..drivers import open_driver
 from . import causes, plan, runner
 from .reporting import files, html, terminal
-
-START = 60.0  # seconds that an implementation has at least, until it says what it is
 
 
 def parser() -> argparse.ArgumentParser:

@@ -467,9 +467,8 @@ class Layer(HoldsAdapters, Slots, Wrapper):
         if want is not None and not near(got, want):
             path, kind = innermost.folded[-1].path, type(innermost.base.leaf).__name__
             raise MergeError(
-                f"{path!r}, a {kind}, does something else with its weight "
-                "than torch's own layers, so with an adapter in the weight it would not do what it does with the "
-                "adapter beside it. Keep the adapter unmerged."
+                f"{path!r}, a {kind}, does something else with its weight than torch's own layers, so with an adapter "
+                "in the weight it would not do what it does with the adapter beside it. Keep the adapter unmerged."
             )
 
     def check_folded(self, again: list[Adapter]) -> None:

@@ -83,8 +83,9 @@ class GLoRA(Delta, config=GloraConfig):
         parts = [getattr(self, f"glora_{name}")() for name in "ABCDE"]
         dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
         A, B, C, D, E = (part.to(dtype) for part in parts)
-        W0, b0 = (None if t is None else t.to(dtype) for t in self.base.read())
-        return W0 * A + B, None if b0 is None else b0 * D + E + (W0 @ C).squeeze(-1)
+        W0, b0 = self.base.read()
+        W0, b0 = W0.to(dtype), None if b0 is None else b0.to(dtype)
+        return W0 * A + B, shift(W0, b0, C, D, E)
 
     def branch(self, x: Tensor) -> Tensor:
         dW, db = self.change()
@@ -92,11 +93,18 @@ class GLoRA(Delta, config=GloraConfig):
 
     def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         dW, db = self.change()
-        return W + dW, b if db is None else db if b is None else b + db
+        return W + dW, shifted(b, db)
 
     def in_parts(self, b: Tensor | None) -> Parts:
         (W0, b0), (A, B, C, D, E) = self.base.read(), (getattr(self, f"glora_{name}") for name in "ABCDE")
-        if b0 is not None:
-            db = b0 * D() + E() + (W0.to(C().dtype) @ C()).squeeze(-1)
-            b = db if b is None else b + db
-        return Parts(lambda W, rows: W + (W0[rows] * A.rows(rows) + B.rows(rows)), b)
+        db = None if b0 is None else shift(W0.to(C().dtype), b0, C(), D(), E())
+        return Parts(lambda W, rows: W + (W0[rows] * A.rows(rows) + B.rows(rows)), shifted(b, db))
+
+
+def shift(W0: Tensor, b0: Tensor | None, C: Tensor, D: Tensor, E: Tensor) -> Tensor | None:
+    """What is added to the bias (out,): b0 D + E + W0 C; None without one."""
+    return None if b0 is None else b0 * D + E + (W0 @ C).squeeze(-1)
+
+
+def shifted(b: Tensor | None, db: Tensor | None) -> Tensor | None:
+    return b if db is None else db if b is None else b + db

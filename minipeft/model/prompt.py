@@ -198,6 +198,10 @@ class Prompts:
         own = self.peft_model.special_peft_forward_args
         return own | {"task_ids"} if self.peft_model.has_active_enabled_adapter else own
 
+    def _for_model(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        own = self.own_inputs
+        return {name: value for name, value in kwargs.items() if name not in own}
+
     @inference_mode_off()
     @sized()
     def add(
@@ -399,7 +403,7 @@ class Prompts:
         """The model's forward with the active prompt, or without any when prompts are off."""
         if self.peft_model.has_active_enabled_adapter:
             return self.joined(*args, **kwargs)
-        return self.model(*args, **{k: v for k, v in kwargs.items() if k not in self.own_inputs})
+        return self.model(*args, **self._for_model(kwargs))
 
     def joined(
         self,
@@ -472,7 +476,7 @@ class Prompts:
         """The model's `generate` when prompts are off; the task classes generate with a prompt."""
         if self.peft_model.has_active_enabled_adapter:
             raise UnsupportedFeatureError("To generate with a prompt, set task_type to 'CAUSAL_LM' or 'SEQ_2_SEQ_LM'.")
-        return self.model.generate(*args, **{k: v for k, v in kwargs.items() if k not in self.own_inputs})
+        return self.model.generate(*args, **self._for_model(kwargs))
 
     def prepare_encoder(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments of `generate`, for an encoder with embeddings of the active prompt before the input."""

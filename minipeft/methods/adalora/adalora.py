@@ -103,7 +103,7 @@ class AdaLoRA(Delta, config=AdaLoraConfig):
         return self.scaling / (self.ranknum + 1e-5)  # (1,)
 
     def delta(self) -> Tensor:
-        return (self.lora_B @ (self.scale * self.lora_E * self.lora_A)).view(self.base.shape)
+        return self.delta_rows()(slice(None)).view(self.base.shape)  # (out, in)
 
     def delta_rows(self) -> Rows:
         B, A = self.lora_B, self.scale * self.lora_E * self.lora_A

@@ -119,7 +119,7 @@ class AdaMSS(Delta, config=AdamssConfig):
         return B @ A
 
     def delta(self) -> Tensor:
-        return self.up() @ self.adamss_newB[:, : self.base.in_features]  # (out, in)
+        return self.delta_rows()(slice(None))  # (out, in)
 
     def delta_rows(self) -> Rows:
         up, V = self.up(), self.adamss_newB[:, : self.base.in_features]
